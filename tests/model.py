@@ -1,0 +1,124 @@
+"""A database model as a quickstarted application has it, made anew for a test."""
+
+from __future__ import annotations
+
+import sqlite3
+import types
+from collections.abc import Callable
+from typing import Any
+
+import psycopg
+import sqlalchemy as sa
+from sqlalchemy.orm import (
+    DeclarativeBase,
+    Mapped,
+    Session,
+    mapped_column,
+    relationship,
+    scoped_session,
+    sessionmaker,
+)
+from zope.sqlalchemy import register
+
+
+class Base(DeclarativeBase):
+    pass
+
+
+class User(Base):
+    __tablename__ = "users"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    name: Mapped[str] = mapped_column(sa.String(50), unique=True)
+    notes: Mapped[list[Note]] = relationship(back_populates="user")
+
+
+class Note(Base):
+    __tablename__ = "notes"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    text: Mapped[str] = mapped_column(sa.String(200))
+    user_id: Mapped[int | None] = mapped_column(sa.ForeignKey("users.id"))
+    user: Mapped[User | None] = relationship(back_populates="notes")
+
+
+class Model(types.ModuleType):
+    """What TG takes as an application's ``model``, with means to look from outside.
+
+    :param url: of a database file, or of a PostgreSQL database.
+    :param zope: whether the session is registered with zope.sqlalchemy.
+    :param session_options: for ``sessionmaker``.
+    """
+
+    def __init__(self, url: str, zope: bool = True, **session_options: Any) -> None:
+        super().__init__("model")
+        self.url = sa.make_url(url)
+        self.maker = sessionmaker(**session_options)
+        self.DBSession: scoped_session[Session] = scoped_session(self.maker)
+        if zope:
+            register(self.DBSession)
+        self.outside = sa.create_engine(url, poolclass=sa.NullPool)
+        Base.metadata.drop_all(self.outside)
+        Base.metadata.create_all(self.outside)
+        self.engine = self.outside
+
+    def init_model(self, engine: sa.Engine) -> None:
+        """What TG calls, with the engine that it made of ``sqlalchemy.*``."""
+        self.engine = engine
+        self.DBSession.configure(bind=engine)
+
+    def dispose(self) -> None:
+        """Leave nothing open."""
+        self.DBSession.remove()
+        self.engine.dispose()
+
+    @property
+    def sqlite(self) -> bool:
+        return self.url.get_backend_name() == "sqlite"
+
+    def look(self, statement: str) -> list[tuple[Any, ...]]:
+        """The rows of ``statement``, over a connection that knows no SQLAlchemy."""
+        if self.sqlite:
+            with sqlite3.connect(str(self.url.database), timeout=5) as connection:
+                rows = connection.execute(statement).fetchall()
+            connection.close()
+            return rows
+        with psycopg.connect(**self.connection_options()) as outside:
+            return outside.execute(statement.encode()).fetchall()
+
+    def connection_options(self) -> dict[str, Any]:
+        """What psycopg connects with."""
+        url = self.url
+        return {
+            "host": url.query.get("host", url.host),
+            "port": url.port,
+            "user": url.username,
+            "dbname": url.database,
+        }
+
+    def names(self) -> list[str]:
+        """The names of the users that are committed, in order."""
+        return [row[0] for row in self.look("SELECT name FROM users ORDER BY id")]
+
+    def texts(self) -> list[str]:
+        """The texts of the notes that are committed, in order."""
+        return [row[0] for row in self.look("SELECT text FROM notes ORDER BY id")]
+
+    def seed(self, *names: str) -> None:
+        """Commit users of these names, from outside of the application."""
+        with Session(self.outside) as session:
+            session.add_all([User(name=name) for name in names])
+            session.commit()
+
+    def idle_in_transaction(self) -> int:
+        """How many PostgreSQL backends are idle in transaction; none with SQLite."""
+        if self.sqlite:
+            return 0
+        return int(
+            self.look(
+                "SELECT count(*) FROM pg_stat_activity"
+                " WHERE datname = current_database()"
+                " AND state LIKE 'idle in transaction%'"
+            )[0][0]
+        )
+
+
+MakeModel = Callable[..., Model]

@@ -1,0 +1,325 @@
+"""The body of a streamed response: its states, the pull, the order of cleanup.
+
+Rule: whatever happens to a stream, it ends once, for one reason, in one order: close
+the generator, commit or abort, release the sessions, report. Each step runs even though
+the one before failed, and the first error is the one reported.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from webob.exc import HTTPException
+
+from ._chunks import Chunks, Plan, clock
+from ._context import Context
+from ._options import StreamError
+from ._report import Report, tell
+from ._thread import Record
+
+if TYPE_CHECKING:
+    from ._database import Database
+
+log = logging.getLogger("tgstream")
+
+
+class Outcome:
+    """What the outside of the application must know of the stream that left it."""
+
+    __slots__ = ("error", "left", "started")
+
+    def __init__(self) -> None:
+        self.left = False
+        self.started = False
+        self.error: BaseException | None = None
+
+    def raise_error(self) -> None:
+        """Raise the stream's error again, where it was swallowed on the way out."""
+        if self.error is not None:
+            raise self.error
+
+
+class Body:
+    """One run of a stream, in one request.
+
+    :param source: what the items come from.
+    :param plan: how they become chunks.
+    :param tg_locals: TG's ``RequestLocals`` of the request.
+    :param database: the stream's sessions and transaction, if the application has any.
+    """
+
+    def __init__(
+        self, source: Any, plan: Plan, tg_locals: Any, database: Database | None
+    ) -> None:
+        self.plan = plan
+        self.context = Context(tg_locals)
+        self.database = database
+        self.encoding = Chunks(plan)
+        self.outcome: Outcome | None = None
+        self.late: Callable[[], list[str]] | None = None
+        self.chunks = self.bytes = 0
+        self.reason: str | None = None
+        self.running = self.left = self._priming = False
+        self._bind, self._unbind = self._bindings()
+        self._source = source
+        self._items: Iterator[Any] | None = None
+        self._chunks: Iterator[bytes] = iter(())
+        self._first: bytes | None = None
+        self._closing: str | None = None
+        self._ending = threading.Lock()
+        self._started = clock()
+        self._first_chunk_seconds: float | None = None
+
+    def _bindings(self) -> tuple[Callable[[], Record], Callable[[Record], None]]:
+        """What goes around a pull, made once: it is the most of a pull's cost."""
+        database, bind, unbind = self.database, self.context.bind, self.context.unbind
+        if database is None:
+            return bind, unbind
+
+        def bind_both() -> Record:
+            record = bind()
+            database.bind(record)
+            return record
+
+        def unbind_both(record: Record) -> None:
+            database.unbind(record)
+            unbind(record)
+
+        return bind_both, unbind_both
+
+    # The life: primed once, pulled many times, ended once.
+
+    def prime(self, vetoed: Callable[[HTTPException], bool]) -> None:
+        """Make the first chunk inside the request, where it can still fail as one.
+
+        :param vetoed: whether TG would abort the transaction for an HTTP exception.
+        :raises Exception: what the generator raises; the stream has then ended.
+        """
+        self._priming = self.running = True
+        record = self._bind()
+        try:
+            self._items = iter(self._source)
+            self._chunks = self.encoding.of(self._items, self)
+            self._make_first()
+        except HTTPException as response:
+            self._end_by_response(response, vetoed)
+            raise
+        except BaseException as error:
+            self._fail(error)
+        finally:
+            self._unbind(record)
+            self._priming = self.running = False
+            self._close_if_asked()
+
+    def _make_first(self) -> None:
+        self._first = next(self._chunks, None)
+        if self._first is not None:
+            self._count(self._first)
+            self._first_chunk_seconds = clock() - self._started
+        if self._first is None or self.encoding.last:
+            self._end("completed")
+
+    @property
+    def complete(self) -> bytes | None:
+        """The whole body, if it ended with the first pull."""
+        return (self._first or b"") if self.reason == "completed" else None
+
+    def serve(self, owner: Any) -> Iterator[bytes]:
+        """The chunks, each pulled with everything bound and nothing left on the thread.
+
+        A generator, which costs a pull less than a method; the end is told to
+        :meth:`close`, which is heard even when this one was never begun.
+
+        :param owner: who must not be dropped while the server iterates.
+        """
+        chunk, self._first = self._first, None
+        if chunk is None:
+            return
+        self._start_serving()
+        yield chunk
+        chunks, bind, unbind = self._chunks, self._bind, self._unbind
+        while self.reason is None and self._closing is None:
+            if self.running:
+                raise StreamError(self._pulled_twice())
+            self.running = True
+            if self._closing is not None:  # since the look above, by another thread
+                self.running = False
+                return self._close_if_asked()
+            record = bind()
+            try:
+                chunk = next(chunks)
+                self.chunks += 1
+                self.bytes += len(chunk)
+            except StopIteration:
+                self._end("completed")
+                return
+            except BaseException as error:
+                self._fail(error)
+            finally:
+                unbind(record)
+                self.running = False
+                if self._closing is not None:
+                    self._close_if_asked()
+            yield chunk
+
+    def _start_serving(self) -> None:
+        if self.outcome is not None:
+            self.outcome.started = True
+            # TG took it away when the response left.
+            self.context.environ["tg.locals"] = self.context.tg_locals
+
+    def _count(self, chunk: bytes) -> None:
+        self.chunks += 1
+        self.bytes += len(chunk)
+
+    def _pulled_twice(self) -> str:
+        return (
+            f"{self.plan.controller} is pulled by two threads at once: "
+            "a WSGI body is iterated by one at a time"
+        )
+
+    def close(self, reason: str = "disconnected") -> None:
+        """End the stream; while a pull runs elsewhere, when that pull returns."""
+        self._closing = reason
+        if not self.running:
+            self._close_if_asked()
+
+    def _close_if_asked(self) -> None:
+        if self._closing is None or self.reason is not None:
+            return
+        self.running = True
+        record = self._bind()
+        try:
+            self._end(self._closing)
+        finally:
+            self._unbind(record)
+            self.running = False
+
+    # The transaction, as the chunks are made.
+
+    def settle(self) -> None:
+        """Commit the items whose chunk is about to leave."""
+        if self.database is not None:
+            self.database.settle()
+
+    def exhaust(self) -> None:
+        """Commit where the items run out, before an ending tells that all is there."""
+        self._close_source()
+        if self.database is None:
+            return
+        if not self.plan.manual:
+            self.database.settle()
+        elif any(left := self.database.left()):
+            log.warning(
+                "%s ended with %d new, %d changed and %d deleted objects that are not "
+                "committed, and aborts them: with commit='manual' only commit() stores",
+                self.plan.controller,
+                *left,
+            )
+
+    def _end_by_response(
+        self, response: HTTPException, vetoed: Callable[[HTTPException], bool]
+    ) -> None:
+        """End as TG ends a request: a response is no failure, and nothing is told."""
+        try:
+            if not (self.plan.manual or vetoed(response)):
+                self.settle()
+        except BaseException as error:
+            self._fail(error)
+        self._end("completed", silent=True)
+
+    # The end.
+
+    def _fail(self, error: BaseException) -> NoReturn:
+        """End for an error, and raise it."""
+        if self.database is not None and self.database.cursor_ended(error):
+            cause, error = (
+                error,
+                StreamError(
+                    f"{self.plan.controller}: a commit ended the transaction, and with "
+                    "it the cursor that the generator was reading from; fetch the rows "
+                    "first, read them in batches, or choose another commit"
+                ),
+            )
+            error.__cause__ = cause
+        self._end("failed", error)
+        raise error
+
+    def _end(
+        self, reason: str, error: BaseException | None = None, silent: bool = False
+    ) -> None:
+        if not self._ending.acquire(blocking=False):
+            return
+        self.reason = reason
+        steps = [self._close_items, self._close_source, self._release]
+        error = _first_error(steps, error)
+        if not silent:
+            _first_error([self._warn_if_late, lambda: self._report(error)], None)
+            _first_error([self._release], None)  # of what a hook made use of
+        if self.outcome is None:
+            return  # still in the request: TG itself takes tg.locals away
+        if reason == "failed":
+            self.outcome.error = error
+        else:
+            self.context.environ.pop("tg.locals", None)
+
+    def _close_items(self) -> None:
+        try:
+            _close(self._chunks)
+        finally:
+            _close(self._items)
+
+    def _close_source(self) -> None:
+        source, self._source = self._source, None
+        if source is not self._items:
+            _close(source)
+
+    def _release(self) -> None:
+        if self.database is not None:
+            self.database.release(give_back=self._priming)
+
+    def _warn_if_late(self) -> None:
+        if self.late is not None and (names := self.late()):
+            log.warning(
+                "%s changed what had left with its first chunk, so that the client "
+                "cannot see it: %s; change it before the first yield",
+                self.plan.controller,
+                ", ".join(names),
+            )
+
+    def _report(self, error: BaseException | None) -> None:
+        tell(
+            Report(
+                reason=self.reason or "",
+                error=error,
+                controller=self.plan.controller,
+                path=self.context.tg_locals.request.path,
+                items=self.encoding.items,
+                chunks=self.chunks,
+                bytes=self.bytes,
+                seconds=clock() - self._started,
+                first_chunk_seconds=self._first_chunk_seconds,
+                commits=0 if self.database is None else self.database.manager.commits,
+            )
+        )
+
+
+def _first_error(
+    steps: list[Callable[[], None]], first: BaseException | None
+) -> BaseException | None:
+    """Run every step, whatever the one before raised."""
+    for step in steps:
+        try:
+            step()
+        except BaseException as error:
+            first = first or error
+    return first
+
+
+def _close(thing: Any) -> None:
+    close = getattr(thing, "close", None)
+    if close is not None:
+        close()

@@ -1,0 +1,100 @@
+"""The ``tgstream.*`` options, how they enter an application, and how it reads them.
+
+Rule: an option is a row of ``OPTIONS``; it is read from the running application's
+configuration, never at import.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from typing import Any, NamedTuple
+
+from tg.configurator.base import ConfigurationComponent
+from tg.support.converters import asint, aslist
+
+
+class Option(NamedTuple):
+    """One row: the default, and what makes a value of an ``.ini`` file's text."""
+
+    default: Any
+    coerce: Callable[[Any], Any]
+
+
+OPTIONS: dict[str, Option] = {
+    "tgstream.chunk_size": Option(32768, asint),
+    "tgstream.chunk_seconds": Option(0.05, float),
+    "tgstream.sessions": Option((), aslist),
+}
+
+
+def option(config: Mapping[str, Any], name: str) -> Any:
+    """The value of the option ``name`` in an application's configuration.
+
+    :param config: the configuration of the running application.
+    :param name: a key of ``OPTIONS``.
+    :raises ValueError: when the value is not of the option's kind.
+    """
+    row = OPTIONS[name]
+    value = config.get(name, row.default)
+    try:
+        return row.coerce(value)
+    except ValueError as error:
+        raise ValueError(
+            f"the option {name} is {value!r}, which cannot be read: {error}; "
+            f"leave it out for the default, {row.default!r}"
+        ) from error
+
+
+class StreamConfigurationComponent(ConfigurationComponent):  # type: ignore[misc]
+    """The options of tgstream.
+
+    Options:
+
+        * ``tgstream.chunk_size``: Bytes that a row format gathers before a chunk
+          leaves, by default 32768. The raw format sends each item as it comes.
+        * ``tgstream.chunk_seconds``: Seconds after which a pull hands over what it
+          gathered when the next item arrives, by default 0.05.
+        * ``tgstream.sessions``: Scoped sessions beside ``DBSession``, as objects or
+          as dotted names, of which each stream gets its own. None by default.
+
+    """
+
+    id = "tgstream"
+
+    def get_defaults(self) -> dict[str, Any]:
+        """The defaults, as TG merges them into the blueprint."""
+        return {name: row.default for name, row in OPTIONS.items()}
+
+    def get_coercion(self) -> dict[str, Callable[[Any], Any]]:
+        """What TG reads the text of an ``.ini`` file with."""
+        return {name: row.coerce for name, row in OPTIONS.items()}
+
+
+def plugme(
+    configurator: Any, options: Mapping[str, Any] | None = None
+) -> dict[str, str]:
+    """Plug tgstream into an application: its defaults, and the guard of its streams.
+
+    Call it in ``config/app_cfg.py``, or let ``plug(base_config, 'tgstream')`` of
+    tgext.pluggable do so; to plug twice is to plug once.
+
+    :param configurator: the application's configurator.
+    :param options: defaults of the ``tgstream.*`` options, without the prefix.
+    :returns: ``{'appid': 'tgstream'}``, as tgext.pluggable expects.
+    :raises ValueError: when an option is unknown.
+    """
+    defaults = {
+        f"tgstream.{name}": value
+        for name, value in (options or {}).items()
+        if name != "appid"
+    }
+    if unknown := sorted(defaults.keys() - OPTIONS.keys()):
+        raise ValueError(
+            f"tgstream has no option {', '.join(unknown)}; "
+            f"its options are {', '.join(sorted(OPTIONS))}"
+        )
+    configurator.update_blueprint(defaults)
+    with suppress(KeyError):  # TG's word for a component that is registered already
+        configurator.register(StreamConfigurationComponent)
+    return {"appid": "tgstream"}

@@ -1,0 +1,60 @@
+"""TG's request context, bound around one call and off the thread in between.
+
+Rule: beside the record of a thread, only this file touches the stacks of
+``tg.request_local``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tg import request_local
+
+from ._thread import Record, thread
+
+
+class Context:
+    """The context of one request, to be bound on any thread, as often as needed.
+
+    :param tg_locals: TG's ``RequestLocals`` of the request.
+    """
+
+    __slots__ = ("_config", "_context", "environ", "tg_locals")
+
+    def __init__(self, tg_locals: Any) -> None:
+        self.tg_locals = tg_locals
+        self.environ: dict[str, Any] = tg_locals.request.environ
+        self._config = (tg_locals.config, False)
+        self._context = (tg_locals, False)
+
+    def bind(self) -> Record:
+        """Make this the context of the current thread, above what is bound there.
+
+        :returns: the thread's record, for :meth:`unbind`.
+        """
+        record = thread.record
+        record.config.append(self._config)
+        record.context.append(self._context)
+        return record
+
+    def unbind(self, record: Record) -> None:
+        """Take the context off the thread again, and what was left above it."""
+        if record.context.pop()[0] is not self._context[0]:
+            _remove(record.context, self._context[0])
+        if record.config.pop()[0] is not self._config[0]:
+            _remove(record.config, self._config[0])
+
+
+def _remove(stack: list[tuple[Any, bool]], bound: Any) -> None:
+    for index in range(len(stack) - 1, -1, -1):
+        if stack[index][0] is bound:
+            del stack[index:]
+            return
+
+
+def current() -> Any:
+    """TG's ``RequestLocals`` of the request that runs on this thread.
+
+    :raises TypeError: when none does.
+    """
+    return request_local.context._current_obj()

@@ -1,0 +1,282 @@
+"""``@stream``, and the start of a stream inside the request.
+
+Rule: here is the only code that TG calls; it starts any ``Stream`` that a controller
+returns, decorated or not.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+import sys
+from collections.abc import Callable
+from functools import cache
+from typing import TYPE_CHECKING, Any, TypeVar, overload
+
+import tg
+from tg.configuration import milestones
+from tg.decorators import Decoration
+from tg.support.converters import asbool
+from webob import Response
+
+from . import _context
+from ._chunks import Plan
+from ._config import option
+from ._download import disposition
+from ._guard import Guard, send_off, watch_exit
+from ._options import Format, Options, check
+from ._stream import Stream, is_iterable
+
+if TYPE_CHECKING:
+    from ._database import Database
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+@overload
+def stream(format: F, /) -> F: ...
+@overload
+def stream(
+    format: Format | type[Format] | None = None,
+    *,
+    commit: str | int | None = None,
+    chunk_size: int | None = None,
+    filename: str | None = None,
+    charset: str | None = None,
+) -> Callable[[F], F]: ...
+def stream(
+    format: Any = None,
+    *,
+    commit: str | int | None = None,
+    chunk_size: int | None = None,
+    filename: str | None = None,
+    charset: str | None = None,
+) -> Any:
+    """Send what the controller yields to the client while it is made.
+
+    The controller may be a generator function, or return any iterable or an open binary
+    file; anything else it returns goes to TG untouched. Do not decorate an
+    ``async def``. Bare or called, above or below ``@expose``; the function itself is
+    returned unchanged. The parameters, and what commits when, are those of
+    :class:`Stream`.
+
+    :raises TypeError: for an ``async def``, and when an option is of a wrong type.
+    :raises ValueError: when an option makes no sense.
+    """
+
+    def decorate(function: F) -> F:
+        where = f"@stream on {name_of(function)}"
+        if _is_async(function):
+            raise TypeError(
+                f"{where}: TurboGears calls controllers without an event loop; "
+                "write it as def, not async def"
+            )
+        options = check(where, format, commit, chunk_size, filename, charset)
+        Decoration.get_decoration(function)._register_controller_wrapper(
+            lambda caller: _streaming(caller, function, options)
+        )
+        return function
+
+    if inspect.isfunction(format):
+        function, format = format, None
+        return decorate(function)
+    return decorate
+
+
+def _is_async(function: Any) -> bool:
+    return inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function)
+
+
+def _streaming(caller: Any, function: Any, options: Options) -> Callable[..., Any]:
+    """TG's controller caller, with a stream made of what the controller returns."""
+
+    def call(*args: Any) -> Any:
+        output = caller(*args)
+        if isinstance(output, Stream | Response) or not is_iterable(output):
+            return output
+        return Stream._of(output, options, function)
+
+    return call
+
+
+@cache
+def name_of(function: Any) -> str:
+    """What a controller is called in messages: ``RootController.users``."""
+    name: str = getattr(function, "__qualname__", repr(function))
+    return name.rpartition("<locals>.")[2]
+
+
+# What TG calls.
+
+
+def install() -> None:
+    """Register the hooks with TG, once, however often its milestones are reset."""
+    for name, hook in (
+        ("before_render", _before_render),
+        ("after_wsgi_middlewares", Guard),
+    ):
+        tg.hooks.disconnect(name, hook)
+        tg.hooks.register(name, hook)
+
+
+milestones.config_ready.register(install, persist_on_reset=True)
+
+
+def _before_render(remainder: Any, params: Any, output: Any) -> None:
+    if isinstance(output, Stream):
+        _start(output, _context.current())
+
+
+def _start(stream: Stream, tg_locals: Any) -> None:
+    """Start the stream inside the request, up to its first chunk."""
+    stream._claim()
+    function, options = (
+        stream.controller or _dispatched(tg_locals.request),
+        stream.options,
+    )
+
+    def exposed() -> Any:
+        return Decoration.get_decoration(function).lookup_template_engine(tg_locals)
+
+    def charset() -> str:
+        asked = options.charset or tg_locals.response.charset
+        return asked or _charset_in(exposed()[0]) or "utf-8"
+
+    if tg_locals.request.method == "HEAD":
+        stream._discard()
+        _set_headers(tg_locals.response, exposed, options)
+        return
+    database = _database_of(tg_locals)
+    plan = _plan(options, name_of(function), charset, tg_locals.config)
+    body = stream._open(plan, tg_locals, database)
+    watch_exit(tg_locals.request.environ, body)
+    if database is not None:
+        database.take_over(
+            _tm_enabled(tg_locals), lambda: _vetoed(tg_locals, tg_locals.response)
+        )
+    body.prime(lambda answer: _vetoed(tg_locals, answer))
+    _set_headers(tg_locals.response, exposed, options)
+    send_off(tg_locals.response, stream)
+
+
+def _dispatched(request: Any) -> Any:
+    """The controller that TG's dispatch chose, when no decorator named it."""
+    action = request._dispatch_state.action
+    return getattr(action, "__func__", action)
+
+
+def _plan(
+    options: Options, controller: str, charset: Callable[[], str], config: Any
+) -> Plan:
+    """The options: what was asked, else the format's, else the application's."""
+    format, commit, size = options.format, options.commit, options.chunk_size
+    if format is None:
+        size = size or 0
+    else:
+        commit = commit or getattr(format, "commit", None)
+        size = getattr(format, "chunk_size", None) if size is None else size
+        size = option(config, "tgstream.chunk_size") if size is None else size
+    return Plan(
+        controller=controller,
+        format=format,
+        every=commit if isinstance(commit, int) else int(commit == "each"),
+        manual=commit == "manual",
+        chunk_size=size,
+        chunk_seconds=option(config, "tgstream.chunk_seconds") if size else 0.0,
+        charset=charset,
+    )
+
+
+# The request's transaction.
+
+
+def _tm_enabled(tg_locals: Any) -> bool:
+    config, environ = tg_locals.config, tg_locals.request.environ
+    return asbool(config.get("tm.enabled")) or "repoze.tm.active" in environ
+
+
+def _vetoed(tg_locals: Any, response: Any) -> bool:
+    veto = tg_locals.config.get("tm.commit_veto")
+    if veto is None:
+        return False
+    environ = tg_locals.request.environ
+    return bool(veto(environ, response.status, response.headerlist))
+
+
+def _database_of(tg_locals: Any) -> Database | None:
+    """The stream's sessions and transaction, in an application that has any."""
+    config = tg_locals.config
+    scoped = _scoped_sessions(config)
+    if not scoped and not _tm_enabled(tg_locals):
+        return None
+    module = _database_module()
+    database: Database = module.Database(
+        tuple(map(module.registry, scoped)), asbool(config.get("use_sqlalchemy"))
+    )
+    return database
+
+
+@cache
+def _database_module() -> Any:
+    """Imported where an application has sessions or transactions, and only there."""
+    return importlib.import_module("tgstream._database")
+
+
+def _scoped_sessions(config: Any) -> list[Any]:
+    """The application's scoped sessions, TG's own first."""
+    orm = sys.modules.get("sqlalchemy.orm")
+    if orm is None:
+        return []
+    found: list[Any] = []
+    for scoped in (config.get("SQLASession"), config.get("DBSession")):
+        if isinstance(scoped, orm.scoped_session) and scoped not in found:
+            found.append(scoped)
+    if config.get("tgstream.sessions"):
+        found += map(_resolve, option(config, "tgstream.sessions"))
+    return found
+
+
+@cache
+def _resolve(name: Any) -> Any:
+    """A scoped session of the option ``tgstream.sessions``: an object, or a name."""
+    if not isinstance(name, str):
+        return name
+    module, _, attribute = name.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"the option tgstream.sessions names {name}, which cannot be found "
+            f"({error}); give the dotted name of a scoped session, as "
+            "myapp.model.DBSession"
+        ) from error
+
+
+# The headers.
+
+
+def _charset_in(content_type: str | None) -> str | None:
+    match = re.search(r"charset=[\"']?([^\s;\"']+)", content_type or "")
+    return match and match[1]
+
+
+def _set_headers(response: Any, exposed: Any, options: Options) -> None:
+    """The stream's headers, where the user has set none."""
+    if options.filename is not None and "Content-Disposition" not in response.headers:
+        response.headers["Content-Disposition"] = disposition(options.filename)
+    if options.format is None and options.charset is None:
+        return  # TG itself sets what @expose says
+    if response.content_type is None:
+        _set_content_type(response, exposed(), options.format)
+    if options.charset is not None:
+        response.charset = options.charset
+
+
+def _set_content_type(response: Any, exposed: Any, format: Format | None) -> None:
+    content_type, engine, template = exposed[:3]
+    if format is not None and (content_type == "text/html" or engine or template):
+        content_type = format.content_type
+    response.headers["Content-Type"] = content_type
+    if content_type.startswith("text/") and _charset_in(content_type) is None:
+        response.charset = "utf-8"

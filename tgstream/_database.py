@@ -1,0 +1,302 @@
+"""One stream's sessions and transaction: bind, flush, commit, roll back, release.
+
+Rule: only this file touches the thread's transaction manager and the scoped sessions.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
+
+import transaction
+
+from ._thread import Record, thread
+from ._transaction import Manager, Member, is_empty, never_again
+
+if TYPE_CHECKING:
+    from sqlalchemy.orm import Session, scoped_session
+
+log = logging.getLogger("tgstream")
+
+
+_installing = threading.Lock()
+_warned: WeakSet[Any] = WeakSet()
+
+
+class Registry:
+    """A scoped session's registry, which hands a running stream its own session.
+
+    Everything that a ``scoped_session`` does goes through its registry, so that
+    nothing has to be exchanged around a pull, and no session exists before it is used.
+    """
+
+    def __init__(self, outer: Any) -> None:
+        self.outer = outer
+        self.createfunc: Callable[[], Session] = outer.createfunc
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.outer, name)
+
+    def __call__(self) -> Session:
+        record = thread.record
+        if record.database is not None:
+            return record.database.session(self)
+        record.shielded.discard(self)
+        session: Session = self.outer()
+        return session
+
+    def has(self) -> bool:
+        record = thread.record
+        if record.database is not None:
+            return self in record.database.members
+        return self not in record.shielded and self.outer.has()
+
+    def set(self, session: Session) -> None:
+        record = thread.record
+        if record.database is not None:
+            record.database.adopt(self, session)
+        else:
+            record.shielded.discard(self)
+            self.outer.set(session)
+
+    def clear(self) -> None:
+        record = thread.record
+        if record.database is not None:
+            record.database.forget(self)
+        elif self in record.shielded:
+            record.shielded.discard(self)
+        else:
+            self.outer.clear()
+
+    def shield(self) -> None:
+        """Keep the thread's own session over the next ``remove()`` on this thread.
+
+        TG's ``DBSessionRemoverMiddleware`` removes the session of the thread on which
+        a body is closed, for a dropped one maybe in the middle of another request.
+        """
+        if self.outer.has():
+            thread.record.shielded.add(self)
+
+    def remove(self) -> None:
+        """Close the thread's own session and take it off the thread."""
+        if self.outer.has():
+            session = self.outer()
+            self.outer.clear()
+            session.close()
+
+
+def registry(scoped: scoped_session[Any]) -> Registry:
+    """The registry of a scoped session that knows of streams, installed if need be."""
+    if isinstance(scoped.registry, Registry):
+        return scoped.registry
+    with _installing:
+        if not isinstance(scoped.registry, Registry):
+            scoped.registry = Registry(scoped.registry)  # type: ignore[assignment]
+        return scoped.registry  # type: ignore[return-value]
+
+
+class Database:
+    """The sessions and the transaction of one stream.
+
+    :param registries: the registries of the application's scoped sessions, TG's first.
+    :param removed: whether TG removes the first at the end of each body.
+    """
+
+    def __init__(self, registries: tuple[Registry, ...], removed: bool) -> None:
+        self.registries = registries
+        self._removed = removed
+        self.members: dict[Registry, Member] = {}
+        self.manager = Manager(self.members.values())
+        self._outer_database: Database | None = None
+        self._outer_manager: Any = None
+
+    def bind(self, record: Record) -> None:
+        """Put the stream's sessions and transaction in place of the thread's."""
+        managers = record.managers
+        if managers is None:
+            # The documented attribute ``manager`` of the thread-local manager is what
+            # gets exchanged; its dict of this thread spares a look-up a pull.
+            managers = record.managers = transaction.manager.__dict__
+        self._outer_database = record.database
+        self._outer_manager = managers["manager"]
+        record.database = self
+        managers["manager"] = self.manager
+
+    def unbind(self, record: Record) -> None:
+        """Give the thread its own back."""
+        record.database = self._outer_database
+        assert record.managers is not None
+        record.managers["manager"] = self._outer_manager
+
+    def session(self, registry: Registry) -> Session:
+        """The stream's session of a scoped session, made on first use."""
+        member = self.members.get(registry)
+        if member is None:
+            member = self.adopt(registry, registry.createfunc())
+        return member.session
+
+    def adopt(self, registry: Registry, session: Session) -> Member:
+        """Make ``session`` the stream's."""
+        _warn_of_shared_connection(session)
+        member = Member(session, self.manager)
+        if not self.manager.idle:
+            self.manager.get().join(member)
+        self.members[registry] = member
+        return member
+
+    def forget(self, registry: Registry) -> None:
+        """Let go of the session that ``scoped_session.remove()`` has closed."""
+        if registry in self.members:
+            self.members.pop(registry).release()
+
+    def flush(self) -> None:
+        """Send what is pending to the database, as ``DBSession.flush()`` does."""
+        for member in self.members.values():
+            member.session.flush()
+
+    def commit(self) -> None:
+        """Commit; objects stay attached, and are read again on their next use."""
+        self.manager.commit()
+
+    def rollback(self) -> None:
+        """Undo what is not committed."""
+        self.manager.abort()
+
+    def settle(self) -> None:
+        """End the transaction: committed unless doomed; free if nothing was done."""
+        if self.manager.idle and all(member.idle for member in self.members.values()):
+            return
+        if self.manager.isDoomed():
+            self.manager.abort()
+        else:
+            self.manager.settle()
+
+    def left(self) -> tuple[int, int, int]:
+        """How many objects are new, changed and deleted, and not committed."""
+        new = changed = deleted = 0
+        for member in self.members.values():
+            counts = member.left()
+            new, changed, deleted = (
+                new + counts[0],
+                changed + counts[1],
+                deleted + counts[2],
+            )
+        return new, changed, deleted
+
+    def cursor_ended(self, error: BaseException) -> bool:
+        """True if ``error`` comes from a cursor that a commit has ended."""
+        from sqlalchemy.exc import DBAPIError, ResourceClosedError
+
+        if isinstance(error, DBAPIError):
+            return self.manager.commits > 0 and "cursor" in str(error.orig).lower()
+        return self.manager.commits > 0 and isinstance(error, ResourceClosedError)
+
+    def release(self, give_back: bool) -> None:
+        """Abort what is not committed, and close the sessions.
+
+        The first error is raised when all is done.
+
+        :param give_back: whether the objects go back to the request's sessions first.
+        """
+        errors: list[BaseException] = []
+        members = list(self.members.values())
+        if self.manager.idle and not members:
+            return
+        steps = [self.manager.abort, *(member.release for member in members)]
+        if give_back:
+            steps.insert(1, self._give_back)
+        for step in steps:
+            try:
+                step()
+            except BaseException as error:
+                errors.append(error)
+        self.members.clear()
+        if errors:
+            raise errors[0]
+
+    def take_over(self, tm_enabled: bool, vetoed: Callable[[], bool]) -> None:
+        """End the request's transaction by TG's rules, and take what it has loaded.
+
+        Call it unbound. The objects keep their values over a commit: they are taken out
+        of the request's session first, so that nothing expires them.
+
+        :param tm_enabled: whether TG would end it; else what is not committed is gone.
+        :param vetoed: whether ``tm.commit_veto`` says no.
+        """
+        manager = transaction.manager.manager
+        sources = [(each, each.outer()) for each in self.registries if each.outer.has()]
+        if sources or not tm_enabled or not is_empty(manager):
+            commits = tm_enabled and not (manager.isDoomed() or vetoed())
+            self._move(sources, manager.commit if commits else manager.abort, commits)
+        if tm_enabled:
+            never_again(manager)
+
+    def _move(
+        self,
+        sources: list[tuple[Registry, Session]],
+        end: Callable[[], None],
+        commits: bool,
+    ) -> None:
+        for _, session in sources:
+            session.flush() if commits else session.rollback()
+        moved = [(each, session, _take(session)) for each, session in sources]
+        try:
+            end()
+        except BaseException:
+            for _, session, objects in moved:
+                session.add_all(objects)
+            raise
+        for each, session, objects in moved:
+            if objects:
+                self.session(each).add_all(objects)
+            if session.in_transaction():  # no transaction manager knew of it
+                session.rollback()
+                self.session(each).expire_all()
+
+    def _give_back(self) -> None:
+        """Move the stream's objects into the request's sessions."""
+        record = thread.record
+        self.unbind(record)
+        try:
+            for each, member in self.members.items():
+                if objects := _take(member.session):
+                    each.outer().add_all(objects)
+        finally:
+            self.bind(record)
+
+    def clear_thread(self) -> None:
+        """Remove the request's sessions from the thread that its response leaves."""
+        for each in self.registries:
+            each.remove()
+
+    def shield(self) -> None:
+        """Keep the thread's own session over TG's removal, which follows a close."""
+        if self._removed:
+            self.registries[0].shield()
+
+
+def _take(session: Session) -> list[Any]:
+    """Take the persistent objects out of ``session``, as they are."""
+    objects = list(session.identity_map.values())
+    session.expunge_all()
+    return objects
+
+
+def _warn_of_shared_connection(session: Session) -> None:
+    """Warn, once an engine, where a stream cannot have a connection of its own."""
+    from sqlalchemy.pool import SingletonThreadPool, StaticPool
+
+    engine = getattr(session.bind, "engine", None)
+    if engine is None or engine in _warned:
+        return
+    if isinstance(engine.pool, SingletonThreadPool | StaticPool):
+        _warned.add(engine)
+        log.warning(
+            "%s is one connection for all sessions of a thread: a stream's transaction "
+            "cannot be kept apart from the request's. Use a file, in test.ini: "
+            "sqlalchemy.url = sqlite:///%%(here)s/test.db",
+            engine.url,
+        )

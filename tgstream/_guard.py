@@ -1,0 +1,219 @@
+"""The way out: what makes a broken stream arrive broken, whatever stands around it.
+
+Rule: only what happens between the application's return and the server is told here.
+PEP 3333 forbids a second ``start_response`` without ``exc_info``; backlash calls it,
+and ends a failed body as if it were whole.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import Any
+
+from ._body import Body, Outcome
+from ._stream import Stream
+
+log = logging.getLogger("tgstream")
+KEY = "tgstream.guard"
+
+
+class _Exit(Outcome):
+    """The outcome of one request, and the ``start_response`` of the guard."""
+
+    __slots__ = ("_start_response", "responded")
+
+    def __init__(self, start_response: Callable[..., Any]) -> None:
+        super().__init__()
+        self._start_response = start_response
+        self.responded = False
+
+    def start_response(self, status: str, headers: Any, exc_info: Any = None) -> Any:
+        if self.started and exc_info is None:
+            raise AssertionError(
+                "start_response was called again, without exc_info, after the stream's "
+                "first chunk (PEP 3333 forbids it)"
+            )
+        self.responded = True
+        if exc_info is None:
+            return self._start_response(status, headers)
+        return self._start_response(status, headers, exc_info)
+
+
+class Guard:
+    """WSGI middleware outside everything of TG: a stream's failure gets through it."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    def __call__(self, environ: dict[str, Any], start_response: Any) -> Any:
+        environ[KEY] = outcome = _Exit(start_response)
+        body = self.app(environ, outcome.start_response)
+        if outcome.left or not outcome.responded:
+            return _Guarded(body, outcome)  # the debugger begins only with its body
+        return body
+
+
+class _Guarded:
+    def __init__(self, body: Any, outcome: Outcome) -> None:
+        self._body = body
+        self._outcome = outcome
+
+    def __iter__(self) -> Iterator[bytes]:
+        yield from self._body
+        self._outcome.raise_error()
+
+    def close(self) -> None:
+        close = getattr(self._body, "close", None)
+        if close is not None:
+            close()
+
+
+class _Alarm:
+    """Raises a stream's error where ``RegistryManager`` cleans up, outside backlash."""
+
+    def __init__(self, outcome: Outcome) -> None:
+        self._outcome = outcome
+
+    def _push_object(self, outcome: Outcome) -> None:
+        """Nothing: registered to be told of the end."""
+
+    def _pop_object(self, outcome: Outcome) -> None:
+        self._outcome.raise_error()
+
+
+class _Errors:
+    """``wsgi.errors``, which raises a stream's error when backlash swallows it."""
+
+    def __init__(self, errors: Any, outcome: Outcome) -> None:
+        self._errors = errors
+        self._outcome = outcome
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._errors, name)
+
+    def write(self, text: str) -> Any:
+        written = self._errors.write(text)
+        if "headers were already sent" in text:
+            self._outcome.raise_error()
+        return written
+
+
+def outcome_of(environ: dict[str, Any]) -> Outcome:
+    """The outcome of this request: the guard's, or a substitute for it."""
+    outcome: Outcome | None = environ.get(KEY)
+    if outcome is not None:
+        return outcome
+    environ[KEY] = outcome = Outcome()
+    alarm = _Alarm(outcome)
+    environ["paste.registry"].register(alarm, outcome)
+    environ["wsgi.errors"] = _Errors(environ["wsgi.errors"], outcome)
+    return outcome
+
+
+class _Closer:
+    """Closes a stream when the request is cleaned up and another response has left."""
+
+    def _push_object(self, body: Body) -> None:
+        """Nothing: registered to be told of the end."""
+
+    def _pop_object(self, body: Body) -> None:
+        if not body.left:
+            body.close()
+
+
+def watch_exit(environ: dict[str, Any], body: Body) -> None:
+    """From now on end the stream with the request, unless its response leaves."""
+    environ["paste.registry"].register(_Closer(), body)
+
+
+class _Leaving:
+    """A response that takes its stream along when it leaves the application."""
+
+    tgstream: Stream
+
+    def __call__(self, environ: dict[str, Any], start_response: Any) -> Any:
+        response: Any = self
+        stream = self.tgstream
+        if response.app_iter is not stream:
+            return response._plain(environ, start_response)
+        body = stream._body
+        assert body is not None
+        if body.complete is not None:
+            response.content_length = len(body.complete)
+        app_iter = response._plain(environ, start_response)
+        # Neither may keep the other alive: a stream that is dropped must end at once.
+        del response.app_iter, response.tgstream
+        _depart(body, environ)
+        return app_iter
+
+
+@cache
+def _leaving(kind: Any) -> Any:
+    members = {"_plain": kind.__call__, "__call__": _Leaving.__call__}
+    return type(f"Streamed{kind.__name__}", (kind,), members)
+
+
+def send_off(response: Any, stream: Stream) -> None:
+    """Let ``response`` take ``stream`` along when it leaves the application."""
+    response.__class__ = _leaving(response.__class__)
+    response.tgstream = stream
+
+
+def _depart(body: Body, environ: dict[str, Any]) -> None:
+    """Take everything of the request off the thread, and tell the guard."""
+    body.left = True
+    registry = environ["paste.registry"]
+    registry.cleanup()
+    registry.prepare()
+    if body.database is not None:
+        body.database.clear_thread()
+    if body.reason is None:
+        _say_if_unguarded(environ, body)
+        body.outcome = outcome_of(environ)
+        body.outcome.left = True
+        body.late = _Late(body).changes
+
+
+def _say_if_unguarded(environ: dict[str, Any], body: Body) -> None:
+    config = body.context.tg_locals.config
+    if KEY not in environ and not config.get(KEY):
+        config[KEY] = True
+        log.warning(
+            "%s streams from an application that was made before tgstream was "
+            "imported: it has no guard, and a failed stream may look whole on some "
+            "servers. In config/app_cfg.py: import tgstream; "
+            "tgstream.plugme(base_config)",
+            body.plan.controller,
+        )
+
+
+class _Late:
+    """What is changed on the response and the session after they have left."""
+
+    def __init__(self, body: Body) -> None:
+        self._tg_locals = body.context.tg_locals
+        self._before = self._state()
+
+    def _state(self) -> tuple[str, list[tuple[str, str]], dict[str, Any] | None]:
+        response, session = self._tg_locals.response, self._tg_locals.session
+        saved = session is not None and session.accessed() and session.dirty()
+        content = {key: session[key] for key in session} if saved else None
+        return response.status, response.headerlist[:], content
+
+    def changes(self) -> list[str]:
+        """The names of what has changed."""
+        now = self._state()
+        if now == self._before:
+            return []
+        (status, headers, session), (status_now, headers_now, session_now) = (
+            self._before,
+            now,
+        )
+        changed = {f"header {name}" for name, _ in set(headers) ^ set(headers_now)}
+        if status != status_now:
+            changed.add("status")
+        if session != session_now:
+            changed.add("tg.session")
+        return sorted(changed)

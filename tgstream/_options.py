@@ -1,0 +1,108 @@
+"""The options of a stream: what may be asked, checked where it is asked.
+
+Rule: an option that makes no sense is refused at decoration, in one sentence that says
+where, what was wrong, and what to write instead.
+"""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple, Protocol
+
+
+class StreamError(Exception):
+    """tgstream was asked for what it cannot do; the message says what to do instead."""
+
+
+class Format(Protocol):
+    """What turns items into bytes: one attribute and one method.
+
+    A format may also set ``commit`` and ``chunk_size``, its defaults for these options,
+    and ``endless = True`` where a body may end anywhere.
+    """
+
+    content_type: str
+
+    def encode(self, items: Iterable[Any]) -> Iterator[str | bytes]:
+        """The pieces of the body, made while ``items`` are taken one by one."""
+        ...
+
+
+class Options(NamedTuple):
+    """What was asked of a stream, checked; None where it was left open."""
+
+    format: Format | None
+    commit: str | int | None
+    chunk_size: int | None
+    filename: str | None
+    charset: str | None
+
+
+def check(
+    where: str,
+    format: Any = None,
+    commit: Any = None,
+    chunk_size: Any = None,
+    filename: Any = None,
+    charset: Any = None,
+) -> Options:
+    """The options of the stream ``where``.
+
+    :raises TypeError: when one is of a wrong type.
+    :raises ValueError: when one has a value that makes no sense.
+    """
+    if isinstance(format, type):
+        format = format()
+    _check_format(where, format)
+    _check_commit(where, commit)
+    _check_chunk_size(where, chunk_size)
+    if filename is not None and not isinstance(filename, str):
+        raise TypeError(f"{where}: filename={filename!r} is no text; give it a str")
+    _check_charset(where, charset)
+    return Options(format, commit, chunk_size, filename, charset)
+
+
+def _check_format(where: str, format: Any) -> None:
+    if format is None or (
+        hasattr(format, "content_type") and callable(getattr(format, "encode", None))
+    ):
+        return
+    raise TypeError(
+        f"{where}: {format!r} is no format; a format has an attribute content_type and "
+        "a method encode(items)"
+    )
+
+
+def _check_commit(where: str, commit: Any) -> None:
+    if commit is None or commit in ("end", "each", "manual"):
+        return
+    if not _is_whole(commit) or commit < 1:
+        raise ValueError(
+            f"{where}: commit={commit!r} makes no sense; it is 'end', 'each', 'manual' "
+            "or a number of items, from 1 on"
+        )
+
+
+def _check_chunk_size(where: str, chunk_size: Any) -> None:
+    if chunk_size is not None and (not _is_whole(chunk_size) or chunk_size < 0):
+        raise ValueError(
+            f"{where}: chunk_size={chunk_size!r} makes no sense; it is a number of "
+            "bytes, or 0 for a chunk an item"
+        )
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check_charset(where: str, charset: Any) -> None:
+    if charset is None:
+        return
+    try:
+        codecs.getincrementalencoder(charset)().encode("")
+    except (LookupError, TypeError):
+        raise ValueError(
+            f"{where}: charset={charset!r} is not known to Python; name one that is, "
+            "or leave it out for UTF-8"
+        ) from None

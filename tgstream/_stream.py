@@ -1,0 +1,256 @@
+"""``Stream``, and the hooks that its generator may call.
+
+Rule: here is what a user holds in hand; what happens to it is told in ``_body``.
+"""
+
+from __future__ import annotations
+
+import builtins
+import io
+import sys
+import threading
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from types import GeneratorType
+from typing import TYPE_CHECKING, Any
+
+from . import _context
+from ._body import Body
+from ._chunks import Plan
+from ._options import Format, Options, StreamError, check
+
+if TYPE_CHECKING:
+    from ._database import Database
+
+
+_KEY = "tgstream.stream"
+_served: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+class Stream:
+    """The response of a controller, sent to the client while it is made.
+
+    Return it from an exposed method; what ``items`` yields is encoded, and sent chunk
+    by chunk, with TG's context and a database session of its own bound. Do not return
+    the same one twice: a stream serves one request.
+
+    What commits when: items that run out are committed before the last byte leaves
+    (``commit='end'``); after every item or every so many (``'each'``, a number), before
+    their chunk leaves; only by :func:`commit` (``'manual'``). A stream that raises, or
+    whose client leaves, aborts what is not committed; one never started did nothing.
+
+    :param items: an iterable of items, or an open binary file.
+    :param format: what encodes the items, a class or an object; None for ``str`` and
+        bytes, which leave as they are.
+    :param commit: ``'end'``, ``'each'``, ``'manual'`` or a number of items; None for
+        the format's own, or ``'end'``.
+    :param chunk_size: bytes to gather before a chunk leaves, 0 for a chunk an item;
+        None for the format's own.
+    :param filename: the name under which a browser saves the response.
+    :param charset: what text is encoded with; None for the response's, or UTF-8.
+    :raises TypeError: when ``items`` is not iterable, or an option is of a wrong type.
+    :raises ValueError: when an option makes no sense.
+    """
+
+    def __init__(
+        self,
+        items: Any,
+        format: Format | type[Format] | None = None,
+        *,
+        commit: str | int | None = None,
+        chunk_size: int | None = None,
+        filename: str | None = None,
+        charset: str | None = None,
+    ) -> None:
+        options = check("Stream", format, commit, chunk_size, filename, charset)
+        if not is_iterable(items):
+            raise TypeError(
+                f"a Stream is made of an iterable, not of {type(items).__name__}; "
+                "call the generator function, or return the value without Stream"
+            )
+        self._hold(items, options, None)
+
+    @classmethod
+    def _of(cls, items: Any, options: Options, controller: Any) -> Stream:
+        stream = cls.__new__(cls)
+        stream._hold(items, options, controller)
+        return stream
+
+    def _hold(self, items: Any, options: Options, controller: Any) -> None:
+        self._body: Body | None = None
+        self._claimed = threading.Lock()
+        self._source = _source(items, options)
+        self.options = options
+        self.controller = controller
+
+    @property
+    def items(self) -> int:
+        """How many items the generator has yielded."""
+        return self._body.encoding.items if self._body else 0
+
+    @property
+    def chunks(self) -> int:
+        """How many chunks were made for the server."""
+        return self._body.chunks if self._body else 0
+
+    @property
+    def bytes(self) -> int:
+        """How many bytes these chunks hold."""
+        return self._body.bytes if self._body else 0
+
+    def __iter__(self) -> Iterator[builtins.bytes]:
+        if self._body is None:
+            return iter(())
+        return self._body.serve(self)
+
+    def close(self) -> None:
+        """End the stream, as a server does at its end or when the client has left.
+
+        It does not raise, and may be called twice, from any thread.
+        """
+        if self._body is not None:
+            self._body.close()
+            if self._body.database is not None:
+                self._body.database.shield()
+
+    def __del__(self) -> None:
+        body = getattr(self, "_body", None)
+        if body is not None:
+            body.close()
+
+    def _claim(self) -> None:
+        """Take the stream for one request; the second to ask gets an error."""
+        if not self._claimed.acquire(blocking=False) or not _claim_source(self._source):
+            raise StreamError(
+                "a Stream, and the generator in it, serves one request and was given "
+                "to a second; make it anew in each, and no @cached on its controller"
+            )
+
+    def _open(self, plan: Plan, tg_locals: Any, database: Database | None) -> Body:
+        self._body = body = Body(self._source, plan, tg_locals, database)
+        # Weak: a stream that is dropped must end at once, not with the next collection.
+        body.context.environ[_KEY] = weakref.ref(self)
+        self._source = None
+        return self._body
+
+    def _discard(self) -> None:
+        """Run nothing, but close what is open, for a request without a body."""
+        close = getattr(self._source, "close", None)
+        self._source = None
+        if close is not None:
+            close()
+
+
+BLOCK = 65536
+"""Bytes of a file that make an item."""
+
+
+class _Blocks:
+    """An open binary file in blocks; a file's own iterator would seek line ends."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+        self.close = file.close
+
+    def __iter__(self) -> Iterator[Any]:
+        while block := self._file.read(BLOCK):
+            yield block
+
+
+def _source(items: Any, options: Options) -> Any:
+    """What the items are taken from, in the stream's own transaction."""
+    if isinstance(items, GeneratorType):
+        return items
+    if options.format is None and hasattr(items, "read"):
+        return items if isinstance(items, io.TextIOBase) else _Blocks(items)
+    engine = sys.modules.get("sqlalchemy.engine")
+    if engine is not None and isinstance(
+        items, engine.Result | engine.ScalarResult | engine.MappingResult
+    ):
+        items.close()
+        raise StreamError(
+            "a Result that the controller's body ran belongs to the request's "
+            "transaction, which ends before the first item is taken: run the statement "
+            "inside a generator"
+        )
+    return items
+
+
+def _claim_source(source: Any) -> bool:
+    if not isinstance(source, Iterator):
+        return True
+    if source in _served:
+        return False
+    with suppress(TypeError):  # no weak reference to it: a second finds it used up
+        _served.add(source)
+    return True
+
+
+def is_iterable(value: Any) -> bool:
+    """True for what can be streamed: any iterable but text, bytes and mappings."""
+    if isinstance(value, str | bytes | bytearray | memoryview | Mapping):
+        return False
+    return hasattr(value, "__iter__")
+
+
+def current_stream() -> Stream:
+    """The stream whose generator is running.
+
+    :returns: the :class:`Stream`, which counts ``items``, ``chunks`` and ``bytes``.
+    :raises StreamError: when no stream's generator is running.
+    """
+    return _running("current_stream")
+
+
+def flush() -> None:
+    """Send what the stream's generator wrote to the database, uncommitted.
+
+    :raises StreamError: outside of a running stream, and without a database.
+    """
+    _database("flush").flush()
+
+
+def commit() -> None:
+    """Commit what the stream's generator wrote; its objects stay attached.
+
+    Core writes count. If it fails, the transaction is aborted, the error is raised, and
+    the stream can go on.
+
+    :raises StreamError: outside of a running stream, and without a database.
+    """
+    _database("commit").commit()
+
+
+def rollback() -> None:
+    """Undo what the stream's generator wrote and did not commit; the stream goes on.
+
+    :raises StreamError: outside of a running stream, and without a database.
+    """
+    _database("rollback").rollback()
+
+
+def _running(hook: str) -> Stream:
+    try:
+        reference = _context.current().request.environ.get(_KEY)
+    except TypeError:  # no request at all
+        reference = None
+    stream: Stream | None = reference and reference()
+    if stream is None or stream._body is None or not stream._body.running:
+        raise StreamError(
+            f"{hook}() belongs in the generator of a running stream, or in what it "
+            "calls on its own thread; no stream is running here"
+        )
+    return stream
+
+
+def _database(hook: str) -> Database:
+    body = _running(hook)._body
+    assert body is not None
+    if body.database is None or not body.database.registries:
+        raise StreamError(
+            f"{body.plan.controller} called {hook}(), and its application has no "
+            "database session: set use_sqlalchemy, or name one in the option "
+            "tgstream.sessions"
+        )
+    return body.database

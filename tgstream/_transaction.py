@@ -1,0 +1,217 @@
+"""A stream's own transaction, and the part that a database session takes in it.
+
+Rule: of ``transaction`` and zope.sqlalchemy only their protocol is met here; whose
+session it is, and when it ends, is told in ``_database``. The words are theirs: join,
+begin, commit, abort.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Collection
+from typing import TYPE_CHECKING, Any
+
+import transaction
+
+if TYPE_CHECKING:
+    from sqlalchemy.orm import Session
+
+
+class Manager(transaction.TransactionManager):  # type: ignore[misc]
+    """A transaction manager whose every transaction begins with the stream's sessions.
+
+    :param members: the sessions' data managers, as they come to be.
+    """
+
+    def __init__(self, members: Collection[Member]) -> None:
+        super().__init__()
+        self._members = members
+        self.commits = 0
+        self.settling = False
+
+    @property
+    def idle(self) -> bool:
+        """True while no transaction has begun."""
+        return self._txn is None
+
+    def begin(self) -> Any:
+        super().begin()
+        return self._join()
+
+    def get(self) -> Any:
+        if self._txn is not None:
+            return self._txn
+        super().get()
+        return self._join()
+
+    def _join(self) -> Any:
+        for member in self._members:
+            self._txn.join(member)
+        return self._txn
+
+    def commit(self) -> None:
+        try:
+            super().commit()
+        except BaseException:
+            # So that the stream can go on: a failed transaction refuses all work.
+            self.abort()
+            raise
+        self.commits += 1
+
+    def settle(self) -> None:
+        """Commit at the cost of what was done: without a write, nothing is expired."""
+        self.settling = True
+        try:
+            self.commit()
+        finally:
+            self.settling = False
+
+
+class Member:
+    """A session's data manager: at every end committed or rolled back, and kept open.
+
+    It stands in for zope.sqlalchemy's, which closes or expires the session at every
+    end, overlooks Core writes, and does not roll a kept session back.
+    """
+
+    transaction_manager = None
+
+    def __init__(self, session: Session, manager: Manager) -> None:
+        from sqlalchemy import event  # here there is a session; an application may not
+
+        self.session = session
+        self.manager = manager
+        self.changed = False
+        self._flushed = [0, 0, 0]
+        self._parked = self._park()
+        event.listen(session, "after_flush", self._after_flush)
+        event.listen(session, "do_orm_execute", self._do_orm_execute)
+        event.listen(session, "after_transaction_create", self._after_create)
+
+    def _park(self) -> Any:
+        """Join the session where nothing ends, for zope.sqlalchemy to let it be."""
+        zope = sys.modules.get("zope.sqlalchemy")
+        if zope is None:
+            return None
+        parked = transaction.TransactionManager()
+        begun = self.session.in_transaction()
+        zope.mark_changed(self.session, parked, keep_session=True)
+        if not begun:
+            self.session.rollback()
+        return parked
+
+    def _after_flush(self, session: Session, flush_context: Any) -> None:
+        for index, count in enumerate(_pending(session)):
+            self._flushed[index] += count
+
+    def _do_orm_execute(self, state: Any) -> None:
+        self.changed = self.changed or not state.is_select
+
+    def _after_create(self, session: Session, inner: Any) -> None:
+        # A flush and the bulk methods work in a subtransaction, a read never does.
+        self.changed = self.changed or inner.parent is not None
+
+    @property
+    def idle(self) -> bool:
+        """True while there is nothing to end: no connection, no pending object."""
+        return not self.session.in_transaction()
+
+    def left(self) -> list[int]:
+        """How many objects are new, changed and deleted since the last commit."""
+        both = zip(self._flushed, _pending(self.session), strict=True)
+        return [flushed + pending for flushed, pending in both]
+
+    def release(self) -> None:
+        """Close the session, whatever state it is in."""
+        try:
+            if self._parked is not None:
+                self._parked.abort()
+        finally:
+            self.session.close()
+
+    def _commit(self) -> None:
+        expires = self.session.expire_on_commit
+        self.session.expire_on_commit = expires and (
+            self.changed or not self.manager.settling
+        )
+        try:
+            self.session.commit()
+        finally:
+            self.session.expire_on_commit = expires
+        self._forget()
+
+    def _forget(self) -> None:
+        self.changed = False
+        self._flushed = [0, 0, 0]
+
+    # The protocol of transaction's data managers.
+
+    def abort(self, transaction: Any) -> None:
+        self._forget()
+        self.session.rollback()
+
+    def tpc_begin(self, transaction: Any) -> None:
+        self.session.flush()
+
+    def commit(self, transaction: Any) -> None:
+        """Nothing: the session is committed in the vote, as zope.sqlalchemy does."""
+
+    def tpc_vote(self, transaction: Any) -> None:
+        if self.session.twophase:
+            self.session.prepare()
+        else:
+            self._commit()
+
+    def tpc_finish(self, transaction: Any) -> None:
+        if self.session.twophase:
+            self._commit()
+
+    def tpc_abort(self, transaction: Any) -> None:
+        self.abort(transaction)
+
+    def sortKey(self) -> str:
+        """Last, as zope.sqlalchemy: if this commit fails, the others can be undone."""
+        return f"~sqlalchemy:{id(self)}"
+
+    @property
+    def savepoint(self) -> Any:
+        """What ``transaction.savepoint()`` calls; not on SQLite, as zope.sqlalchemy."""
+        if self.session.get_bind().dialect.name == "sqlite":
+            raise AttributeError("savepoint")
+        return lambda: _Savepoint(self.session)
+
+
+class _Savepoint:
+    def __init__(self, session: Session) -> None:
+        self._nested = session.begin_nested()
+
+    def rollback(self) -> None:
+        self._nested.rollback()
+
+
+def _pending(session: Session) -> tuple[int, int, int]:
+    return len(session.new), len(session.dirty), len(session.deleted)
+
+
+def is_empty(manager: Any) -> bool:
+    """True if to commit a thread's transaction would do nothing, as is mostly so."""
+    txn = manager.get()
+    return not (
+        txn._resources
+        or any(txn.getBeforeCommitHooks())
+        or any(txn.getAfterCommitHooks())
+        or manager.registeredSynchs()
+    )
+
+
+def never_again(manager: Any) -> None:
+    """Let no error make TG run the controller a second time.
+
+    What the controller wrote is committed already, so that to run it again, as
+    ``tm.attempts`` would, were to write it twice.
+    """
+    manager.get().isRetryableError = _no
+
+
+def _no(error: BaseException) -> bool:
+    return False
