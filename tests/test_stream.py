@@ -1,15 +1,28 @@
-"""``Stream`` and ``current_stream``."""
+"""``Stream``, ``current_stream`` and the hooks, as a generator calls them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
+import pytest
+import tg
+from sqlalchemy import select
 from tg import TGController, expose
 
+import tgstream
 from tests.conftest import MakeApp, assert_clean
 from tests.model import Model, User
-from tests.wsgi import get
-from tgstream import Report, stream
+from tests.test_context import on_another_thread
+from tests.wsgi import Call, get
+from tgstream import Report, Stream, StreamError, current_stream, stream
+
+HOOKS: list[Callable[[], Any]] = [
+    tgstream.commit,
+    tgstream.flush,
+    tgstream.rollback,
+    current_stream,
+]
 
 
 def test_stream_of_text_is_encoded(make_app: MakeApp) -> None:
@@ -46,4 +59,188 @@ def test_stream_writes_are_committed_at_its_end(
     assert get(app, "/write").text == "onetwo"
     assert model.names() == ["ada", "bob"]
     assert [report.reason for report in reports] == ["completed"]
+    assert_clean(model)
+
+
+def test_current_stream_counts(make_app: MakeApp) -> None:
+    """A generator can read how many items, chunks and bytes have gone out."""
+    seen = []
+
+    def look() -> tuple[int, int, int]:
+        running = current_stream()
+        return running.items, running.chunks, running.bytes
+
+    class Root(TGController):
+        @expose(content_type="text/plain")
+        @stream
+        def count(self) -> Iterator[str]:
+            seen.append(look())
+            yield "ab"
+            seen.append(look())
+            yield ""
+            yield "c"
+            seen.append(look())
+
+    assert get(make_app(Root()), "/count").text == "abc"
+    assert seen == [(0, 0, 0), (1, 1, 2), (3, 2, 3)]
+
+
+def test_stream_that_was_not_started_has_counted_nothing() -> None:
+    """A Stream that no controller returned is empty, and can be closed."""
+    lonely = Stream(["x"])
+    assert (lonely.items, lonely.chunks, lonely.bytes) == (0, 0, 0)
+    assert list(lonely) == []
+    lonely.close()
+
+
+@pytest.mark.parametrize("hook", HOOKS, ids=lambda hook: hook.__name__)
+def test_hook_outside_of_a_stream_says_where_it_belongs(
+    make_app: MakeApp, hook: Callable[[], Any]
+) -> None:
+    """Neither without a request, nor in a controller's body, nor on another thread."""
+    message = rf"^{hook.__name__}\(\) belongs in the generator of a running stream"
+
+    def refused() -> str:
+        with pytest.raises(StreamError, match=message):
+            hook()
+        return "refused"
+
+    class Root(TGController):
+        @expose(content_type="text/plain")
+        def plain(self) -> str:
+            return refused()
+
+        @expose(content_type="text/plain")
+        @stream
+        def body(self) -> Iterator[str]:
+            refused()
+            return iter(["refused"])
+
+        @expose(content_type="text/plain")
+        @stream
+        def thread(self) -> Iterator[str]:
+            yield on_another_thread(refused)
+
+        def _after(self, *remainder: Any, **params: Any) -> None:
+            refused()
+
+    refused()
+    app = make_app(Root())
+    for path in ("/plain", "/body", "/thread"):
+        assert get(app, path).text == "refused"
+    refused()
+
+
+@pytest.mark.parametrize("hook", HOOKS[:3], ids=lambda hook: hook.__name__)
+def test_hook_without_a_database_says_so(
+    make_app: MakeApp, hook: Callable[[], Any]
+) -> None:
+    """The message names the controller and the options that give it a session."""
+
+    class Root(TGController):
+        @expose(content_type="text/plain")
+        @stream
+        def write(self) -> Iterator[str]:
+            with pytest.raises(StreamError) as raised:
+                hook()
+            yield str(raised.value)
+
+    for enabled in (True, False):
+        assert get(make_app(Root(), tm__enabled=enabled), "/write").text == (
+            f"Root.write called {hook.__name__}(), and its application has no database "
+            "session: set use_sqlalchemy, or name one in the option tgstream.sessions"
+        )
+
+
+def test_hook_reaches_the_stream_of_the_request_in_force(
+    make_app: MakeApp, model: Model
+) -> None:
+    """In a request made inside of a generator there is no stream to commit."""
+
+    class Inner(TGController):
+        @expose(content_type="text/plain")
+        def plain(self) -> str:
+            with pytest.raises(StreamError):
+                current_stream()
+            return "inner"
+
+    class Root(TGController):
+        @expose(content_type="text/plain")
+        @stream
+        def outer(self) -> Iterator[str]:
+            yield get(inner, "/plain").text
+            yield str(current_stream().items)
+
+    inner = make_app(Inner())
+    assert get(make_app(Root(), model), "/outer").text == "inner1"
+
+
+def test_result_of_the_body_is_refused(make_app: MakeApp, model: Model) -> None:
+    """A Result ends with the request's transaction, and says what to do instead."""
+
+    class Root(TGController):
+        @expose(content_type="text/plain")
+        @stream
+        def rows(self) -> Any:
+            return model.DBSession.execute(tg.config["statement"])
+
+        @expose(content_type="text/plain")
+        @stream
+        def scalars(self) -> Any:
+            return model.DBSession.scalars(tg.config["statement"])
+
+        @expose(content_type="text/plain")
+        def mappings(self) -> Any:
+            return Stream(model.DBSession.execute(tg.config["statement"]).mappings())
+
+    model.seed("ada")
+    app = make_app(
+        Root(), model, statement=select(User.name), trace_errors__enable=False
+    )
+    for path in ("/rows", "/scalars", "/mappings"):
+        with pytest.raises(StreamError, match="run the statement inside a generator"):
+            Call(app, path)
+    assert_clean(model)
+
+
+def test_incremental_charset_says_its_mark_once(make_app: MakeApp) -> None:
+    """UTF-16 has one byte order mark, and a stateful charset is closed at the end."""
+
+    class Root(TGController):
+        @expose()
+        @stream(charset="utf-16")
+        def marked(self) -> Iterator[str]:
+            yield "a"
+            yield "b"
+
+        @expose()
+        @stream(charset="iso2022_jp")
+        def stateful(self) -> Iterator[str]:
+            yield "日"
+            yield "本"
+
+    app = make_app(Root())
+    assert Call(app, "/marked").read() == "ab".encode("utf-16")
+    assert Call(app, "/stateful").read() == "日本".encode("iso2022_jp")
+
+
+def test_query_runs_in_the_streams_own_session(make_app: MakeApp, model: Model) -> None:
+    """A Query that a controller returns is run where its objects belong."""
+
+    class Names:
+        content_type = "text/plain"
+
+        def encode(self, items: Any) -> Iterator[str]:
+            for user in items:
+                assert user in model.DBSession
+                yield user.name
+
+    class Root(TGController):
+        @expose()
+        @stream(Names)
+        def users(self) -> Any:
+            return model.DBSession.query(User).order_by(User.id)
+
+    model.seed("ada", "bob")
+    assert get(make_app(Root(), model), "/users").text == "adabob"
     assert_clean(model)

@@ -17,6 +17,8 @@ class Call:
 
     :param app: the application; it is called at once.
     :param checked: whether ``wsgiref.validate`` stands between; it wants a close().
+    :param lenient: whether a second ``start_response`` is taken, against PEP 3333, as
+        granian, hypercorn and a2wsgi do.
     """
 
     def __init__(
@@ -25,6 +27,7 @@ class Call:
         path: str = "/",
         method: str = "GET",
         checked: bool = True,
+        lenient: bool = False,
         **environ: Any,
     ) -> None:
         path, _, query = path.partition("?")
@@ -32,6 +35,7 @@ class Call:
         self.headers: dict[str, str] = {}
         self.cookies: list[str] = []
         self.starts = 0
+        self.lenient = lenient
         self.errors = io.StringIO()
         self.environ: dict[str, Any] = {
             "REQUEST_METHOD": method,
@@ -48,6 +52,8 @@ class Call:
     def _start(self, status: str, headers: Any, exc_info: Any = None) -> Any:
         if exc_info is not None and self.starts and self.pulled:
             raise exc_info[1]
+        if exc_info is None and self.starts and not self.lenient:
+            raise AssertionError("start_response was called twice, without exc_info")
         self.starts += 1
         self.status = status
         self.headers = {name: value for name, value in headers}

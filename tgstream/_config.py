@@ -6,8 +6,11 @@ configuration, never at import.
 
 from __future__ import annotations
 
+import importlib
+import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from tg.configurator.base import ConfigurationComponent
@@ -44,6 +47,43 @@ def option(config: Mapping[str, Any], name: str) -> Any:
             f"the option {name} is {value!r}, which cannot be read: {error}; "
             f"leave it out for the default, {row.default!r}"
         ) from error
+
+
+def scoped_sessions(config: Mapping[str, Any]) -> list[Any]:
+    """The scoped sessions of an application, TG's own first.
+
+    :raises ValueError: when the option ``tgstream.sessions`` names something else.
+    """
+    orm = sys.modules.get("sqlalchemy.orm")
+    if orm is None:
+        return []
+    found: list[Any] = []
+    for scoped in (config.get("SQLASession"), config.get("DBSession")):
+        if isinstance(scoped, orm.scoped_session) and scoped not in found:
+            found.append(scoped)
+    if config.get("tgstream.sessions"):
+        named = map(_resolve, option(config, "tgstream.sessions"))
+        found += [scoped for scoped in named if scoped not in found]
+    return found
+
+
+@lru_cache
+def _resolve(name: Any) -> Any:
+    """A scoped session of the option ``tgstream.sessions``: an object, or a name."""
+    found, what = name, "is no scoped session"
+    if isinstance(name, str):
+        module, _, attribute = name.rpartition(".")
+        try:
+            found = getattr(importlib.import_module(module), attribute)
+        except (ImportError, AttributeError, ValueError) as error:
+            what = f"cannot be found ({error})"
+    orm = sys.modules["sqlalchemy.orm"]
+    if not isinstance(found, orm.scoped_session):
+        raise ValueError(
+            f"the option tgstream.sessions names {name}, which {what}; give scoped "
+            "sessions, or their dotted names as myapp.model.DBSession"
+        )
+    return found
 
 
 class StreamConfigurationComponent(ConfigurationComponent):  # type: ignore[misc]

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import re
-import sys
 from collections.abc import Callable
-from functools import cache
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import tg
@@ -22,11 +20,12 @@ from webob import Response
 
 from . import _context
 from ._chunks import Plan
-from ._config import option
-from ._download import disposition
+from ._config import option, scoped_sessions
 from ._guard import Guard, send_off, watch_exit
+from ._headers import charset_in, set_headers
 from ._options import Format, Options, check
-from ._stream import Stream, is_iterable
+from ._source import is_iterable
+from ._stream import Stream
 
 if TYPE_CHECKING:
     from ._database import Database
@@ -34,8 +33,6 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-@overload
-def stream(format: F, /) -> F: ...
 @overload
 def stream(
     format: Format | type[Format] | None = None,
@@ -45,6 +42,8 @@ def stream(
     filename: str | None = None,
     charset: str | None = None,
 ) -> Callable[[F], F]: ...
+@overload
+def stream(function: F, /) -> F: ...
 def stream(
     format: Any = None,
     *,
@@ -100,7 +99,7 @@ def _streaming(caller: Any, function: Any, options: Options) -> Callable[..., An
     return call
 
 
-@cache
+@lru_cache
 def name_of(function: Any) -> str:
     """What a controller is called in messages: ``RootController.users``."""
     name: str = getattr(function, "__qualname__", repr(function))
@@ -112,10 +111,8 @@ def name_of(function: Any) -> str:
 
 def install() -> None:
     """Register the hooks with TG, once, however often its milestones are reset."""
-    for name, hook in (
-        ("before_render", _before_render),
-        ("after_wsgi_middlewares", Guard),
-    ):
+    hooks = {"before_render": _before_render, "after_wsgi_middlewares": Guard}
+    for name, hook in hooks.items():
         tg.hooks.disconnect(name, hook)
         tg.hooks.register(name, hook)
 
@@ -131,21 +128,19 @@ def _before_render(remainder: Any, params: Any, output: Any) -> None:
 def _start(stream: Stream, tg_locals: Any) -> None:
     """Start the stream inside the request, up to its first chunk."""
     stream._claim()
-    function, options = (
-        stream.controller or _dispatched(tg_locals.request),
-        stream.options,
-    )
+    options = stream._options
+    function = stream._controller or _dispatched(tg_locals.request)
 
     def exposed() -> Any:
         return Decoration.get_decoration(function).lookup_template_engine(tg_locals)
 
     def charset() -> str:
         asked = options.charset or tg_locals.response.charset
-        return asked or _charset_in(exposed()[0]) or "utf-8"
+        return asked or charset_in(exposed()[0]) or "utf-8"
 
     if tg_locals.request.method == "HEAD":
         stream._discard()
-        _set_headers(tg_locals.response, exposed, options)
+        set_headers(tg_locals.response, exposed, options)
         return
     database = _database_of(tg_locals)
     plan = _plan(options, name_of(function), charset, tg_locals.config)
@@ -156,7 +151,7 @@ def _start(stream: Stream, tg_locals: Any) -> None:
             _tm_enabled(tg_locals), lambda: _vetoed(tg_locals, tg_locals.response)
         )
     body.prime(lambda answer: _vetoed(tg_locals, answer))
-    _set_headers(tg_locals.response, exposed, options)
+    set_headers(tg_locals.response, exposed, options)
     send_off(tg_locals.response, stream)
 
 
@@ -207,7 +202,7 @@ def _vetoed(tg_locals: Any, response: Any) -> bool:
 def _database_of(tg_locals: Any) -> Database | None:
     """The stream's sessions and transaction, in an application that has any."""
     config = tg_locals.config
-    scoped = _scoped_sessions(config)
+    scoped = scoped_sessions(config)
     if not scoped and not _tm_enabled(tg_locals):
         return None
     module = _database_module()
@@ -217,66 +212,7 @@ def _database_of(tg_locals: Any) -> Database | None:
     return database
 
 
-@cache
+@lru_cache
 def _database_module() -> Any:
     """Imported where an application has sessions or transactions, and only there."""
     return importlib.import_module("tgstream._database")
-
-
-def _scoped_sessions(config: Any) -> list[Any]:
-    """The application's scoped sessions, TG's own first."""
-    orm = sys.modules.get("sqlalchemy.orm")
-    if orm is None:
-        return []
-    found: list[Any] = []
-    for scoped in (config.get("SQLASession"), config.get("DBSession")):
-        if isinstance(scoped, orm.scoped_session) and scoped not in found:
-            found.append(scoped)
-    if config.get("tgstream.sessions"):
-        found += map(_resolve, option(config, "tgstream.sessions"))
-    return found
-
-
-@cache
-def _resolve(name: Any) -> Any:
-    """A scoped session of the option ``tgstream.sessions``: an object, or a name."""
-    if not isinstance(name, str):
-        return name
-    module, _, attribute = name.rpartition(".")
-    try:
-        return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(
-            f"the option tgstream.sessions names {name}, which cannot be found "
-            f"({error}); give the dotted name of a scoped session, as "
-            "myapp.model.DBSession"
-        ) from error
-
-
-# The headers.
-
-
-def _charset_in(content_type: str | None) -> str | None:
-    match = re.search(r"charset=[\"']?([^\s;\"']+)", content_type or "")
-    return match and match[1]
-
-
-def _set_headers(response: Any, exposed: Any, options: Options) -> None:
-    """The stream's headers, where the user has set none."""
-    if options.filename is not None and "Content-Disposition" not in response.headers:
-        response.headers["Content-Disposition"] = disposition(options.filename)
-    if options.format is None and options.charset is None:
-        return  # TG itself sets what @expose says
-    if response.content_type is None:
-        _set_content_type(response, exposed(), options.format)
-    if options.charset is not None:
-        response.charset = options.charset
-
-
-def _set_content_type(response: Any, exposed: Any, format: Format | None) -> None:
-    content_type, engine, template = exposed[:3]
-    if format is not None and (content_type == "text/html" or engine or template):
-        content_type = format.content_type
-    response.headers["Content-Type"] = content_type
-    if content_type.startswith("text/") and _charset_in(content_type) is None:
-        response.charset = "utf-8"

@@ -112,6 +112,7 @@ class Database:
         self.manager = Manager(self.members.values())
         self._outer_database: Database | None = None
         self._outer_manager: Any = None
+        self._counterparts: list[tuple[Registry, Session]] = []
 
     def bind(self, record: Record) -> None:
         """Put the stream's sessions and transaction in place of the thread's."""
@@ -137,6 +138,13 @@ class Database:
         if member is None:
             member = self.adopt(registry, registry.createfunc())
         return member.session
+
+    def counterpart(self, session: Session) -> Session:
+        """The stream's session in place of the request's; another as it is."""
+        for registry, outer in self._counterparts:
+            if outer is session:
+                return self.session(registry)
+        return session
 
     def adopt(self, registry: Registry, session: Session) -> Member:
         """Make ``session`` the stream's."""
@@ -228,6 +236,7 @@ class Database:
         """
         manager = transaction.manager.manager
         sources = [(each, each.outer()) for each in self.registries if each.outer.has()]
+        self._counterparts = sources
         if sources or not tm_enabled or not is_empty(manager):
             commits = tm_enabled and not (manager.isDoomed() or vetoed())
             self._move(sources, manager.commit if commits else manager.abort, commits)

@@ -6,26 +6,22 @@ Rule: here is what a user holds in hand; what happens to it is told in ``_body``
 from __future__ import annotations
 
 import builtins
-import io
-import sys
 import threading
 import weakref
-from collections.abc import Iterator, Mapping
-from contextlib import suppress
-from types import GeneratorType
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from . import _context
 from ._body import Body
 from ._chunks import Plan
 from ._options import Format, Options, StreamError, check
+from ._source import claim, is_iterable, source_of
 
 if TYPE_CHECKING:
     from ._database import Database
 
 
 _KEY = "tgstream.stream"
-_served: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 class Stream:
@@ -80,9 +76,9 @@ class Stream:
     def _hold(self, items: Any, options: Options, controller: Any) -> None:
         self._body: Body | None = None
         self._claimed = threading.Lock()
-        self._source = _source(items, options)
-        self.options = options
-        self.controller = controller
+        self._source = source_of(items, options.format is None)
+        self._options = options
+        self._controller = controller
 
     @property
     def items(self) -> int:
@@ -121,7 +117,7 @@ class Stream:
 
     def _claim(self) -> None:
         """Take the stream for one request; the second to ask gets an error."""
-        if not self._claimed.acquire(blocking=False) or not _claim_source(self._source):
+        if not self._claimed.acquire(blocking=False) or not claim(self._source):
             raise StreamError(
                 "a Stream, and the generator in it, serves one request and was given "
                 "to a second; make it anew in each, and no @cached on its controller"
@@ -140,58 +136,6 @@ class Stream:
         self._source = None
         if close is not None:
             close()
-
-
-BLOCK = 65536
-"""Bytes of a file that make an item."""
-
-
-class _Blocks:
-    """An open binary file in blocks; a file's own iterator would seek line ends."""
-
-    def __init__(self, file: Any) -> None:
-        self._file = file
-        self.close = file.close
-
-    def __iter__(self) -> Iterator[Any]:
-        while block := self._file.read(BLOCK):
-            yield block
-
-
-def _source(items: Any, options: Options) -> Any:
-    """What the items are taken from, in the stream's own transaction."""
-    if isinstance(items, GeneratorType):
-        return items
-    if options.format is None and hasattr(items, "read"):
-        return items if isinstance(items, io.TextIOBase) else _Blocks(items)
-    engine = sys.modules.get("sqlalchemy.engine")
-    if engine is not None and isinstance(
-        items, engine.Result | engine.ScalarResult | engine.MappingResult
-    ):
-        items.close()
-        raise StreamError(
-            "a Result that the controller's body ran belongs to the request's "
-            "transaction, which ends before the first item is taken: run the statement "
-            "inside a generator"
-        )
-    return items
-
-
-def _claim_source(source: Any) -> bool:
-    if not isinstance(source, Iterator):
-        return True
-    if source in _served:
-        return False
-    with suppress(TypeError):  # no weak reference to it: a second finds it used up
-        _served.add(source)
-    return True
-
-
-def is_iterable(value: Any) -> bool:
-    """True for what can be streamed: any iterable but text, bytes and mappings."""
-    if isinstance(value, str | bytes | bytearray | memoryview | Mapping):
-        return False
-    return hasattr(value, "__iter__")
 
 
 def current_stream() -> Stream:

@@ -1,0 +1,84 @@
+"""What does tgstream cost a request that does not stream?
+
+Each application runs in processes of its own, ``python -m tests.benchmarks.untouched
+plain FOLDER``, so that the plain ones have never imported tgstream. What two plain
+processes differ by is the noise of it: within that, nothing is measurable.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from statistics import median
+from time import process_time
+
+from .apps import App, environ, make_app, start_response
+from .measure import Result
+
+
+class Worker:
+    """A process that makes requests to an application, whenever it is told to."""
+
+    def __init__(self, way: str, folder: Path) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", f"{__package__}.untouched", way, str(folder)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.times: list[float] = []
+
+    def measure(self, count: int) -> None:
+        """Make ``count`` requests, and keep the CPU microseconds of one."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        print(count, file=self._process.stdin, flush=True)
+        self.times.append(float(self._process.stdout.readline()))
+
+    def stop(self) -> float:
+        """End it, and return the median of what was measured."""
+        self._process.communicate()
+        return median(self.times[1:])
+
+
+def work(app: App) -> None:
+    for line in sys.stdin:
+        count = int(line)
+        start = process_time()
+        for _ in range(count):
+            body = app(environ("/page"), start_response)
+            b"".join(body)
+            body.close()
+        print((process_time() - start) / count * 1e6, flush=True)
+
+
+def run(folder: Path, quick: bool) -> list[Result]:
+    """A page of the same application, in processes with tgstream and without."""
+    processes, rounds, count = (2, 5, 300) if quick else (6, 15, 1000)
+    workers = [
+        (Worker("plain", folder), Worker("plain", folder), Worker("tgstream", folder))
+        for _ in range(processes)
+    ]
+    for _ in range(rounds):
+        for each in workers:
+            for worker in each:
+                worker.measure(count)
+    times = [[worker.stop() for worker in each] for each in workers]
+    print(times)
+    noise = median(abs(again / plain - 1) for plain, again, _ in times)
+    plain = median(time for each in times for time in each[:2])
+    ours = median(each[2] for each in times)
+    return [
+        Result(
+            "a request that does not stream (limit: the noise)",
+            f"{plain:.3g} us",
+            f"{ours:.3g} us",
+            ours / plain,
+            1 + noise,
+        )
+    ]
+
+
+if __name__ == "__main__":
+    way, folder = sys.argv[1:]
+    work(make_app(way == "tgstream", Path(folder)))

@@ -1,0 +1,114 @@
+"""The ladder of modules, who may import what, and the only door."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import tgstream
+
+FOLDER = Path(tgstream.__file__).parent
+LADDER = {
+    "_options": set(),
+    "_config": set(),
+    "_headers": {"_options"},
+    "_source": {"_options", "_thread"},
+    "_thread": {"_database"},  # for a type alone
+    "_report": set(),
+    "_transaction": set(),
+    "_context": {"_thread"},
+    "_database": {"_thread", "_transaction"},
+    "_chunks": {"_options"},
+    "_body": {"_chunks", "_context", "_database", "_options", "_report", "_thread"},
+    "_stream": {"_body", "_chunks", "_context", "_database", "_options", "_source"},
+    "_guard": {"_body", "_stream"},
+    "_controller": {
+        *("_chunks", "_config", "_context", "_database"),
+        *("_guard", "_headers", "_options", "_source", "_stream"),
+    },
+    "__init__": {"_config", "_controller", "_options", "_report", "_stream"},
+}
+MAY_TOUCH = {
+    "transaction": {"_database", "_transaction"},
+    "sqlalchemy": {"_database", "_registry", "_source", "_transaction"},
+    "zope": set[str](),
+    "tg.request_local": {"_context", "_thread"},
+}
+RESERVED = {"model", "lib", "helpers", "controllers", "bootstrap", "public", "partials"}
+
+
+def tree(module: str) -> ast.Module:
+    return ast.parse((FOLDER / f"{module}.py").read_text())
+
+
+def imports(module: str) -> set[str]:
+    """The dotted names that a module imports, its own package's with a leading dot."""
+    found = set()
+    for node in ast.walk(tree(module)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level:
+            names = [node.module] if node.module else [a.name for a in node.names]
+            found |= {f".{name}" for name in names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def test_ladder_names_every_module() -> None:
+    """A new module has its place, or an argument, before it has code."""
+    assert {path.stem for path in FOLDER.glob("*.py")} == LADDER.keys()
+
+
+@pytest.mark.parametrize("module", LADDER)
+def test_module_imports_only_what_is_below_it(module: str) -> None:
+    """The ladder, as it is written above."""
+    below = {name[1:] for name in imports(module) if name.startswith(".")}
+    assert below <= LADDER[module]
+
+
+@pytest.mark.parametrize("package", MAY_TOUCH)
+def test_only_one_rung_touches(package: str) -> None:
+    """What TG and the database keep of a thread is touched in one place each."""
+    touching = {
+        module
+        for module in LADDER
+        for name in imports(module)
+        if name == package or name.startswith(f"{package}.")
+    }
+    assert touching <= MAY_TOUCH[package]
+
+
+def test_all_is_a_literal_of_what_can_be_imported() -> None:
+    """The only door lists what it hands on, and TG's plug finds none of its names."""
+    assigned = next(
+        node
+        for node in tree("__init__").body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
+    )
+    assert ast.literal_eval(assigned.value) == tgstream.__all__
+    assert tgstream.__all__ == sorted(tgstream.__all__)
+    assert all(hasattr(tgstream, name) for name in tgstream.__all__)
+    assert not RESERVED & {*tgstream.__all__, *LADDER}
+
+
+@pytest.mark.parametrize("module", LADDER)
+def test_module_opens_with_its_rule(module: str) -> None:
+    """A module says what it is, and its rule; and neither it nor a function is long."""
+    docstring = ast.get_docstring(tree(module)) or ""
+    assert module == "__init__" or "\n\nRule: " in docstring
+    assert len((FOLDER / f"{module}.py").read_text().splitlines()) <= 250
+    for node in ast.walk(tree(module)):
+        if isinstance(node, ast.FunctionDef):
+            length = (node.end_lineno or 0) - node.lineno + 1
+            text = ast.get_docstring(node, clean=False) or ""
+            assert length - text.count("\n") - bool(text) <= 40, node.name
+
+
+@pytest.mark.parametrize("name", tgstream.__all__)
+def test_public_name_has_a_docstring_of_its_own(name: str) -> None:
+    """The first sentence is whole."""
+    first, _, _ = (getattr(tgstream, name).__doc__ or "").partition("\n")
+    assert first.endswith(".")

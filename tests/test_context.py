@@ -1,0 +1,218 @@
+"""TG's request and context in every pull, and nothing of it in between."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import tg
+from tg import TGController, expose
+from tg.configuration.auth import TGAuthMetadata
+from tg.i18n import ugettext as _
+from tg.request_local import config as tg_config
+from tg.request_local import context
+
+from tests.conftest import MakeApp, assert_clean, assert_thread_clean
+from tests.model import Model, User
+from tests.wsgi import Call
+from tgstream import current_stream, stream
+from tgstream._context import Context
+
+STACKS = [(True, False), (True, True), (False, False), (False, True)]
+
+
+def on_another_thread(function: Callable[[], Any]) -> Any:
+    """What ``function`` returns, or raises, on a thread of its own."""
+    outcome: list[Any] = []
+
+    def run() -> None:
+        try:
+            outcome.extend([True, function()])
+        except BaseException as error:
+            outcome.extend([False, error])
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    if not outcome[0]:
+        raise outcome[1]
+    return outcome[1]
+
+
+def everything() -> str:
+    """What a controller may read of its request, in one line."""
+    environ = tg.request.environ
+    rendered = tg.render_template({"name": "ada"}, "kajiki", "tests.templates.page")
+    return "|".join(
+        [
+            tg.request.path,
+            tg.request.params["who"],
+            tg.response.status,
+            str(tg.response.headers["X-Who"]),
+            tg.tmpl_context.who,
+            type(tg.app_globals._current_obj()).__name__,
+            tg.config["which"],
+            str(tg.session["who"]),
+            tg.cache.get_cache("test").get(
+                tg.request.params["who"], createfunc=lambda: "cached"
+            ),
+            _("text"),
+            tg.url("/other", {"a": 1}),
+            rendered.strip().splitlines()[-1],
+            str(environ["tg.locals"].request is tg.request._current_obj()),
+            str(current_stream().items),
+        ]
+    )
+
+
+EXPECTED = (
+    "/who|{0}|200 OK|{0}|{0}|AppGlobals|config|{0}|cached|text|/other?a=1|"
+    "<p>Hello ada, this is /who</p>|True|{1}"
+)
+
+
+def make_root() -> TGController:
+    class Root(TGController):
+        @expose(content_type="text/plain")
+        @stream
+        def who(self, who: str) -> Iterator[str]:
+            tg.response.headers["X-Who"] = who
+            tg.tmpl_context.who = who
+            tg.session["who"] = who
+            for _pull in range(4):
+                yield everything()
+
+    return Root()
+
+
+@pytest.mark.parametrize(("registry_streaming", "debug"), STACKS)
+def test_context_is_there_in_every_pull_on_any_thread(
+    make_app: MakeApp, registry_streaming: bool, debug: bool
+) -> None:
+    """Streams interleaved in any order, on any thread, each see their own request."""
+    app = make_app(
+        make_root(),
+        registry_streaming=registry_streaming,
+        debug=debug,
+        which="config",
+        renderers=["json", "kajiki"],
+        session__type="memory",
+        cache__enabled=True,
+    )
+    calls = {name: Call(app, f"/who?who={name}") for name in ("ada", "bob", "eve")}
+    order = [name for name in calls for _pull in range(4)]
+    random.Random(7).shuffle(order)
+    for index, name in enumerate(order):
+        call = calls[name]
+        chunk = on_another_thread(call.__next__) if index % 2 else next(call)
+        pulled = order[:index].count(name)
+        assert chunk.decode() == EXPECTED.format(name, pulled)
+        if not debug:  # TG's debugger calls the application only at the first pull
+            assert_thread_clean()
+    for call in calls.values():
+        assert list(call) == []
+        call.close()
+    assert_thread_clean()
+
+
+def test_identity_can_be_read_in_every_pull(make_app: MakeApp, model: Model) -> None:
+    """``request.identity['user']`` is neither detached nor expired."""
+
+    class AuthMetadata(TGAuthMetadata):
+        authenticate = None
+        def get_user(self, identity: Any, userid: str) -> User | None:
+            return model.DBSession.query(User).filter_by(name=userid).first()
+
+        def get_groups(self, identity: Any, userid: str) -> list[str]:
+            return ["readers"]
+
+        def get_permissions(self, identity: Any, userid: str) -> list[str]:
+            return ["read"]
+
+    class Root(TGController):
+        @expose(content_type="text/plain")
+        @stream
+        def me(self) -> Iterator[str]:
+            for _pull in range(3):
+                user = tg.request.identity["user"]
+                yield f"{user.name} {len(user.notes)} {tg.request.identity['groups']}"
+
+    model.seed("ada")
+    app = make_app(
+        Root(),
+        model,
+        sa_auth__enabled=True,
+        sa_auth__authmetadata=AuthMetadata(),
+        skip_authentication=True,
+    )
+    call = Call(app, "/me", REMOTE_USER="ada")
+    assert list(call) == [b"ada 0 ['readers']"] * 3
+    call.close()
+    assert_clean(model)
+
+
+def test_config_of_each_application_is_bound(make_app: MakeApp) -> None:
+    """With two applications in a process, a stream sees the one that it is of."""
+
+    class Root(TGController):
+        @expose(content_type="text/plain")
+        @stream
+        def which(self) -> Iterator[str]:
+            for _pull in range(2):
+                yield tg.config["which"]
+
+    root = Root()
+    calls = [Call(make_app(root, which=name), "/which") for name in ("one", "two")]
+    assert [next(call) for call in calls] == [b"one", b"two"]
+    assert [next(call) for call in calls] == [b"one", b"two"]
+    for call in calls:
+        call.close()
+
+
+def test_context_left_above_by_the_generator_is_removed(make_app: MakeApp) -> None:
+    """What a generator pushes and forgets does not stay on the thread."""
+
+    class Root(TGController):
+        @expose(content_type="text/plain")
+        @stream
+        def careless(self) -> Iterator[str]:
+            yield "a"
+            context._push_object(object())
+            tg_config._push_object(object())
+            yield "b"
+            yield tg.request.path
+
+    call = Call(make_app(Root()), "/careless")
+    assert next(call) == b"a"
+    assert next(call) == b"b"
+    assert_thread_clean()
+    assert next(call) == b"/careless"
+    call.close()
+
+
+def test_context_that_was_preserved_is_removed(make_app: MakeApp) -> None:
+    """TG's debugger marks what is on top of a stack; it goes all the same."""
+
+    class Root(TGController):
+        @expose(content_type="text/plain")
+        @stream
+        def preserved(self) -> Iterator[str]:
+            yield "a"
+            context._preserve_object()
+            tg_config._preserve_object()
+            yield "b"
+
+    call = Call(make_app(Root()), "/preserved")
+    assert list(call) == [b"a", b"b"]
+    call.close()
+    assert_thread_clean()
+
+
+def test_context_of_another_thread_is_not_there() -> None:
+    """Outside of a request there is no context to be had."""
+    with pytest.raises(TypeError, match="No object"):
+        on_another_thread(lambda: tg.request.path)
+    assert Context.__slots__

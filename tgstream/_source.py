@@ -1,0 +1,91 @@
+"""What the items of a stream are taken from.
+
+Rule: nothing is taken here; a source is looked at, claimed, and handed on.
+"""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from types import GeneratorType
+from typing import Any
+from weakref import WeakSet
+
+from ._options import StreamError
+from ._thread import thread
+
+
+def is_iterable(value: Any) -> bool:
+    """True for what can be streamed: any iterable but text, bytes and mappings."""
+    if isinstance(value, str | bytes | bytearray | memoryview | Mapping):
+        return False
+    return hasattr(value, "__iter__")
+
+
+BLOCK = 65536
+"""Bytes of a file that make an item."""
+
+
+class _Blocks:
+    """An open binary file in blocks; a file's own iterator would seek line ends."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+        self.close = file.close
+
+    def __iter__(self) -> Iterator[Any]:
+        while block := self._file.read(BLOCK):
+            yield block
+
+
+def source_of(items: Any, raw: bool) -> Any:
+    """What the items are taken from, in the stream's own transaction."""
+    if isinstance(items, GeneratorType):
+        return items
+    if raw and hasattr(items, "read"):
+        return items if isinstance(items, io.TextIOBase) else _Blocks(items)
+    if "sqlalchemy.orm" in sys.modules:
+        return _of_database(items)
+    return items
+
+
+def _of_database(items: Any) -> Any:
+    from sqlalchemy import engine, orm
+
+    if isinstance(items, engine.Result | engine.ScalarResult | engine.MappingResult):
+        items.close()
+        raise StreamError(
+            "a Result that the controller's body ran belongs to the request's "
+            "transaction, which ends before the first item is taken: run the statement "
+            "inside a generator"
+        )
+    return _Query(items) if isinstance(items, orm.Query) else items
+
+
+class _Query:
+    """A ``Query`` of the request, run in the stream's session when it is iterated."""
+
+    def __init__(self, query: Any) -> None:
+        self._query = query
+
+    def __iter__(self) -> Iterator[Any]:
+        query, database = self._query, thread.record.database
+        if database is not None:
+            query = query.with_session(database.counterpart(query.session))
+        return iter(query)
+
+
+_served: WeakSet[Any] = WeakSet()
+
+
+def claim(source: Any) -> bool:
+    """False if this very iterator has been given to a request before."""
+    if not isinstance(source, Iterator):
+        return True
+    if source in _served:
+        return False
+    with suppress(TypeError):  # no weak reference to it: a second finds it used up
+        _served.add(source)
+    return True
