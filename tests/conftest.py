@@ -6,6 +6,7 @@ import contextlib
 import gc
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,11 @@ MakeApp = Callable[..., Any]
 def postgresql(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The URL of a PostgreSQL database of its own, from a wheel and as any user."""
     folder = tmp_path_factory.mktemp("pg")
-    server = get_server(folder, cleanup_mode="delete")
+    server = get_server(folder, cleanup_mode="delete", start=False)
+    server.ensure_pgdata_inited()
+    with (folder / "postgresql.conf").open("a") as settings:
+        settings.write("max_prepared_transactions = 10\nfsync = off\n")
+    server.start()
     yield f"postgresql+psycopg://postgres@/postgres?host={quote(str(folder))}"
     server.cleanup()
 
@@ -158,12 +163,22 @@ def pool(model: Model) -> sa.QueuePool:
     return model.engine.pool
 
 
+@pytest.fixture(scope="session", autouse=True)
+def imports_are_frozen() -> None:
+    """Modules are no garbage: to look through them after every test takes seconds."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def nothing_is_left() -> Iterator[None]:
     """After every test, this thread carries nothing; cyclic garbage is no excuse."""
     yield
     gc.collect()
-    assert_thread_clean()
+    try:
+        assert_thread_clean()
+    finally:
+        context._object_stack().clear()  # so that the next test does not fail as well
 
 
 class LiveServer:
@@ -182,18 +197,27 @@ class LiveServer:
             self.log.append(line)
             if line.startswith("port "):
                 self.port = int(line.split()[1])
-                return
-        raise RuntimeError("".join(self.log))
+                break
+        else:
+            raise RuntimeError("".join(self.log))
+        # A pipe that nobody reads stops who writes to it.
+        self._reader = threading.Thread(
+            target=self.log.extend, args=[self.process.stdout]
+        )
+        self._reader.start()
 
     def stop(self) -> str:
-        """End the server, and return what it has written since it began to serve."""
+        """End the server, and return all that it has written."""
         self.process.terminate()
         try:
-            output, _ = self.process.communicate(timeout=10)
+            self.process.wait(timeout=10)
         except subprocess.TimeoutExpired:
             self.process.kill()
-            output, _ = self.process.communicate()
-        return output
+            self.process.wait()
+        self._reader.join()
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+        return "".join(self.log)
 
 
 @pytest.fixture

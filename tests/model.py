@@ -62,6 +62,7 @@ class Model(types.ModuleType):
 
     def init_model(self, engine: sa.Engine) -> None:
         """What TG calls, with the engine that it made of ``sqlalchemy.*``."""
+        self.engine.dispose()  # of the application made before, if a test makes two
         self.engine = engine
         self.DBSession.configure(bind=engine)
 

@@ -15,15 +15,20 @@ LADDER = {
     "_config": set(),
     "_headers": {"_options"},
     "_source": {"_options", "_thread"},
-    "_thread": {"_database"},  # for a type alone
-    "_report": set(),
+    "_thread": {"_database", "_registry"},  # for their types alone
+    "_cleanup": set(),
+    "_report": {"_body", "_chunks", "_options"},  # the body for a type alone
     "_transaction": set(),
     "_context": {"_thread"},
-    "_database": {"_thread", "_transaction"},
+    "_registry": {"_thread"},
+    "_database": {"_registry", "_thread", "_transaction"},
     "_chunks": {"_options"},
-    "_body": {"_chunks", "_context", "_database", "_options", "_report", "_thread"},
+    "_body": {
+        *("_chunks", "_cleanup", "_context", "_database"),
+        *("_options", "_report", "_thread"),
+    },
     "_stream": {"_body", "_chunks", "_context", "_database", "_options", "_source"},
-    "_guard": {"_body", "_stream"},
+    "_guard": {"_body", "_cleanup", "_database", "_report", "_stream"},
     "_controller": {
         *("_chunks", "_config", "_context", "_database"),
         *("_guard", "_headers", "_options", "_source", "_stream"),

@@ -123,6 +123,7 @@ def test_identity_can_be_read_in_every_pull(make_app: MakeApp, model: Model) -> 
 
     class AuthMetadata(TGAuthMetadata):
         authenticate = None
+
         def get_user(self, identity: Any, userid: str) -> User | None:
             return model.DBSession.query(User).filter_by(name=userid).first()
 

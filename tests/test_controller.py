@@ -24,6 +24,7 @@ from webtest import TestApp
 from tests.conftest import MakeApp
 from tests.wsgi import Call, get
 from tgstream import Report, Stream, StreamError, stream
+from tgstream._source import BLOCK
 
 
 class Words:
@@ -301,6 +302,46 @@ def test_file_is_read_in_blocks_and_closed(make_app: MakeApp) -> None:
     assert b"".join(blocks) == data
     assert len(blocks) == 4
     assert files[0].closed
+
+
+def test_file_serves_one_request(make_app: MakeApp) -> None:
+    """The second request for the same open file gets an error, and none of its data."""
+    file = io.BytesIO(b"data" * BLOCK)
+
+    class Root(TGController):
+        @expose(content_type="application/octet-stream")
+        @stream
+        def file(self) -> Any:
+            return file
+
+    app = make_app(Root(), trace_errors__enable=False)
+    first = Call(app, "/file")
+    with pytest.raises(StreamError, match="was given to a second"):
+        Call(app, "/file")
+    assert first.read() == b"data" * BLOCK
+
+
+def test_iterator_without_a_hash_streams(make_app: MakeApp) -> None:
+    """What can be iterated is claimed by what it is, not by what it equals."""
+
+    class Odd:
+        def __eq__(self, other: object) -> bool:
+            return True
+
+        def __iter__(self) -> Iterator[str]:
+            return self
+
+        def __next__(self) -> str:
+            raise StopIteration
+
+    class Root(TGController):
+        @expose()
+        @stream
+        def odd(self) -> Any:
+            return Odd()
+
+    app = make_app(Root())
+    assert [get(app, "/odd").status for _request in range(2)] == ["200 OK"] * 2
 
 
 def test_text_file_is_read_by_lines_and_closed(make_app: MakeApp) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import logging
+import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -13,10 +14,11 @@ import tg
 from tg import TGController, abort, expose, flash, redirect
 from tg.appwrappers.base import ApplicationWrapper
 
+import tgstream
 from tests.conftest import MakeApp, assert_clean, assert_thread_clean
-from tests.model import Model, User
+from tests.model import Model
 from tests.wsgi import Call, get
-from tgstream import Report, stream
+from tgstream import Report, StreamError, current_stream, stream
 
 TRACED = {"debug": False, "trace_errors__enable": True}
 UNTRACED = {"debug": False, "trace_errors__enable": False}
@@ -28,6 +30,7 @@ WIRINGS = [
         [("streaming", True), ("buffered", False)],
     )
 ]
+WIRINGS.append(pytest.param({**TRACED, "make_body_seekable": True}, id="seekable"))
 
 
 def root() -> TGController:
@@ -51,6 +54,22 @@ def root() -> TGController:
         @stream
         def words(self) -> Iterator[str]:
             yield "one"
+            yield "two"
+
+        @expose(content_type="text/plain")
+        @stream
+        def stop(self) -> Iterator[str]:
+            yield "one"
+            current_stream().close()
+            yield "two"
+            yield "three"
+
+        @expose(content_type="text/plain")
+        @stream
+        def log(self) -> Iterator[str]:
+            yield "one"
+            tg.request.environ["wsgi.errors"].write("a line")
+            tg.request.environ["wsgi.errors"].flush()
             yield "two"
 
         @expose()
@@ -98,8 +117,9 @@ def test_failure_breaks_without_a_database(
     make_app: MakeApp, wiring: dict[str, Any]
 ) -> None:
     """Without TG's generator for the database session it is the same."""
-    for app in (app := make_app(root(), **wiring)), unplugged(app):
-        call = Call(app, "/fail")
+    app = make_app(root(), tm__enabled=False, **wiring)
+    for each in app, unplugged(app):
+        call = Call(each, "/fail")
         assert [next(call), next(call)] == [b"one", b"two"]
         with pytest.raises(LookupError, match="no third"):
             next(call)
@@ -120,30 +140,23 @@ def test_guard_holds_on_a_lenient_server(
     assert call.starts == 1
 
 
+BUFFERED = {"registry_streaming": False}
+
+
 @pytest.mark.parametrize(
     ("wiring", "appended", "broken"),
     [
         pytest.param(TRACED, b"Internal Server Error", True, id="traced"),
-        pytest.param(
-            {**TRACED, "registry_streaming": False},
-            b"Internal Server Error",
-            False,
-            id="traced-buffered",
-        ),
-        pytest.param(DEBUGGED, b"<!DOCTYPE", True, id="debugged"),
-        pytest.param(
-            {**DEBUGGED, "registry_streaming": False},
-            b"<!DOCTYPE",
-            False,
-            id="debugged-buffered",
-        ),
+        pytest.param(TRACED | BUFFERED, b"Internal Server Error", False, id="buffered"),
+        pytest.param(DEBUGGED, b"<!DOCTYPE", False, id="debugged"),
         pytest.param(UNTRACED, b"", True, id="untraced"),
     ],
 )
 def test_unplugged_on_a_lenient_server_has_foreign_text(
     make_app: MakeApp, wiring: dict[str, Any], appended: bytes, broken: bool
 ) -> None:
-    """Left open without the plug: backlash's text, and maybe a whole transfer."""
+    """Left open without the plug: backlash's text, and with it even a whole transfer
+    where ``debug`` is on or ``registry_streaming`` is off; the plug closes both."""
     call = Call(unplugged(make_app(root(), **wiring)), "/fail", lenient=True)
     received = [next(call), next(call)]
     error: BaseException | None = None
@@ -155,3 +168,422 @@ def test_unplugged_on_a_lenient_server_has_foreign_text(
     assert appended in b"".join(received[2:])
     assert bool(appended) == bool(received[2:])
     assert (error is not None) is broken
+
+
+def test_failure_is_told_to_backlash(make_app: MakeApp) -> None:
+    """Who asked TG for error reports gets one, with the request it belongs to."""
+    told = []
+
+    class Reporter:
+        def report(self, traceback: Any) -> None:
+            told.append((traceback.exception, traceback.context["request"].path))
+
+    app = make_app(root(), trace_errors__reporters=[Reporter()])
+    for each in app, unplugged(app):
+        call = Call(each, "/fail")
+        with pytest.raises(LookupError):
+            call.read()
+    assert told == [("LookupError: no third", "/fail")] * 2
+
+
+def test_unplugged_application_is_told_so_once(
+    make_app: MakeApp, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One line in the log says what is missing and how to mend it."""
+    app = make_app(root())
+    assert get(app, "/words").text == "onetwo"
+    assert caplog.messages == []
+    for _ in range(2):
+        assert get(unplugged(app), "/words").text == "onetwo"
+    (line,) = caplog.messages
+    assert "tgstream.plugme(base_config)" in line
+
+
+@pytest.mark.parametrize("wiring", WIRINGS)
+def test_guard_lets_ordinary_responses_be(
+    make_app: MakeApp, wiring: dict[str, Any]
+) -> None:
+    """A page, a missing page and a failing one are what they are without the guard."""
+    app = make_app(root(), **wiring)
+    assert get(app, "/plain").text == "plain"
+    assert get(app, "/missing").status == "404 Not Found"
+    if wiring.get("trace_errors__enable") is False:
+        with pytest.raises(LookupError):
+            Call(app, "/crash", checked=False)
+    else:
+        assert get(app, "/crash").status == "500 INTERNAL SERVER ERROR"
+    assert get(app, "/plain").text == "plain"  # TG's debug mode keeps a context so long
+
+
+class Shouting(ApplicationWrapper):
+    """Takes a response's body into one of its own, as compression does."""
+
+    def __call__(self, controller: Any, environ: Any, context: Any) -> Any:
+        response = self.next_handler(controller, environ, context)
+        response.app_iter = shout(response.app_iter)
+        return response
+
+
+def shout(app_iter: Iterable[bytes]) -> Iterator[bytes]:
+    try:
+        for chunk in app_iter:
+            yield chunk.upper()
+    finally:
+        if hasattr(app_iter, "close"):
+            app_iter.close()
+
+
+def wrapping(wrapper: Any) -> Any:
+    """What plugs tgstream, and ``wrapper`` beside it."""
+
+    def plug(base_config: Any) -> None:
+        tgstream.plugme(base_config)
+        base_config.register_application_wrapper(wrapper)
+
+    return plug
+
+
+@pytest.mark.parametrize("wiring", WIRINGS)
+def test_wrapped_body_is_a_stream_all_the_same(
+    make_app: MakeApp, reports: list[Report], wiring: dict[str, Any]
+) -> None:
+    """An application wrapper that takes the body into its own changes nothing else."""
+    app = make_app(root(), plug=wrapping(Shouting), **wiring)
+    call = Call(app, "/words")
+    assert "Content-Length" not in call.headers
+    assert next(call) == b"ONE"
+    assert_thread_clean()
+    assert next(call) == b"TWO"
+    assert_thread_clean()
+    assert call.read() == b""
+    call = Call(app, "/fail")
+    assert [next(call), next(call)] == [b"ONE", b"TWO"]
+    with pytest.raises(LookupError):
+        next(call)
+    call.close()
+    assert [report.reason for report in reports] == ["completed", "failed"]
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_replaced_body_ends_the_stream(
+    make_app: MakeApp, reports: list[Report], kept: bool
+) -> None:
+    """An application wrapper that answers something else leaves no stream open, not
+    even one that somebody still holds."""
+    held = []
+
+    class Replacing(ApplicationWrapper):
+        def __call__(self, controller: Any, environ: Any, context: Any) -> Any:
+            response = self.next_handler(controller, environ, context)
+            if kept:
+                held.append(response.app_iter)
+            response.text = "another"
+            return response
+
+    call = get(make_app(root(), plug=wrapping(Replacing)), "/words")
+    assert call.text == "another"
+    assert call.headers["Content-Length"] == "7"
+    assert [report.reason for report in reports] == ["disconnected"]
+
+
+class Joining(ApplicationWrapper):
+    """Reads the whole body inside the application, as one that minifies would."""
+
+    def __call__(self, controller: Any, environ: Any, context: Any) -> Any:
+        response = self.next_handler(controller, environ, context)
+        response.body = response.body + b"!"
+        return response
+
+
+def test_body_read_inside_the_application_is_whole(
+    make_app: MakeApp, sqlite_model: Model, reports: list[Report]
+) -> None:
+    """What an application wrapper reads is the whole of it, or an error."""
+    app = make_app(
+        root(), sqlite_model, plug=wrapping(Joining), trace_errors__enable=False
+    )
+    call = get(app, "/words")
+    assert (call.text, call.headers["Content-Length"]) == ("onetwo!", "7")
+    for path, error in ("/fail", LookupError), ("/stop", StreamError):
+        with pytest.raises(error):
+            Call(app, path, checked=False)
+    ends = [report.reason for report in reports]
+    assert ends == ["completed", "failed", "disconnected"]
+    assert_clean(sqlite_model)
+
+
+class Forwarding:
+    """A WSGI middleware that reports an error as PEP 3333 says: with ``exc_info``."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    def __call__(self, environ: Any, start_response: Any) -> Iterator[bytes]:
+        try:
+            yield from self.app(environ, start_response)
+        except LookupError:
+            start_response("500 Oh", [], sys.exc_info())
+            yield b"an error page"
+
+
+def test_guard_lets_a_correct_middleware_be(make_app: MakeApp) -> None:
+    """A second ``start_response`` with ``exc_info`` is for the server to decide."""
+
+    def plug(base_config: Any) -> None:
+        tgstream.plugme(base_config)
+        tg.hooks.register("before_wsgi_middlewares", Forwarding)
+
+    app = make_app(root(), plug=plug, trace_errors__enable=False)
+    try:
+        call = Call(app, "/crash", checked=False)
+        assert list(call) == [b"an error page"]
+        assert call.status == "500 Oh"
+        call = Call(app, "/fail", checked=False)
+        assert [next(call), next(call)] == [b"one", b"two"]
+        with pytest.raises(LookupError, match="no third"):
+            next(call)
+    finally:
+        tg.hooks.disconnect("before_wsgi_middlewares", Forwarding)
+
+
+def test_guard_lets_an_error_in_close_be(
+    make_app: MakeApp, reports: list[Report]
+) -> None:
+    """What a foreign body raises when it is closed is the server's to see."""
+
+    class Failing(ApplicationWrapper):
+        def __call__(self, controller: Any, environ: Any, context: Any) -> Any:
+            response = self.next_handler(controller, environ, context)
+            response.app_iter = failing(response.app_iter)
+            return response
+
+    def failing(app_iter: Iterable[bytes]) -> Iterator[bytes]:
+        try:
+            yield from app_iter
+        finally:
+            raise ValueError("no close")
+
+    app = make_app(root(), plug=wrapping(Failing), trace_errors__enable=False)
+    call = Call(app, "/words", checked=False)
+    next(call)
+    with pytest.raises(ValueError, match="no close"):
+        call.close()
+    call.drop()
+    assert [report.reason for report in reports] == ["disconnected"]
+
+
+def test_unplugged_stream_may_use_the_error_log(make_app: MakeApp) -> None:
+    """``wsgi.errors`` is what it was, whatever tgstream listens for."""
+    call = get(unplugged(make_app(root())), "/log")
+    assert call.text == "onetwo"
+    assert call.errors.getvalue() == "a line"
+
+
+# Before the first chunk.
+
+
+def early(late: bool = False) -> TGController:
+    """Streams that do things before their first yield, or right after it."""
+
+    class ErrorController(TGController):
+        @expose()
+        def document(self) -> str:
+            return f"page {tg.response.status_int}"
+
+    class Root(TGController):
+        error = ErrorController()
+
+        @expose()
+        @stream
+        def abort(self) -> Iterator[str]:
+            abort(404)
+            yield "never"
+
+        @expose()
+        @stream
+        def redirect(self) -> Iterator[str]:
+            flash("moved")
+            redirect("/elsewhere")
+            yield "never"
+
+        @expose()
+        @stream
+        def fail(self) -> Iterator[str]:
+            raise LookupError("no first")
+            yield
+
+        @expose()
+        @stream
+        def set(self, *what: str) -> Iterator[str]:
+            if late:
+                yield "first"
+            if "header" in what:
+                tg.response.headers["X-Answer"] = "42"
+            if "cookie" in what:
+                tg.response.set_cookie("taste", "sweet")
+            if "status" in what:
+                tg.response.status = 202
+            if "session" in what:
+                tg.session["name"] = "ada"
+                tg.session.save()
+            if "flash" in what:
+                flash("well done")
+            yield "last"
+
+        @expose()
+        @stream
+        def missing(self) -> Iterator[str]:
+            tg.response.status = 404
+            yield "not"
+            yield "shown"
+
+        @expose()
+        def name(self) -> str:
+            return str(tg.session.get("name"))
+
+    return Root()
+
+
+SESSION = {"session__enabled": True, "session__type": "memory"}
+PAGES = {"errorpage__enabled": True, "errorpage__status_codes": [403, 404]}
+
+
+@pytest.mark.parametrize("wiring", WIRINGS)
+def test_response_before_the_first_chunk_is_an_ordinary_one(
+    make_app: MakeApp, reports: list[Report], wiring: dict[str, Any]
+) -> None:
+    """``abort`` and ``redirect`` work before the first yield, and report nothing."""
+    app = make_app(early(), **wiring)
+    assert get(app, "/abort").status == "404 Not Found"
+    call = get(app, "/redirect")
+    assert call.status == "302 Found"
+    assert call.headers["Location"].endswith("/elsewhere")
+    assert any("moved" in cookie for cookie in call.cookies)
+    assert reports == []
+
+
+@pytest.mark.parametrize("wiring", WIRINGS)
+def test_error_page_shows_before_the_first_chunk(
+    make_app: MakeApp, reports: list[Report], wiring: dict[str, Any]
+) -> None:
+    """The application's own page stands for ``abort``, and for an error."""
+    app = make_app(
+        early(), **PAGES, **wiring, errorpage__handle_exceptions=True, **SESSION
+    )
+    call = get(app, "/abort")
+    assert (call.status, call.text) == ("404 Not Found", "page 404")
+    assert reports == []
+    call = get(app, "/fail")
+    assert (call.status, call.text) == ("500 Internal Server Error", "page 500")
+    assert [report.reason for report in reports] == ["failed"]
+
+
+@pytest.mark.parametrize("wiring", WIRINGS)
+def test_error_before_the_first_chunk_is_a_server_error(
+    make_app: MakeApp, reports: list[Report], wiring: dict[str, Any]
+) -> None:
+    """Without a page of its own, an error is TG's 500, or the server's."""
+    app = make_app(early(), **wiring)
+    if wiring.get("trace_errors__enable") is False:
+        with pytest.raises(LookupError):
+            Call(app, "/fail", checked=False)
+    else:
+        assert get(app, "/fail").status == "500 INTERNAL SERVER ERROR"
+    assert [report.reason for report in reports] == ["failed"]
+    get(app, "/set")  # TG's debug mode keeps a context until the next request
+
+
+def test_error_page_for_a_status_ends_the_stream(
+    make_app: MakeApp, sqlite_model: Model, reports: list[Report]
+) -> None:
+    """When the page for the status that the generator set leaves, it is closed."""
+    call = get(make_app(early(), sqlite_model, **PAGES), "/missing")
+    assert (call.status, call.text) == ("404 Not Found", "page 404")
+    assert [report.reason for report in reports] == ["disconnected"]
+    assert_clean(sqlite_model)
+
+
+def test_change_before_the_first_chunk_arrives(
+    make_app: MakeApp, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A header, a cookie, a status, the session and a flash set in time are there."""
+    app = make_app(early(), **SESSION)
+    call = get(app, "/set/header/cookie/status/session/flash")
+    assert (call.status, call.text) == ("202 Accepted", "last")
+    assert call.headers["X-Answer"] == "42"
+    cookies = [cookie.partition(";")[0].strip() for cookie in call.cookies]
+    assert "taste=sweet" in cookies
+    assert any(c.startswith("webflash=") and "well" in c for c in cookies)
+    (session,) = [c for c in cookies if c.startswith("beaker.session.id=")]
+    assert get(app, "/name", HTTP_COOKIE=session).text == "ada"
+    assert caplog.messages == []
+
+
+@pytest.mark.parametrize(
+    ("what", "named"),
+    [
+        ("header", "header X-Answer"),
+        ("cookie", "header Set-Cookie"),
+        ("status", "status"),
+        ("session", "tg.session"),
+        ("flash", "header Set-Cookie"),
+        ("header/status/session", "header X-Answer, status, tg.session"),
+    ],
+)
+def test_change_after_the_first_chunk_is_warned_of_once(
+    make_app: MakeApp, caplog: pytest.LogCaptureFixture, what: str, named: str
+) -> None:
+    """What cannot reach the client any more is named in one warning, at the end."""
+    app = make_app(early(late=True), **SESSION)
+    assert get(app, f"/set/{what}").text == "firstlast"
+    (line,) = caplog.messages
+    assert f"the client cannot see it: {named};" in line
+
+
+def test_session_in_use_is_not_warned_of(
+    make_app: MakeApp, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A session that the stream only reads, or that was saved in time, is no change."""
+
+    class Root(TGController):
+        @expose()
+        @stream
+        def read(self) -> Iterator[str]:
+            tg.session["visits"] = 1
+            tg.session.save()
+            yield "one"
+            yield str(tg.session["visits"])
+
+    assert get(make_app(Root(), **SESSION), "/read").text == "one1"
+    assert caplog.messages == []
+
+
+# HEAD.
+
+
+def test_head_runs_nothing(
+    make_app: MakeApp, reports: list[Report], caplog: pytest.LogCaptureFixture
+) -> None:
+    """A HEAD request runs nothing of the generator, and neither logs nor reports."""
+    caplog.set_level(logging.DEBUG, "tgstream")
+    call = get(make_app(early()), "/abort", method="HEAD")
+    assert (call.status, call.text) == ("200 OK", "")
+    assert reports == []
+    assert [r for r in caplog.records if r.name == "tgstream"] == []
+
+
+def test_head_closes_an_open_file(make_app: MakeApp) -> None:
+    """A file that the controller has opened is closed, unread."""
+    files = []
+
+    class Root(TGController):
+        @expose(content_type="application/octet-stream")
+        @stream
+        def file(self) -> Any:
+            files.append(io.BytesIO(b"data"))
+            return files[-1]
+
+    app = make_app(Root())
+    assert get(app, "/file", method="HEAD").text == ""
+    assert get(app, "/file").text == "data"
+    assert [file.closed for file in files] == [True, True]

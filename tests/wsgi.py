@@ -57,7 +57,7 @@ class Call:
         self.starts += 1
         self.status = status
         self.headers = {name: value for name, value in headers}
-        self.cookies = [value for name, value in headers if name == "Set-Cookie"]
+        self.cookies = [v for name, v in headers if name.lower() == "set-cookie"]
         return sys.stderr.write
 
     pulled = False

@@ -7,7 +7,6 @@ the one before failed, and the first error is the one reported.
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -15,31 +14,14 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from webob.exc import HTTPException
 
 from ._chunks import Chunks, Plan, clock
+from ._cleanup import close, first_error
 from ._context import Context
 from ._options import StreamError
-from ._report import Report, tell
+from ._report import Outcome, cursor_ended, tell, tell_late, tell_left
 from ._thread import Record
 
 if TYPE_CHECKING:
     from ._database import Database
-
-log = logging.getLogger("tgstream")
-
-
-class Outcome:
-    """What the outside of the application must know of the stream that left it."""
-
-    __slots__ = ("error", "left", "started")
-
-    def __init__(self) -> None:
-        self.left = False
-        self.started = False
-        self.error: BaseException | None = None
-
-    def raise_error(self) -> None:
-        """Raise the stream's error again, where it was swallowed on the way out."""
-        if self.error is not None:
-            raise self.error
 
 
 class Body:
@@ -70,8 +52,8 @@ class Body:
         self._first: bytes | None = None
         self._closing: str | None = None
         self._ending = threading.Lock()
-        self._started = clock()
-        self._first_chunk_seconds: float | None = None
+        self.started = clock()
+        self.first_chunk_seconds: float | None = None
 
     def _bindings(self) -> tuple[Callable[[], Record], Callable[[Record], None]]:
         """What goes around a pull, made once: it is the most of a pull's cost."""
@@ -117,8 +99,8 @@ class Body:
     def _make_first(self) -> None:
         self._first = next(self._chunks, None)
         if self._first is not None:
-            self._count(self._first)
-            self._first_chunk_seconds = clock() - self._started
+            self.chunks, self.bytes = 1, len(self._first)
+            self.first_chunk_seconds = clock() - self.started
         if self._first is None or self.encoding.last:
             self._end("completed")
 
@@ -134,20 +116,21 @@ class Body:
         :meth:`close`, which is heard even when this one was never begun.
 
         :param owner: who must not be dropped while the server iterates.
+        :raises StreamError: when there is more than it may give.
         """
         chunk, self._first = self._first, None
-        if chunk is None:
+        if chunk is None and self.reason is None:
+            raise StreamError(f"{self.plan.controller} is iterated twice at once")
+        if chunk is not None and self.reason in (None, "completed"):
+            self._start_serving()
+            yield chunk
+        if self.reason == "completed":
             return
-        self._start_serving()
-        yield chunk
         chunks, bind, unbind = self._chunks, self._bind, self._unbind
-        while self.reason is None and self._closing is None:
-            if self.running:
-                raise StreamError(self._pulled_twice())
+        while True:
             self.running = True
-            if self._closing is not None:  # since the look above, by another thread
-                self.running = False
-                return self._close_if_asked()
+            if self._closing is not None:  # looked at after: it may be another thread's
+                self._refuse()
             record = bind()
             try:
                 chunk = next(chunks)
@@ -171,15 +154,14 @@ class Body:
             # TG took it away when the response left.
             self.context.environ["tg.locals"] = self.context.tg_locals
 
-    def _count(self, chunk: bytes) -> None:
-        self.chunks += 1
-        self.bytes += len(chunk)
-
-    def _pulled_twice(self) -> str:
-        return (
-            f"{self.plan.controller} is pulled by two threads at once: "
-            "a WSGI body is iterated by one at a time"
-        )
+    def _refuse(self) -> NoReturn:
+        """Let nobody who pulls a closed stream take what there was for the whole."""
+        self.running = False
+        self._close_if_asked()
+        error = StreamError(f"{self.plan.controller} was closed before its end")
+        if self.outcome is not None:
+            self.outcome.error = error
+        raise error
 
     def close(self, reason: str = "disconnected") -> None:
         """End the stream; while a pull runs elsewhere, when that pull returns."""
@@ -212,13 +194,8 @@ class Body:
             return
         if not self.plan.manual:
             self.database.settle()
-        elif any(left := self.database.left()):
-            log.warning(
-                "%s ended with %d new, %d changed and %d deleted objects that are not "
-                "committed, and aborts them: with commit='manual' only commit() stores",
-                self.plan.controller,
-                *left,
-            )
+        elif any(counts := self.database.left()):
+            tell_left(self.plan.controller, *counts)
 
     def _end_by_response(
         self, response: HTTPException, vetoed: Callable[[HTTPException], bool]
@@ -236,15 +213,7 @@ class Body:
     def _fail(self, error: BaseException) -> NoReturn:
         """End for an error, and raise it."""
         if self.database is not None and self.database.cursor_ended(error):
-            cause, error = (
-                error,
-                StreamError(
-                    f"{self.plan.controller}: a commit ended the transaction, and with "
-                    "it the cursor that the generator was reading from; fetch the rows "
-                    "first, read them in batches, or choose another commit"
-                ),
-            )
-            error.__cause__ = cause
+            error = cursor_ended(self.plan.controller, error)
         self._end("failed", error)
         raise error
 
@@ -254,72 +223,24 @@ class Body:
         if not self._ending.acquire(blocking=False):
             return
         self.reason = reason
-        steps = [self._close_items, self._close_source, self._release]
-        error = _first_error(steps, error)
+        closes = lambda: close(self._chunks), lambda: close(self._items)
+        error = first_error([*closes, self._close_source, self._release], error)
         if not silent:
-            _first_error([self._warn_if_late, lambda: self._report(error)], None)
-            _first_error([self._release], None)  # of what a hook made use of
+            first_error([lambda: tell_late(self), lambda: tell(self, error)])
+            first_error([self._release])  # of what a hook made use of
         if self.outcome is None:
             return  # still in the request: TG itself takes tg.locals away
+        self.outcome.body = None  # so that neither keeps the other
         if reason == "failed":
             self.outcome.error = error
         else:
             self.context.environ.pop("tg.locals", None)
 
-    def _close_items(self) -> None:
-        try:
-            _close(self._chunks)
-        finally:
-            _close(self._items)
-
     def _close_source(self) -> None:
         source, self._source = self._source, None
         if source is not self._items:
-            _close(source)
+            close(source)
 
     def _release(self) -> None:
         if self.database is not None:
             self.database.release(give_back=self._priming)
-
-    def _warn_if_late(self) -> None:
-        if self.late is not None and (names := self.late()):
-            log.warning(
-                "%s changed what had left with its first chunk, so that the client "
-                "cannot see it: %s; change it before the first yield",
-                self.plan.controller,
-                ", ".join(names),
-            )
-
-    def _report(self, error: BaseException | None) -> None:
-        tell(
-            Report(
-                reason=self.reason or "",
-                error=error,
-                controller=self.plan.controller,
-                path=self.context.tg_locals.request.path,
-                items=self.encoding.items,
-                chunks=self.chunks,
-                bytes=self.bytes,
-                seconds=clock() - self._started,
-                first_chunk_seconds=self._first_chunk_seconds,
-                commits=0 if self.database is None else self.database.manager.commits,
-            )
-        )
-
-
-def _first_error(
-    steps: list[Callable[[], None]], first: BaseException | None
-) -> BaseException | None:
-    """Run every step, whatever the one before raised."""
-    for step in steps:
-        try:
-            step()
-        except BaseException as error:
-            first = first or error
-    return first
-
-
-def _close(thing: Any) -> None:
-    close = getattr(thing, "close", None)
-    if close is not None:
-        close()

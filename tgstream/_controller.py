@@ -117,9 +117,6 @@ def install() -> None:
         tg.hooks.register(name, hook)
 
 
-milestones.config_ready.register(install, persist_on_reset=True)
-
-
 def _before_render(remainder: Any, params: Any, output: Any) -> None:
     if isinstance(output, Stream):
         _start(output, _context.current())
@@ -216,3 +213,7 @@ def _database_of(tg_locals: Any) -> Database | None:
 def _database_module() -> Any:
     """Imported where an application has sessions or transactions, and only there."""
     return importlib.import_module("tgstream._database")
+
+
+# At the end: where TG has reached the milestone already, it calls at once.
+milestones.config_ready.register(install, persist_on_reset=True)

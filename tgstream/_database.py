@@ -1,101 +1,28 @@
 """One stream's sessions and transaction: bind, flush, commit, roll back, release.
 
-Rule: only this file touches the thread's transaction manager and the scoped sessions.
+Rule: only this file touches the thread's transaction manager, and through their
+registries the scoped sessions.
 """
 
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
 import transaction
 
+from ._registry import Registry
+from ._registry import registry as registry  # for _controller, which imports this late
 from ._thread import Record, thread
 from ._transaction import Manager, Member, is_empty, never_again
 
 if TYPE_CHECKING:
-    from sqlalchemy.orm import Session, scoped_session
+    from sqlalchemy.orm import Session
 
 log = logging.getLogger("tgstream")
-
-
-_installing = threading.Lock()
 _warned: WeakSet[Any] = WeakSet()
-
-
-class Registry:
-    """A scoped session's registry, which hands a running stream its own session.
-
-    Everything that a ``scoped_session`` does goes through its registry, so that
-    nothing has to be exchanged around a pull, and no session exists before it is used.
-    """
-
-    def __init__(self, outer: Any) -> None:
-        self.outer = outer
-        self.createfunc: Callable[[], Session] = outer.createfunc
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.outer, name)
-
-    def __call__(self) -> Session:
-        record = thread.record
-        if record.database is not None:
-            return record.database.session(self)
-        record.shielded.discard(self)
-        session: Session = self.outer()
-        return session
-
-    def has(self) -> bool:
-        record = thread.record
-        if record.database is not None:
-            return self in record.database.members
-        return self not in record.shielded and self.outer.has()
-
-    def set(self, session: Session) -> None:
-        record = thread.record
-        if record.database is not None:
-            record.database.adopt(self, session)
-        else:
-            record.shielded.discard(self)
-            self.outer.set(session)
-
-    def clear(self) -> None:
-        record = thread.record
-        if record.database is not None:
-            record.database.forget(self)
-        elif self in record.shielded:
-            record.shielded.discard(self)
-        else:
-            self.outer.clear()
-
-    def shield(self) -> None:
-        """Keep the thread's own session over the next ``remove()`` on this thread.
-
-        TG's ``DBSessionRemoverMiddleware`` removes the session of the thread on which
-        a body is closed, for a dropped one maybe in the middle of another request.
-        """
-        if self.outer.has():
-            thread.record.shielded.add(self)
-
-    def remove(self) -> None:
-        """Close the thread's own session and take it off the thread."""
-        if self.outer.has():
-            session = self.outer()
-            self.outer.clear()
-            session.close()
-
-
-def registry(scoped: scoped_session[Any]) -> Registry:
-    """The registry of a scoped session that knows of streams, installed if need be."""
-    if isinstance(scoped.registry, Registry):
-        return scoped.registry
-    with _installing:
-        if not isinstance(scoped.registry, Registry):
-            scoped.registry = Registry(scoped.registry)  # type: ignore[assignment]
-        return scoped.registry  # type: ignore[return-value]
 
 
 class Database:
@@ -141,9 +68,9 @@ class Database:
 
     def counterpart(self, session: Session) -> Session:
         """The stream's session in place of the request's; another as it is."""
-        for registry, outer in self._counterparts:
+        for each, outer in self._counterparts:
             if outer is session:
-                return self.session(registry)
+                return self.session(each)
         return session
 
     def adopt(self, registry: Registry, session: Session) -> Member:
@@ -196,6 +123,8 @@ class Database:
 
     def cursor_ended(self, error: BaseException) -> bool:
         """True if ``error`` comes from a cursor that a commit has ended."""
+        if not self.members:
+            return False  # nor is there SQLAlchemy, maybe
         from sqlalchemy.exc import DBAPIError, ResourceClosedError
 
         if isinstance(error, DBAPIError):
@@ -209,13 +138,13 @@ class Database:
 
         :param give_back: whether the objects go back to the request's sessions first.
         """
-        errors: list[BaseException] = []
-        members = list(self.members.values())
-        if self.manager.idle and not members:
+        if self.manager.idle and not self.members:
             return
-        steps = [self.manager.abort, *(member.release for member in members)]
+        errors: list[BaseException] = []
+        steps = [self.manager.abort, *(each.release for each in self.members.values())]
         if give_back:
-            steps.insert(1, self._give_back)
+            unchanged = self._take(lambda member: member.unchanged)
+            steps.insert(1, lambda: self._give_back(unchanged))
         for step in steps:
             try:
                 step()
@@ -252,12 +181,7 @@ class Database:
         for _, session in sources:
             session.flush() if commits else session.rollback()
         moved = [(each, session, _take(session)) for each, session in sources]
-        try:
-            end()
-        except BaseException:
-            for _, session, objects in moved:
-                session.add_all(objects)
-            raise
+        end()
         for each, session, objects in moved:
             if objects:
                 self.session(each).add_all(objects)
@@ -265,13 +189,26 @@ class Database:
                 session.rollback()
                 self.session(each).expire_all()
 
-    def _give_back(self) -> None:
-        """Move the stream's objects into the request's sessions."""
+    def _take(
+        self, which: Callable[[Member], bool]
+    ) -> list[tuple[Registry, list[Any]]]:
+        return [
+            (each, _take(member.session))
+            for each, member in self.members.items()
+            if which(member)
+        ]
+
+    def _give_back(self, unchanged: list[tuple[Registry, list[Any]]]) -> None:
+        """Move the stream's objects into the request's sessions.
+
+        :param unchanged: those that keep their values over an abort.
+        """
         record = thread.record
+        aborted = self._take(lambda member: True)
         self.unbind(record)
         try:
-            for each, member in self.members.items():
-                if objects := _take(member.session):
+            for each, objects in unchanged + aborted:
+                if objects:
                     each.outer().add_all(objects)
         finally:
             self.bind(record)

@@ -8,12 +8,18 @@ and ends a failed body as if it were whole.
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Callable, Iterator
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ._body import Body, Outcome
+from ._body import Body
+from ._cleanup import close
+from ._report import Outcome
 from ._stream import Stream
+
+if TYPE_CHECKING:
+    from ._database import Database
 
 log = logging.getLogger("tgstream")
 KEY = "tgstream.guard"
@@ -50,7 +56,7 @@ class Guard:
     def __call__(self, environ: dict[str, Any], start_response: Any) -> Any:
         environ[KEY] = outcome = _Exit(start_response)
         body = self.app(environ, outcome.start_response)
-        if outcome.left or not outcome.responded:
+        if outcome.body is not None or not outcome.responded:
             return _Guarded(body, outcome)  # the debugger begins only with its body
         return body
 
@@ -65,9 +71,12 @@ class _Guarded:
         self._outcome.raise_error()
 
     def close(self) -> None:
-        close = getattr(self._body, "close", None)
-        if close is not None:
-            close()
+        try:
+            close(self._body)
+        except ValueError:
+            # TG's generators refuse while another thread pulls; the stream does not.
+            if not self._outcome.close():
+                raise
 
 
 class _Alarm:
@@ -131,22 +140,38 @@ def watch_exit(environ: dict[str, Any], body: Body) -> None:
 class _Leaving:
     """A response that takes its stream along when it leaves the application."""
 
-    tgstream: Stream
+    tgstream: weakref.ref[Stream]
 
     def __call__(self, environ: dict[str, Any], start_response: Any) -> Any:
         response: Any = self
-        stream = self.tgstream
-        if response.app_iter is not stream:
-            return response._plain(environ, start_response)
+        stream, app_iter = response.tgstream(), response.app_iter
+        if stream is None or isinstance(app_iter, list | tuple):
+            return response._plain(environ, start_response)  # another body took over
         body = stream._body
         assert body is not None
-        if body.complete is not None:
+        if app_iter is stream and body.complete is not None:
             response.content_length = len(body.complete)
         app_iter = response._plain(environ, start_response)
-        # Neither may keep the other alive: a stream that is dropped must end at once.
-        del response.app_iter, response.tgstream
+        # The request keeps its response, and must not keep the stream: it must end at
+        # once when it is dropped.
+        del response.app_iter
         _depart(body, environ)
-        return app_iter
+        return app_iter if body.database is None else _Departed(app_iter, body.database)
+
+
+class _Departed:
+    """What TG closes, for its ``DBSessionRemoverMiddleware`` to remove nothing then."""
+
+    def __init__(self, app_iter: Any, database: Database) -> None:
+        self._app_iter = app_iter
+        self._database = database
+
+    def __iter__(self) -> Iterator[bytes]:
+        return iter(self._app_iter)
+
+    def close(self) -> None:
+        close(self._app_iter)
+        self._database.shield()
 
 
 @cache
@@ -158,21 +183,21 @@ def _leaving(kind: Any) -> Any:
 def send_off(response: Any, stream: Stream) -> None:
     """Let ``response`` take ``stream`` along when it leaves the application."""
     response.__class__ = _leaving(response.__class__)
-    response.tgstream = stream
+    response.tgstream = weakref.ref(stream)
 
 
 def _depart(body: Body, environ: dict[str, Any]) -> None:
     """Take everything of the request off the thread, and tell the guard."""
     body.left = True
+    if body.database is not None:
+        body.database.clear_thread()  # while a scopefunc can still ask for the request
     registry = environ["paste.registry"]
     registry.cleanup()
     registry.prepare()
-    if body.database is not None:
-        body.database.clear_thread()
-    if body.reason is None:
+    if body.complete is None:
         _say_if_unguarded(environ, body)
         body.outcome = outcome_of(environ)
-        body.outcome.left = True
+        body.outcome.body = body
         body.late = _Late(body).changes
 
 

@@ -1,4 +1,4 @@
-"""How a stream ended, told once: a line in the log, and the hook ``tgstream.finished``.
+"""What is told of a stream: its warnings, its errors, and how it ended, told once.
 
 Rule: to tell it never changes how it ended.
 """
@@ -6,9 +6,15 @@ Rule: to tell it never changes how it ended.
 from __future__ import annotations
 
 import logging
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import tg
+
+from ._chunks import clock
+from ._options import StreamError
+
+if TYPE_CHECKING:
+    from ._body import Body
 
 log = logging.getLogger("tgstream")
 
@@ -34,10 +40,22 @@ class Report(NamedTuple):
     commits: int
 
 
-def tell(report: Report) -> None:
-    """Log ``report``, and hand it to those who registered for the hook."""
+def tell(body: Body, error: BaseException | None) -> None:
+    """Log how ``body`` ended, and tell those who registered for the hook."""
+    report = Report(
+        reason=body.reason or "",
+        error=error,
+        controller=body.plan.controller,
+        path=body.context.tg_locals.request.path,
+        items=body.encoding.items,
+        chunks=body.chunks,
+        bytes=body.bytes,
+        seconds=clock() - body.started,
+        first_chunk_seconds=body.first_chunk_seconds,
+        commits=0 if body.database is None else body.database.manager.commits,
+    )
     log.log(
-        logging.DEBUG if report.error is None else logging.ERROR,
+        logging.DEBUG if error is None else logging.ERROR,
         "%s at %s %s: %d items, %d chunks, %d bytes, %d commits in %.3f s",
         report.controller,
         report.path,
@@ -47,6 +65,65 @@ def tell(report: Report) -> None:
         report.bytes,
         report.commits,
         report.seconds,
-        exc_info=report.error,
+        exc_info=error,
     )
     tg.hooks.notify("tgstream.finished", args=(report,), trap_exceptions=True)
+
+
+class Outcome:
+    """What the outside of the application must know of the stream that left it."""
+
+    __slots__ = ("body", "error", "started")
+
+    def __init__(self) -> None:
+        self.body: Body | None = None
+        self.started = False
+        self.error: BaseException | None = None
+
+    def raise_error(self) -> None:
+        """Raise the stream's error again, where it was swallowed on the way out."""
+        if self.error is not None:
+            raise self.error
+
+    def close(self) -> bool:
+        """Close the stream, and say whether a pull of it runs."""
+        body = self.body
+        if body is None:
+            return False
+        running = body.running
+        body.close()
+        return running
+
+
+def tell_late(body: Body) -> None:
+    """Warn of what was changed when it had left already."""
+    if body.late is not None and (names := body.late()):
+        log.warning(
+            "%s changed what had left with its first chunk, so that the client cannot "
+            "see it: %s; change it before the first yield",
+            body.plan.controller,
+            ", ".join(names),
+        )
+
+
+def tell_left(controller: str, new: int, changed: int, deleted: int) -> None:
+    """Warn of what ``commit='manual'`` does not store."""
+    log.warning(
+        "%s ended with %d new, %d changed and %d deleted objects that are not "
+        "committed, and aborts them: with commit='manual' only commit() stores",
+        controller,
+        new,
+        changed,
+        deleted,
+    )
+
+
+def cursor_ended(controller: str, cause: BaseException) -> StreamError:
+    """What a driver means when it says that a cursor is gone."""
+    error = StreamError(
+        f"{controller}: a commit ended the transaction, and with it the cursor that "
+        "the generator was reading from; fetch the rows first, read them in batches, "
+        "or choose another commit"
+    )
+    error.__cause__ = cause
+    return error

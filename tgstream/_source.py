@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from types import GeneratorType
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakValueDictionary
 
 from ._options import StreamError
 from ._thread import thread
@@ -32,11 +32,11 @@ class _Blocks:
     """An open binary file in blocks; a file's own iterator would seek line ends."""
 
     def __init__(self, file: Any) -> None:
-        self._file = file
+        self.file = file
         self.close = file.close
 
     def __iter__(self) -> Iterator[Any]:
-        while block := self._file.read(BLOCK):
+        while block := self.file.read(BLOCK):
             yield block
 
 
@@ -77,15 +77,17 @@ class _Query:
         return iter(query)
 
 
-_served: WeakSet[Any] = WeakSet()
+_served: WeakValueDictionary[int, Any] = WeakValueDictionary()
 
 
 def claim(source: Any) -> bool:
-    """False if this very iterator has been given to a request before."""
+    """False if this very iterator, or file, has been given to a request before."""
+    if isinstance(source, _Blocks):
+        source = source.file
     if not isinstance(source, Iterator):
         return True
-    if source in _served:
+    if _served.get(id(source)) is source:
         return False
     with suppress(TypeError):  # no weak reference to it: a second finds it used up
-        _served.add(source)
+        _served[id(source)] = source
     return True

@@ -107,8 +107,6 @@ class Stream:
         """
         if self._body is not None:
             self._body.close()
-            if self._body.database is not None:
-                self._body.database.shield()
 
     def __del__(self) -> None:
         body = getattr(self, "_body", None)

@@ -35,6 +35,7 @@ class Manager(transaction.TransactionManager):  # type: ignore[misc]
         return self._txn is None
 
     def begin(self) -> Any:
+        self.abort()  # also what the sessions did before a transaction was asked for
         super().begin()
         return self._join()
 
@@ -81,12 +82,13 @@ class Member:
 
         self.session = session
         self.manager = manager
-        self.changed = False
+        self.changed = self._deleted = False
         self._flushed = [0, 0, 0]
         self._parked = self._park()
         event.listen(session, "after_flush", self._after_flush)
         event.listen(session, "do_orm_execute", self._do_orm_execute)
         event.listen(session, "after_transaction_create", self._after_create)
+        event.listen(session, "persistent_to_deleted", self._after_delete)
 
     def _park(self) -> Any:
         """Join the session where nothing ends, for zope.sqlalchemy to let it be."""
@@ -104,6 +106,9 @@ class Member:
         for index, count in enumerate(_pending(session)):
             self._flushed[index] += count
 
+    def _after_delete(self, session: Session, instance: Any) -> None:
+        self._deleted = True
+
     def _do_orm_execute(self, state: Any) -> None:
         self.changed = self.changed or not state.is_select
 
@@ -115,6 +120,11 @@ class Member:
     def idle(self) -> bool:
         """True while there is nothing to end: no connection, no pending object."""
         return not self.session.in_transaction()
+
+    @property
+    def unchanged(self) -> bool:
+        """True if an abort would undo nothing that the session's objects show."""
+        return not (self.changed or any(_pending(self.session)))
 
     def left(self) -> list[int]:
         """How many objects are new, changed and deleted since the last commit."""
@@ -130,18 +140,26 @@ class Member:
             self.session.close()
 
     def _commit(self) -> None:
-        expires = self.session.expire_on_commit
-        self.session.expire_on_commit = expires and (
-            self.changed or not self.manager.settling
-        )
+        session, expires = self.session, self.session.expire_on_commit
+        # With it SQLAlchemy expires all objects, again and again, and it alone
+        # detaches those that were deleted.
+        session.expire_on_commit = expires and self._deleted
         try:
-            self.session.commit()
+            session.commit()
         finally:
-            self.session.expire_on_commit = expires
+            session.expire_on_commit = expires
+        if expires and (self.changed or not self.manager.settling):
+            self._expire()
         self._forget()
 
+    def _expire(self) -> None:
+        """Expire what is not, so that a commit costs what was used since the last."""
+        for state in self.session.identity_map.all_states():
+            if not state.expired and (used := state.obj()) is not None:
+                self.session.expire(used)
+
     def _forget(self) -> None:
-        self.changed = False
+        self.changed = self._deleted = False
         self._flushed = [0, 0, 0]
 
     # The protocol of transaction's data managers.
@@ -149,6 +167,7 @@ class Member:
     def abort(self, transaction: Any) -> None:
         self._forget()
         self.session.rollback()
+        self.session.expire_all()  # also where no transaction had begun
 
     def tpc_begin(self, transaction: Any) -> None:
         self.session.flush()
@@ -170,15 +189,24 @@ class Member:
         self.abort(transaction)
 
     def sortKey(self) -> str:
-        """Last, as zope.sqlalchemy: if this commit fails, the others can be undone."""
-        return f"~sqlalchemy:{id(self)}"
+        """As zope.sqlalchemy: in one phase last, for the others can then be undone."""
+        kind = "sqlalchemy.twophase" if self.session.twophase else "~sqlalchemy"
+        return f"{kind}:{id(self)}"
 
     @property
     def savepoint(self) -> Any:
         """What ``transaction.savepoint()`` calls; not on SQLite, as zope.sqlalchemy."""
-        if self.session.get_bind().dialect.name == "sqlite":
+        if self._on_sqlite():
             raise AttributeError("savepoint")
         return lambda: _Savepoint(self.session)
+
+    def _on_sqlite(self) -> bool:
+        from sqlalchemy.exc import UnboundExecutionError
+
+        try:
+            return self.session.get_bind().dialect.name == "sqlite"
+        except UnboundExecutionError:  # bound by class: only a statement can tell
+            return False
 
 
 class _Savepoint:

@@ -76,7 +76,7 @@ def make_app(tgstream: bool, folder: Path | None) -> App:
     """An application of TG's full stack.
 
     :param tgstream: whether its controllers stream with tgstream, and it is plugged.
-    :param folder: where to make its database; without one it has none, nor transactions.
+    :param folder: where to make its database; without, it has no transactions either.
     """
     configurator = FullStackApplicationConfigurator()
     stream: Callable[[Any], Any] = lambda function: function  # noqa: E731

@@ -75,7 +75,7 @@ def table(results: list[Result]) -> str:
             result.plain,
             result.tgstream,
             f"{result.value:.3g} {result.unit}",
-            f"{result.limit:.3g} {result.unit}",
+            f"{result.limit:.4g} {result.unit}",
             "pass" if result.passed else "FAIL",
         )
         for result in results

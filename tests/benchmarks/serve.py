@@ -12,12 +12,17 @@ from typing import Any
 from .apps import App, make_app
 
 
-def waitress(app: App) -> None:
+def waitress(app: App, **options: Any) -> None:
     from waitress import create_server
 
-    server = create_server(app, host="127.0.0.1", port=0)
+    server = create_server(app, host="127.0.0.1", port=0, **options)
     print(server.effective_port, flush=True)
     server.run()
+
+
+def unbuffered(app: App) -> None:
+    """waitress, which keeps up to 16 MiB of a response otherwise, as it happens."""
+    waitress(app, outbuf_high_watermark=2**17)
 
 
 def gthread(app: App) -> None:
@@ -44,4 +49,4 @@ if __name__ == "__main__":
     server, way, folder = sys.argv[1:]
     made = make_app(way == "tgstream", Path(folder))
     sys.argv = sys.argv[:1]
-    {"waitress": waitress, "gthread": gthread}[server](made)
+    {"waitress": waitress, "unbuffered": unbuffered, "gthread": gthread}[server](made)

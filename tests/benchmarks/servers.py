@@ -14,6 +14,7 @@ from .apps import BLOCK
 from .measure import Measure, Result, compare, interleave
 
 MIB = 2**20
+REQUEST = "HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
 
 
 class Server:
@@ -52,7 +53,7 @@ class Server:
         received = looked = 0
         before = highest = self.memory()
         with socket.create_connection(("127.0.0.1", self._port)) as connection:
-            connection.sendall(f"GET {path} HTTP/1.0\r\n\r\n".encode())
+            connection.sendall(f"GET {path} {REQUEST}".encode())
             while count := connection.recv_into(buffer):
                 received += count
                 if received - looked > 32 * MIB:
@@ -81,13 +82,15 @@ def run(folder: Path, quick: bool) -> list[Result]:
 def large_chunks(folder: Path, quick: bool) -> list[Result]:
     count = 2**11 if quick else 2**14
     path, size = f"/blocks/{count}", count * BLOCK
+    grown: list[float] = []
+    with ExitStack() as stack:
+        for server in start(stack, "unbuffered", folder):
+            server.read("/blocks/1", BLOCK)
+            grown.append(server.read(path, size))
     with ExitStack() as stack:
         plain, ours = start(stack, "waitress", folder)
-        for server in (plain, ours):
-            server.read("/blocks/1", BLOCK)
-        grown = [server.read(path, size) for server in (plain, ours)]
         both = interleave(
-            3 if quick else 7, reader(plain, path, size), reader(ours, path, size)
+            3 if quick else 11, reader(plain, path, size), reader(ours, path, size)
         )
     what = f"{size // MIB} MiB over waitress, chunks of 64 KiB"
     return [

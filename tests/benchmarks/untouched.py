@@ -1,8 +1,8 @@
 """What does tgstream cost a request that does not stream?
 
 Each application runs in processes of its own, ``python -m tests.benchmarks.untouched
-plain FOLDER``, so that the plain ones have never imported tgstream. What two plain
-processes differ by is the noise of it: within that, nothing is measurable.
+plain FOLDER``, so that the plain ones have never imported tgstream. The noise is what
+19 of 20 measurements of two plain processes differ by: within it nothing is measurable.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
-from statistics import median
+from statistics import median, quantiles
 from time import process_time
 
 from .apps import App, environ, make_app, start_response
-from .measure import Result
+from .measure import Both, Result, compare
 
 
 class Worker:
@@ -35,10 +35,10 @@ class Worker:
         print(count, file=self._process.stdin, flush=True)
         self.times.append(float(self._process.stdout.readline()))
 
-    def stop(self) -> float:
-        """End it, and return the median of what was measured."""
+    def stop(self) -> list[float]:
+        """End it, and return what was measured after the first, which was to warm."""
         self._process.communicate()
-        return median(self.times[1:])
+        return self.times[1:]
 
 
 def work(app: App) -> None:
@@ -54,7 +54,7 @@ def work(app: App) -> None:
 
 def run(folder: Path, quick: bool) -> list[Result]:
     """A page of the same application, in processes with tgstream and without."""
-    processes, rounds, count = (2, 5, 300) if quick else (6, 15, 1000)
+    processes, rounds, count = (2, 11, 300) if quick else (6, 21, 700)
     workers = [
         (Worker("plain", folder), Worker("plain", folder), Worker("tgstream", folder))
         for _ in range(processes)
@@ -63,20 +63,14 @@ def run(folder: Path, quick: bool) -> list[Result]:
         for each in workers:
             for worker in each:
                 worker.measure(count)
-    times = [[worker.stop() for worker in each] for each in workers]
-    print(times)
-    noise = median(abs(again / plain - 1) for plain, again, _ in times)
-    plain = median(time for each in times for time in each[:2])
-    ours = median(each[2] for each in times)
-    return [
-        Result(
-            "a request that does not stream (limit: the noise)",
-            f"{plain:.3g} us",
-            f"{ours:.3g} us",
-            ours / plain,
-            1 + noise,
-        )
-    ]
+    rows: list[tuple[float, ...]] = []
+    for each in workers:
+        rows += zip(*(worker.stop() for worker in each), strict=True)
+    noise = quantiles([abs(again / plain - 1) for plain, again, _ in rows], n=20)[-1]
+    plain, _, ours = map(median, zip(*rows, strict=True))
+    ratio = median(row[2] / row[0] for row in rows)
+    what = "a request that does not stream; limit: the noise"
+    return [compare(what, Both(plain, ours, ratio), 1 + noise, "us")]
 
 
 if __name__ == "__main__":

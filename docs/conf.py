@@ -1,0 +1,20 @@
+"""Sphinx's configuration; ``tgstream`` is imported as it is installed."""
+
+import tgstream
+
+project = "tgstream"
+author = "The tgstream maintainers"
+project_copyright = f"2026, {author}"
+version = release = tgstream.__version__
+
+extensions = ["sphinx.ext.autodoc"]
+exclude_patterns = ["_build"]
+html_theme = "furo"
+html_title = f"tgstream {release}"
+
+autodoc_typehints = "none"  # the docstrings name what each parameter is
+autodoc_member_order = "bysource"
+nitpick_ignore_regex = [
+    # Python's own: to link them, a build would need the network.
+    ("py:exc", "TypeError|ValueError"),
+]

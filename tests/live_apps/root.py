@@ -1,0 +1,58 @@
+"""The controllers of ``stream_app``, which TG imports at its first request."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import tg
+from tg import TGController, abort, expose
+
+from tests.model import User
+from tgstream import stream
+
+together = threading.Barrier(4)
+
+
+class RootController(TGController):
+    @expose(content_type="text/plain")
+    @stream
+    def fail(self, tell: str = "") -> Iterator[str]:
+        yield "one\n"
+        yield "two\n"
+        raise LookupError("no third")
+
+    @expose(content_type="text/plain")
+    @stream
+    def missing(self) -> Iterator[str]:
+        abort(404)
+        yield "never"
+
+    @expose(content_type="text/plain")
+    @stream
+    def words(self) -> Iterator[str]:
+        yield "one\n"
+        yield "two\n"
+
+    @expose(content_type="text/plain")
+    @stream
+    def wait(self, pipe: str) -> Iterator[str]:
+        """Sends the line that the client writes into a named pipe, when it does so."""
+        yield "first"
+        with open(pipe) as file:
+            yield file.readline()
+
+    @expose(content_type="text/plain")
+    @stream
+    def endless(self, tell: str) -> Iterator[bytes]:
+        while tg.config["DBSession"].query(User).count():
+            yield b"x" * 65536
+
+    @expose(content_type="text/plain")
+    @stream
+    def names(self, of: str, concurrent: str = "") -> Iterator[str]:
+        """Each name that is stored, and whose request it is in."""
+        for user in tg.config["DBSession"].query(User).order_by(User.id):
+            if concurrent:
+                together.wait(10)
+            yield f"{of}={tg.request.params['of']}:{user.name}\n"

@@ -1,0 +1,151 @@
+"""README and docs: what they name is there, what is there is named, and it runs."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import tg
+
+import tgstream
+from examples import cookbook
+from tests.conftest import MakeApp
+from tests.wsgi import get
+from tgstream._config import OPTIONS
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+REFERENCE = (ROOT / "docs/reference.rst").read_text()
+CONTRIBUTING = (ROOT / "docs/contributing.rst").read_text()
+
+
+def snippets(language: str) -> list[str]:
+    """What stands in the README's fences of this language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+
+
+def commands(text: str) -> list[str]:
+    """The lines of the shell blocks of a page of the docs."""
+    blocks = re.findall(r"code-block:: sh\n\n((?: {4}.*\n)+)", text)
+    return [line.strip() for block in blocks for line in block.splitlines()]
+
+
+USAGE, *ENABLING, STREAM = snippets("python")
+
+
+@pytest.mark.parametrize("name", tgstream.__all__)
+def test_reference_has_every_public_name(name: str) -> None:
+    """What can be imported from tgstream has an entry, and a docstring for it."""
+    assert re.search(rf"^\.\. auto\w+:: {name}$", REFERENCE, re.MULTILINE)
+    assert getattr(tgstream, name).__doc__
+
+
+@pytest.mark.parametrize("name", tgstream.__all__)
+def test_changelog_has_every_public_name(name: str) -> None:
+    """A new name is told to those who read what is new."""
+    assert f"``tgstream.{name}``" in (ROOT / "docs/changelog.rst").read_text()
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_option_is_documented_with_its_default(name: str) -> None:
+    """The table of options in the code is the one in the reference and the README."""
+    default = OPTIONS[name].default
+    shown = "none" if default == () else str(default)
+    row = re.search(rf"\* - ``{name}``\n +- (\S+)\n", REFERENCE)
+    assert row is not None
+    assert row[1].strip("`") == shown
+    assert re.search(rf"^\| `{name}` \| `?{re.escape(shown)}`? \|", README, re.M)
+
+
+@pytest.mark.parametrize("text", [README, REFERENCE], ids=["README", "reference"])
+def test_option_that_is_documented_exists(text: str) -> None:
+    """No table has a row for an option that is gone."""
+    assert set(re.findall(r"[|-] `+(tgstream\.\w+)`+\s", text)) == OPTIONS.keys()
+
+
+@pytest.mark.parametrize("enable", ENABLING, ids=["plugme", "plug"])
+def test_readme_usage_runs(
+    make_app: MakeApp, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, enable: str
+) -> None:
+    """What the README shows does what it says, in an application enabled as it says."""
+    provide(monkeypatch, "myapp.lib.base", BaseController=tg.TGController)
+    provide(monkeypatch, "myapp.model", **vars(cookbook))
+    shown: dict[str, Any] = {}
+    exec(USAGE, shown)
+    exec(STREAM, shown)
+    shown["RootController"].report = shown["ReportController"]()
+
+    def plug(base_config: Any) -> None:
+        base_config.update_blueprint(
+            {
+                "use_sqlalchemy": True,
+                "sqlalchemy.url": f"sqlite:///{tmp_path}/readme.db",
+                "model": cookbook,
+            }
+        )
+        exec(enable, {"base_config": base_config})
+
+    app = make_app(shown["RootController"](), plug=plug)
+    try:
+        assert get(app, "/names").text == "manager\neditor\n"
+        download = get(app, "/report/download?year=2026")
+        assert download.text == "1,2026\n2,2026\n"
+        disposition = download.headers["Content-Disposition"]
+        assert disposition == 'attachment; filename="report-2026.csv"'
+    finally:
+        tg.config["tg.app_globals"].sa_engine.dispose()
+
+
+def provide(monkeypatch: pytest.MonkeyPatch, name: str, **members: Any) -> None:
+    """Make the module ``name`` importable, with these members."""
+    parent, _, _ = name.rpartition(".")
+    if parent and parent not in sys.modules:
+        provide(monkeypatch, parent)
+    module = ModuleType(name)
+    vars(module).update(members)
+    monkeypatch.setitem(sys.modules, name, module)
+
+
+def test_readme_and_index_show_the_same_usage() -> None:
+    """The first page of the docs has the README's example."""
+    index = (ROOT / "docs/index.rst").read_text()
+    assert re.sub(r"^(?=.)", "    ", USAGE, flags=re.M) in index
+
+
+def test_readme_has_its_two_commands() -> None:
+    """Each is one line, and does its own set-up in a virtual environment."""
+    example, tests = (line.strip() for line in snippets("sh")[:2])
+    begin = "python3 -m venv .venv && .venv/bin/pip install -q '.[{}]' && .venv/bin/{}"
+    assert example == begin.format("examples", "python examples/cookbook.py")
+    assert tests == begin.format("test", "python -m pytest")
+
+
+@pytest.mark.parametrize(
+    "path",
+    [*re.findall(r"\]\(([^)#]+)\)", README), *re.findall(r"[\w/]+\.py\b", README)],
+)
+def test_readme_names_files_that_exist(path: str) -> None:
+    """Its links and commands lead somewhere."""
+    ours = not path.startswith("config/")  # of the reader's application
+    assert (ROOT / path).exists() == ours
+
+
+@pytest.mark.parametrize("path", [".ci/run", ".ci/matrix"])
+def test_command_of_contributors_exists(path: str) -> None:
+    """What they are told to run can be run."""
+    assert path in commands(CONTRIBUTING)
+    assert (ROOT / path).stat().st_mode & 0o111
+
+
+def test_ci_runs_the_checks_of_contributors() -> None:
+    """There is one set of commands."""
+    told = commands(CONTRIBUTING)
+    first, last = told.index("ruff format --check ."), told.index(".ci/run")
+    run = (ROOT / ".ci/run").read_text().splitlines()
+    assert set(told[first:last]) <= set(run)
+    assert "python -m build" in set(told) & set(run)
+    assert run[-1] in told[first:last]  # pytest, whose summary is the last word

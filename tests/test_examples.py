@@ -1,0 +1,146 @@
+"""``examples/``, started as the README says, and seen from outside."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import re
+import signal
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+import tgstream
+
+ROOT = Path(__file__).parents[1]
+WRITERS = ["by_hand", "at_the_end", "each"]
+
+
+class Cookbook:
+    """The example in a process of its own, with its database in ``folder``."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        with (folder / "errors").open("w") as errors:
+            self.process = subprocess.Popen(
+                [sys.executable, "examples/cookbook.py", "--port=0", "--pause=0.01"],
+                cwd=ROOT,
+                env={
+                    **os.environ,
+                    "PYTHONPATH": str(Path(tgstream.__file__).parents[1]),
+                    "TMPDIR": str(folder),
+                },
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+            )
+        assert self.process.stdout is not None
+        opened = re.match(r"Open http://([^/]*)/", self.process.stdout.readline())
+        assert opened is not None, (folder / "errors").read_text()
+        self.address = opened[1]
+
+    def get(self, path: str) -> http.client.HTTPResponse:
+        """The response for ``path``, whose body is still to be read."""
+        connection = http.client.HTTPConnection(self.address, timeout=10)
+        connection.request("GET", path, headers={"Connection": "close"})
+        return connection.getresponse()
+
+    def read(self, path: str) -> bytes:
+        """The whole body for ``path``."""
+        with self.get(path) as response:
+            assert response.status == 200
+            return response.read()
+
+    def stored(self) -> list[str]:
+        """The names of the permissions that are committed."""
+        [database] = self.folder.glob("*/cookbook.db")
+        with closing(sqlite3.connect(database)) as connection:
+            rows = connection.execute("SELECT permission_name FROM tg_permission")
+            return [name for (name,) in rows]
+
+    def stop(self) -> int:
+        """End it as Ctrl-C does, and return its exit code."""
+        self.process.send_signal(signal.SIGINT)
+        self.process.communicate(timeout=20)
+        return self.process.returncode
+
+
+@pytest.fixture(scope="module")
+def cookbook(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cookbook]:
+    """The running example."""
+    example = Cookbook(tmp_path_factory.mktemp("cookbook"))
+    yield example
+    example.stop()
+
+
+def test_index_links_every_controller(cookbook: Cookbook) -> None:
+    """The first page leads to all the others."""
+    linked = re.findall(r'href="(\w+)"', cookbook.read("/").decode())
+    assert linked == ["numbers", "lines", "users", *WRITERS, "fails"]
+
+
+def test_numbers_are_a_json_array(cookbook: Cookbook) -> None:
+    """The cookbook's first controller: text pieces that make a JSON array."""
+    with cookbook.get("/numbers") as response:
+        assert response.headers["Content-Type"].startswith("application/json")
+        assert response.headers["Transfer-Encoding"] == "chunked"
+        assert response.read() == b"[1, 2, 3, 4, 5, 6, 7, 8, 9, 10]"
+
+
+def test_lines_read_the_request(cookbook: Cookbook) -> None:
+    """The second: ``tg.request`` in every line."""
+    expected = "".join(f"/lines/{num}\n" for num in range(1, 11))
+    assert cookbook.read("/lines") == expected.encode()
+
+
+def test_users_are_read_between_yields(cookbook: Cookbook) -> None:
+    """The third: a query for each of nine numbers, of whom two are users."""
+    users = json.loads(cookbook.read("/users"))
+    assert users == [None, 1, 2, *[None] * 7]
+
+
+@pytest.mark.parametrize("path", WRITERS)
+def test_permissions_are_stored_each_time(cookbook: Cookbook, path: str) -> None:
+    """The fourth, in three ways: nine lines and nine rows, when opened again too."""
+    before = len(cookbook.stored())
+    assert cookbook.read(f"/{path}") == b"Added Permission\n" * 9
+    assert len(cookbook.stored()) == before + 9
+    assert cookbook.read(f"/{path}") == b"Added Permission\n" * 9
+    assert len(set(cookbook.stored())) == before + 18
+    with cookbook.get("/") as response:
+        assert response.read().endswith(b"in the database: %d" % (before + 18))
+
+
+def test_each_permission_is_stored_before_its_line(cookbook: Cookbook) -> None:
+    """With ``tgstream.commit()`` a client never sees a row that is not there."""
+    before = len(cookbook.stored())
+    with cookbook.get("/each") as response:
+        for count in range(1, 10):
+            assert response.readline() == b"Added Permission\n"
+            assert len(cookbook.stored()) >= before + count
+
+
+def test_failing_controller_breaks_the_transfer(cookbook: Cookbook) -> None:
+    """A client cannot take the first half for the whole."""
+    with (
+        cookbook.get("/fails") as response,
+        pytest.raises(http.client.IncompleteRead) as broken,
+    ):
+        response.read()
+    assert response.status == 200
+    assert broken.value.partial == b"the first half\n"
+
+
+def test_example_ends_with_ctrl_c(tmp_path: Path) -> None:
+    """It ends without a traceback, and takes its database along."""
+    example = Cookbook(tmp_path)
+    assert b"Permissions in the database: 0" in example.read("/")
+    assert example.stop() == 0
+    assert "Traceback" not in (tmp_path / "errors").read_text()
+    assert list(tmp_path.glob("*/cookbook.db")) == []

@@ -1,0 +1,540 @@
+"""A stream's transaction manager, and its sessions' part in two-phase commits."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+import transaction
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.orm import Session, scoped_session, sessionmaker
+from tg import TGController, expose
+from transaction.interfaces import (
+    DoomedTransaction,
+    InvalidSavepointRollbackError,
+    TransactionFailedError,
+)
+
+import tgstream
+from tests.conftest import MakeApp, assert_clean
+from tests.model import MakeModel, Model, Note, User
+from tests.wsgi import Call, get
+from tgstream import Report, Stream
+
+Generator = Callable[[], Iterator[str]]
+
+
+def make_root(body: Generator, **options: Any) -> TGController:
+    """A root with a stream of ``body``."""
+
+    class Root(TGController):
+        @expose(content_type="text/plain")
+        def index(self) -> Stream:
+            return Stream(body(), **options)
+
+    return Root()
+
+
+class Resource:
+    """A data manager as a mailer has it, which tells what it is asked to do."""
+
+    transaction_manager = None
+
+    def __init__(self, log: list[str], fails: str = "", key: str = "0") -> None:
+        self.log, self.fails, self.key = log, fails, key
+
+    def _note(self, step: str) -> None:
+        self.log.append(step)
+        if step == self.fails:
+            raise ValueError(f"in {step}")
+
+    def sortKey(self) -> str:
+        return self.key
+
+    def abort(self, transaction: Any) -> None:
+        self._note("abort")
+
+    def tpc_begin(self, transaction: Any) -> None:
+        self._note("tpc_begin")
+
+    def commit(self, transaction: Any) -> None:
+        self._note("commit")
+
+    def tpc_vote(self, transaction: Any) -> None:
+        self._note("tpc_vote")
+
+    def tpc_finish(self, transaction: Any) -> None:
+        self._note("tpc_finish")
+
+    def tpc_abort(self, transaction: Any) -> None:
+        self._note("tpc_abort")
+
+
+# The manager.
+
+
+def test_manager_commits_other_resources_with_the_sessions(
+    make_app: MakeApp, model: Model
+) -> None:
+    """A mail that the generator sends leaves when its rows are stored."""
+    log: list[str] = []
+
+    def body() -> Iterator[str]:
+        transaction.get().join(Resource(log))
+        model.DBSession.add(User(name="ada"))
+        yield "one"
+        assert log == []
+
+    assert get(make_app(make_root(body), model)).text == "one"
+    assert log == ["tpc_begin", "commit", "tpc_vote", "tpc_finish"]
+    assert model.names() == ["ada"]
+    assert_clean(model)
+
+
+def test_manager_commits_other_resources_of_each_item(
+    make_app: MakeApp, model: Model
+) -> None:
+    """With commit='each' a mail leaves before its item, with no session in use."""
+    log: list[str] = []
+
+    def body() -> Iterator[str]:
+        for _ in range(2):
+            transaction.get().join(Resource(log))
+            yield "item"
+
+    call = Call(make_app(make_root(body, commit="each"), model))
+    assert [log.count("tpc_finish") for _ in call] == [1, 2]
+    call.close()
+    assert_clean(model)
+
+
+@pytest.mark.parametrize("step", ["tpc_begin", "commit", "tpc_vote"])
+def test_manager_stores_nothing_when_a_resource_refuses(
+    make_app: MakeApp, model: Model, step: str
+) -> None:
+    """The database votes last: what another resource refuses is not stored."""
+    log: list[str] = []
+
+    def body() -> Iterator[str]:
+        transaction.get().join(Resource(log, fails=step))
+        model.DBSession.add(User(name="lost"))
+        with pytest.raises(ValueError, match=step):
+            transaction.commit()
+        yield "one"
+        model.DBSession.add(User(name="ada"))
+
+    assert get(make_app(make_root(body), model)).text == "one"
+    assert "tpc_finish" not in log
+    assert model.names() == ["ada"]
+    assert_clean(model)
+
+
+def test_manager_aborts_other_resources_when_the_database_refuses(
+    make_app: MakeApp, model: Model, reports: list[Report]
+) -> None:
+    """A mail is not sent for rows that could not be stored."""
+    model.seed("ada")
+    log: list[str] = []
+
+    def body() -> Iterator[str]:
+        yield "one"
+        transaction.get().join(Resource(log))
+        model.DBSession.add(User(name="ada"))
+
+    with pytest.raises(IntegrityError):
+        get(make_app(make_root(body), model))
+    assert "tpc_finish" not in log
+    assert "abort" in log
+    assert [report.reason for report in reports] == ["failed"]
+    assert_clean(model)
+
+
+def test_manager_releases_the_sessions_when_an_abort_fails(
+    make_app: MakeApp, model: Model, reports: list[Report]
+) -> None:
+    """Each step of the end runs though the one before failed; its error is told."""
+
+    def body() -> Iterator[str]:
+        transaction.get().join(Resource([], fails="abort"))
+        model.DBSession.add(User(name="lost"))
+        model.DBSession.flush()
+        yield "one"
+
+    call = Call(make_app(make_root(body), model))
+    next(call)
+    call.close()
+    assert model.names() == []
+    assert [str(report.error) for report in reports] == ["in abort"]
+    assert_clean(model)
+
+
+def test_manager_runs_the_hooks_of_its_transactions(
+    make_app: MakeApp, model: Model
+) -> None:
+    """``addAfterCommitHook`` tells of the stream's commit, in the stream."""
+    told: list[tuple[bool, list[str]]] = []
+
+    def body() -> Iterator[str]:
+        model.DBSession.add(User(name="ada"))
+        transaction.get().addAfterCommitHook(
+            lambda status: told.append((status, model.names()))
+        )
+        yield "one"
+        assert told == []
+
+    assert get(make_app(make_root(body), model)).text == "one"
+    assert told == [(True, ["ada"])]
+    assert_clean(model)
+
+
+def test_manager_begin_aborts_what_was_written(make_app: MakeApp, model: Model) -> None:
+    """``transaction.begin()`` undoes what is not committed, as anywhere."""
+
+    def body() -> Iterator[str]:
+        model.DBSession.add(User(name="lost"))
+        model.DBSession.flush()
+        transaction.begin()
+        model.DBSession.add(User(name="ada"))
+        yield "one"
+
+    assert get(make_app(make_root(body), model)).text == "one"
+    assert model.names() == ["ada"]
+    assert_clean(model)
+
+
+def test_manager_is_a_context_manager(make_app: MakeApp, model: Model) -> None:
+    """``with transaction.manager`` commits, or aborts and raises."""
+
+    def body() -> Iterator[str]:
+        with transaction.manager:
+            model.DBSession.add(User(name="ada"))
+        assert model.names() == ["ada"]
+        with pytest.raises(ValueError, match="no"), transaction.manager:
+            model.DBSession.add(User(name="lost"))
+            raise ValueError("no")
+        yield "one"
+        for attempt in transaction.attempts(2):
+            with attempt:
+                model.DBSession.add(User(name="bob"))
+        assert model.names() == ["ada", "bob"]
+
+    assert get(make_app(make_root(body, commit="manual"), model)).text == "one"
+    assert model.names() == ["ada", "bob"]
+    assert_clean(model)
+
+
+@pytest.mark.parametrize("commit", [tgstream.commit, transaction.commit])
+def test_manager_refuses_to_commit_what_is_doomed(
+    make_app: MakeApp, model: Model, commit: Callable[[], None]
+) -> None:
+    """To commit a doomed transaction raises, undoes it, and the stream goes on."""
+
+    def body() -> Iterator[str]:
+        model.DBSession.add(User(name="lost"))
+        transaction.doom()
+        with pytest.raises(DoomedTransaction):
+            commit()
+        assert not transaction.isDoomed()
+        model.DBSession.add(User(name="ada"))
+        yield "one"
+
+    assert get(make_app(make_root(body), model)).text == "one"
+    assert model.names() == ["ada"]
+    assert_clean(model)
+
+
+def test_manager_breaks_a_stream_that_hides_a_failed_transaction(
+    make_app: MakeApp, model: Model
+) -> None:
+    """``transaction.get().commit()`` that failed is not taken for a stored stream."""
+    model.seed("ada")
+
+    def body() -> Iterator[str]:
+        yield "one"
+        model.DBSession.add(User(name="ada"))
+        with pytest.raises(IntegrityError):
+            transaction.get().commit()
+
+    with pytest.raises(TransactionFailedError):
+        get(make_app(make_root(body), model))
+    assert_clean(model)
+
+
+def test_manager_is_not_the_threads_between_pulls(
+    make_app: MakeApp, model: Model
+) -> None:
+    """A doomed stream dooms nobody else on its thread."""
+
+    def body() -> Iterator[str]:
+        transaction.doom()
+        yield "one"
+        assert transaction.isDoomed()
+        yield "two"
+
+    call = Call(make_app(make_root(body), model))
+    next(call)
+    assert not transaction.isDoomed()
+    assert call.read() == b"two"
+    assert_clean(model)
+
+
+def test_manager_reports_how_often_it_committed(
+    make_app: MakeApp, model: Model, reports: list[Report]
+) -> None:
+    """The report counts transactions that were committed, not those undone."""
+
+    def body() -> Iterator[str]:
+        for name in ("ada", "bob"):
+            model.DBSession.add(User(name=name))
+            tgstream.commit()
+            yield name
+        model.DBSession.add(User(name="undone"))
+        tgstream.rollback()
+
+    get(make_app(make_root(body), model))
+    assert [report.commits for report in reports] == [2]
+    assert_clean(model)
+
+
+# Savepoints.
+
+
+def test_savepoint_undoes_what_came_after_it(
+    make_app: MakeApp, make_model: MakeModel, postgresql: str
+) -> None:
+    """``transaction.savepoint()`` rolls back to where it was made, twice if asked."""
+    model = make_model(postgresql)
+
+    def body() -> Iterator[str]:
+        ada = User(name="ada")
+        model.DBSession.add(ada)
+        savepoint = transaction.savepoint()
+        for name in ("lost", "lost, too"):
+            model.DBSession.add(User(name=name))
+            model.DBSession.flush()
+            savepoint.rollback()
+            savepoint = transaction.savepoint()
+        assert ada in model.DBSession
+        yield ada.name
+        with pytest.raises(IntegrityError):
+            model.DBSession.add(User(name="ada"))
+            model.DBSession.flush()
+        savepoint.rollback()
+        model.DBSession.add(User(name="bob"))
+
+    assert get(make_app(make_root(body), model)).text == "ada"
+    assert model.names() == ["ada", "bob"]
+    assert_clean(model)
+
+
+def test_savepoint_ends_with_its_transaction(
+    make_app: MakeApp, make_model: MakeModel, postgresql: str
+) -> None:
+    """After a commit a savepoint is no more, and what it held is stored."""
+    model = make_model(postgresql)
+
+    def body() -> Iterator[str]:
+        model.DBSession.add(User(name="ada"))
+        savepoint = transaction.savepoint()
+        model.DBSession.add(User(name="bob"))
+        yield "one"
+        tgstream.commit()
+        with pytest.raises(InvalidSavepointRollbackError):
+            savepoint.rollback()
+
+    get(make_app(make_root(body), model))
+    assert model.names() == ["ada", "bob"]
+    assert_clean(model)
+
+
+def test_savepoint_is_refused_on_sqlite(make_app: MakeApp, sqlite_model: Model) -> None:
+    """As in zope.sqlalchemy; an optimistic one is made, and cannot be rolled back."""
+    model = sqlite_model
+
+    def body() -> Iterator[str]:
+        model.DBSession.add(User(name="ada"))
+        optimistic = transaction.savepoint(optimistic=True)
+        yield "one"
+        with pytest.raises(TypeError, match="Savepoints unsupported"):
+            optimistic.rollback()
+        transaction.abort()
+        with pytest.raises(TypeError, match="Savepoints unsupported"):
+            transaction.savepoint()
+        transaction.abort()
+        model.DBSession.add(User(name="bob"))
+
+    assert get(make_app(make_root(body), model)).text == "one"
+    assert model.names() == ["bob"]
+    assert_clean(model)
+
+
+def test_savepoint_of_a_session_with_several_binds(
+    make_app: MakeApp, make_model: MakeModel, postgresql: str
+) -> None:
+    """A session bound by class has savepoints, too, wherever it is connected."""
+    model = make_model(postgresql)
+    scoped = scoped_session(sessionmaker())
+
+    def body() -> Iterator[str]:
+        scoped.add(User(name="ada"))
+        scoped.flush()
+        savepoint = transaction.savepoint()
+        scoped.add(User(name="lost"))
+        scoped.flush()
+        savepoint.rollback()
+        yield "one"
+
+    app = make_app(make_root(body), model, tgstream__sessions=[scoped])
+    scoped.configure(binds={User: model.engine})
+    assert get(app).text == "one"
+    assert model.names() == ["ada"]
+    assert_clean(model)
+
+
+# Two phases.
+
+
+@pytest.fixture
+def twophase(make_model: MakeModel, postgresql: str) -> Iterator[Model]:
+    """A model whose sessions commit in two phases."""
+    model = make_model(postgresql, twophase=True)
+    yield model
+    assert model.look("SELECT * FROM pg_prepared_xacts") == []
+
+
+def test_twophase_session_votes_before_it_is_stored(
+    make_app: MakeApp, twophase: Model
+) -> None:
+    """It is prepared in the vote, and stored when all others have voted."""
+    model = twophase
+    seen: list[int] = []
+
+    class Watching(Resource):
+        def tpc_vote(self, transaction: Any) -> None:
+            assert model.names() == []
+            seen.append(len(model.look("SELECT * FROM pg_prepared_xacts")))
+
+    def body() -> Iterator[str]:
+        model.DBSession.add(User(name="ada"))
+        transaction.get().join(Watching([], key="~"))
+        yield "one"
+        ada = model.DBSession.query(User).one()
+        tgstream.commit()
+        yield ada.name
+        model.DBSession.execute(sa.text("INSERT INTO users (name) VALUES ('core')"))
+
+    assert get(make_app(make_root(body), model)).text == "oneada"
+    assert seen == [1]
+    assert model.names() == ["ada", "core"]
+    assert_clean(model)
+
+
+@pytest.mark.parametrize("commit", ["each", "end"])
+def test_twophase_session_is_undone_when_another_refuses(
+    make_app: MakeApp, twophase: Model, commit: str
+) -> None:
+    """What was prepared is rolled back, and the stream can go on."""
+    model = twophase
+
+    def body() -> Iterator[str]:
+        model.DBSession.add(User(name="lost"))
+        transaction.get().join(Resource([], fails="tpc_vote", key="~"))
+        with pytest.raises(ValueError, match="tpc_vote"):
+            transaction.commit()
+        model.DBSession.add(User(name="ada"))
+        yield "one"
+        model.DBSession.add(User(name="bob"))
+
+    assert get(make_app(make_root(body, commit=commit), model)).text == "one"
+    assert model.names() == ["ada", "bob"]
+    assert_clean(model)
+
+
+def test_twophase_session_stores_with_one_of_one_phase_or_not_at_all(
+    make_app: MakeApp, twophase: Model
+) -> None:
+    """Two phases vote first, so that one phase that fails undoes both."""
+    model = twophase
+    scoped = scoped_session(sessionmaker())
+
+    def body() -> Iterator[str]:
+        one = User(name="one phase")
+        scoped.add(one)
+        model.DBSession.add(User(name="two phases"))
+        scoped.execute(
+            sa.text(
+                "CREATE TEMP TABLE once (x int UNIQUE DEFERRABLE INITIALLY DEFERRED)"
+            )
+        )
+        scoped.execute(sa.text("INSERT INTO once VALUES (1), (1)"))
+        yield "one"
+
+    app = make_app(make_root(body), model, tgstream__sessions=[scoped])
+    scoped.configure(bind=model.engine)
+    with pytest.raises(IntegrityError):
+        get(app)
+    assert model.names() == []
+    assert_clean(model)
+
+
+# What is left.
+
+
+def test_stream_sessions_are_collected(make_app: MakeApp, sqlite_model: Model) -> None:
+    """Nothing keeps a stream's session once the stream has ended."""
+    model = sqlite_model
+    sessions: list[weakref.ref[Session]] = []
+
+    def body() -> Iterator[str]:
+        sessions.append(weakref.ref(model.DBSession()))
+        model.DBSession.add(User(name=f"user{len(sessions)}"))
+        yield "one"
+        yield "two"
+
+    app = make_app(make_root(body), model)
+    for number in range(6):
+        call = Call(app, checked=False)
+        next(call)
+        if number % 2:
+            call.read()
+        else:
+            call.drop()
+    del call
+    gc.collect()
+    assert [reference() for reference in sessions] == [None] * 6
+    assert len(model.names()) == 3
+    assert_clean(model)
+
+
+def test_stream_ends_when_the_request_did_not_end_well(
+    make_app: MakeApp, model: Model
+) -> None:
+    """After a request that left its transaction failed the next stream works."""
+
+    class Root(TGController):
+        @expose(content_type="text/plain")
+        def index(self) -> Stream:
+            return Stream(body())
+
+        @expose(content_type="text/plain")
+        def broken(self) -> str:
+            model.DBSession.add(User(name="ada"))
+            with contextlib.suppress(IntegrityError):
+                transaction.commit()
+            return "broken"
+
+    def body() -> Iterator[str]:
+        model.DBSession.add(Note(text="stored"))
+        yield "one"
+
+    app = make_app(Root(), model)
+    model.seed("ada")
+    assert get(app, "/broken").status.startswith("500")
+    assert get(app).text == "one"
+    assert model.texts() == ["stored"]
+    assert_clean(model)
