@@ -31,7 +31,7 @@ LADDER = {
     "_guard": {"_body", "_cleanup", "_database", "_report", "_stream"},
     "_controller": {
         *("_chunks", "_config", "_context", "_database"),
-        *("_guard", "_headers", "_options", "_source", "_stream"),
+        *("_guard", "_headers", "_options", "_registry", "_source", "_stream"),
     },
     "__init__": {"_config", "_controller", "_options", "_report", "_stream"},
 }

@@ -24,6 +24,7 @@ from ._config import option, scoped_sessions
 from ._guard import Guard, send_off, watch_exit
 from ._headers import charset_in, set_headers
 from ._options import Format, Options, check
+from ._registry import registry
 from ._source import is_iterable
 from ._stream import Stream
 
@@ -169,15 +170,9 @@ def _plan(
         commit = commit or getattr(format, "commit", None)
         size = getattr(format, "chunk_size", None) if size is None else size
         size = option(config, "tgstream.chunk_size") if size is None else size
-    return Plan(
-        controller=controller,
-        format=format,
-        every=commit if isinstance(commit, int) else int(commit == "each"),
-        manual=commit == "manual",
-        chunk_size=size,
-        chunk_seconds=option(config, "tgstream.chunk_seconds") if size else 0.0,
-        charset=charset,
-    )
+    every = commit if isinstance(commit, int) else int(commit == "each")
+    seconds = option(config, "tgstream.chunk_seconds") if size else 0.0
+    return Plan(controller, format, every, commit == "manual", size, seconds, charset)
 
 
 # The request's transaction.
@@ -202,17 +197,16 @@ def _database_of(tg_locals: Any) -> Database | None:
     scoped = scoped_sessions(config)
     if not scoped and not _tm_enabled(tg_locals):
         return None
-    module = _database_module()
-    database: Database = module.Database(
-        tuple(map(module.registry, scoped)), asbool(config.get("use_sqlalchemy"))
+    database: Database = _database_class()(
+        tuple(map(registry, scoped)), asbool(config.get("use_sqlalchemy"))
     )
     return database
 
 
 @lru_cache
-def _database_module() -> Any:
+def _database_class() -> Any:
     """Imported where an application has sessions or transactions, and only there."""
-    return importlib.import_module("tgstream._database")
+    return importlib.import_module("tgstream._database").Database
 
 
 # At the end: where TG has reached the milestone already, it calls at once.

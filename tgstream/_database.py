@@ -14,7 +14,6 @@ from weakref import WeakSet
 import transaction
 
 from ._registry import Registry
-from ._registry import registry as registry  # for _controller, which imports this late
 from ._thread import Record, thread
 from ._transaction import Manager, Member, is_empty, never_again
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -25,28 +25,6 @@ log = logging.getLogger("tgstream")
 KEY = "tgstream.guard"
 
 
-class _Exit(Outcome):
-    """The outcome of one request, and the ``start_response`` of the guard."""
-
-    __slots__ = ("_start_response", "responded")
-
-    def __init__(self, start_response: Callable[..., Any]) -> None:
-        super().__init__()
-        self._start_response = start_response
-        self.responded = False
-
-    def start_response(self, status: str, headers: Any, exc_info: Any = None) -> Any:
-        if self.started and exc_info is None:
-            raise AssertionError(
-                "start_response was called again, without exc_info, after the stream's "
-                "first chunk (PEP 3333 forbids it)"
-            )
-        self.responded = True
-        if exc_info is None:
-            return self._start_response(status, headers)
-        return self._start_response(status, headers, exc_info)
-
-
 class Guard:
     """WSGI middleware outside everything of TG: a stream's failure gets through it."""
 
@@ -54,8 +32,21 @@ class Guard:
         self.app = app
 
     def __call__(self, environ: dict[str, Any], start_response: Any) -> Any:
-        environ[KEY] = outcome = _Exit(start_response)
-        body = self.app(environ, outcome.start_response)
+        # The outcome does not hold start_response, which on most servers holds environ.
+        environ[KEY] = outcome = Outcome()
+
+        def start_once(status: str, headers: Any, exc_info: Any = None) -> Any:
+            if exc_info is not None:
+                return start_response(status, headers, exc_info)
+            if outcome.started:
+                raise AssertionError(
+                    "start_response was called again, without exc_info, after the "
+                    "stream's first chunk (PEP 3333 forbids it)"
+                )
+            outcome.responded = True
+            return start_response(status, headers)
+
+        body = self.app(environ, start_once)
         if outcome.body is not None or not outcome.responded:
             return _Guarded(body, outcome)  # the debugger begins only with its body
         return body
@@ -81,6 +72,8 @@ class _Guarded:
 
 class _Alarm:
     """Raises a stream's error where ``RegistryManager`` cleans up, outside backlash."""
+
+    _is_preserved = False
 
     def __init__(self, outcome: Outcome) -> None:
         self._outcome = outcome
@@ -123,6 +116,8 @@ def outcome_of(environ: dict[str, Any]) -> Outcome:
 
 class _Closer:
     """Closes a stream when the request is cleaned up and another response has left."""
+
+    _is_preserved = False  # the registry looks; to find it is faster than not to
 
     def _push_object(self, body: Body) -> None:
         """Nothing: registered to be told of the end."""

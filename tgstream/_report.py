@@ -73,12 +73,9 @@ def tell(body: Body, error: BaseException | None) -> None:
 class Outcome:
     """What the outside of the application must know of the stream that left it."""
 
-    __slots__ = ("body", "error", "started")
-
-    def __init__(self) -> None:
-        self.body: Body | None = None
-        self.started = False
-        self.error: BaseException | None = None
+    started = responded = False
+    body: Body | None = None
+    error: BaseException | None = None
 
     def raise_error(self) -> None:
         """Raise the stream's error again, where it was swallowed on the way out."""

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from types import GeneratorType
 from typing import Any
-from weakref import WeakValueDictionary
+from weakref import ref
 
 from ._options import StreamError
 from ._thread import thread
@@ -19,6 +19,8 @@ from ._thread import thread
 
 def is_iterable(value: Any) -> bool:
     """True for what can be streamed: any iterable but text, bytes and mappings."""
+    if isinstance(value, GeneratorType):
+        return True  # as mostly: the look below takes longer
     if isinstance(value, str | bytes | bytearray | memoryview | Mapping):
         return False
     return hasattr(value, "__iter__")
@@ -77,17 +79,17 @@ class _Query:
         return iter(query)
 
 
-_served: WeakValueDictionary[int, Any] = WeakValueDictionary()
+_served: dict[int, ref[Any]] = {}
 
 
 def claim(source: Any) -> bool:
     """False if this very iterator, or file, has been given to a request before."""
     if isinstance(source, _Blocks):
         source = source.file
-    if not isinstance(source, Iterator):
-        return True
-    if _served.get(id(source)) is source:
-        return False
+    if not hasattr(source, "__next__"):
+        return True  # no iterator: each request begins anew
+    key = id(source)
     with suppress(TypeError):  # no weak reference to it: a second finds it used up
-        _served[id(source)] = source
+        reference = ref(source, lambda dead: _served.pop(key, None))
+        return _served.setdefault(key, reference) is reference
     return True
