@@ -19,13 +19,13 @@ LADDER = {
     "_cleanup": set(),
     "_report": {"_body", "_chunks", "_options"},  # the body for a type alone
     "_transaction": set(),
-    "_context": {"_thread"},
+    "_context": {"_database", "_thread"},  # the former for a type alone
     "_registry": {"_thread"},
-    "_database": {"_registry", "_thread", "_transaction"},
+    "_database": {"_registry", "_transaction"},
     "_chunks": {"_options"},
     "_body": {
         *("_chunks", "_cleanup", "_context", "_database"),
-        *("_options", "_report", "_thread"),
+        *("_options", "_report"),
     },
     "_stream": {"_body", "_chunks", "_context", "_database", "_options", "_source"},
     "_guard": {"_body", "_cleanup", "_database", "_report", "_stream"},

@@ -18,7 +18,6 @@ from ._cleanup import close, first_error
 from ._context import Context
 from ._options import StreamError
 from ._report import Outcome, cursor_ended, tell, tell_late, tell_left
-from ._thread import Record
 
 if TYPE_CHECKING:
     from ._database import Database
@@ -37,7 +36,7 @@ class Body:
         self, source: Any, plan: Plan, tg_locals: Any, database: Database | None
     ) -> None:
         self.plan = plan
-        self.context = Context(tg_locals)
+        self.context = Context(tg_locals, database)
         self.database = database
         self.encoding = Chunks(plan)
         self.outcome: Outcome | None = None
@@ -45,7 +44,6 @@ class Body:
         self.chunks = self.bytes = 0
         self.reason: str | None = None
         self.running = self.left = self._priming = False
-        self._bind, self._unbind = self._bindings()
         self._source = source
         self._items: Iterator[Any] | None = None
         self._chunks: Iterator[bytes] = iter(())
@@ -54,23 +52,6 @@ class Body:
         self._ending = threading.Lock()
         self.started = clock()
         self.first_chunk_seconds: float | None = None
-
-    def _bindings(self) -> tuple[Callable[[], Record], Callable[[Record], None]]:
-        """What goes around a pull, made once: it is the most of a pull's cost."""
-        database, bind, unbind = self.database, self.context.bind, self.context.unbind
-        if database is None:
-            return bind, unbind
-
-        def bind_both() -> Record:
-            record = bind()
-            database.bind(record)
-            return record
-
-        def unbind_both(record: Record) -> None:
-            database.unbind(record)
-            unbind(record)
-
-        return bind_both, unbind_both
 
     # The life: primed once, pulled many times, ended once.
 
@@ -81,7 +62,7 @@ class Body:
         :raises Exception: what the generator raises; the stream has then ended.
         """
         self._priming = self.running = True
-        record = self._bind()
+        record = self.context.bind()
         try:
             self._items = iter(self._source)
             self._chunks = self.encoding.of(self._items, self)
@@ -92,7 +73,7 @@ class Body:
         except BaseException as error:
             self._fail(error)
         finally:
-            self._unbind(record)
+            self.context.unbind(record)
             self._priming = self.running = False
             self._close_if_asked()
 
@@ -126,7 +107,7 @@ class Body:
             yield chunk
         if self.reason == "completed":
             return
-        chunks, bind, unbind = self._chunks, self._bind, self._unbind
+        chunks, bind, unbind = self._chunks, self.context.bind, self.context.unbind
         while True:
             self.running = True
             if self._closing is not None:  # looked at after: it may be another thread's
@@ -173,11 +154,11 @@ class Body:
         if self._closing is None or self.reason is not None:
             return
         self.running = True
-        record = self._bind()
+        record = self.context.bind()
         try:
             self._end(self._closing)
         finally:
-            self._unbind(record)
+            self.context.unbind(record)
             self.running = False
 
     # The transaction, as the chunks are made.

@@ -1,4 +1,4 @@
-"""One stream's sessions and transaction: bind, flush, commit, roll back, release.
+"""One stream's sessions and transaction: flush, commit, roll back, release.
 
 Rule: only this file touches the thread's transaction manager, and through their
 registries the scoped sessions.
@@ -14,7 +14,6 @@ from weakref import WeakSet
 import transaction
 
 from ._registry import Registry
-from ._thread import Record, thread
 from ._transaction import Manager, Member, is_empty, never_again
 
 if TYPE_CHECKING:
@@ -36,27 +35,19 @@ class Database:
         self._removed = removed
         self.members: dict[Registry, Member] = {}
         self.manager = Manager(self.members.values())
-        self._outer_database: Database | None = None
-        self._outer_manager: Any = None
+        self.outer: Database | None = None
+        self.outer_manager: Any = None
         self._counterparts: list[tuple[Registry, Session]] = []
 
-    def bind(self, record: Record) -> None:
-        """Put the stream's sessions and transaction in place of the thread's."""
-        managers = record.managers
-        if managers is None:
-            # The documented attribute ``manager`` of the thread-local manager is what
-            # gets exchanged; its dict of this thread spares a look-up a pull.
-            managers = record.managers = transaction.manager.__dict__
-        self._outer_database = record.database
-        self._outer_manager = managers["manager"]
-        record.database = self
-        managers["manager"] = self.manager
+    @staticmethod
+    def managers_of_thread() -> dict[str, Any]:
+        """Where the thread-local manager keeps this thread's, under ``manager``.
 
-    def unbind(self, record: Record) -> None:
-        """Give the thread its own back."""
-        record.database = self._outer_database
-        assert record.managers is not None
-        record.managers["manager"] = self._outer_manager
+        That attribute is documented, and meant to be exchanged; its dict, kept in the
+        thread's record, spares a look-up a pull.
+        """
+        managers: dict[str, Any] = transaction.manager.__dict__
+        return managers
 
     def session(self, registry: Registry) -> Session:
         """The stream's session of a scoped session, made on first use."""
@@ -202,15 +193,15 @@ class Database:
 
         :param unchanged: those that keep their values over an abort.
         """
-        record = thread.record
         aborted = self._take(lambda member: True)
-        self.unbind(record)
+        managers = self.managers_of_thread()
+        managers["manager"] = self.outer_manager  # which the request's sessions join
         try:
             for each, objects in unchanged + aborted:
                 if objects:
                     each.outer().add_all(objects)
         finally:
-            self.bind(record)
+            managers["manager"] = self.manager
 
     def clear_thread(self) -> None:
         """Remove the request's sessions from the thread that its response leaves."""

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Collection
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import transaction
+from transaction.weakset import WeakSet
 
 if TYPE_CHECKING:
     from sqlalchemy.orm import Session
@@ -24,10 +26,16 @@ class Manager(transaction.TransactionManager):  # type: ignore[misc]
     """
 
     def __init__(self, members: Collection[Member]) -> None:
-        super().__init__()
+        # As the base has it, but without a set for each stream: few ever register.
+        self.explicit = False
+        self._txn: Any = None
         self._members = members
         self.commits = 0
         self.settling = False
+
+    @cached_property
+    def _synchs(self) -> Any:
+        return WeakSet()
 
     @property
     def idle(self) -> bool:
@@ -233,11 +241,7 @@ def is_empty(manager: Any) -> bool:
 
 
 def never_again(manager: Any) -> None:
-    """Let no error make TG run the controller a second time.
-
-    What the controller wrote is committed already, so that to run it again, as
-    ``tm.attempts`` would, were to write it twice.
-    """
+    """Let ``tm.attempts`` not run the controller again: what it wrote is committed."""
     manager.get().isRetryableError = _no
 
 
