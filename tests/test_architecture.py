@@ -14,7 +14,7 @@ LADDER = {
     "_options": set(),
     "_config": set(),
     "_headers": {"_options"},
-    "_source": {"_options", "_thread"},
+    "_source": {"_options"},
     "_thread": {"_database", "_registry"},  # for their types alone
     "_cleanup": set(),
     "_report": {"_body", "_chunks", "_options"},  # the body for a type alone
@@ -37,7 +37,7 @@ LADDER = {
 }
 MAY_TOUCH = {
     "transaction": {"_database", "_transaction"},
-    "sqlalchemy": {"_database", "_registry", "_source", "_transaction"},
+    "sqlalchemy": {"_database", "_registry", "_transaction"},
     "zope": set[str](),
     "tg.request_local": {"_context", "_thread"},
 }

@@ -489,6 +489,37 @@ def test_format_leaves_only_with_an_item_or_the_end(make_app: MakeApp) -> None:
     assert get(app, "/none").text == "#\n."
 
 
+def test_format_may_yield_nothing_for_an_item(make_app: MakeApp) -> None:
+    """An empty piece is no chunk, and a stateful charset is closed at the end."""
+
+    class Kanji(Words):
+        def encode(self, items: Iterable[Any]) -> Iterator[str]:
+            for item in items:
+                yield ""
+                yield item
+
+    class Root(TGController):
+        @expose()
+        @stream(Kanji, chunk_size=0, charset="iso2022_jp")
+        def kanji(self) -> Any:
+            return ["日", "本"]
+
+    text = b"".join(chunks(make_app(Root()), "/kanji"))
+    assert text == "日本".encode("iso2022_jp")
+
+
+def test_head_of_a_list_has_nothing_to_close(make_app: MakeApp) -> None:
+    """Not everything that can be iterated can be closed."""
+
+    class Root(TGController):
+        @expose(content_type="text/plain")
+        @stream
+        def list(self) -> Any:
+            return ["x"]
+
+    assert get(make_app(Root()), "/list", method="HEAD").text == ""
+
+
 def test_chunks_are_gathered_up_to_their_size(make_app: MakeApp) -> None:
     """A fast producer's items leave in blocks, of the option's or default size."""
 

@@ -108,7 +108,7 @@ def user(model: Model, name: str) -> User:
 def test_stream_session_and_transaction_are_its_own(
     make_app: MakeApp, model: Model
 ) -> None:
-    """Neither is the request's, each stream has others, and every pull the same."""
+    """A session that the request made is the stream's from its start, and no other's."""
     seen: list[tuple[Session, Any]] = []
 
     def note() -> None:
@@ -123,15 +123,19 @@ def test_stream_session_and_transaction_are_its_own(
         def _before(self, *args: Any, **params: Any) -> None:
             note()
 
+        def _after(self, *args: Any, **params: Any) -> None:
+            note()
+
     app = make_app(Noting(model, body), model)
     first, second = Call(app), Call(app)
     assert first.read() == second.read() == b"itemitemitem"
-    assert len({id(session) for session, _ in seen}) == 4
     sessions = [session for session, _ in seen]
-    assert sessions[4] is sessions[5] is sessions[1]
-    assert sessions[6] is sessions[7] is sessions[3]
-    assert seen[0][1] is seen[2][1] is transaction.manager.manager
-    assert len({id(manager) for _, manager in seen}) == 3
+    assert len({id(session) for session in sessions}) == 4
+    assert sessions[0] is sessions[1] is sessions[6] is sessions[7]
+    assert sessions[3] is sessions[4] is sessions[8] is sessions[9]
+    managers = [manager for _, manager in seen]
+    assert len({id(manager) for manager in managers}) == 3
+    assert all(managers[i] is transaction.manager.manager for i in (0, 2, 3, 5))
     assert_clean(model)
 
 

@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import tg
 from sqlalchemy import select
+from sqlalchemy.orm import Session
 from tg import TGController, expose
 
 import tgstream
 from tests.conftest import MakeApp, assert_clean
-from tests.model import Model, User
+from tests.model import Model, Note, User
 from tests.test_context import on_another_thread
 from tests.wsgi import Call, get
 from tgstream import Report, Stream, StreamError, current_stream, stream
@@ -244,3 +245,110 @@ def test_query_runs_in_the_streams_own_session(make_app: MakeApp, model: Model) 
     model.seed("ada", "bob")
     assert get(make_app(Root(), model), "/users").text == "adabob"
     assert_clean(model)
+
+
+@pytest.mark.parametrize("path", ["query", "session", "expression", "first"])
+def test_query_of_the_body_can_be_used_in_the_generator(
+    make_app: MakeApp, model: Model, path: str
+) -> None:
+    """A query, a session and their objects are the stream's once the body returns."""
+
+    class Root(TGController):
+        @expose(content_type="text/plain")
+        @stream
+        def query(self) -> Iterator[str]:
+            query = model.DBSession.query(User).order_by(User.id)
+
+            def rows() -> Iterator[str]:
+                for user in query:
+                    yield f"{user.name}{len(user.notes)}"
+
+            return rows()
+
+        @expose(content_type="text/plain")
+        @stream
+        def session(self) -> Iterator[str]:
+            session = model.DBSession()
+
+            def rows() -> Iterator[str]:
+                for user in session.query(User).order_by(User.id):
+                    assert session is model.DBSession()
+                    yield f"{user.name}{len(user.notes)}"
+
+            return rows()
+
+        @expose(content_type="text/plain")
+        @stream
+        def expression(self) -> Iterator[str]:
+            users = model.DBSession.query(User).order_by(User.id)
+            return (f"{user.name}{len(user.notes)}" for user in users)
+
+        @expose(content_type="text/plain")
+        @stream
+        def first(self) -> Iterator[str]:
+            query = model.DBSession.query(User)
+
+            def rows() -> Iterator[str]:
+                for name in ("ada", "bob"):
+                    user = query.filter_by(name=name).one()
+                    user.notes.append(Note(text=f"for {name}"))
+                    yield f"{name}0"
+
+            return rows()
+
+    model.seed("ada", "bob")
+    assert get(make_app(Root(), model), f"/{path}").text == "ada0bob0"
+    if path == "first":
+        assert model.texts() == ["for ada", "for bob"]
+    assert_clean(model)
+
+
+def test_query_of_a_foreign_session_is_left_to_it(
+    make_app: MakeApp, sqlite_model: Model
+) -> None:
+    """A session that the user made by hand is the user's, in a stream as anywhere."""
+
+    class Names:
+        content_type = "text/plain"
+
+        def encode(self, items: Any) -> Iterator[str]:
+            for user in items:
+                assert user in foreign
+                yield user.name
+
+    class Root(TGController):
+        @expose()
+        @stream(Names)
+        def users(self) -> Any:
+            model.DBSession.query(User).all()
+            return foreign.query(User)
+
+    model = sqlite_model
+    model.seed("ada")
+    app = make_app(Root(), model)
+    with Session(model.outside) as foreign:
+        assert get(app, "/users").text == "ada"
+    assert_clean(model)
+
+
+def test_scoped_session_outside_of_streams_is_as_ever(
+    make_app: MakeApp, sqlite_model: Model
+) -> None:
+    """Once it has served a stream, it still makes, takes and forgets sessions."""
+
+    class Root(TGController):
+        @expose()
+        @stream
+        def touch(self) -> Iterator[str]:
+            yield str(model.DBSession.query(User).count())
+
+    model = sqlite_model
+    get(make_app(Root(), model), "/touch")
+    session = model.DBSession(info={"mine": True})
+    assert model.DBSession() is session
+    assert model.DBSession.registry.registry.value is session
+    model.DBSession.remove()
+    assert not model.DBSession.registry.has()
+    model.DBSession.registry.set(session)
+    assert model.DBSession() is session
+    model.DBSession.remove()

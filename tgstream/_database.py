@@ -37,7 +37,6 @@ class Database:
         self.manager = Manager(self.members.values())
         self.outer: Database | None = None
         self.outer_manager: Any = None
-        self._counterparts: list[tuple[Registry, Session]] = []
 
     @staticmethod
     def managers_of_thread() -> dict[str, Any]:
@@ -55,13 +54,6 @@ class Database:
         if member is None:
             member = self.adopt(registry, registry.createfunc())
         return member.session
-
-    def counterpart(self, session: Session) -> Session:
-        """The stream's session in place of the request's; another as it is."""
-        for each, outer in self._counterparts:
-            if outer is session:
-                return self.session(each)
-        return session
 
     def adopt(self, registry: Registry, session: Session) -> Member:
         """Make ``session`` the stream's."""
@@ -145,17 +137,16 @@ class Database:
             raise errors[0]
 
     def take_over(self, tm_enabled: bool, vetoed: Callable[[], bool]) -> None:
-        """End the request's transaction by TG's rules, and take what it has loaded.
+        """End the request's transaction by TG's rules, and take over its sessions.
 
-        Call it unbound. The objects keep their values over a commit: they are taken out
-        of the request's session first, so that nothing expires them.
+        Call it unbound. What the controller holds of them, objects and queries, is the
+        stream's from here on; the request gets new ones where it asks for more.
 
         :param tm_enabled: whether TG would end it; else what is not committed is gone.
         :param vetoed: whether ``tm.commit_veto`` says no.
         """
         manager = transaction.manager.manager
         sources = [(each, each.outer()) for each in self.registries if each.outer.has()]
-        self._counterparts = sources
         if sources or not tm_enabled or not is_empty(manager):
             commits = tm_enabled and not (manager.isDoomed() or vetoed())
             self._move(sources, manager.commit if commits else manager.abort, commits)
@@ -170,14 +161,17 @@ class Database:
     ) -> None:
         for _, session in sources:
             session.flush() if commits else session.rollback()
-        moved = [(each, session, _take(session)) for each, session in sources]
+        # Out of their sessions, objects keep their values over the commit.
+        objects = [_take(session) for _, session in sources]
         end()
-        for each, session, objects in moved:
-            if objects:
-                self.session(each).add_all(objects)
-            if session.in_transaction():  # no transaction manager knew of it
-                session.rollback()
-                self.session(each).expire_all()
+        for (each, session), taken in zip(sources, objects, strict=True):
+            known = not session.in_transaction()  # to a transaction manager
+            session.rollback()
+            each.outer.clear()
+            self.adopt(each, session)
+            session.add_all(taken)
+            if not known:
+                session.expire_all()
 
     def _take(
         self, which: Callable[[Member], bool]

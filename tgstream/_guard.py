@@ -62,12 +62,14 @@ class _Guarded:
         self._outcome.raise_error()
 
     def close(self) -> None:
+        running = self._outcome.running
         try:
             close(self._body)
-        except ValueError:
-            # TG's generators refuse while another thread pulls; the stream does not.
-            if not self._outcome.close():
+        except ValueError:  # TG's generators refuse while another thread pulls
+            if not running:
                 raise
+        finally:
+            self._outcome.close()  # which those do not pass on that never began
 
 
 class _Alarm:

@@ -82,14 +82,15 @@ class Outcome:
         if self.error is not None:
             raise self.error
 
-    def close(self) -> bool:
-        """Close the stream, and say whether a pull of it runs."""
-        body = self.body
-        if body is None:
-            return False
-        running = body.running
-        body.close()
-        return running
+    @property
+    def running(self) -> bool:
+        """True while a pull of the stream runs, on whatever thread."""
+        return self.body is not None and self.body.running
+
+    def close(self) -> None:
+        """Close the stream, if it has not ended."""
+        if self.body is not None:
+            self.body.close()
 
 
 def tell_late(body: Body) -> None:

@@ -14,7 +14,6 @@ from typing import Any
 from weakref import ref
 
 from ._options import StreamError
-from ._thread import thread
 
 
 def is_iterable(value: Any) -> bool:
@@ -48,35 +47,17 @@ def source_of(items: Any, raw: bool) -> Any:
         return items
     if raw and hasattr(items, "read"):
         return items if isinstance(items, io.TextIOBase) else _Blocks(items)
-    if "sqlalchemy.orm" in sys.modules:
-        return _of_database(items)
-    return items
-
-
-def _of_database(items: Any) -> Any:
-    from sqlalchemy import engine, orm
-
-    if isinstance(items, engine.Result | engine.ScalarResult | engine.MappingResult):
+    engine = sys.modules.get("sqlalchemy.engine")
+    if engine is not None and isinstance(
+        items, engine.Result | engine.ScalarResult | engine.MappingResult
+    ):
         items.close()
         raise StreamError(
             "a Result that the controller's body ran belongs to the request's "
             "transaction, which ends before the first item is taken: run the statement "
             "inside a generator"
         )
-    return _Query(items) if isinstance(items, orm.Query) else items
-
-
-class _Query:
-    """A ``Query`` of the request, run in the stream's session when it is iterated."""
-
-    def __init__(self, query: Any) -> None:
-        self._query = query
-
-    def __iter__(self) -> Iterator[Any]:
-        query, database = self._query, thread.record.database
-        if database is not None:
-            query = query.with_session(database.counterpart(query.session))
-        return iter(query)
+    return items
 
 
 _served: dict[int, ref[Any]] = {}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Collection
+from contextlib import suppress
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -20,10 +21,7 @@ if TYPE_CHECKING:
 
 
 class Manager(transaction.TransactionManager):  # type: ignore[misc]
-    """A transaction manager whose every transaction begins with the stream's sessions.
-
-    :param members: the sessions' data managers, as they come to be.
-    """
+    """A transaction manager whose transactions begin with the stream's sessions."""
 
     def __init__(self, members: Collection[Member]) -> None:
         # As the base has it, but without a set for each stream: few ever register.
@@ -143,7 +141,8 @@ class Member:
         """Close the session, whatever state it is in."""
         try:
             if self._parked is not None:
-                self._parked.abort()
+                with suppress(KeyError):  # zope's weak entry, in cyclic garbage
+                    self._parked.abort()
         finally:
             self.session.close()
 
