@@ -108,7 +108,7 @@ def user(model: Model, name: str) -> User:
 def test_stream_session_and_transaction_are_its_own(
     make_app: MakeApp, model: Model
 ) -> None:
-    """A session that the request made is the stream's from its start, and no other's."""
+    """A session that the request made becomes the stream's, and no other's."""
     seen: list[tuple[Session, Any]] = []
 
     def note() -> None:
