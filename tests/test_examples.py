@@ -39,6 +39,8 @@ class Cookbook:
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 text=True,
+                # What runs in the background of a script ignores Ctrl-C otherwise.
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             )
         assert self.process.stdout is not None
         opened = re.match(r"Open http://([^/]*)/", self.process.stdout.readline())
