@@ -63,6 +63,19 @@ def test_stream_writes_are_committed_at_its_end(
     assert_clean(model)
 
 
+def test_commit_each_without_a_database_streams(make_app: MakeApp) -> None:
+    """There is nothing to commit, and nothing to complain of."""
+
+    class Root(TGController):
+        @expose(content_type="text/plain")
+        @stream(commit="each")
+        def text(self) -> Iterator[str]:
+            yield "a"
+            yield "b"
+
+    assert get(make_app(Root(), tm__enabled=False), "/text").text == "ab"
+
+
 def test_current_stream_counts(make_app: MakeApp) -> None:
     """A generator can read how many items, chunks and bytes have gone out."""
     seen = []
