@@ -21,7 +21,8 @@ LADDER = {
     "_transaction": set(),
     "_context": {"_database", "_thread"},  # the former for a type alone
     "_registry": {"_thread"},
-    "_database": {"_registry", "_transaction"},
+    "_objects": set(),
+    "_database": {"_objects", "_registry", "_report", "_transaction"},
     "_chunks": {"_options"},
     "_body": {
         *("_chunks", "_cleanup", "_context", "_database"),
@@ -30,14 +31,14 @@ LADDER = {
     "_stream": {"_body", "_chunks", "_context", "_database", "_options", "_source"},
     "_guard": {"_body", "_cleanup", "_database", "_report", "_stream"},
     "_controller": {
-        *("_chunks", "_config", "_context", "_database"),
+        *("_body", "_chunks", "_config", "_context", "_database"),
         *("_guard", "_headers", "_options", "_registry", "_source", "_stream"),
     },
     "__init__": {"_config", "_controller", "_options", "_report", "_stream"},
 }
 MAY_TOUCH = {
     "transaction": {"_database", "_transaction"},
-    "sqlalchemy": {"_database", "_registry", "_transaction"},
+    "sqlalchemy": {"_database", "_objects", "_registry", "_report", "_transaction"},
     "zope": set[str](),
     "tg.request_local": {"_context", "_thread"},
 }

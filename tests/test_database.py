@@ -8,7 +8,7 @@ import logging
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -1992,4 +1992,31 @@ def test_stream_decorated_is_the_same(make_app: MakeApp, model: Model) -> None:
 
     call = Call(make_app(Decorated(), model))
     assert names_after_each_chunk(call, model) == [1, 2]
+    assert_clean(model)
+
+
+@pytest.mark.parametrize("commit", ["end", "each", 3])
+def test_format_that_stops_early_is_stored(
+    make_app: MakeApp, model: Model, commit: Any
+) -> None:
+    """A format may end a body before its items do; what was taken is committed."""
+
+    class First(Lines):
+        def encode(self, items: Iterable[Any]) -> Iterator[str]:
+            for number, item in enumerate(items, 1):
+                yield f"{item}\n"
+                if number == 2:
+                    return
+
+    def body() -> Iterator[str]:
+        try:
+            for name in ("ada", "bob", "carl"):
+                model.DBSession.add(User(name=name))
+                yield name
+        finally:
+            model.DBSession.add(User(name="finally"))
+
+    app = make_app(Root(model, body, format=First, commit=commit), model)
+    assert get(app).text == "ada\nbob\n"
+    assert model.names() == ["ada", "bob", "finally"]
     assert_clean(model)

@@ -6,6 +6,7 @@ import io
 import itertools
 import logging
 import sys
+import threading
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -587,3 +588,67 @@ def test_head_closes_an_open_file(make_app: MakeApp) -> None:
     assert get(app, "/file", method="HEAD").text == ""
     assert get(app, "/file").text == "data"
     assert [file.closed for file in files] == [True, True]
+
+
+def test_close_between_pulls_leaves_no_whole_body(make_app: MakeApp) -> None:
+    """Who pulls a stream that somebody has closed learns that it is not all."""
+
+    class Root(TGController):
+        @expose(content_type="text/plain")
+        @stream
+        def endless(self) -> Iterator[str]:
+            while True:
+                yield "x"
+
+    call = Call(make_app(Root()), "/endless", checked=False)
+    assert next(call) == b"x"
+    call.close()
+    with pytest.raises(StreamError, match="was closed before its end"):
+        next(call)
+
+
+def test_close_while_a_middleware_works_on_a_chunk_does_not_raise(
+    make_app: MakeApp, reports: list[Report]
+) -> None:
+    """TG's generators are busy then, and refuse; the guard does not, and it ends."""
+    working, go_on = threading.Event(), threading.Event()
+
+    class Working:
+        def __init__(self, app: Any) -> None:
+            self.app = app
+
+        def __call__(self, environ: Any, start_response: Any) -> Iterator[bytes]:
+            body = self.app(environ, start_response)
+            return self.relay(body)
+
+        def relay(self, body: Any) -> Iterator[bytes]:
+            try:
+                for number, chunk in enumerate(body):
+                    if number == 1:
+                        working.set()
+                        go_on.wait(10)
+                    yield chunk
+            finally:
+                body.close()
+
+    class Root(TGController):
+        @expose(content_type="text/plain")
+        @stream
+        def two(self) -> Iterator[str]:
+            yield "a"
+            yield "b"
+
+    tg.hooks.register("before_wsgi_middlewares", Working)
+    try:
+        app = make_app(Root())
+    finally:
+        tg.hooks.disconnect("before_wsgi_middlewares", Working)
+    call = Call(app, "/two", checked=False)
+    assert next(call) == b"a"
+    puller = threading.Thread(target=lambda: next(call, None))
+    puller.start()
+    assert working.wait(10)
+    call.close()
+    go_on.set()
+    puller.join()
+    assert [report.reason for report in reports] == ["disconnected"]

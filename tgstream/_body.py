@@ -151,15 +151,19 @@ class Body:
             self._close_if_asked()
 
     def _close_if_asked(self) -> None:
-        if self._closing is None or self.reason is not None:
+        if self._closing is None or not self._ending.acquire(blocking=False):
             return
         self.running = True
         record = self.context.bind()
         try:
-            self._end(self._closing)
+            self._finish(self._closing)
         finally:
             self.context.unbind(record)
             self.running = False
+
+    def abandon(self) -> None:
+        """End what never began, because the request failed before; nothing is told."""
+        self._end("failed", silent=True)
 
     # The transaction, as the chunks are made.
 
@@ -170,6 +174,7 @@ class Body:
 
     def exhaust(self) -> None:
         """Commit where the items run out, before an ending tells that all is there."""
+        close(self._items)  # a format may have stopped before they did
         self._close_source()
         if self.database is None:
             return
@@ -201,8 +206,13 @@ class Body:
     def _end(
         self, reason: str, error: BaseException | None = None, silent: bool = False
     ) -> None:
-        if not self._ending.acquire(blocking=False):
-            return
+        if self._ending.acquire(blocking=False):
+            self._finish(reason, error, silent)
+
+    def _finish(
+        self, reason: str, error: BaseException | None = None, silent: bool = False
+    ) -> None:
+        """End, by the one who has ``_ending``."""
         self.reason = reason
         closes = lambda: close(self._chunks), lambda: close(self._items)
         error = first_error([*closes, self._close_source, self._release], error)
@@ -212,6 +222,7 @@ class Body:
         if self.outcome is None:
             return  # still in the request: TG itself takes tg.locals away
         self.outcome.body = None  # so that neither keeps the other
+        self.outcome.cut = reason == "disconnected"
         if reason == "failed":
             self.outcome.error = error
         else:

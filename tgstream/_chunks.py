@@ -81,6 +81,8 @@ class Chunks:
                 store.settle()
             if data:
                 yield data
+        if not self._exhausted:  # the format has stopped early: that is its end
+            self._exhaust(store)
         if tail := self._tail():
             yield tail
 

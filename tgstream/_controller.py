@@ -29,6 +29,7 @@ from ._source import is_iterable
 from ._stream import Stream
 
 if TYPE_CHECKING:
+    from ._body import Body
     from ._database import Database
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -145,9 +146,7 @@ def _start(stream: Stream, tg_locals: Any) -> None:
     body = stream._open(plan, tg_locals, database)
     watch_exit(tg_locals.request.environ, body)
     if database is not None:
-        database.take_over(
-            _tm_enabled(tg_locals), lambda: _vetoed(tg_locals, tg_locals.response)
-        )
+        _take_over(database, body, tg_locals)
     body.prime(lambda answer: _vetoed(tg_locals, answer))
     set_headers(tg_locals.response, exposed, options)
     send_off(tg_locals.response, stream)
@@ -189,6 +188,16 @@ def _vetoed(tg_locals: Any, response: Any) -> bool:
         return False
     environ = tg_locals.request.environ
     return bool(veto(environ, response.status, response.headerlist))
+
+
+def _take_over(database: Database, body: Body, tg_locals: Any) -> None:
+    try:
+        database.take_over(
+            _tm_enabled(tg_locals), lambda: _vetoed(tg_locals, tg_locals.response)
+        )
+    except BaseException:
+        body.abandon()
+        raise
 
 
 def _database_of(tg_locals: Any) -> Database | None:

@@ -6,21 +6,19 @@ registries the scoped sessions.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
-from weakref import WeakSet
 
 import transaction
 
+from ._objects import attach, keeping_values, take
 from ._registry import Registry
-from ._transaction import Manager, Member, is_empty, never_again
+from ._report import tell_shared
+from ._transaction import Manager, Member
 
 if TYPE_CHECKING:
     from sqlalchemy.orm import Session
-
-log = logging.getLogger("tgstream")
-_warned: WeakSet[Any] = WeakSet()
 
 
 class Database:
@@ -57,7 +55,7 @@ class Database:
 
     def adopt(self, registry: Registry, session: Session) -> Member:
         """Make ``session`` the stream's."""
-        _warn_of_shared_connection(session)
+        tell_shared(session)
         member = Member(session, self.manager)
         if not self.manager.idle:
             self.manager.get().join(member)
@@ -132,6 +130,8 @@ class Database:
                 step()
             except BaseException as error:
                 errors.append(error)
+        for member in self.members.values():
+            del member.session  # which knows the member: a cycle, and it holds much
         self.members.clear()
         if errors:
             raise errors[0]
@@ -147,11 +147,13 @@ class Database:
         """
         manager = transaction.manager.manager
         sources = [(each, each.outer()) for each in self.registries if each.outer.has()]
-        if sources or not tm_enabled or not is_empty(manager):
+        if sources or not tm_enabled or not _is_empty(manager):
             commits = tm_enabled and not (manager.isDoomed() or vetoed())
             self._move(sources, manager.commit if commits else manager.abort, commits)
+            if tm_enabled:
+                manager.begin()
         if tm_enabled:
-            never_again(manager)
+            _never_again(manager)
 
     def _move(
         self,
@@ -161,23 +163,33 @@ class Database:
     ) -> None:
         for _, session in sources:
             session.flush() if commits else session.rollback()
-        # Out of their sessions, objects keep their values over the commit.
-        objects = [_take(session) for _, session in sources]
-        end()
-        for (each, session), taken in zip(sources, objects, strict=True):
+        objects = [list(session.identity_map.values()) for _, session in sources]
+        with ExitStack() as stack:
+            for _, session in sources:
+                stack.enter_context(keeping_values(session))
+            end()
+        for (each, session), held in zip(sources, objects, strict=True):
             known = not session.in_transaction()  # to a transaction manager
-            session.rollback()
             each.outer.clear()
-            self.adopt(each, session)
-            session.add_all(taken)
+            adopted = self._adopt_or_make(each, session)
+            attach(adopted, held)
             if not known:
-                session.expire_all()
+                adopted.expire_all()
+
+    def _adopt_or_make(self, registry: Registry, session: Session) -> Session:
+        from sqlalchemy.exc import InvalidRequestError
+
+        session.rollback()
+        try:
+            return self.adopt(registry, session).session
+        except InvalidRequestError:  # closed for good: close_resets_only=False
+            return self.session(registry)
 
     def _take(
         self, which: Callable[[Member], bool]
     ) -> list[tuple[Registry, list[Any]]]:
         return [
-            (each, _take(member.session))
+            (each, take(member.session))
             for each, member in self.members.items()
             if which(member)
         ]
@@ -193,7 +205,7 @@ class Database:
         try:
             for each, objects in unchanged + aborted:
                 if objects:
-                    each.outer().add_all(objects)
+                    attach(each.outer(), objects)
         finally:
             managers["manager"] = self.manager
 
@@ -208,25 +220,21 @@ class Database:
             self.registries[0].shield()
 
 
-def _take(session: Session) -> list[Any]:
-    """Take the persistent objects out of ``session``, as they are."""
-    objects = list(session.identity_map.values())
-    session.expunge_all()
-    return objects
+def _is_empty(manager: Any) -> bool:
+    """True if to commit a thread's transaction would do nothing, as is mostly so."""
+    txn = manager.get()
+    return not (
+        txn._resources
+        or any(txn.getBeforeCommitHooks())
+        or any(txn.getAfterCommitHooks())
+        or manager.registeredSynchs()
+    )
 
 
-def _warn_of_shared_connection(session: Session) -> None:
-    """Warn, once an engine, where a stream cannot have a connection of its own."""
-    from sqlalchemy.pool import SingletonThreadPool, StaticPool
+def _never_again(manager: Any) -> None:
+    """Let ``tm.attempts`` not run the controller again: what it wrote is committed."""
+    manager.get().isRetryableError = _no
 
-    engine = getattr(session.bind, "engine", None)
-    if engine is None or engine in _warned:
-        return
-    if isinstance(engine.pool, SingletonThreadPool | StaticPool):
-        _warned.add(engine)
-        log.warning(
-            "%s is one connection for all sessions of a thread: a stream's transaction "
-            "cannot be kept apart from the request's. Use a file, in test.ini: "
-            "sqlalchemy.url = sqlite:///%%(here)s/test.db",
-            engine.url,
-        )
+
+def _no(error: BaseException) -> bool:
+    return False

@@ -60,13 +60,13 @@ class _Guarded:
     def __iter__(self) -> Iterator[bytes]:
         yield from self._body
         self._outcome.raise_error()
+        self._outcome.raise_if_cut()
 
     def close(self) -> None:
-        running = self._outcome.running
         try:
             close(self._body)
-        except ValueError:  # TG's generators refuse while another thread pulls
-            if not running:
+        except ValueError as error:  # TG's generators refuse while another thread pulls
+            if str(error) != "generator already executing":
                 raise
         finally:
             self._outcome.close()  # which those do not pass on that never began
@@ -125,8 +125,11 @@ class _Closer:
         """Nothing: registered to be told of the end."""
 
     def _pop_object(self, body: Body) -> None:
-        if not body.left:
-            body.close()
+        if body.left:
+            return
+        body.close()
+        if body.database is not None:
+            body.database.clear_thread()  # of more sessions than TG removes
 
 
 def watch_exit(environ: dict[str, Any], body: Body) -> None:

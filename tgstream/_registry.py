@@ -33,7 +33,7 @@ class Registry:
 
     def __call__(self) -> Session:
         record = thread.record
-        record.shielded.discard(self)
+        record.shielded.pop(self, None)
         if record.database is not None:
             return record.database.session(self)
         session: Session = self.outer()
@@ -49,7 +49,7 @@ class Registry:
 
     def set(self, session: Session) -> None:
         record = thread.record
-        record.shielded.discard(self)
+        record.shielded.pop(self, None)
         if record.database is not None:
             record.database.adopt(self, session)
         else:
@@ -57,8 +57,9 @@ class Registry:
 
     def clear(self) -> None:
         record = thread.record
-        if self in record.shielded:
-            record.shielded.discard(self)
+        if removals := record.shielded.pop(self, 0):
+            if removals > 1:
+                record.shielded[self] = removals - 1
         elif record.database is not None:
             record.database.forget(self)
         else:
@@ -71,7 +72,8 @@ class Registry:
         body is closed, for a dropped one maybe in the middle of another's request or
         pull. What is in use is not asked for: a ``scopefunc`` may need its request.
         """
-        thread.record.shielded.add(self)
+        shielded = thread.record.shielded
+        shielded[self] = shielded.get(self, 0) + 1
 
     def remove(self) -> None:
         """Close the thread's own session and take it off the thread."""

@@ -6,7 +6,8 @@ Rule: to tell it never changes how it ended.
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import WeakSet
 
 import tg
 
@@ -14,6 +15,8 @@ from ._chunks import clock
 from ._options import StreamError
 
 if TYPE_CHECKING:
+    from sqlalchemy.orm import Session
+
     from ._body import Body
 
 log = logging.getLogger("tgstream")
@@ -73,19 +76,19 @@ def tell(body: Body, error: BaseException | None) -> None:
 class Outcome:
     """What the outside of the application must know of the stream that left it."""
 
-    started = responded = False
+    started = responded = cut = False
     body: Body | None = None
     error: BaseException | None = None
+
+    def raise_if_cut(self) -> None:
+        """Let nobody who pulls a closed stream take what there was for the whole."""
+        if self.cut:
+            raise StreamError("the stream was closed before its end, and pulled again")
 
     def raise_error(self) -> None:
         """Raise the stream's error again, where it was swallowed on the way out."""
         if self.error is not None:
             raise self.error
-
-    @property
-    def running(self) -> bool:
-        """True while a pull of the stream runs, on whatever thread."""
-        return self.body is not None and self.body.running
 
     def close(self) -> None:
         """Close the stream, if it has not ended."""
@@ -114,6 +117,26 @@ def tell_left(controller: str, new: int, changed: int, deleted: int) -> None:
         changed,
         deleted,
     )
+
+
+_warned: WeakSet[Any] = WeakSet()
+
+
+def tell_shared(session: Session) -> None:
+    """Warn, once an engine, that a stream cannot have a connection of its own there."""
+    from sqlalchemy.pool import SingletonThreadPool, StaticPool
+
+    engine = getattr(session.bind, "engine", None)
+    if engine is None or engine in _warned:
+        return
+    if isinstance(engine.pool, SingletonThreadPool | StaticPool):
+        _warned.add(engine)
+        log.warning(
+            "%s is one connection for all sessions of a thread: a stream's transaction "
+            "cannot be kept apart from the request's. Use a file, in test.ini: "
+            "sqlalchemy.url = sqlite:///%%(here)s/test.db",
+            engine.url,
+        )
 
 
 def cursor_ended(controller: str, cause: BaseException) -> StreamError:

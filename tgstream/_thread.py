@@ -25,10 +25,11 @@ class Record:
         self.config = _stack(request_local.config)
         self.context = _stack(request_local.context)
         # _database: the running stream's database, if any; the dict of the thread-local
-        # transaction manager, once needed; the registries kept over the next removal.
+        # transaction manager, once needed; the registries, and how many removals
+        # each is kept over.
         self.database: Database | None = None
         self.managers: dict[str, Any] | None = None
-        self.shielded: set[Registry] = set()
+        self.shielded: dict[Registry, int] = {}
 
 
 def _stack(proxy: Any) -> list[tuple[Any, bool]]:

@@ -141,10 +141,15 @@ class Member:
         """Close the session, whatever state it is in."""
         try:
             if self._parked is not None:
-                with suppress(KeyError):  # zope's weak entry, in cyclic garbage
-                    self._parked.abort()
+                self._unpark()
         finally:
             self.session.close()
+
+    def _unpark(self) -> None:
+        with suppress(KeyError):  # zope's weak entry is gone: this is cyclic garbage
+            for zopes in self._parked.get()._resources:
+                zopes.abort(None)
+            self._parked.abort()  # which would log that error
 
     def _commit(self) -> None:
         session, expires = self.session, self.session.expire_on_commit
@@ -226,23 +231,3 @@ class _Savepoint:
 
 def _pending(session: Session) -> tuple[int, int, int]:
     return len(session.new), len(session.dirty), len(session.deleted)
-
-
-def is_empty(manager: Any) -> bool:
-    """True if to commit a thread's transaction would do nothing, as is mostly so."""
-    txn = manager.get()
-    return not (
-        txn._resources
-        or any(txn.getBeforeCommitHooks())
-        or any(txn.getAfterCommitHooks())
-        or manager.registeredSynchs()
-    )
-
-
-def never_again(manager: Any) -> None:
-    """Let ``tm.attempts`` not run the controller again: what it wrote is committed."""
-    manager.get().isRetryableError = _no
-
-
-def _no(error: BaseException) -> bool:
-    return False
