@@ -22,14 +22,17 @@ LADDER = {
     "_context": {"_database", "_thread"},  # the former for a type alone
     "_registry": {"_thread"},
     "_objects": set(),
-    "_database": {"_objects", "_registry", "_report", "_transaction"},
+    "_database": {"_cleanup", "_objects", "_registry", "_report", "_transaction"},
     "_chunks": {"_options"},
     "_body": {
         *("_chunks", "_cleanup", "_context", "_database"),
         *("_options", "_report"),
     },
-    "_stream": {"_body", "_chunks", "_context", "_database", "_options", "_source"},
-    "_guard": {"_body", "_cleanup", "_database", "_report", "_stream"},
+    "_stream": {
+        *("_body", "_chunks", "_cleanup", "_context"),
+        *("_database", "_options", "_source"),
+    },
+    "_guard": {"_body", "_cleanup", "_database", "_options", "_report", "_stream"},
     "_controller": {
         *("_body", "_chunks", "_config", "_context", "_database"),
         *("_guard", "_headers", "_options", "_registry", "_source", "_stream"),

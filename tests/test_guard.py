@@ -652,3 +652,24 @@ def test_close_while_a_middleware_works_on_a_chunk_does_not_raise(
     go_on.set()
     puller.join()
     assert [report.reason for report in reports] == ["disconnected"]
+
+
+@pytest.mark.parametrize("plugged", [True, False])
+def test_not_modified_stream_ends_as_it_should(
+    make_app: MakeApp, plugged: bool
+) -> None:
+    """A 304 has no body: nobody pulls the stream, and nothing of it was cut."""
+
+    class Root(TGController):
+        @expose(content_type="text/plain")
+        @stream
+        def tagged(self) -> Iterator[str]:
+            tg.response.etag = "one"
+            tg.response.conditional_response = True
+            yield "a"
+            yield "b"
+
+    app = make_app(Root())
+    call = get(app if plugged else app.app, "/tagged", HTTP_IF_NONE_MATCH='"one"')
+    assert (call.status, call.text) == ("304 Not Modified", "")
+    assert get(app, "/tagged", HTTP_IF_NONE_MATCH='"two"').text == "ab"

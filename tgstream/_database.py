@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import transaction
 
+from ._cleanup import first_error
 from ._objects import attach, keeping_values, take
 from ._registry import Registry
 from ._report import tell_shared
@@ -91,14 +92,8 @@ class Database:
 
     def left(self) -> tuple[int, int, int]:
         """How many objects are new, changed and deleted, and not committed."""
-        new = changed = deleted = 0
-        for member in self.members.values():
-            counts = member.left()
-            new, changed, deleted = (
-                new + counts[0],
-                changed + counts[1],
-                deleted + counts[2],
-            )
+        counts = [member.left() for member in self.members.values()]
+        new, changed, deleted = map(sum, zip((0, 0, 0), *counts, strict=True))
         return new, changed, deleted
 
     def cursor_ended(self, error: BaseException) -> bool:
@@ -120,21 +115,16 @@ class Database:
         """
         if self.manager.idle and not self.members:
             return
-        errors: list[BaseException] = []
         steps = [self.manager.abort, *(each.release for each in self.members.values())]
         if give_back:
             unchanged = self._take(lambda member: member.unchanged)
             steps.insert(1, lambda: self._give_back(unchanged))
-        for step in steps:
-            try:
-                step()
-            except BaseException as error:
-                errors.append(error)
+        error = first_error(steps)
         for member in self.members.values():
             del member.session  # which knows the member: a cycle, and it holds much
         self.members.clear()
-        if errors:
-            raise errors[0]
+        if error is not None:
+            raise error
 
     def take_over(self, tm_enabled: bool, vetoed: Callable[[], bool]) -> None:
         """End the request's transaction by TG's rules, and take over its sessions.

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ._body import Body
 from ._cleanup import close
+from ._options import StreamError
 from ._report import Outcome
 from ._stream import Stream
 
@@ -56,13 +57,17 @@ class _Guarded:
     def __init__(self, body: Any, outcome: Outcome) -> None:
         self._body = body
         self._outcome = outcome
+        self._closed = False
 
     def __iter__(self) -> Iterator[bytes]:
         yield from self._body
         self._outcome.raise_error()
-        self._outcome.raise_if_cut()
+        # Closed from inside, it may be a 304: then nobody has pulled for more.
+        if self._closed and self._outcome.cut:
+            raise StreamError("the stream was closed before its end, and pulled again")
 
     def close(self) -> None:
+        self._closed = True
         try:
             close(self._body)
         except ValueError as error:  # TG's generators refuse while another thread pulls

@@ -80,11 +80,6 @@ class Outcome:
     body: Body | None = None
     error: BaseException | None = None
 
-    def raise_if_cut(self) -> None:
-        """Let nobody who pulls a closed stream take what there was for the whole."""
-        if self.cut:
-            raise StreamError("the stream was closed before its end, and pulled again")
-
     def raise_error(self) -> None:
         """Raise the stream's error again, where it was swallowed on the way out."""
         if self.error is not None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from . import _context
 from ._body import Body
 from ._chunks import Plan
+from ._cleanup import close
 from ._options import Format, Options, StreamError, check
 from ._source import claim, is_iterable, source_of
 
@@ -130,10 +131,8 @@ class Stream:
 
     def _discard(self) -> None:
         """Run nothing, but close what is open, for a request without a body."""
-        close = getattr(self._source, "close", None)
-        self._source = None
-        if close is not None:
-            close()
+        source, self._source = self._source, None
+        close(source)
 
 
 def current_stream() -> Stream:
