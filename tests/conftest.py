@@ -164,8 +164,15 @@ def pool(model: Model) -> sa.QueuePool:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def imports_are_frozen() -> None:
-    """Modules are no garbage: to look through them after every test takes seconds."""
+def frozen_in_the_end() -> Iterator[None]:
+    """Nothing is: some extensions look at exit whether they were collected."""
+    yield
+    gc.unfreeze()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def old_objects_are_frozen(frozen_in_the_end: None) -> None:
+    """Modules are no garbage: to look through them after every test takes minutes."""
     gc.collect()
     gc.freeze()
 

@@ -10,16 +10,19 @@ from typing import Any
 
 import pytest
 import tg
+from tg import expose
 
 import tgstream
 from examples import cookbook
 from tests.conftest import MakeApp
 from tests.wsgi import get
+from tgstream import stream
 from tgstream._config import OPTIONS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 REFERENCE = (ROOT / "docs/reference.rst").read_text()
+EXPORTS = (ROOT / "docs/exports.rst").read_text()
 CONTRIBUTING = (ROOT / "docs/contributing.rst").read_text()
 
 
@@ -34,7 +37,7 @@ def commands(text: str) -> list[str]:
     return [line.strip() for block in blocks for line in block.splitlines()]
 
 
-USAGE, *ENABLING, STREAM = snippets("python")
+USAGE, *ENABLING, STREAM, EXPORT = snippets("python")
 
 
 @pytest.mark.parametrize("name", tgstream.__all__)
@@ -77,7 +80,9 @@ def test_readme_usage_runs(
     shown: dict[str, Any] = {}
     exec(USAGE, shown)
     exec(STREAM, shown)
+    exec(EXPORT, shown)
     shown["RootController"].report = shown["ReportController"]()
+    shown["RootController"].export = shown["ExportController"]()
 
     def plug(base_config: Any) -> None:
         base_config.update_blueprint(
@@ -94,8 +99,65 @@ def test_readme_usage_runs(
         assert get(app, "/names").text == "manager\neditor\n"
         download = get(app, "/report/download?year=2026")
         assert download.text == "1,2026\n2,2026\n"
+        exported = get(app, "/export/csv").text
+        assert exported.startswith("user_id,user_name,display_name\r\n1,manager,")
+        assert len(get(app, "/export/lines").text.splitlines()) == 2
         disposition = download.headers["Content-Disposition"]
         assert disposition == 'attachment; filename="report-2026.csv"'
+    finally:
+        tg.config["tg.app_globals"].sa_engine.dispose()
+
+
+def blocks(text: str) -> list[str]:
+    """The Python blocks of a page of the docs, where the page stands in the margin."""
+    found = re.findall(r"code-block:: python\n\n((?: {4}.*\n|\n)+)", text)
+    return [re.sub(r"^ {4}", "", block, flags=re.MULTILINE) for block in found]
+
+
+EXPORTED = {
+    "users": "user_id,user_name\r\n1,manager\r\n2,editor\r\n",
+    "all": "user_id,user_name,display_name\r\n",
+    "some": "id,name\r\n1,Manager\r\n",
+    "excel": "\ufeffuser_id,display_name\r\n",
+    "lines": '{"user_id":1,"user_name":"manager","display_name":"Example manager"}\n',
+    "array": '[{"user_id":1,',
+    "since?user_id=1": '{"user_id":2,',
+    "fast": "user_id,user_name,display_name\r\n1,manager,Example manager\r\n",
+    "events": ': open\n\nevent: count\nid: 0\ndata: {"number":0}\n\n',
+    "backup": "the backup",
+}
+
+
+def test_exports_page_runs(
+    make_app: MakeApp, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The controllers of the page on exports give what it says."""
+    provide(monkeypatch, "myapp.lib.base", BaseController=tg.TGController)
+    provide(monkeypatch, "myapp.model", **vars(cookbook))
+    imports, *methods, own = blocks(EXPORTS)
+    shown: dict[str, Any] = {}
+    exec(imports, shown)
+    exec("".join(methods), shown)
+    exec(own, shown)
+    shown["Exports"].mine = expose()(
+        stream(shown["Lines"])(lambda self: ["one", "two"])
+    )
+
+    def plug(base_config: Any) -> None:
+        url = f"sqlite:///{tmp_path}/exports.db"
+        base_config.update_blueprint(
+            {"use_sqlalchemy": True, "sqlalchemy.url": url, "model": cookbook}
+        )
+        tgstream.plugme(base_config)
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "backup.tar").write_text("the backup")
+    app = make_app(shown["Exports"](), plug=plug)
+    try:
+        for path, beginning in EXPORTED.items():
+            assert get(app, f"/{path}").text.startswith(beginning), path
+        assert get(app, "/backup").headers["Content-Length"] == "10"
+        assert get(app, "/mine").text == "1: one\n2: two\n"
     finally:
         tg.config["tg.app_globals"].sa_engine.dispose()
 

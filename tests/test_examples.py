@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import http.client
 import json
 import os
@@ -22,14 +23,14 @@ ROOT = Path(__file__).parents[1]
 WRITERS = ["by_hand", "at_the_end", "each"]
 
 
-class Cookbook:
-    """The example in a process of its own, with its database in ``folder``."""
+class Example:
+    """An example in a process of its own, with its database in ``folder``."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, name: str, *options: str) -> None:
         self.folder = folder
         with (folder / "errors").open("w") as errors:
             self.process = subprocess.Popen(
-                [sys.executable, "examples/cookbook.py", "--port=0", "--pause=0.01"],
+                [sys.executable, f"examples/{name}.py", "--port=0", *options],
                 cwd=ROOT,
                 env={
                     **os.environ,
@@ -74,20 +75,29 @@ class Cookbook:
 
 
 @pytest.fixture(scope="module")
-def cookbook(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cookbook]:
+def cookbook(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Example]:
     """The running example."""
-    example = Cookbook(tmp_path_factory.mktemp("cookbook"))
+    folder = tmp_path_factory.mktemp("cookbook")
+    example = Example(folder, "cookbook", "--pause=0.01")
     yield example
     example.stop()
 
 
-def test_index_links_every_controller(cookbook: Cookbook) -> None:
+@pytest.fixture(scope="module")
+def exports(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Example]:
+    """The running example."""
+    example = Example(tmp_path_factory.mktemp("exports"), "exports")
+    yield example
+    example.stop()
+
+
+def test_index_links_every_controller(cookbook: Example) -> None:
     """The first page leads to all the others."""
     linked = re.findall(r'href="(\w+)"', cookbook.read("/").decode())
     assert linked == ["numbers", "lines", "users", *WRITERS, "fails"]
 
 
-def test_numbers_are_a_json_array(cookbook: Cookbook) -> None:
+def test_numbers_are_a_json_array(cookbook: Example) -> None:
     """The cookbook's first controller: text pieces that make a JSON array."""
     with cookbook.get("/numbers") as response:
         assert response.headers["Content-Type"].startswith("application/json")
@@ -95,20 +105,20 @@ def test_numbers_are_a_json_array(cookbook: Cookbook) -> None:
         assert response.read() == b"[1, 2, 3, 4, 5, 6, 7, 8, 9, 10]"
 
 
-def test_lines_read_the_request(cookbook: Cookbook) -> None:
+def test_lines_read_the_request(cookbook: Example) -> None:
     """The second: ``tg.request`` in every line."""
     expected = "".join(f"/lines/{num}\n" for num in range(1, 11))
     assert cookbook.read("/lines") == expected.encode()
 
 
-def test_users_are_read_between_yields(cookbook: Cookbook) -> None:
+def test_users_are_read_between_yields(cookbook: Example) -> None:
     """The third: a query for each of nine numbers, of whom two are users."""
     users = json.loads(cookbook.read("/users"))
     assert users == [None, 1, 2, *[None] * 7]
 
 
 @pytest.mark.parametrize("path", WRITERS)
-def test_permissions_are_stored_each_time(cookbook: Cookbook, path: str) -> None:
+def test_permissions_are_stored_each_time(cookbook: Example, path: str) -> None:
     """The fourth, in three ways: nine lines and nine rows, when opened again too."""
     before = len(cookbook.stored())
     assert cookbook.read(f"/{path}") == b"Added Permission\n" * 9
@@ -119,7 +129,7 @@ def test_permissions_are_stored_each_time(cookbook: Cookbook, path: str) -> None
         assert response.read().endswith(b"in the database: %d" % (before + 18))
 
 
-def test_each_permission_is_stored_before_its_line(cookbook: Cookbook) -> None:
+def test_each_permission_is_stored_before_its_line(cookbook: Example) -> None:
     """With ``tgstream.commit()`` a client never sees a row that is not there."""
     before = len(cookbook.stored())
     with cookbook.get("/each") as response:
@@ -128,7 +138,7 @@ def test_each_permission_is_stored_before_its_line(cookbook: Cookbook) -> None:
             assert len(cookbook.stored()) >= before + count
 
 
-def test_failing_controller_breaks_the_transfer(cookbook: Cookbook) -> None:
+def test_failing_controller_breaks_the_transfer(cookbook: Example) -> None:
     """A client cannot take the first half for the whole."""
     with (
         cookbook.get("/fails") as response,
@@ -141,8 +151,36 @@ def test_failing_controller_breaks_the_transfer(cookbook: Cookbook) -> None:
 
 def test_example_ends_with_ctrl_c(tmp_path: Path) -> None:
     """It ends without a traceback, and takes its database along."""
-    example = Cookbook(tmp_path)
+    example = Example(tmp_path, "cookbook", "--pause=0.01")
     assert b"Permissions in the database: 0" in example.read("/")
     assert example.stop() == 0
     assert "Traceback" not in (tmp_path / "errors").read_text()
     assert list(tmp_path.glob("*/cookbook.db")) == []
+
+
+def test_table_is_exported_in_every_format(exports: Example) -> None:
+    """The same 100,000 rows, as the standard library's readers see them."""
+    linked = re.findall(r'href="(\w+)"', exports.read("/").decode())
+    assert linked == ["csv", "excel", "lines", "array"]
+    table = list(csv.reader(exports.read("/csv").decode().splitlines()))
+    assert table[:2] == [["id", "customer", "amount"], ["1", "=Customer 0", "0.0"]]
+    documents = list(map(json.loads, exports.read("/lines").splitlines()))
+    assert documents.pop() == {"end": True, "items": 100_000}
+    assert [list(map(str, each.values())) for each in documents] == table[1:]
+    assert json.loads(exports.read("/array")) == documents[:40]
+
+
+def test_export_for_excel_runs_no_formula(exports: Example) -> None:
+    """It is known as UTF-8, and no cell begins with a sign that is run."""
+    with exports.get("/excel") as response:
+        disposition = response.headers["Content-Disposition"]
+        assert disposition == 'attachment; filename="orders.csv"'
+        text = response.read().decode()
+    assert text.startswith("\ufeffid,customer,amount\r\n1,'=Customer 0,0.0\r\n")
+    assert ",=" not in text
+
+
+def test_export_goes_on_behind_a_key(exports: Example) -> None:
+    """``after`` gives what a client that was cut off lacks."""
+    lines = exports.read("/lines?after=99998").splitlines()
+    assert [json.loads(line).get("id") for line in lines] == [99999, 100000, None]

@@ -16,20 +16,35 @@ stream's own, with a transaction that is committed when the generator ends.
 
 from ._config import plugme
 from ._controller import stream
-from ._options import Format, StreamError
+from ._copy import copy
+from ._csv import CSV
+from ._json import NDJSON, JSONArray
+from ._options import Batched, Format, StreamError
 from ._report import Report
+from ._rows import rows
+from ._sse import SSE, Event
 from ._stream import Stream, commit, current_stream, flush, rollback
+from ._templates import render
 
 __all__ = [
+    "CSV",
+    "NDJSON",
+    "SSE",
+    "Batched",
+    "Event",
     "Format",
+    "JSONArray",
     "Report",
     "Stream",
     "StreamError",
     "commit",
+    "copy",
     "current_stream",
     "flush",
     "plugme",
+    "render",
     "rollback",
+    "rows",
     "stream",
 ]
 __version__ = "0.1.0.dev0"

@@ -38,14 +38,13 @@ class Body:
         self.plan = plan
         self.context = Context(tg_locals, database)
         self.database = database
-        self.encoding = Chunks(plan)
+        self.encoding = Chunks(plan, self)
         self.outcome: Outcome | None = None
         self.late: Callable[[], list[str]] | None = None
         self.chunks = self.bytes = 0
         self.reason: str | None = None
         self.running = self.left = self._priming = False
         self._source = source
-        self._items: Iterator[Any] | None = None
         self._chunks: Iterator[bytes] = iter(())
         self._first: bytes | None = None
         self._closing: str | None = None
@@ -64,8 +63,7 @@ class Body:
         self._priming = self.running = True
         record = self.context.bind()
         try:
-            self._items = iter(self._source)
-            self._chunks = self.encoding.of(self._items, self)
+            self._chunks = self.encoding.of(self._source)
             self._make_first()
         except HTTPException as response:
             self._end_by_response(response, vetoed)
@@ -174,7 +172,7 @@ class Body:
 
     def exhaust(self) -> None:
         """Commit where the items run out, before an ending tells that all is there."""
-        close(self._items)  # a format may have stopped before they did
+        close(self.encoding.iterator)  # a format may have stopped before they did
         self._close_source()
         if self.database is None:
             return
@@ -214,7 +212,7 @@ class Body:
     ) -> None:
         """End, by the one who has ``_ending``."""
         self.reason = reason
-        closes = lambda: close(self._chunks), lambda: close(self._items)
+        closes = lambda: close(self._chunks), self.encoding.close
         error = first_error([*closes, self._close_source, self._release], error)
         if not silent:
             first_error([lambda: tell_late(self), lambda: tell(self, error)])
@@ -230,7 +228,7 @@ class Body:
 
     def _close_source(self) -> None:
         source, self._source = self._source, None
-        if source is not self._items:
+        if source is not self.encoding.iterator:
             close(source)
 
     def _release(self) -> None:

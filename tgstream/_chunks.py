@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import codecs
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
-from ._options import Format
+from ._batches import Passed, batches_of, is_batched
+from ._cleanup import close
+from ._options import Format, StreamError
 
 clock = time.perf_counter
 
@@ -25,6 +27,7 @@ class Plan(NamedTuple):
     chunk_size: int  # bytes, 0: a chunk an item
     chunk_seconds: float
     charset: Callable[[], str]
+    length: int | None = None  # bytes of the whole body, where it is known
 
 
 class Store(Protocol):
@@ -40,79 +43,179 @@ class Store(Protocol):
 class Chunks:
     """An iterator of chunks, counting the items that it has taken."""
 
-    def __init__(self, plan: Plan) -> None:
-        self.items = 0
+    def __init__(self, plan: Plan, store: Store) -> None:
         self.last = False
         self._plan = plan
+        self._store: Store | None = store
+        self.iterator: Any = None  # of the source
+        self._items = 0
+        self._raw = plan.format is None
+        self._held: list[Any] = []  # pieces of the next chunk: str or bytes
         self._exhausted = False
         self._encoder: codecs.IncrementalEncoder | None = None
 
-    def of(self, items: Iterator[Any], store: Store) -> Iterator[bytes]:
-        """The chunks of ``items``, made one by one; none is empty."""
-        format = self._plan.format
-        if format is not None:
-            return self._gathered(self._formatted(format, items, store))
-        raw = self._raw(items, store)
-        return self._gathered(raw) if self._plan.chunk_size else raw
+    @property
+    def items(self) -> int:
+        """How many items were taken."""
+        if self._raw and not self._exhausted:
+            return self._items + len(self._held)
+        return self._items
 
-    def _raw(self, items: Iterator[Any], store: Store) -> Iterator[bytes]:
-        """The items as they are, each stored before it is handed on."""
+    def close(self) -> None:
+        """Close the iterator of the source; nothing is told any more."""
+        self._store = None  # which holds this: a stream is to be freed at once
+        close(self.iterator)
+
+    def of(self, source: Any) -> Iterator[bytes]:
+        """The chunks of the source's items, made one by one; none is empty."""
+        plan = self._plan
+        pieces = self._pieces(source)
+        if self._raw and not plan.chunk_size:
+            chunks = self._single(pieces)
+        else:
+            chunks = self._gathered(self._stored(pieces) if plan.every else pieces)
+        return chunks if plan.length is None else self._measured(chunks, plan.length)
+
+    def _pieces(self, source: Any) -> Iterator[Any]:
+        """The items as they are, or what the format makes of them."""
+        format = self._plan.format
+        encode_batches = getattr(format, "encode_batches", None)
+        if encode_batches is not None and is_batched(source):
+            counted = self._counted_batches(self._batches(source))
+            pieces: Iterator[Any] = encode_batches(Passed(source, counted))
+            return pieces
+        self.iterator = iter(source)
+        if format is None:
+            taken: Iterator[Any] = self.iterator
+            return taken
+        return format.encode(self._counted(self.iterator))
+
+    def _batches(self, source: Any) -> Iterator[Sequence[Any]]:
+        """The batches; of one item where each may be committed, or leaves alone."""
+        if self._plan.chunk_size and not self._plan.every:
+            self.iterator = batches_of(source)
+            return self.iterator  # type: ignore[no-any-return]
+        self.iterator = iter(source)
+        return ([item] for item in self.iterator)
+
+    def _counted(self, items: Any) -> Iterator[Any]:
+        for item in items:
+            self._items += 1
+            yield item
+        self._exhaust()
+
+    def _counted_batches(
+        self, batches: Iterator[Sequence[Any]]
+    ) -> Iterator[Sequence[Any]]:
+        for batch in batches:
+            if batch:
+                self._items += len(batch)
+                yield batch
+        self._exhaust()
+
+    def _exhaust(self) -> None:
+        if self._held:  # what cannot be encoded is to fail before the last commit
+            self._held[:] = [self._joined()]
+        self._exhausted = True
+        if self._store is not None:
+            self._store.exhaust()
+
+    def _settle(self) -> None:
+        if self._store is not None:
+            self._store.settle()
+
+    def _single(self, items: Iterator[Any]) -> Iterator[bytes]:
+        """A chunk an item, each stored before it is handed on."""
         every = self._plan.every
         for item in items:
-            self.items += 1
+            self._items += 1
             data = item if type(item) is bytes else self._encode(item)
-            if every and self.items % every == 0:
-                store.settle()
+            if every and self._items % every == 0:
+                self._settle()
             if data:
                 yield data
-        self._exhaust(store)
+        self._exhaust()
         if tail := self._tail():
             yield tail
 
-    def _formatted(
-        self, format: Format, items: Iterator[Any], store: Store
-    ) -> Iterator[bytes]:
-        """What the format makes of the items, each stored before it is handed on."""
+    def _stored(self, pieces: Iterator[Any]) -> Iterator[bytes]:
+        """The pieces encoded, and committed where that is due, before they go on."""
         every, settled = self._plan.every, 0
-        for piece in format.encode(self._counted(items, store)):
+        for number, piece in enumerate(pieces, 1):
             data = piece if type(piece) is bytes else self._encode(piece)
-            if every and self.items - settled >= every:
-                settled = self.items
-                store.settle()
-            if data:
-                yield data
-        if not self._exhausted:  # the format has stopped early: that is its end
-            self._exhaust(store)
-        if tail := self._tail():
-            yield tail
+            items = number if self._raw else self._items
+            if items - settled >= every:
+                settled = items
+                self._settle()
+            yield data
 
-    def _counted(self, items: Iterator[Any], store: Store) -> Iterator[Any]:
-        for item in items:
-            self.items += 1
-            yield item
-        self._exhaust(store)
+    def _gathered(self, pieces: Iterator[Any]) -> Iterator[bytes]:
+        """The pieces in chunks of a size, or of what a slow pull has brought.
 
-    def _exhaust(self, store: Store) -> None:
-        store.exhaust()
-        self._exhausted = True
-
-    def _gathered(self, pieces: Iterator[bytes]) -> Iterator[bytes]:
-        """``pieces`` in chunks of a size, or of what a slow pull has brought."""
-        gathered: list[bytes] = []
-        size, seconds = self._plan.chunk_size, self._plan.chunk_seconds
-        length, start = 0, clock()
+        The clock is looked at each time: a producer that was fast may have turned slow.
+        """
+        size, seconds, now = self._plan.chunk_size, self._plan.chunk_seconds, clock
+        held, length = self._held, 0
+        hold, due = held.append, now() + seconds
         for piece in pieces:
-            gathered.append(piece)
+            if type(piece) is not str and type(piece) is not bytes:
+                piece = self._encode(piece)
+            hold(piece)
             length += len(piece)
-            if not self.items and not self._exhausted:
-                continue  # a header alone does not leave: an error may come yet
-            if length >= size or clock() - start >= seconds:
-                yield b"".join(gathered)
-                gathered.clear()
-                length, start = 0, clock()
-        if gathered:
-            self.last = True
-            yield b"".join(gathered)
+            if length >= size or now() >= due:
+                if not (self._exhausted or self.items):
+                    continue  # a header alone does not leave: an error may come yet
+                if chunk := self._joined():
+                    yield chunk
+                length, due = 0, now() + seconds
+        if not self._exhausted:  # without a format, or one that has stopped early
+            self._exhaust()
+        chunk = self._joined() + self._tail()
+        self.last = True
+        if chunk:
+            yield chunk
+
+    def _joined(self) -> bytes:
+        """What is held, as one chunk; it is held no longer."""
+        held = self._held
+        if self._raw and not self._exhausted:
+            self._items += len(held)
+        if not held:
+            return b""
+        try:
+            if type(held[0]) is bytes:
+                return b"".join(held)
+            return self._encode("".join(held))
+        except TypeError:  # some text, some bytes
+            return b"".join([p if type(p) is bytes else self._encode(p) for p in held])
+        finally:
+            held.clear()
+
+    def _measured(self, chunks: Iterator[bytes], length: int) -> Iterator[bytes]:
+        """The chunks, of which the completing one comes when all is done.
+
+        A client is content with the last byte: nothing must be able to fail after it.
+        """
+        made, completing = 0, b""
+        for chunk in chunks:
+            made += len(chunk)
+            if made > length:
+                raise StreamError(self._mismeasured("more than", length))
+            if made == length:
+                completing = chunk
+            elif not self.last:
+                yield chunk
+        if made != length:
+            raise StreamError(self._mismeasured(f"{made} bytes of", length))
+        self.last = True
+        if completing:
+            yield completing
+
+    def _mismeasured(self, made: str, length: int) -> str:
+        return (
+            f"{self._plan.controller} made {made} the {length} bytes that length= had "
+            "announced; give the exact number of bytes, or leave length out"
+        )
 
     def _encode(self, piece: Any) -> bytes:
         if isinstance(piece, str):
@@ -131,8 +234,9 @@ class Chunks:
     def _unencodable(self, piece: Any) -> str:
         plan, kind = self._plan, type(piece).__name__
         if plan.format is None:
+            number = self._items if not plan.chunk_size else self.items + 1
             return (
-                f"{plan.controller} yielded {kind} as item {self.items}: without a "
+                f"{plan.controller} yielded {kind} as item {number}: without a "
                 "format a stream sends str and bytes; yield those, or name a format"
             )
         return (

@@ -91,8 +91,8 @@ class StreamConfigurationComponent(ConfigurationComponent):  # type: ignore[misc
 
     Options:
 
-        * ``tgstream.chunk_size``: Bytes that a row format gathers before a chunk
-          leaves, by default 32768. The raw format sends each item as it comes.
+        * ``tgstream.chunk_size``: Bytes that a format, or a long page of ``render()``,
+          gathers before a chunk leaves, by default 32768.
         * ``tgstream.chunk_seconds``: Seconds after which a pull hands over what it
           gathered when the next item arrives, by default 0.05.
         * ``tgstream.sessions``: Scoped sessions beside ``DBSession``, as objects or

@@ -43,6 +43,7 @@ def stream(
     chunk_size: int | None = None,
     filename: str | None = None,
     charset: str | None = None,
+    length: int | None = None,
 ) -> Callable[[F], F]: ...
 @overload
 def stream(function: F, /) -> F: ...
@@ -53,6 +54,7 @@ def stream(
     chunk_size: int | None = None,
     filename: str | None = None,
     charset: str | None = None,
+    length: int | None = None,
 ) -> Any:
     """Send what the controller yields to the client while it is made.
 
@@ -73,7 +75,7 @@ def stream(
                 f"{where}: TurboGears calls controllers without an event loop; "
                 "write it as def, not async def"
             )
-        options = check(where, format, commit, chunk_size, filename, charset)
+        options = check(where, format, commit, chunk_size, filename, charset, length)
         Decoration.get_decoration(function)._register_controller_wrapper(
             lambda caller: _streaming(caller, function, options)
         )
@@ -135,11 +137,13 @@ def _start(stream: Stream, tg_locals: Any) -> None:
 
     def charset() -> str:
         asked = options.charset or tg_locals.response.charset
+        asked = getattr(options.format, "charset", None) or asked
         return asked or charset_in(exposed()[0]) or "utf-8"
 
     if tg_locals.request.method == "HEAD":
         stream._discard()
         set_headers(tg_locals.response, exposed, options)
+        send_off(tg_locals.response, stream)
         return
     database = _database_of(tg_locals)
     plan = _plan(options, name_of(function), charset, tg_locals.config)
@@ -171,7 +175,8 @@ def _plan(
         size = option(config, "tgstream.chunk_size") if size is None else size
     every = commit if isinstance(commit, int) else int(commit == "each")
     seconds = option(config, "tgstream.chunk_seconds") if size else 0.0
-    return Plan(controller, format, every, commit == "manual", size, seconds, charset)
+    manual, length = commit == "manual", options.length
+    return Plan(controller, format, every, manual, size, seconds, charset, length)
 
 
 # The request's transaction.

@@ -68,6 +68,13 @@ class Database:
         if registry in self.members:
             self.members.pop(registry).release()
 
+    def member_of(self, session: Session) -> Member | None:
+        """The part that ``session`` takes in the transaction, if it is the stream's."""
+        for member in self.members.values():
+            if member.session is session:
+                return member
+        return None
+
     def flush(self) -> None:
         """Send what is pending to the database, as ``DBSession.flush()`` does."""
         for member in self.members.values():
@@ -77,12 +84,20 @@ class Database:
         """Commit; objects stay attached, and are read again on their next use."""
         self.manager.commit()
 
+    def close_cursors(self) -> None:
+        """Close what is still read from: the stream itself ends the transaction."""
+        cursors, self.manager.cursors = self.manager.cursors, set()
+        error = first_error(each.close for each in cursors)
+        if error is not None:
+            raise error
+
     def rollback(self) -> None:
         """Undo what is not committed."""
         self.manager.abort()
 
     def settle(self) -> None:
         """End the transaction: committed unless doomed; free if nothing was done."""
+        self.close_cursors()
         if self.manager.idle and all(member.idle for member in self.members.values()):
             return
         if self.manager.isDoomed():
@@ -115,10 +130,11 @@ class Database:
         """
         if self.manager.idle and not self.members:
             return
-        steps = [self.manager.abort, *(each.release for each in self.members.values())]
+        ends = (self.close_cursors, self.manager.abort)
+        steps = [*ends, *(each.release for each in self.members.values())]
         if give_back:
             unchanged = self._take(lambda member: member.unchanged)
-            steps.insert(1, lambda: self._give_back(unchanged))
+            steps.insert(len(ends), lambda: self._give_back(unchanged))
         error = first_error(steps)
         for member in self.members.values():
             del member.session  # which knows the member: a cycle, and it holds much

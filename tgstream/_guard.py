@@ -153,9 +153,10 @@ class _Leaving:
         if stream is None or isinstance(app_iter, list | tuple):
             return response._plain(environ, start_response)  # another body took over
         body = stream._body
-        assert body is not None
-        if app_iter is stream and body.complete is not None:
-            response.content_length = len(body.complete)
+        if app_iter is stream:  # WebOb forgot the length when TG set that
+            response.content_length = stream._length
+        if body is None:  # for HEAD
+            return response._plain(environ, start_response)
         app_iter = response._plain(environ, start_response)
         # The request keeps its response, and must not keep the stream: it must end at
         # once when it is dropped.

@@ -21,14 +21,18 @@ def charset_in(content_type: str | None) -> str | None:
 
 def set_headers(response: Any, exposed: Any, options: Options) -> None:
     """The stream's headers, where the user has set none."""
+    format = options.format
+    for name, value in getattr(format, "headers", {}).items():
+        response.headers.setdefault(name, value)
     if options.filename is not None and "Content-Disposition" not in response.headers:
         response.headers["Content-Disposition"] = disposition(options.filename)
-    if options.format is None and options.charset is None:
+    if format is None and options.charset is None:
         return  # TG itself sets what @expose says
     if response.content_type is None:
-        _set_content_type(response, exposed(), options.format)
-    if options.charset is not None:
-        response.charset = options.charset
+        _set_content_type(response, exposed(), format)
+    fixed = getattr(format, "charset", None)
+    if options.charset is not None or (fixed and response.charset):
+        response.charset = fixed or options.charset
 
 
 def _set_content_type(response: Any, exposed: Any, format: Format | None) -> None:
@@ -41,7 +45,16 @@ def _set_content_type(response: Any, exposed: Any, format: Format | None) -> Non
 
 
 _LONGEST = 200
-"""Characters of a name: what file systems take, with room for a browser's ``(1)``."""
+"""Bytes of a name: file systems take 255, and a browser adds ``(1).crdownload``."""
+
+_SPACES = [0x20, 0xA0, 0x1680, *range(0x2000, 0x200B), 0x202F, 0x205F, 0x3000]
+_EDGES = "." + "".join(map(chr, _SPACES))
+"""What no name begins or ends with."""
+
+_DEVICE = re.compile(
+    r"(con|prn|aux|nul|(com|lpt)[1-9¹²³]|con(in|out)\$)\s*(\.|$)", re.IGNORECASE
+)
+"""Names that Windows keeps for its devices, with any suffix."""
 
 
 def disposition(filename: str) -> str:
@@ -55,8 +68,9 @@ def disposition(filename: str) -> str:
     :returns: ``attachment; filename=...``, ASCII.
     """
     name = _safe(filename)
-    ascii_name = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode()
-    fallback = re.sub(r'["\\%]', "_", ascii_name).strip() or "download"
+    # Canonical: a compatible form would make a slash of what only looks like one.
+    letters = unicodedata.normalize("NFD", name).encode("ascii", "ignore").decode()
+    fallback = _safe(re.sub(r'["\\%]', "_", letters))
     value = f'attachment; filename="{fallback}"'
     if fallback != name:
         value += f"; filename*=UTF-8''{quote(name, safe='')}"
@@ -66,11 +80,25 @@ def disposition(filename: str) -> str:
 def _safe(filename: str) -> str:
     """The last path part, without what a screen or a file system could misread."""
     name = re.split(r"[/\\]", filename)[-1]
-    name = "".join(c for c in name if unicodedata.category(c)[0] != "C")
-    name = name.strip(" .")
-    if len(name) > _LONGEST:
-        stem, dot, suffix = name.rpartition(".")
-        if not dot or len(suffix) > 10:
-            return name[:_LONGEST]
-        name = stem[: _LONGEST - len(suffix) - 1] + dot + suffix
-    return name or "download"
+    name = "".join(c for c in name if not _is_hidden(c))
+    stem, dot, suffix = name.rpartition(".")
+    if dot and not stem.strip(_EDGES):
+        name = f"download.{suffix.strip(_EDGES)}"
+    name = _cut(name.strip(_EDGES)).strip(_EDGES) or "download"
+    name = re.sub(r"^([A-Za-z]):", r"\1_", name)  # a drive
+    return f"_{name}" if _DEVICE.match(name) else name
+
+
+def _is_hidden(character: str) -> bool:
+    category = unicodedata.category(character)
+    return category[0] == "C" or category in ("Zl", "Zp")
+
+
+def _cut(name: str) -> str:
+    """As much of ``name`` as a file system takes, with a suffix of ordinary length."""
+    stem, dot, suffix = name.rpartition(".")
+    ending = (dot + suffix).encode()
+    if not dot or len(ending) > 11:
+        stem, ending = name, b""
+    kept = stem.encode()[: _LONGEST - len(ending)].decode(errors="ignore")
+    return kept + ending.decode()

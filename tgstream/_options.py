@@ -7,8 +7,8 @@ where, what was wrong, and what to write instead.
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 
 class StreamError(Exception):
@@ -18,8 +18,11 @@ class StreamError(Exception):
 class Format(Protocol):
     """What turns items into bytes: one attribute and one method.
 
-    A format may also set ``commit`` and ``chunk_size``, its defaults for these options,
-    and ``endless = True`` where a body may end anywhere.
+    A format may also set ``commit`` and ``chunk_size``, its defaults for these options;
+    ``charset`` where it is that whatever was asked; ``headers``, a mapping of what is
+    set where the user set none; and ``endless = True`` where a body may end anywhere.
+    A method ``encode_batches(source)`` is the same for a :class:`Batched` source, and
+    faster where it encodes a batch at once.
     """
 
     content_type: str
@@ -27,6 +30,24 @@ class Format(Protocol):
     def encode(self, items: Iterable[Any]) -> Iterator[str | bytes]:
         """The pieces of the body, made while ``items`` are taken one by one."""
         ...
+
+
+@runtime_checkable
+class Batched(Protocol):
+    """Items that come in batches, as those of ``rows()`` do.
+
+    ``fields`` are the names of the items' fields, () where they have none; they are
+    known once the first batch was asked for, also if there is no item.
+    """
+
+    @property
+    def fields(self) -> Sequence[str]: ...
+
+    def batches(self) -> Iterator[Sequence[Any]]:
+        """The items, a batch at a time; none is empty."""
+        ...
+
+    def __iter__(self) -> Iterator[Any]: ...
 
 
 class Options(NamedTuple):
@@ -37,6 +58,7 @@ class Options(NamedTuple):
     chunk_size: int | None
     filename: str | None
     charset: str | None
+    length: int | None
 
 
 def check(
@@ -46,6 +68,7 @@ def check(
     chunk_size: Any = None,
     filename: Any = None,
     charset: Any = None,
+    length: Any = None,
 ) -> Options:
     """The options of the stream ``where``.
 
@@ -56,11 +79,12 @@ def check(
         format = format()
     _check_format(where, format)
     _check_commit(where, commit)
-    _check_chunk_size(where, chunk_size)
+    _check_bytes(where, "chunk_size", chunk_size, "bytes, or 0 for a chunk an item")
+    _check_bytes(where, "length", length, "bytes, all that the stream will yield")
     if filename is not None and not isinstance(filename, str):
         raise TypeError(f"{where}: filename={filename!r} is no text; give it a str")
     _check_charset(where, charset)
-    return Options(format, commit, chunk_size, filename, charset)
+    return Options(format, commit, chunk_size, filename, charset, length)
 
 
 def _check_format(where: str, format: Any) -> None:
@@ -84,11 +108,10 @@ def _check_commit(where: str, commit: Any) -> None:
         )
 
 
-def _check_chunk_size(where: str, chunk_size: Any) -> None:
-    if chunk_size is not None and (not _is_whole(chunk_size) or chunk_size < 0):
+def _check_bytes(where: str, option: str, value: Any, what: str) -> None:
+    if value is not None and (not _is_whole(value) or value < 0):
         raise ValueError(
-            f"{where}: chunk_size={chunk_size!r} makes no sense; it is a number of "
-            "bytes, or 0 for a chunk an item"
+            f"{where}: {option}={value!r} makes no sense; it is a number of {what}"
         )
 
 

@@ -5,6 +5,7 @@ Rule: nothing is taken here; a source is looked at, claimed, and handed on.
 
 from __future__ import annotations
 
+import importlib
 import io
 import sys
 from collections.abc import Iterator, Mapping
@@ -17,12 +18,23 @@ from ._options import StreamError
 
 
 def is_iterable(value: Any) -> bool:
-    """True for what can be streamed: any iterable but text, bytes and mappings."""
+    """True for what can be streamed: any iterable but text, bytes and mappings.
+
+    A statement is one, too, for it stands for its rows.
+    """
     if isinstance(value, GeneratorType):
         return True  # as mostly: the look below takes longer
     if isinstance(value, str | bytes | bytearray | memoryview | Mapping):
         return False
-    return hasattr(value, "__iter__")
+    return hasattr(value, "__iter__") or _is_statement(value)
+
+
+def _is_statement(value: Any) -> bool:
+    """True for what ``rows()`` takes; nothing is imported to find out."""
+    if "sqlalchemy.orm" not in sys.modules:
+        return False
+    kinds: tuple[type, ...] = importlib.import_module("tgstream._statement").KINDS
+    return isinstance(value, kinds)
 
 
 BLOCK = 65536
@@ -54,9 +66,11 @@ def source_of(items: Any, raw: bool) -> Any:
         items.close()
         raise StreamError(
             "a Result that the controller's body ran belongs to the request's "
-            "transaction, which ends before the first item is taken: run the statement "
-            "inside a generator"
+            "transaction, which ends before the first item is taken: return the "
+            "statement (select(), a Query), or run it inside a generator"
         )
+    if _is_statement(items):
+        return importlib.import_module("tgstream._rows").rows(items)
     return items
 
 

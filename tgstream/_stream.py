@@ -46,6 +46,8 @@ class Stream:
         None for the format's own.
     :param filename: the name under which a browser saves the response.
     :param charset: what text is encoded with; None for the response's, or UTF-8.
+    :param length: the bytes of the whole body, where they are known: the client is told
+        and can show progress, and a stream that makes more or fewer fails.
     :raises TypeError: when ``items`` is not iterable, or an option is of a wrong type.
     :raises ValueError: when an option makes no sense.
     """
@@ -59,8 +61,9 @@ class Stream:
         chunk_size: int | None = None,
         filename: str | None = None,
         charset: str | None = None,
+        length: int | None = None,
     ) -> None:
-        options = check("Stream", format, commit, chunk_size, filename, charset)
+        options = check("Stream", format, commit, chunk_size, filename, charset, length)
         if not is_iterable(items):
             raise TypeError(
                 f"a Stream is made of an iterable, not of {type(items).__name__}; "
@@ -128,6 +131,12 @@ class Stream:
         body.context.environ[_KEY] = weakref.ref(self)
         self._source = None
         return self._body
+
+    @property
+    def _length(self) -> int | None:
+        """The bytes of the whole body, where they are known when its headers leave."""
+        whole = None if self._body is None else self._body.complete
+        return self._options.length if whole is None else len(whole)
 
     def _discard(self) -> None:
         """Run nothing, but close what is open, for a request without a body."""

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 import transaction
 from transaction.weakset import WeakSet
 
+from ._report import cursor_open
+
 if TYPE_CHECKING:
     from sqlalchemy.orm import Session
 
@@ -30,6 +32,7 @@ class Manager(transaction.TransactionManager):  # type: ignore[misc]
         self._members = members
         self.commits = 0
         self.settling = False
+        self.cursors: set[Any] = set()  # open ones, which an end would end
 
     @cached_property
     def _synchs(self) -> Any:
@@ -56,7 +59,12 @@ class Manager(transaction.TransactionManager):  # type: ignore[misc]
             self._txn.join(member)
         return self._txn
 
+    def abort(self) -> None:
+        self._refuse_over_cursors()
+        super().abort()
+
     def commit(self) -> None:
+        self._refuse_over_cursors()
         try:
             super().commit()
         except BaseException:
@@ -64,6 +72,10 @@ class Manager(transaction.TransactionManager):  # type: ignore[misc]
             self.abort()
             raise
         self.commits += 1
+
+    def _refuse_over_cursors(self) -> None:
+        if self.cursors:
+            raise cursor_open()
 
     def settle(self) -> None:
         """Commit at the cost of what was done: without a write, nothing is expired."""
@@ -82,6 +94,7 @@ class Member:
     """
 
     transaction_manager = None
+    watched = False  # also for what is written past the session
 
     def __init__(self, session: Session, manager: Manager) -> None:
         from sqlalchemy import event  # here there is a session; an application may not

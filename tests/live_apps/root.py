@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Iterator
 
@@ -9,7 +10,7 @@ import tg
 from tg import TGController, abort, expose
 
 from tests.model import User
-from tgstream import stream
+from tgstream import SSE, Event, stream
 
 together = threading.Barrier(4)
 
@@ -56,3 +57,19 @@ class RootController(TGController):
             if concurrent:
                 together.wait(10)
             yield f"{of}={tg.request.params['of']}:{user.name}\n"
+
+    @expose()
+    @stream(SSE)
+    def events(self, of: str) -> Iterator[Event]:
+        """The events that the client asks for, behind the last one that it had."""
+        last = int(tg.request.headers.get("Last-Event-ID", 0))
+        for fields in json.loads(of)[last:]:
+            yield Event(**fields)
+
+    @expose()
+    @stream(SSE)
+    def ticks(self, pipe: str) -> Iterator[Event]:
+        """Opens at once; then sends a line that is written into a named pipe."""
+        yield Event(comment="open")
+        with open(pipe) as file:
+            yield Event(file.readline().strip(), event="tick")

@@ -1,0 +1,461 @@
+"""Downloads: complete or broken, of the length that was announced, in good chunks."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import socket
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tg
+import transaction
+from tg import TGController, expose
+
+from tests.conftest import LiveServer, MakeApp, assert_clean
+from tests.live_apps import downloads
+from tests.model import Model, User
+from tests.test_csv import Batches
+from tests.test_servers import BROKEN, SERVERS, Client, curl
+from tests.wsgi import Call, get
+from tgstream import CSV, NDJSON, JSONArray, Report, Stream, StreamError, stream
+
+FORMATS: list[Any] = [CSV(header=["n"]), NDJSON(end=True), JSONArray]
+ENDINGS = {"csv": b"", "ndjson": b'{"end":true', "array": b"]]"}
+OF: dict[str, Callable[[list[Any]], Any]] = {
+    "list": list,
+    "iterator": iter,
+    "batches": lambda items: Batches(items, (), 100),
+}
+
+
+def app_of(make_app: MakeApp, make: Callable[[], Any], **config: Any) -> Any:
+    """An application whose root streams what ``make`` returns."""
+
+    class RootController(TGController):
+        @expose(content_type="text/plain")
+        def index(self) -> Any:
+            return make()
+
+    return make_app(RootController(), **config)
+
+
+def broken(call: Call) -> tuple[bytes, BaseException]:
+    """What the server got before the body failed, and how it failed."""
+    chunks = []
+    with pytest.raises(Exception) as failure:
+        for chunk in call:
+            chunks.append(chunk)
+    call.close()
+    return b"".join(chunks), failure.value
+
+
+def fail() -> None:
+    raise LookupError("at the end")
+
+
+# Completeness.
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=["csv", "ndjson", "array"])
+def test_failed_stream_has_no_ending(
+    make_app: MakeApp, reports: list[Report], format: Any
+) -> None:
+    """An array stays open and no record tells of an end."""
+
+    def items() -> Iterator[Any]:
+        yield [1]
+        yield [2]
+        fail()
+
+    app = app_of(make_app, lambda: Stream(items(), format, chunk_size=0))
+    sent, error = broken(Call(app))
+    assert sent in (b"n\r\n1\r\n2\r\n", b"[1]\n[2]\n", b"[[1],[2]")
+    assert isinstance(error, LookupError)
+    assert [report.reason for report in reports] == ["failed"]
+
+
+@pytest.mark.parametrize("of", OF)
+@pytest.mark.parametrize("format", FORMATS, ids=["csv", "ndjson", "array"])
+def test_item_that_fails_late_leaves_no_ending(
+    make_app: MakeApp, format: Any, of: str
+) -> None:
+    """What cannot be encoded breaks a list and batches as it does a generator."""
+    items = [[n] for n in range(1000)] + [object()]
+    app = app_of(make_app, lambda: Stream(OF[of](items), format, chunk_size=100))
+    sent, error = broken(Call(app))
+    assert isinstance(error, TypeError) and "item 1001" in str(error)
+    assert b"500" in sent and b"end" not in sent and not sent.endswith(b"]]")
+
+
+@pytest.mark.parametrize("of", OF)
+@pytest.mark.parametrize("format", FORMATS, ids=["csv", "ndjson", "array"])
+def test_commit_that_fails_leaves_no_ending(
+    make_app: MakeApp, format: Any, of: str
+) -> None:
+    """The last commit comes before what tells the client that all is there."""
+    items = [[n] for n in range(5000)]
+
+    def start() -> Stream:
+        class Watched(Batches):
+            def batches(self) -> Iterator[Any]:
+                transaction.get().addBeforeCommitHook(fail)
+                yield from super().batches()
+
+        return Stream(Watched(items, (), 100), format, chunk_size=100)
+
+    def start_iterator() -> Stream:
+        def generate() -> Iterator[Any]:
+            transaction.get().addBeforeCommitHook(fail)
+            yield from items
+
+        return Stream(generate(), format, chunk_size=100)
+
+    make = start_iterator if of == "iterator" else start
+    sent, error = broken(Call(app_of(make_app, make, tm__enabled=True)))
+    assert isinstance(error, LookupError)
+    assert b"2500" in sent and b"end" not in sent and not sent.endswith(b"]]")
+
+
+def test_end_record_counts_the_items(make_app: MakeApp) -> None:
+    """However many chunks there were, and from whatever source."""
+    items = [[n] for n in range(3000)]
+    for of in OF.values():
+        app = app_of(make_app, partial(Stream, of(items), NDJSON(end=True)))
+        last = get(app).text.splitlines()[-1]
+        assert json.loads(last) == {"end": True, "items": 3000}
+
+
+def test_character_without_a_code_fails_before_the_last_commit(
+    make_app: MakeApp, reports: list[Report]
+) -> None:
+    """What was gathered is encoded before the transaction is committed."""
+    committed: list[bool] = []
+
+    def items() -> Iterator[Any]:
+        transaction.get().addAfterCommitHook(committed.append)
+        yield ["\u20ac"]
+
+    def start() -> Stream:
+        return Stream(items(), CSV, charset="latin-1")
+
+    call = get(app_of(make_app, start, tm__enabled=True))
+    assert call.status.startswith("500")
+    assert "UnicodeEncodeError" in call.errors.getvalue()
+    assert committed == []
+    assert [report.reason for report in reports] == ["failed"]
+
+
+# Lengths.
+
+
+@pytest.mark.parametrize("options", [{}, {"chunk_size": 7}, {"chunk_size": 10**6}])
+def test_exact_length_is_sent(make_app: MakeApp, options: dict[str, Any]) -> None:
+    """The client knows it from the start, and gets all."""
+    pieces = ["one", "", "twö", "three"]
+    app = app_of(make_app, lambda: Stream(iter(pieces), length=12, **options))
+    call = get(app)
+    assert call.text == "onetwöthree"
+    assert call.headers["Content-Length"] == "12"
+
+
+@pytest.mark.parametrize(
+    ("format", "length"), [(CSV(header=["n"]), 12), (NDJSON, 12), (JSONArray, 13)]
+)
+@pytest.mark.parametrize("of", OF)
+def test_formats_have_lengths_too(
+    make_app: MakeApp, format: Any, length: int, of: str
+) -> None:
+    """All that the format adds counts, its header and its ending."""
+    items: list[Any] = [[n] for n in range(3)]
+    for size in (None, 0, 1):
+        app = app_of(
+            make_app,
+            partial(Stream, OF[of](items), format, length=length, chunk_size=size),
+        )
+        call = get(app)
+        assert len(call.text) == length
+        assert call.headers["Content-Length"] == str(length)
+
+
+@pytest.mark.parametrize("commit", ["end", "each", 2, "manual"])
+def test_length_and_commits_go_together(
+    make_app: MakeApp, reports: list[Report], commit: Any
+) -> None:
+    """Whatever is committed when, the completing chunk comes last of all."""
+    ended: list[int] = []
+
+    def items() -> Iterator[bytes]:
+        try:
+            yield from [b"ab", b"cd", b"ef"]
+        finally:
+            ended.append(len(reports))
+
+    app = app_of(
+        make_app, lambda: Stream(items(), length=6, commit=commit), tm__enabled=True
+    )
+    call = Call(app)
+    assert [next(call), next(call)] == [b"ab", b"cd"]
+    assert ended == []
+    assert next(call) == b"ef"
+    assert ended == [0]
+    assert call.read() == b""
+    assert [report.reason for report in reports] == ["completed"]
+
+
+@pytest.mark.parametrize("options", [{}, {"chunk_size": 1}, {"commit": "each"}])
+@pytest.mark.parametrize("made", [3, 5, 6])
+def test_another_length_breaks_the_transfer(
+    make_app: MakeApp, reports: list[Report], made: int, options: dict[str, Any]
+) -> None:
+    """Fewer bytes or more: the client never has as many as were announced."""
+    pieces = [b"x"] * made
+    app = app_of(
+        make_app, lambda: Stream(iter(pieces), length=4, **options), tm__enabled=True
+    )
+    call = Call(app)
+    assert call.headers["Content-Length"] == "4"
+    sent, error = broken(call)
+    assert sent == b"xxx"
+    assert isinstance(error, StreamError)
+    told = "more than the 4 bytes" if made > 4 else "3 bytes of the 4 bytes"
+    assert f"RootController.index made {told} that length= had" in str(error)
+    assert [report.reason for report in reports] == ["failed"]
+
+
+@pytest.mark.parametrize("length", [0, 3, 5])
+@pytest.mark.parametrize("format", [None, NDJSON])
+def test_another_length_in_the_first_pull_is_an_ordinary_error(
+    make_app: MakeApp, format: Any, length: int
+) -> None:
+    """The error page has its own length then."""
+
+    def start() -> Stream:
+        items = iter([1234 if format else b"1234\n"])
+        return Stream(items, format, length=length + (length > 3), chunk_size=99)
+
+    call = get(app_of(make_app, start))
+    assert call.status.startswith("500")
+    assert "StreamError" in call.errors.getvalue()
+    assert call.headers.get("Content-Length") in (None, str(len(call.text)))
+
+
+def test_nothing_has_the_length_nought(make_app: MakeApp) -> None:
+    """A stream without a byte is complete, and may say so."""
+    for items in ([], [""], [b"", b""]):
+        call = get(app_of(make_app, partial(Stream, items, length=0)))
+        assert (call.status, call.text) == ("200 OK", "")
+        assert call.headers["Content-Length"] == "0"
+
+
+def test_completing_chunk_waits_for_the_commit(make_app: MakeApp) -> None:
+    """A client that has all bytes is content, so a commit that fails comes before."""
+
+    def items() -> Iterator[bytes]:
+        yield b"ab"
+        transaction.get().addBeforeCommitHook(fail)
+        yield b"cd"
+
+    app = app_of(make_app, lambda: Stream(items(), length=4), tm__enabled=True)
+    sent, error = broken(Call(app))
+    assert (sent, type(error)) == (b"ab", LookupError)
+
+
+@pytest.mark.parametrize(
+    ("format", "length", "last"),
+    [(None, 2, b"2"), (JSONArray, 9, b"]"), (NDJSON(end=True), None, b":2}\n")],
+)
+def test_last_byte_tells_that_all_is_stored(
+    make_app: MakeApp, model: Model, format: Any, length: int | None, last: bytes
+) -> None:
+    """What the generator wrote is committed when the client has it, and not before."""
+
+    def items() -> Iterator[str]:
+        yield "1"
+        model.DBSession.add(User(name="ada"))
+        yield "2"
+
+    app = app_of(
+        make_app,
+        lambda: Stream(items(), format, length=length, chunk_size=0),
+        model=model,
+    )
+    call = Call(app)
+    assert next(call) and model.names() == []
+    sent = b""
+    while not sent.endswith(last):
+        assert model.names() == []
+        sent = next(call)
+    assert model.names() == ["ada"]
+    call.close()
+    assert_clean(model)
+
+
+def test_head_tells_the_length(make_app: MakeApp) -> None:
+    """Without running the generator."""
+    ran: list[int] = []
+
+    def items() -> Iterator[bytes]:
+        ran.append(1)
+        yield b"ab"
+
+    app = app_of(make_app, lambda: Stream(items(), length=2, filename="ü.bin"))
+    call = Call(app, method="HEAD")
+    assert (call.read(), ran) == (b"", [])
+    assert call.headers["Content-Length"] == "2"
+    assert "filename*=UTF-8''%C3%BC.bin" in call.headers["Content-Disposition"]
+
+
+@pytest.mark.parametrize("length", [-1, 1.0, "5", True, b"5"], ids=repr)
+def test_length_that_makes_no_sense_is_refused(length: Any) -> None:
+    """At decoration, in one sentence."""
+    message = r"length=.* makes no sense; it is a number of bytes"
+    with pytest.raises(ValueError, match="@stream on .*" + message):
+        stream(length=length)(downloads.rows)
+    with pytest.raises(ValueError, match="Stream: " + message):
+        Stream([], length=length)
+
+
+def test_length_may_be_the_decorators(make_app: MakeApp) -> None:
+    """And the file of a download is as good as a generator."""
+    size = os.path.getsize(__file__)
+
+    class RootController(TGController):
+        @expose(content_type="application/octet-stream")
+        @stream(length=size, filename="../../etc/passwd")
+        def index(self) -> Any:
+            tg.response.headers["X-Mine"] = "kept"
+            return open(__file__, "rb")
+
+    call = get(make_app(RootController()))
+    assert call.text == Path(__file__).read_text()
+    assert call.headers["Content-Length"] == str(size)
+    assert call.headers["X-Mine"] == "kept"
+    assert call.headers["Content-Disposition"] == 'attachment; filename="passwd"'
+
+
+# Over real sockets.
+
+
+@pytest.fixture(scope="module", params=SERVERS)
+def server(request: pytest.FixtureRequest) -> Iterator[LiveServer]:
+    """Each server, with the application of ``live_apps/downloads.py``."""
+    live = LiveServer(request.param, "downloads")
+    yield live
+    live.stop()
+
+
+def received(server: LiveServer, path: str) -> tuple[bytes, bool]:
+    """What a client gets, and whether it takes that for all."""
+    client = Client(server, path)
+    try:
+        return client.response.read(), True
+    except http.client.IncompleteRead as error:
+        return error.partial, False
+    except ConnectionResetError:
+        return b"", False
+    finally:
+        client.close()
+
+
+@pytest.mark.parametrize("end", ["raise", "commit"])
+@pytest.mark.parametrize("format", ENDINGS)
+def test_cut_export_is_broken(server: LiveServer, format: str, end: str) -> None:
+    """On every server and in every format the client sees it, and curl too."""
+    path = f"/rows?format={format}&end={end}"
+    got, complete = received(server, path)
+    assert not complete
+    ending = ENDINGS[format]
+    assert ending == b"" or ending not in got
+    assert b"LookupError" not in got
+    assert curl(server, path)[0] == 18
+
+
+@pytest.mark.parametrize("listed", ["", "1"])
+@pytest.mark.parametrize("format", ENDINGS)
+def test_whole_export_is_complete(server: LiveServer, format: str, listed: str) -> None:
+    """From a generator and from a list."""
+    got, complete = received(server, f"/rows?format={format}&end=&listed={listed}")
+    assert complete and ENDINGS[format] in got
+    assert got.count(downloads.ROW[1].encode()) == downloads.ROWS
+
+
+@pytest.mark.parametrize("made", [99, 101, 150])
+def test_another_length_is_broken(server: LiveServer, made: int) -> None:
+    """Whoever counts finds fewer bytes than were announced, and no more."""
+    path = f"/sized?made={made}&length=100000"
+    client = Client(server, path)
+    assert client.response.getheader("Content-Length") == "100000"
+    with pytest.raises(BROKEN) as failure:
+        client.response.read()
+    client.close()
+    if isinstance(failure.value, http.client.IncompleteRead):
+        assert len(failure.value.partial) < 100000
+    status, data = curl(server, path)
+    assert status == 18 and len(data) < 100000
+
+
+def test_exact_length_arrives(server: LiveServer) -> None:
+    """A stream that keeps its word is an ordinary download."""
+    status, data = curl(server, "/sized?made=100&length=100000")
+    assert (status, len(data)) == (0, 100000)
+
+
+def test_length_whose_commit_fails_is_not_completed(server: LiveServer) -> None:
+    """The client lacks the completing chunk."""
+    got, complete = received(server, "/sized?made=100&length=100000&end=commit")
+    assert not complete and len(got) <= 99000
+
+
+@pytest.mark.parametrize("server", ["waitress", "gunicorn-gthread"], indirect=True)
+@pytest.mark.parametrize("format", ["csv", "ndjson"])
+def test_slow_items_are_seen_one_by_one(
+    server: LiveServer, tmp_path: Path, format: str
+) -> None:
+    """Each comes before the next is made, as the client asks for it only then."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    go = os.open(pipe, os.O_RDWR)  # which does not wait for the other side
+    os.write(go, b"item0\n")
+    client = Client(server, f"/slow?format={format}&pipe={pipe}")
+    got = b""
+    for n in range(4):
+        while f"item{n}".encode() not in got:
+            chunk = client.response.read1()
+            assert chunk
+            got += chunk
+        assert f"item{n + 1}".encode() not in got
+        os.write(go, f"item{n + 1}\n".encode())
+    client.leave()
+    os.close(go)
+
+
+def chunk_sizes(server: LiveServer, path: str) -> list[int]:
+    """The sizes of the chunks as they are framed on the wire."""
+    with socket.create_connection(("127.0.0.1", server.port), 20) as raw:
+        raw.sendall(f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        file, sizes = raw.makefile("rb"), []
+        while file.readline() != b"\r\n":
+            pass
+        while size := int(file.readline(), 16):
+            sizes.append(size)
+            file.read(size + 2)
+        file.close()
+    return sizes
+
+
+@pytest.mark.parametrize("server", ["waitress", "gunicorn-gthread"], indirect=True)
+@pytest.mark.parametrize("listed", ["", "1"])
+@pytest.mark.parametrize("format", ENDINGS)
+def test_fast_items_go_out_in_blocks(
+    server: LiveServer, format: str, listed: str
+) -> None:
+    """Each but the last has at least 32 KiB, or a server would write row by row."""
+    sizes = chunk_sizes(server, f"/rows?format={format}&end=&listed={listed}")
+    assert len(sizes) > 3
+    assert min(sizes[:-1]) >= 32768
+    assert max(sizes) < 2 * 32768 + 100 * 256

@@ -1,0 +1,74 @@
+"""MySQL and MariaDB, where they and their drivers differ from what rows() relies on.
+
+Rule: what would lose rows without a word is refused in a sentence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy import event
+from sqlalchemy.dialects import mysql
+from sqlalchemy.types import TypeDecorator
+
+from ._options import StreamError
+
+NAMES = frozenset({"mysql", "mariadb"})
+
+_COMPARED = (
+    *(sa.Integer, sa.Numeric, sa.String, sa.BINARY, sa.VARBINARY, sa.Uuid, sa.Boolean),
+    *(sa.Date, sa.DateTime, sa.Time),
+)
+
+
+def compares(kind: Any, dialect: Any) -> bool:
+    """True for a type whose values sort as they compare with what a driver shows.
+
+    ENUM and SET sort by number, FLOAT is shown rounded, the literal of a BIT is a text,
+    and TEXT and BLOB sort by their first bytes (``max_sort_length``).
+    """
+    while isinstance(kind, TypeDecorator):
+        kind = kind.load_dialect_impl(dialect)
+    if isinstance(kind, sa.Float):
+        return isinstance(kind, sa.Double)
+    if isinstance(kind, sa.Enum):
+        return not kind.native_enum
+    return isinstance(kind, _COMPARED) and not isinstance(kind, sa.Text | mysql.SET)
+
+
+@contextmanager
+def alone(connections: Sequence[sa.Connection], cursor: Any) -> Iterator[None]:
+    """Keep other statements off a connection while ``cursor`` is read from it.
+
+    Its rows are on their way, unbuffered: before another statement PyMySQL reads them
+    away, and the cursor then ends as if it had given them all.
+
+    :param connections: the one that was asked, or none.
+    :raises StreamError: in place of the other statement.
+    """
+
+    def refuse(*args: Any) -> None:
+        if not cursor.closed:
+            raise StreamError(
+                "rows() reads from this connection, which on MySQL and MariaDB takes "
+                "no other statement before the last row; use rows(..., key=...), whose "
+                "batches are fetched whole, or give rows() a session of its own"
+            )
+
+    def close(*args: Any) -> None:
+        cursor.close()
+
+    listeners = {"before_cursor_execute": refuse, "commit": close, "rollback": close}
+    asked = [each for each in connections if each.dialect.name in NAMES]
+    for connection in asked:
+        for name, listener in listeners.items():
+            event.listen(connection, name, listener)
+    try:
+        yield
+    finally:
+        for connection in asked:
+            for name, listener in listeners.items():
+                event.remove(connection, name, listener)

@@ -1,0 +1,131 @@
+"""Reading in a stream's transaction: what may end it, and when reading itself does.
+
+Rule: an open cursor needs its transaction, so that no one ends it but the stream; who
+reads in batches ends it after each, unless something was written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from ._report import cursor_open
+from ._stream import current_stream
+from ._thread import thread
+
+if TYPE_CHECKING:
+    from sqlalchemy.orm import Session
+
+    from ._database import Database
+    from ._transaction import Member
+
+
+def sizes(most: int) -> Iterator[int]:
+    """The sizes of batches, for ever: small at first, for a slow query to be seen."""
+    size = min(16, most)
+    while True:
+        yield size
+        size = min(size * 2, most)
+
+
+def database_of(session: Session) -> Database | None:
+    """The database of the running stream, if ``session`` is the stream's own."""
+    database = thread.record.database
+    if database is None or database.member_of(session) is None:
+        return None
+    return database
+
+
+@contextmanager
+def opened(session: Session, cursor: Any) -> Iterator[None]:
+    """Close ``cursor`` at the end, or when its transaction ends before."""
+    database = database_of(session)
+    cursors = set() if database is None else database.manager.cursors
+    cursors.add(cursor)
+    try:
+        yield
+    finally:
+        cursors.discard(cursor)
+        cursor.close()
+
+
+def check_commits(hook: str, session: Session) -> None:
+    """Refuse a cursor in a stream that commits while it is read.
+
+    :raises StreamError: when the stream does.
+    """
+    if database_of(session) is not None:
+        body = current_stream()._body
+        if body is not None and body.plan.every:
+            raise cursor_open(f"{body.plan.controller} commits after its items: ")
+
+
+def watch(session: Session, database: Database) -> None:
+    """See from here on also what is written past ``session``, on its connection.
+
+    Nobody else does: to listen there takes half as long as a small transaction.
+    """
+    from sqlalchemy import event
+
+    member = database.member_of(session)
+    if member is None or member.watched:
+        return
+    member.watched = True
+    listener = _Watch(member)
+    event.listen(session, "after_begin", listener.begin)
+    if session.in_transaction():
+        connection = session.connection()
+        member.changed = member.changed or _has_written(connection)
+        listener.begin(session, None, connection)
+
+
+class _Watch:
+    """What looks at each statement of a session's connections."""
+
+    def __init__(self, member: Member) -> None:
+        self._member = member
+
+    def begin(self, session: Session, begun: Any, connection: Any) -> None:
+        from sqlalchemy import event
+
+        event.listen(connection, "before_cursor_execute", self._look)
+
+    def _look(self, *args: Any) -> None:
+        compiled = args[4].compiled  # of the context; None for a driver's statement
+        statement = None if compiled is None else compiled.statement
+        if not getattr(statement, "is_select", False):
+            self._member.changed = True
+
+
+def _has_written(connection: Any) -> bool:
+    """True if something may have been written in the transaction of ``connection``."""
+    name = connection.dialect.name
+    if name == "postgresql":
+        asked = "SELECT txid_current_if_assigned() IS NOT NULL"
+        return bool(connection.exec_driver_sql(asked).scalar())
+    if name == "sqlite":
+        return bool(connection.connection.driver_connection.in_transaction)
+    return True
+
+
+def end_reading(session: Session, database: Database) -> None:
+    """End the transaction of ``session`` if it has only read; nothing is expired.
+
+    In a transaction of its own: other sessions, and a doom, are not its matter.
+    """
+    import transaction
+
+    member = database.member_of(session)
+    if member is None or member.idle or not member.unchanged:
+        return
+    reading = transaction.TransactionManager()
+    reading.get().join(member)
+    manager, managers = database.manager, database.managers_of_thread()
+    managers["manager"] = reading  # zope.sqlalchemy looks whether it commits
+    manager.settling = True
+    try:
+        reading.commit()
+    finally:
+        manager.settling = False
+        managers["manager"] = manager

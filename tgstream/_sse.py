@@ -1,0 +1,165 @@
+"""Server-sent events: items in, the lines of an event stream out.
+
+Rule: what an item says stands behind the name of its own field, on every line; text
+that could begin a line of its own is split there, or refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+from ._encoder import Encoder, document
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """An event of an event stream, as :class:`SSE` sends it.
+
+    The fields are those of the WHATWG's HTML standard, section 9.2. Browsers dispatch
+    what has data, were it ``''``: do not expect a listener to hear
+    ``Event(event='done')``. Without data, an ``id`` still sets the client's last event
+    ID, and a ``retry`` its waiting time. ``Event()`` alone is an empty comment, which
+    keeps a connection alive.
+
+    :param data: what the event says: a ``str`` as it is, anything else as JSON; None
+        for an event without data. Line breaks of every kind arrive as LF.
+    :param event: its type, which listeners are registered for; None for ``message``.
+    :param id: what a client that comes back sends as ``Last-Event-ID``; ``''`` makes
+        it forget the last one. A whole number is sent as its digits.
+    :param retry: whole milliseconds to wait before coming back.
+    :param comment: a line that clients ignore.
+    :raises TypeError: when ``event``, ``id`` or ``comment`` is no text, or data is
+        bytes.
+    :raises ValueError: when a field cannot be said in a line: CR, LF or NUL in
+        ``event`` and ``id``, CR or LF in ``comment``, a lone surrogate in any text;
+        and when ``retry`` is no whole number from 0 on.
+    """
+
+    data: Any = None
+    event: str | None = None
+    id: str | int | None = None
+    retry: int | None = None
+    comment: str | None = None
+    _head: bytes = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        id: Any = self.id
+        if _is_whole(id):
+            id = str(int(id))
+        head = (
+            _line("comment", b": ", self.comment, b"\r\n")
+            + _line("event", b"event: ", self.event, b"\r\n\0")
+            + _line("id", b"id: ", id, b"\r\n\0")
+            + _retry(self.retry)
+        )
+        if self.data is None:
+            head = head or b":\n"
+        elif isinstance(self.data, str):
+            _utf8("Event: data", self.data)
+        else:
+            _refuse_bytes("Event: data", self.data)
+        object.__setattr__(self, "_head", head)
+
+
+class SSE:
+    """Server-sent events, for a browser's ``EventSource``.
+
+    Items are :class:`Event`, or the data of an event alone: a ``str`` is sent as it is,
+    anything else as JSON (None is ``null``). Do not yield bytes. Each item leaves as it
+    comes, after its writes are committed. A generator that will wait for its first
+    event begins with ``yield Event(comment='open')``, after its checks.
+
+    The stream is the one of the WHATWG's HTML standard, section 9.2
+    (https://html.spec.whatwg.org/multipage/server-sent-events.html): always UTF-8, and
+    it may end after any event.
+    """
+
+    content_type = "text/event-stream"
+    charset = "utf-8"
+    headers: Mapping[str, str] = MappingProxyType(
+        # The second is nginx's, which else keeps events back until it has a block.
+        {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+    )
+    endless = True
+    commit = "each"
+    chunk_size = 0
+
+    def encode(self, items: Iterable[Any]) -> Iterator[bytes]:
+        """The events, one piece for each of ``items``.
+
+        :raises TypeError: when an item is bytes, or nothing that JSON can say.
+        :raises ValueError: when it has a lone surrogate, or a number JSON cannot say.
+        """
+        encoder = Encoder()
+        for number, item in enumerate(items, 1):
+            head, data = b"", item
+            if isinstance(item, Event):
+                head, data = item._head, item.data
+                if data is None:
+                    yield head + b"\n"
+                    continue
+            yield b"%b%b\n" % (head, _data_lines(_encoded(data, number, encoder)))
+
+
+def _encoded(data: Any, number: int, encoder: Encoder) -> bytes:
+    if isinstance(data, str):
+        return _utf8(f"item {number}", data)
+    _refuse_bytes(f"item {number}", data)
+    return encoder.encode(document(data), number)
+
+
+def _data_lines(text: bytes) -> bytes:
+    """``data`` lines: they end where the standard ends a line, and nowhere else."""
+    text = text.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+    return b"data: %b\n" % text.replace(b"\n", b"\ndata: ")
+
+
+def _line(name: str, start: bytes, value: Any, forbidden: bytes) -> bytes:
+    if value is None:
+        return b""
+    if not isinstance(value, str):
+        raise TypeError(f"Event: {name}={value!r:.80} is no text; give it a str")
+    text = _utf8(f"Event: {name}", value)
+    if any(byte in text for byte in forbidden):
+        what = "CR, LF or NUL" if 0 in forbidden else "CR or LF"
+        raise ValueError(
+            f"Event: {name}={value!r:.80} has a {what} in it, and must be one line; "
+            "take it out, or send such text as data"
+        )
+    return start + text + b"\n"
+
+
+def _retry(retry: Any) -> bytes:
+    if retry is None:
+        return b""
+    if not _is_whole(retry) or retry < 0:
+        raise ValueError(
+            f"Event: retry={retry!r:.80} makes no sense; it is whole milliseconds, "
+            "from 0 on"
+        )
+    return b"retry: %d\n" % retry
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _utf8(where: str, text: str) -> bytes:
+    try:
+        return str.encode(text)  # a subclass may have an encode() of its own
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{where} has a lone surrogate at character {error.start}, which UTF-8 "
+            "cannot say; decode the text rightly, or replace it"
+        ) from None
+
+
+def _refuse_bytes(where: str, data: Any) -> None:
+    if isinstance(data, bytes | bytearray | memoryview):
+        raise TypeError(
+            f"{where} is {type(data).__name__}, and an event stream is text; "
+            "decode it to a str"
+        )
