@@ -66,7 +66,7 @@ class RootController(TGController):
     @expose()
     @stream(JSONArray)
     def array(self):
-        return rows(sa.select(Order).where(Order.amount < 10))
+        return rows(sa.select(Order).order_by(Order.id).limit(40))
 
 
 def main():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import os
 import subprocess
 import sys
 import threading
@@ -26,6 +27,8 @@ from tests.model import MakeModel, Model
 from tgstream import Report
 
 MakeApp = Callable[..., Any]
+
+collect_ignore = [] if "TGSTREAM_MARIADB" in os.environ else ["mariadb"]
 
 
 @pytest.fixture(scope="session")

@@ -14,9 +14,10 @@ LADDER = {
     "_options": set(),
     "_batches": {"_options"},
     "_fields": set(),
-    "_columns": set(),
+    "_orjson": set(),
+    "_columns": {"_orjson"},
     "_csv": {"_columns", "_fields", "_options"},
-    "_encoder": {"_fields"},
+    "_encoder": {"_fields", "_orjson"},
     "_json_columns": {"_encoder"},
     "_json": {"_encoder", "_json_columns", "_options"},
     "_sse": {"_encoder"},
@@ -49,11 +50,12 @@ LADDER = {
     # The last two for their types alone.
     "_reading": {"_report", "_stream", "_thread", "_database", "_transaction"},
     "_statement": {"_fields", "_options"},
-    "_key": {"_options"},
+    "_mysql": {"_options"},
+    "_key": {"_mysql", "_options"},
     "_keyset": {"_key", "_options", "_reading"},
     "_rows": {
-        *("_batches", "_config", "_keyset", "_options"),
-        *("_reading", "_statement"),
+        *("_batches", "_config", "_keyset", "_mysql"),
+        *("_options", "_reading", "_statement"),
     },
     "_copy": {"_csv", "_reading", "_rows", "_statement"},
     "__init__": {
@@ -64,8 +66,9 @@ LADDER = {
 MAY_TOUCH = {
     "transaction": {"_database", "_reading", "_transaction"},
     "sqlalchemy": {
-        *("_copy", "_database", "_key", "_keyset", "_objects", "_reading"),
-        *("_registry", "_report", "_rows", "_statement", "_transaction"),
+        *("_copy", "_database", "_key", "_keyset", "_mysql", "_objects"),
+        *("_reading", "_registry", "_report", "_rows", "_statement"),
+        "_transaction",
     },
     "zope": set[str](),
     "tg.request_local": {"_context", "_thread"},

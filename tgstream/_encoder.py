@@ -23,11 +23,7 @@ import tg.jsonify
 from webob.multidict import MultiDict
 
 from ._fields import load_expired, mapped_columns
-
-try:
-    import orjson
-except ImportError:
-    orjson = None  # type: ignore[assignment, unused-ignore]
+from ._orjson import orjson
 
 
 class Encoder:

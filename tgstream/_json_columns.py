@@ -40,18 +40,14 @@ def objects(
     :param first: the number of the first row, for errors.
     :param between: what stands between two.
     """
-    object_: list[bytes] = []
-    for name in fields:
-        object_ += (b"," if object_ else b"{") + encoder.encode(name, first) + b":", b""
-    object_.append(b"}" + between)
-    pieces, width, slow = object_ * len(rows), len(object_), set[int]()
-    for index, column in enumerate(zip(*rows, strict=True)):
-        pieces[2 * index + 1 :: width] = _column(encoder, column, slow)
-    pieces[-1] = b"}"
+    slow: set[int] = set()
+    columns = [_column(encoder, c, slow) for c in zip(*rows, strict=True)]
+    names = [encoder.encode(name, first).replace(b"%", b"%%") for name in fields]
+    one = b"{" + b",".join([name + b":%b" for name in names]) + b"}"
+    documents = list(map(one.__mod__, zip(*columns, strict=True)))
     for n in sorted(slow):
-        whole = encoder.encode(document(rows[n]), first + n)
-        pieces[n * width : (n + 1) * width - 1] = [whole[:-1], *[b""] * (width - 2)]
-    return b"".join(pieces)
+        documents[n] = encoder.encode(document(rows[n]), first + n)
+    return between.join(documents)
 
 
 def _column(encoder: Encoder, values: Sequence[Any], slow: set[int]) -> list[bytes]:
@@ -60,7 +56,7 @@ def _column(encoder: Encoder, values: Sequence[Any], slow: set[int]) -> list[byt
     data = None
     if kinds <= {str, int, bool}:
         data = encoder.plainly(values)
-    elif kinds == {float}:
+    elif kinds <= {int, float}:  # SQLite gives 1.0 of a Numeric as 1
         data = _floats(encoder, values)
     elif kinds == {Decimal}:
         data = _decimals(encoder, values)

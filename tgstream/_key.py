@@ -55,9 +55,9 @@ class Term:
         kind, name = self.expression.type, dialect.name
         if name in mysql.NAMES and not mysql.compares(kind, dialect):
             raise StreamError(
-                f"rows(key=...): {name} does not compare {self.expression}, a "
-                f"{type(kind).__name__}, with the values that it shows; choose another "
-                "key, or cast() it"
+                f"rows(key=...): {name} does not compare {self.expression}, which is "
+                f"{kind!r}, with the values that it shows as it sorts it; choose "
+                "another key, or cast() it"
             )
         if self.nulls_last is not None and name in NULLS_ARE_NOT_PLACED:
             return self._placing_nulls()

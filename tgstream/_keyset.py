@@ -138,13 +138,11 @@ class Run:
                 if len(rows) <= size:
                     return
             elif size == self._batch:
-                raise self._too_many(self._key(rows[0]))
-
-    def _too_many(self, key: tuple[Any, ...]) -> StreamError:
-        return StreamError(
-            f"rows(key=...): more than {self._batch} rows have the same key, {key}, "
-            "which is too many to come at once; add the primary key to key="
-        )
+                raise StreamError(
+                    f"rows(key=...): more than {size} rows have the same key, "
+                    f"{self._key(rows[-1])}, which is too many to come at once; add "
+                    "the primary key to key="
+                )
 
     def _more(self, limit: int) -> Sequence[Any]:
         statement = self._statement
@@ -168,23 +166,23 @@ class Run:
         end, following = size, self._key(rows[size])
         if may_tie(self._terms, self._key(rows[end - 1]), following):
             tied = self._tied(following)
+            if len(tied) > self._batch:
+                return 0
+            alike = set(tied)
             while end and (
-                (key := self._key(rows[end - 1])) in tied or same(key, following)
+                (key := self._key(rows[end - 1])) in alike or same(key, following)
             ):
                 end -= 1
         return end
 
-    def _tied(self, key: tuple[Any, ...]) -> set[tuple[Any, ...]]:
-        """The keys that the database takes for ``key``, which itself may be gone."""
+    def _tied(self, key: tuple[Any, ...]) -> list[tuple[Any, ...]]:
+        """The keys that the database takes for ``key``; a batch and one at most."""
         equals = (
             term.equals(bind(value, self._dialect))
             for term, value in zip(self._terms, key, strict=True)
         )
         statement = self._statement.where(*equals).limit(self._batch + 1)
-        rows = self._fetch(statement)[1]
-        if len(rows) > self._batch:
-            raise self._too_many(key)
-        return {key, *map(self._key, rows)}
+        return [self._key(row) for row in self._fetch(statement)[1]]
 
     def _shown(self, rows: Sequence[Any]) -> Sequence[Any]:
         if not self._hidden:

@@ -6,7 +6,7 @@ Rule: what would lose rows without a word is refused in a sentence.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import sqlalchemy as sa
@@ -18,25 +18,25 @@ from ._options import StreamError
 
 NAMES = frozenset({"mysql", "mariadb"})
 
-_COMPARED = (
-    *(sa.Integer, sa.Numeric, sa.String, sa.BINARY, sa.VARBINARY, sa.Uuid, sa.Boolean),
-    *(sa.Date, sa.DateTime, sa.Time),
-)
+_COMPARED = sa.Integer, sa.Numeric, sa.Uuid, sa.Boolean, sa.Date, sa.DateTime, sa.Time
+_LONG = 256  # characters, of up to four bytes
 
 
 def compares(kind: Any, dialect: Any) -> bool:
     """True for a type whose values sort as they compare with what a driver shows.
 
-    ENUM and SET sort by number, FLOAT is shown rounded, the literal of a BIT is a text,
-    and TEXT and BLOB sort by their first bytes (``max_sort_length``).
+    ENUM and SET sort by number, FLOAT is shown rounded, the literal of a BIT is a text;
+    and of what is long only the first bytes sort (``max_sort_length``, 1024).
     """
     while isinstance(kind, TypeDecorator):
         kind = kind.load_dialect_impl(dialect)
     if isinstance(kind, sa.Float):
         return isinstance(kind, sa.Double)
-    if isinstance(kind, sa.Enum):
-        return not kind.native_enum
-    return isinstance(kind, _COMPARED) and not isinstance(kind, sa.Text | mysql.SET)
+    if (isinstance(kind, sa.Enum) and kind.native_enum) or isinstance(kind, mysql.SET):
+        return False
+    if isinstance(kind, sa.String | sa.BINARY | sa.VARBINARY):
+        return (kind.length or _LONG) < _LONG
+    return isinstance(kind, _COMPARED)
 
 
 @contextmanager
@@ -46,7 +46,7 @@ def alone(connections: Sequence[sa.Connection], cursor: Any) -> Iterator[None]:
     Its rows are on their way, unbuffered: before another statement PyMySQL reads them
     away, and the cursor then ends as if it had given them all.
 
-    :param connections: the one that was asked, or none.
+    :param connections: the one that it is read from; none, if it is no such cursor.
     :raises StreamError: in place of the other statement.
     """
 
@@ -62,13 +62,13 @@ def alone(connections: Sequence[sa.Connection], cursor: Any) -> Iterator[None]:
         cursor.close()
 
     listeners = {"before_cursor_execute": refuse, "commit": close, "rollback": close}
-    asked = [each for each in connections if each.dialect.name in NAMES]
-    for connection in asked:
+    for connection in connections:
         for name, listener in listeners.items():
             event.listen(connection, name, listener)
     try:
         yield
     finally:
-        for connection in asked:
+        for connection in connections:
             for name, listener in listeners.items():
-                event.remove(connection, name, listener)
+                with suppress(sa.exc.InvalidRequestError):  # all this is garbage
+                    event.remove(connection, name, listener)

@@ -41,6 +41,7 @@ def rows(
 
     Without ``key`` one cursor reads one snapshot, and holds the stream's transaction:
     a commit or rollback before its end is refused, and so are automatic commits.
+    On MySQL and MariaDB so is any other statement of the session.
 
     With ``key`` each batch is a query of its own, that goes on behind the last one's
     key. In between nothing is held: the transaction is over and the connection back in
@@ -104,14 +105,15 @@ class Rows:
             yield from self._by_key(session, self._keyset)
 
     def _by_cursor(self, session: Session) -> Iterator[Sequence[Any]]:
-        from ._mysql import alone
+        from ._mysql import NAMES, alone
         from ._statement import execute
 
         check_commits("rows", session)
         options = {"stream_results": True, "max_row_buffer": self._batch}
         asked: list[sa.Connection] = []
         result = execute(session, self._prepared.statement, options, asked.append)
-        with opened(session, result), alone(asked, result):
+        unbuffered = [each for each in asked if each.dialect.name in NAMES]
+        with opened(session, result), alone(unbuffered, result):
             self.fields = self._fields(result)
             for size in sizes(min(self._batch, BATCH)):
                 if not (batch := result.fetchmany(size)):

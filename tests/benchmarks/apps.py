@@ -85,15 +85,26 @@ def make_app(tgstream: bool, folder: Path | None) -> App:
 
         library.plugme(configurator)
         stream = library.stream
+    options = {"tm.enabled": False} if folder is None else database(folder)
+    return configure(make_root(stream), options, configurator)
+
+
+def configure(
+    root: TGController,
+    options: dict[str, Any],
+    configurator: Any = None,
+) -> App:
+    """An application of TG's full stack, with ``root`` and with no error pages."""
+    configurator = configurator or FullStackApplicationConfigurator()
     configurator.update_blueprint(
         {
-            "root_controller": make_root(stream),
+            "root_controller": root,
             "renderers": ["json"],
             "default_renderer": "json",
             "errorpage.enabled": False,
             "app_globals": Nothing,
             "helpers": Nothing,
-            **({"tm.enabled": False} if folder is None else database(folder)),
+            **options,
         }
     )
     app: App = configurator.make_wsgi_app({}, {})

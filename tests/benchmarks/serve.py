@@ -1,11 +1,16 @@
 """Serves one application: ``python -m tests.benchmarks.serve waitress plain FOLDER``.
 
+Or one of ``peers``, by its name, and with the URL of a database for the folder.
+
 It prints its port on a line of its own, and serves until it is terminated.
 """
 
 from __future__ import annotations
 
+import socket
 import sys
+from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +26,7 @@ def waitress(app: App, **options: Any) -> None:
 
 
 def unbuffered(app: App) -> None:
-    """waitress, which keeps up to 16 MiB of a response otherwise, as it happens."""
+    """waitress, which keeps up to 16 MiB of what it has sent in large chunks else."""
     waitress(app, outbuf_high_watermark=2**17)
 
 
@@ -45,8 +50,32 @@ def gthread(app: App) -> None:
     Application().run()
 
 
+def uvicorn(app: App) -> None:
+    """What Starlette is served by: of the servers here the only one for ASGI."""
+    from uvicorn import Config, Server
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        print(listener.getsockname()[1], flush=True)
+        Server(Config(app, log_level="error")).run([listener])
+
+
+SERVERS: dict[str, Callable[[App], None]] = {
+    "waitress": waitress,
+    "unbuffered": unbuffered,
+    "gthread": gthread,
+    "uvicorn": uvicorn,
+}
+
+
+def make(way: str, where: str) -> App:
+    """The application ``way``, with its database ``where``."""
+    if way in ("plain", "tgstream"):
+        return make_app(way == "tgstream", Path(where))
+    app: App = import_module(f"{__package__}.peers.{way}").make_app(where)
+    return app
+
+
 if __name__ == "__main__":
-    server, way, folder = sys.argv[1:]
-    made = make_app(way == "tgstream", Path(folder))
+    server, way, where = sys.argv[1:]
     sys.argv = sys.argv[:1]
-    {"waitress": waitress, "unbuffered": unbuffered, "gthread": gthread}[server](made)
+    SERVERS[server](make(way, where))

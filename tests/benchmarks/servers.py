@@ -20,39 +20,39 @@ REQUEST = "HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
 class Server:
     """A server in a process of its own, with all that it has forked."""
 
-    def __init__(self, server: str, way: str, folder: Path) -> None:
+    def __init__(self, server: str, way: str, where: Path | str) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", f"{__package__}.serve", server, way, str(folder)],
+            [sys.executable, "-m", f"{__package__}.serve", server, way, str(where)],
             stdout=subprocess.PIPE,
             text=True,
         )
         assert self._process.stdout is not None
-        self._port = int(self._process.stdout.readline())
+        self.port = int(self._process.stdout.readline())
 
     def stop(self) -> None:
         self._process.terminate()
         self._process.communicate()
 
     @property
-    def _processes(self) -> list[psutil.Process]:
+    def processes(self) -> list[psutil.Process]:
         parent = psutil.Process(self._process.pid)
         return [parent, *parent.children()]
 
     def cpu(self) -> float:
         """The CPU seconds that it has used so far."""
-        times = [process.cpu_times() for process in self._processes]
+        times = [process.cpu_times() for process in self.processes]
         return float(sum(each.user + each.system for each in times))
 
     def memory(self) -> float:
         """What it holds now, in MiB."""
-        return float(sum(each.memory_info().rss for each in self._processes) / MIB)
+        return float(sum(each.memory_info().rss for each in self.processes) / MIB)
 
     def read(self, path: str, expected: int) -> float:
         """Read a response as fast as it comes; what the server grew at most, in MiB."""
         buffer = bytearray(MIB)
         received = looked = 0
         before = highest = self.memory()
-        with socket.create_connection(("127.0.0.1", self._port)) as connection:
+        with socket.create_connection(("127.0.0.1", self.port)) as connection:
             connection.sendall(f"GET {path} {REQUEST}".encode())
             while count := connection.recv_into(buffer):
                 received += count

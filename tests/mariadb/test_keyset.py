@@ -1,0 +1,394 @@
+"""rows() by key on MariaDB: NULLs, collations, types, and what is held in between."""
+
+from __future__ import annotations
+
+import datetime as dt
+import itertools
+import random
+import uuid
+from collections.abc import Callable, Iterator
+from decimal import Decimal
+from functools import partial
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+import transaction
+from sqlalchemy.dialects import mysql
+from sqlalchemy.orm import Session
+from tg import TGController, expose
+
+import tgstream
+from tests.conftest import MakeApp, assert_clean, pool
+from tests.mariadb.conftest import MariaModel
+from tests.model import Note, User
+from tests.wsgi import Call, get
+from tgstream import Stream, StreamError, rows
+
+Fill = Callable[..., sa.Table]
+
+
+@pytest.fixture
+def fill(model: MariaModel, session: Session) -> Iterator[Fill]:
+    """Makes a table of rows that are numbered by ``id``."""
+    metadata = sa.MetaData()
+
+    def make(kinds: dict[str, Any], values: list[tuple[Any, ...]]) -> sa.Table:
+        columns = [sa.Column(name, kind) for name, kind in kinds.items()]
+        id = sa.Column("id", sa.Integer, primary_key=True)
+        table = sa.Table("keyed", metadata, id, *columns)
+        metadata.drop_all(model.outside)
+        metadata.create_all(model.outside)
+        dicts = [dict(zip(kinds, each, strict=True)) for each in values]
+        session.execute(sa.insert(table), dicts)
+        session.commit()
+        return table
+
+    yield make
+    session.close()
+    metadata.drop_all(model.outside)
+
+
+# Order and NULLs.
+
+
+SENSES: dict[str, tuple[Callable[[Any], Any], bool, bool]] = {
+    "asc": (lambda column: column, False, False),
+    "desc": (lambda column: column.desc(), True, True),
+    "asc nulls_first": (lambda column: column.asc().nulls_first(), False, False),
+    "desc nulls_last": (lambda column: column.desc().nulls_last(), True, True),
+    "asc nulls_last": (lambda column: column.nulls_last(), False, True),
+    "desc nulls_first": (lambda column: column.desc().nulls_first(), True, False),
+}
+
+
+def place(value: int | None, descending: bool, nulls_last: bool) -> tuple[bool, int]:
+    """What Python sorts by as a column of this sense does."""
+    if value is None:
+        return nulls_last, 0
+    return not nulls_last, -value if descending else value
+
+
+@pytest.mark.parametrize("batch", [1, 3, 1000])
+@pytest.mark.parametrize("first", SENSES)
+def test_every_order_gives_every_row_once(
+    session: Session, fill: Fill, first: str, batch: int
+) -> None:
+    """NULLS FIRST and LAST too, for which MariaDB has no words; Python sorts, too."""
+    chance = random.Random(1)
+    values = [None, 1, 2, 3]
+    pairs = [(chance.choice(values), chance.choice(values)) for _ in range(40)]
+    table = fill({"a": sa.Integer, "b": sa.Integer}, pairs)
+    for second, down in itertools.product(SENSES, (False, True)):
+        (one, *one_place), (two, *two_place) = SENSES[first], SENSES[second]
+        expected = [
+            (place(a, *one_place), place(b, *two_place), -id if down else id, id)
+            for id, (a, b) in enumerate(pairs, 1)
+        ]
+        id = table.c.id.desc() if down else table.c.id
+        key = one(table.c.a), two(table.c.b), id
+        got = rows(sa.select(table), key=key, batch=batch, session=session)
+        assert [row.id for row in got] == [each[-1] for each in sorted(expected)]
+
+
+def test_place_of_nulls_in_a_column_without_them(
+    session: Session, model: MariaModel
+) -> None:
+    """It is no matter, and takes no index away."""
+    model.seed("ada", "bob", "cyd")
+    for key in (User.id.nulls_last(), User.id.asc().nulls_first()):
+        found = rows(sa.select(User), key=key, batch=1, session=session)
+        assert [row.id for row in found] == [1, 2, 3]
+    found = rows(sa.select(User), key=User.id.desc().nulls_first(), session=session)
+    assert [row.id for row in found] == [3, 2, 1]
+
+
+# Collations.
+
+
+@pytest.mark.parametrize(
+    ("collation", "texts"),
+    [
+        ("utf8mb4_general_ci", ["a", "A", "á", "Á"]),
+        ("utf8mb4_general_ci", ["s", "ß", "S", "ś"]),
+        ("utf8mb4_general_ci", ["🍣", "🍺", "😀"]),
+        ("utf8mb4_unicode_ci", ["ss", "ß", "SS"]),
+        ("utf8mb4_unicode_ci", ["1", "\u0661", "¹"]),
+        ("utf8mb4_unicode_ci", ["a", "a\x01", "A\x02"]),
+        ("utf8mb4_unicode_ci", ["か", "カ", "ｶ"]),
+        ("utf8mb4_general_ci", ["a", "a ", "a  "]),
+    ],
+)
+def test_texts_that_a_collation_takes_for_one_stay_together(
+    session: Session, fill: Fill, collation: str, texts: list[str]
+) -> None:
+    """The database is asked whether they are equal: Python cannot know."""
+    kind = sa.String(10, collation=collation)
+    table = fill({"name": kind}, [(text,) for text in ["zz", *texts, "!", *texts]])
+    same = len(texts) * 2
+    count = sa.select(sa.func.count(sa.distinct(table.c.name)))
+    assert session.scalar(count) == 3
+    for key in (table.c.name, table.c.name.desc()):
+        for batch in (same, same + 1):
+            got = rows(sa.select(table), key=key, batch=batch, session=session)
+            assert sorted(row.id for row in got) == list(range(1, same + 3))
+        with pytest.raises(StreamError, match="add the primary key"):
+            few = same - 1
+            list(rows(sa.select(table), key=key, batch=few, session=session))
+    both = table.c.name, table.c.id
+    got = rows(sa.select(table), key=both, batch=1, session=session)
+    assert list(got) == list(session.execute(sa.select(table).order_by(*both)))
+
+
+def test_texts_that_differ_are_no_group(session: Session, fill: Fill) -> None:
+    """A unique key of texts is read in batches of any size."""
+    texts = ["東京", "京都", "大阪", "a", "b", "Ż", "100%", "it's", "back\\slash", ""]
+    kind = sa.String(10, collation="utf8mb4_bin")
+    table = fill({"name": kind}, [(text,) for text in texts])
+    got = rows(sa.select(table), key=table.c.name, batch=1, session=session)
+    assert [row.name for row in got] == sorted(texts)
+
+
+# Types.
+
+
+DAY = dt.datetime(2024, 2, 29, 23, 59, 59)
+TYPES: dict[str, tuple[Any, list[Any]]] = {
+    "datetime": (
+        mysql.DATETIME(fsp=6),
+        [DAY.replace(microsecond=n) for n in (0, 1, 999999)],
+    ),
+    "datetime of seconds": (sa.DateTime(), [DAY, DAY.replace(hour=1)]),
+    "timestamp": (mysql.TIMESTAMP(fsp=6), [DAY, DAY.replace(microsecond=1)]),
+    "date": (sa.Date(), [DAY.date(), dt.date(1000, 1, 1), dt.date(9999, 12, 31)]),
+    "time": (mysql.TIME(fsp=6), [dt.time(1), dt.time(1, 0, 0, 1), dt.time(23)]),
+    "decimal": (
+        sa.Numeric(30, 10),
+        [Decimal("1234567890123456789.0000000001") + n for n in (0, 1, -1)],
+    ),
+    "decimal, rounded in Python": (
+        sa.Numeric(30, 10, asdecimal=False),
+        [Decimal("1234567890123456789.0000000001") + n for n in (0, 1, -1)],
+    ),
+    "double": (sa.Double(), [0.1, 0.30000000000000004, 1e300, -1.5, 1 / 3]),
+    "big": (sa.BigInteger(), [2**62, -(2**62), 0, 2**31]),
+    "unsigned": (mysql.BIGINT(unsigned=True), [2**64 - 1, 2**63, 0]),
+    "boolean": (sa.Boolean(), [True, False]),
+    "uuid": (sa.Uuid(), [uuid.UUID(int=n << 90) for n in (1, 5, 255, 256, 70000)]),
+    "string": (sa.String(20), ["", "a", "é", "日", "a%b", "a'b", "\\", "10", "9"]),
+    "trailing blanks": (sa.String(20), ["a ", "a", "a  b", "a b "]),
+    "char": (sa.CHAR(5), ["a", "ab", ""]),
+    "binary": (sa.BINARY(4), [b"\x00\x01\x02\x03", b"\xff\xfe\x00\x80"]),
+    "varbinary": (sa.VARBINARY(9), [b"", b"\x00", b"\xff", b"a'\\"]),
+    "interval": (sa.Interval(), [dt.timedelta(days=n) for n in (1, 30, 400)]),
+    "enum of texts": (sa.Enum("b", "a", native_enum=False, length=5), ["b", "a"]),
+}
+
+
+@pytest.mark.parametrize("name", TYPES)
+@pytest.mark.parametrize("shown", [True, False])
+def test_key_of_any_type_goes_on_where_it_stopped(
+    session: Session, fill: Fill, name: str, shown: bool
+) -> None:
+    """A key's value is compared as the database has it, not as Python shows it."""
+    kind, values = TYPES[name]
+    several = [(value,) for value in [*values, None, *reversed(values)]]
+    table = fill({"value": sa.types.to_instance(kind)}, several)
+    statement = sa.select(table) if shown else sa.select(table.c.id)
+    for key in [(table.c.value, table.c.id), (table.c.value.desc(), table.c.id)]:
+        expected = session.execute(statement.order_by(*key)).all()
+        for batch in (1, 2, 3):
+            got = list(rows(statement, key=key, batch=batch, session=session))
+            assert list(map(repr, got)) == list(map(repr, expected))
+
+
+@pytest.mark.parametrize("name", TYPES.keys() - {"interval", "binary", "varbinary"})
+def test_after_begins_behind_a_value_that_a_row_showed(
+    session: Session, fill: Fill, name: str
+) -> None:
+    """What a client saw last is where it goes on, in the type that it saw."""
+    kind, values = TYPES[name]
+    if name == "decimal, rounded in Python":
+        values = [1, 2, 3]
+    table = fill({"value": kind}, [(value,) for value in [*values, *values]])
+    key = table.c.value, table.c.id
+    whole = list(rows(sa.select(table), key=key, session=session))
+    for index, row in enumerate(whole):
+        after = row.value, row.id
+        rest = rows(sa.select(table), key=key, after=after, session=session, batch=2)
+        assert list(rest) == whole[index + 1 :]
+
+
+class Wrapped(sa.types.TypeDecorator[Any]):
+    """A type of the application's own."""
+
+    impl = sa.Enum
+    cache_ok = True
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        sa.Float(),
+        sa.REAL(),
+        sa.Enum("b", "a", name="letters"),
+        Wrapped("b", "a", name="letters"),
+        mysql.SET("b", "a"),
+        sa.Text(),
+        sa.LargeBinary(),
+        sa.String(500),
+        sa.JSON(),
+        sa.types.NullType(),
+    ],
+    ids=repr,
+)
+def test_type_that_does_not_sort_as_it_compares_is_refused(
+    session: Session, kind: Any
+) -> None:
+    """In a sentence, before anything runs."""
+    value = sa.column("value", kind)
+    source = rows(sa.select(value).select_from(User), key=value, session=session)
+    with pytest.raises(StreamError, match=r"does not compare value.*cast\(\)"):
+        list(source)
+
+
+# In a stream.
+
+
+class Root(TGController):
+    def __init__(self, body: Callable[[], Iterator[str]], **options: Any) -> None:
+        self.body, self.options = body, options
+        expose(content_type="text/plain")(Root.index)
+
+    def index(self) -> Stream:
+        return Stream(self.body(), **self.options)
+
+
+def free(model: MariaModel) -> bool:
+    """No connection is out, no transaction open, and no table in use by one."""
+    model.look("LOCK TABLES users WRITE NOWAIT")  # the connection's end unlocks it
+    return pool(model).checkedout() == 0 and model.idle_in_transaction() == 0
+
+
+def test_open_transaction_is_noticed(model: MariaModel) -> None:
+    """What the tests below look at does show one that has only read."""
+    with Session(model.outside) as session:
+        session.execute(sa.select(User))
+        assert model.idle_in_transaction() == 1
+        with pytest.raises(sa.exc.OperationalError), model.outside.begin() as other:
+            other.exec_driver_sql("LOCK TABLES users WRITE NOWAIT")
+    assert model.idle_in_transaction() == 0
+
+
+@pytest.mark.parametrize("commit", ["end", "each", "manual", 2])
+def test_nothing_is_held_between_batches(
+    make_app: MakeApp, model: MariaModel, commit: Any
+) -> None:
+    """While the client reads a batch, its connection serves others."""
+    model.seed(*(f"user{number}" for number in range(9)))
+
+    def body() -> Iterator[str]:
+        for row in rows(sa.select(User), key=User.id, batch=3):
+            assert free(model)
+            yield row.name[-1]
+
+    call = Call(make_app(Root(body, commit=commit), model))
+    for number in range(9):
+        assert next(call) == str(number).encode()
+        assert free(model)
+    call.close()
+    assert_clean(model)
+
+
+def test_transaction_that_was_open_before_is_held_until_it_ends(
+    make_app: MakeApp, model: MariaModel
+) -> None:
+    """MariaDB does not say whether something was written in it, so it is let be."""
+    model.seed(*(f"user{number}" for number in range(6)))
+
+    def body(ends: bool) -> Iterator[str]:
+        model.DBSession.query(User).first()
+        if ends:
+            tgstream.rollback()
+        for row in rows(sa.select(User), key=User.id, batch=1):
+            yield row.name[-1]
+
+    for ends in (True, False):
+        call = Call(make_app(Root(partial(body, ends)), model))
+        assert next(call) == b"0"
+        assert (pool(model).checkedout() == 0) is ends
+        assert call.read() == b"12345"
+        assert_clean(model)
+
+
+WRITES: dict[str, Callable[[Session], Any]] = {
+    "pending": lambda session: session.add(Note(text="new")),
+    "orm": lambda session: session.execute(sa.insert(Note).values(text="new")),
+    "connection": lambda session: session.connection().execute(
+        sa.insert(Note).values(text="new")
+    ),
+    "driver": lambda session: session.connection().exec_driver_sql(
+        "INSERT INTO notes (text) VALUES ('new')"
+    ),
+}
+
+
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
+@pytest.mark.parametrize("when", ["before", "between"])
+def test_what_was_written_is_not_committed_by_reading(
+    make_app: MakeApp, model: MariaModel, write: Any, when: str
+) -> None:
+    """A stream that fails undoes what it wrote, whichever batches it read after."""
+    model.seed(*(f"user{number}" for number in range(6)))
+
+    def body() -> Iterator[str]:
+        if when == "before":
+            write(model.DBSession())
+        for number, row in enumerate(rows(sa.select(User), key=User.id, batch=1)):
+            if when == "between" and number == 2:
+                write(model.DBSession())
+            yield row.name
+        raise ValueError("too late")
+
+    with pytest.raises(ValueError, match="too late"):
+        get(make_app(Root(body), model))
+    assert model.texts() == []
+    assert_clean(model)
+
+
+@pytest.mark.parametrize("commit", [tgstream.commit, transaction.commit])
+def test_commit_and_other_statements_between_rows_are_safe(
+    make_app: MakeApp, model: MariaModel, commit: Callable[[], None]
+) -> None:
+    """With a key, no cursor is open: what was written can be committed row by row."""
+    model.seed(*(f"user{number}" for number in range(5)))
+
+    def body() -> Iterator[str]:
+        for row in rows(sa.select(User), key=User.id, batch=2):
+            assert model.DBSession.get_one(User, row.id).name == row.name
+            model.DBSession.add(Note(text=row.name))
+            commit()
+            assert free(model)
+            yield row.name[-1]
+
+    assert get(make_app(Root(body, commit="manual"), model)).text == "01234"
+    assert model.texts() == [f"user{number}" for number in range(5)]
+    assert_clean(model)
+
+
+def test_client_that_leaves_between_batches_leaves_nothing(
+    make_app: MakeApp, model: MariaModel
+) -> None:
+    """What was written and not committed is undone."""
+    model.seed(*(f"user{number}" for number in range(5)))
+
+    def body() -> Iterator[str]:
+        for row in rows(sa.select(User), key=User.id, batch=2):
+            model.DBSession.add(Note(text=row.name))
+            yield row.name
+
+    call = Call(make_app(Root(body), model))
+    assert next(call) == b"user0"
+    call.close()
+    assert model.texts() == []
+    assert_clean(model)
