@@ -15,6 +15,6 @@ html_title = f"tgstream {release}"
 autodoc_typehints = "none"  # the docstrings name what each parameter is
 autodoc_member_order = "bysource"
 nitpick_ignore_regex = [
-    # Python's own: to link them, a build would need the network.
-    ("py:exc", "TypeError|ValueError"),
+    # Python's and TG's own: to link them, a build would need the network.
+    ("py:exc", r"TypeError|ValueError|tg\.render\.MissingRendererError"),
 ]
