@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import enum
 import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal
 from enum import Enum
@@ -17,7 +19,7 @@ from math import isfinite
 from types import GeneratorType
 from typing import Any
 from uuid import UUID
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import tg.jsonify
 from webob.multidict import MultiDict
@@ -39,7 +41,7 @@ class Encoder:
         self._custom: tuple[type, ...] = self._tg._registered_types_list
         self._text = self._make(ensure_ascii=False)
         self.quick = orjson is not None and not self._custom
-        self._enums = _any_has_json(Enum)
+        self._enums = _any_enum_has_json()
         self._drawn: Any = WeakKeyDictionary()  # of generators
         self.plain_dates = not self._custom and self._tg.default(_SAMPLE) == str(
             _SAMPLE
@@ -178,8 +180,24 @@ def _differs(value: Any) -> bool:
     return isinstance(value, float) and not isfinite(value)
 
 
+def _any_enum_has_json() -> bool:
+    """True if some ``Enum`` has a ``__json__`` of its own; they are many to look at."""
+    state: list[Any] = [len(sys.modules)]
+    for base in _BASES:
+        if derived := base.__subclasses__():  # the newest comes last
+            state += len(derived), ref(derived[-1])
+    if state not in _found:
+        _found[:] = [state, _any_has_json(Enum)]
+    return bool(_found[1])
+
+
+_BASES: list[Any] = [
+    kind for kind in vars(enum).values() if isinstance(kind, enum.EnumMeta)
+]
+_found: list[Any] = []
+
+
 def _any_has_json(kind: Any) -> bool:
-    """True if a class derived from ``kind`` has a ``__json__`` of its own."""
     return any(
         hasattr(derived, "__json__") or _any_has_json(derived)
         for derived in kind.__subclasses__()
