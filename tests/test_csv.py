@@ -298,7 +298,8 @@ class Lazy:
 
 
 def sqlite_rows(mappings: bool = False) -> list[Any]:
-    with sa.create_engine("sqlite://").connect() as connection:
+    engine = sa.create_engine("sqlite://", poolclass=sa.NullPool)
+    with engine.connect() as connection:
         result = connection.execute(sa.text("SELECT 1 AS x, 2 AS y"))
         return list(result.mappings() if mappings else result)
 
@@ -445,6 +446,7 @@ def things() -> Iterator[Session]:
         session.add(Owner(1, [Thing(1, "a", "s"), Thing(2, "=b", "t")]))
         session.commit()
         yield session
+    engine.dispose()
 
 
 def test_objects_are_their_mapped_columns(things: Session) -> None:

@@ -255,7 +255,8 @@ def test_columns_of_a_batch_are_the_items_to_the_byte(items: list[Any]) -> None:
 
 
 def sqlite_rows(statement: str) -> tuple[list[Any], list[str]]:
-    with sa.create_engine("sqlite://").connect() as connection:
+    engine = sa.create_engine("sqlite://", poolclass=sa.NullPool)
+    with engine.connect() as connection:
         result = connection.execute(sa.text(statement))
         return list(result), list(result.keys())
 
@@ -488,6 +489,7 @@ def session() -> Iterator[Session]:
         session.commit()
         session.expunge_all()
         yield session
+    engine.dispose()
 
 
 @both
