@@ -57,7 +57,10 @@ LADDER = {
         *("_batches", "_config", "_keyset", "_mysql"),
         *("_options", "_reading", "_statement"),
     },
-    "_copy": {"_csv", "_reading", "_rows", "_statement"},
+    "_copy": {
+        *("_batches", "_csv", "_options"),
+        *("_reading", "_rows", "_statement"),
+    },
     "__init__": {
         *("_config", "_controller", "_copy", "_csv", "_json", "_options"),
         *("_report", "_rows", "_sse", "_stream", "_templates"),

@@ -6,6 +6,7 @@ import csv
 import datetime as dt
 import gc
 import io
+import operator
 import subprocess
 import uuid
 from collections.abc import Callable, Iterator
@@ -274,4 +275,78 @@ def test_copy_is_refused_where_it_makes_no_sense(
         copy(sa.select(Note), session=model.engine)
     with Session(model.outside) as session, pytest.raises(StreamError, match="two col"):
         list(copy(sa.text("SELECT 1 AS a, 2 AS a"), session=session))
+    assert_clean(model)
+
+
+@pytest.mark.parametrize("use", ["execute", "commit", "copy", "rollback", "close"])
+def test_connection_that_copies_is_not_waited_for(
+    make_model: MakeModel, postgresql: str, use: str
+) -> None:
+    """psycopg would wait for itself: it is refused, or ends the copy with an error."""
+    model = make_model(postgresql)
+    numbers = sa.text("SELECT i FROM generate_series(1, 300000) AS n(i)")
+    uses: dict[str, Callable[[Session], Any]] = {
+        "execute": lambda session: session.execute(sa.text("SELECT 1")),
+        "copy": lambda session: list(copy(numbers, session=session)),
+    }
+    with Session(model.outside) as session:
+        session.add(Note(text="before"))
+        blocks = iter(copy(numbers, session=session))
+        assert next(blocks).startswith(b"i\n1\n")
+        act = uses.get(use) or operator.methodcaller(use)
+        if use in ("rollback", "close"):
+            act(session)
+            with pytest.raises(StreamError, match="was ended before copy"):
+                list(blocks)
+        else:
+            with pytest.raises(StreamError, match="while copy\\(\\) was reading"):
+                act(session)
+            blocks.close()  # type: ignore[attr-defined]
+        session.rollback()
+        assert session.scalar(sa.text("SELECT 1")) == 1
+    assert model.texts() == []
+
+
+def test_copy_that_lost_its_connection_says_why(
+    make_model: MakeModel, postgresql: str
+) -> None:
+    """Its savepoint, which is gone as well, does not hide it; and nothing hangs."""
+    model = make_model(postgresql)
+    numbers = sa.text("SELECT i FROM generate_series(1, 3000000) AS n(i)")
+    with Session(model.outside) as session:
+        pid = session.scalar(sa.text("SELECT pg_backend_pid()"))
+        blocks = iter(copy(numbers, session=session))
+        next(blocks)
+        model.look(f"SELECT pg_terminate_backend({pid})")
+        with pytest.raises(psycopg.OperationalError, match="server closed"):
+            list(blocks)
+        session.rollback()
+        assert session.scalar(sa.text("SELECT 1")) == 1
+
+
+def test_copy_needs_no_transaction(make_model: MakeModel, postgresql: str) -> None:
+    """Where each statement commits itself there is no savepoint to set."""
+    engine = make_model(postgresql).outside.execution_options(
+        isolation_level="AUTOCOMMIT"
+    )
+    with Session(engine) as session:
+        assert b"".join(copy(sa.text("SELECT 1 AS n"), session=session)) == b"n\n1\n"
+
+
+def test_copy_whose_transaction_ended_does_not_look_whole(
+    make_app: MakeApp, make_model: MakeModel, postgresql: str
+) -> None:
+    """Also in a stream, where the session is rolled back past its transaction."""
+    model = make_model(postgresql)
+    numbers = sa.text("SELECT i FROM generate_series(1, 300000) AS n(i)")
+
+    def body() -> Iterator[bytes]:
+        for block in copy(numbers):
+            yield block
+            model.DBSession.rollback()
+
+    call = Call(make_app(Root(body), model))
+    with pytest.raises(StreamError, match="was ended before copy"):
+        list(call)
+    call.close()
     assert_clean(model)

@@ -153,6 +153,36 @@ def test_character_without_a_code_fails_before_the_last_commit(
 # Lengths.
 
 
+@pytest.mark.parametrize("chunk_size", [0, 1000])
+@pytest.mark.parametrize("kind", [list, tuple, iter])
+def test_encode_of_a_subclass_holds_for_all_sources(
+    make_app: MakeApp, kind: Any, chunk_size: int
+) -> None:
+    """What it hides stays hidden where the inherited format takes batches."""
+
+    class Masked(NDJSON):
+        def encode(self, items: Any) -> Iterator[bytes]:
+            return super().encode({**item, "secret": None} for item in items)
+
+    items = [{"n": n, "secret": "x"} for n in range(3)]
+    app = app_of(make_app, lambda: Stream(kind(items), Masked, chunk_size=chunk_size))
+    sent = [json.loads(line) for line in get(app).text.splitlines()]
+    assert sent == [{"n": n, "secret": None} for n in range(3)]
+
+
+def test_text_of_its_own_kind_keeps_its_place(make_app: MakeApp) -> None:
+    """Markup amid text is not encoded before it: one byte order mark comes, first."""
+
+    class Markup(str):
+        pass
+
+    app = app_of(
+        make_app,
+        lambda: Stream(["a", Markup("b"), "c"], chunk_size=100, charset="utf-16"),
+    )
+    assert Call(app).read() == "abc".encode("utf-16")
+
+
 @pytest.mark.parametrize("options", [{}, {"chunk_size": 7}, {"chunk_size": 10**6}])
 def test_exact_length_is_sent(make_app: MakeApp, options: dict[str, Any]) -> None:
     """The client knows it from the start, and gets all."""

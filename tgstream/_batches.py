@@ -29,6 +29,19 @@ def batches_of(source: Any) -> Iterator[Sequence[Any]]:
     return (source[start : start + BATCH] for start in starts)
 
 
+def encoder_of(format: Any) -> Any:
+    """Its ``encode_batches``; None if it has none, or a subclass has a new ``encode``.
+
+    Who writes an ``encode`` means it for all items, whatever was inherited.
+    """
+    for kind in type(format).__mro__:
+        if "encode_batches" in vars(kind):
+            break
+        if "encode" in vars(kind):
+            return None
+    return getattr(format, "encode_batches", None)
+
+
 class Passed:
     """A batched source as it is passed to a format, by way of who counts its batches.
 

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
-from ._batches import Passed, batches_of, is_batched
+from ._batches import Passed, batches_of, encoder_of, is_batched
 from ._cleanup import close
 from ._options import Format, StreamError
 
@@ -79,7 +79,7 @@ class Chunks:
     def _pieces(self, source: Any) -> Iterator[Any]:
         """The items as they are, or what the format makes of them."""
         format = self._plan.format
-        encode_batches = getattr(format, "encode_batches", None)
+        encode_batches = encoder_of(format)
         if encode_batches is not None and is_batched(source):
             counted = self._counted_batches(self._batches(source))
             pieces: Iterator[Any] = encode_batches(Passed(source, counted))
@@ -158,7 +158,8 @@ class Chunks:
         held, length = self._held, 0
         hold, due = held.append, now() + seconds
         for piece in pieces:
-            if type(piece) is not str and type(piece) is not bytes:
+            # A str of its own kind waits its turn: the encoder may know an order.
+            if type(piece) is not bytes and not isinstance(piece, str):
                 piece = self._encode(piece)
             hold(piece)
             length += len(piece)

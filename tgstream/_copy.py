@@ -7,9 +7,12 @@ SQLAlchemy would have run, with all that an application adds to it.
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
+from ._batches import Passed
 from ._csv import CSV
+from ._options import StreamError
 from ._reading import check_commits, opened, sizes
 from ._rows import Rows, check_session, session_of
 
@@ -28,7 +31,8 @@ def copy(statement: Any, *, header: bool = True, session: Any = None) -> Copy:
     With psycopg 3 these are the bytes of ``COPY ... TO STDOUT``, which takes a fraction
     of the time of :func:`rows`; the texts of some values differ. With any other driver
     they are what ``CSV`` makes of ``rows(statement)``. It runs when it is iterated, and
-    holds the stream's transaction as :func:`rows` without ``key`` does.
+    holds the stream's transaction as :func:`rows` without ``key`` does. With psycopg 3
+    so is any other statement of the session refused before it is at its end.
 
     :param statement: ``select()``, a union, ``text()``, or a ``Query``.
     :param header: whether the first line has the names of the columns.
@@ -52,8 +56,9 @@ class Copy:
         self._session = session
 
     def __iter__(self) -> Iterator[bytes]:
-        for batch in self.batches():
-            yield from batch
+        with closing(self.batches()) as batches:
+            for batch in batches:
+                yield from batch
 
     def batches(self) -> Generator[Sequence[bytes], None, None]:
         """The blocks, one at a time; close it to end the copying."""
@@ -64,33 +69,97 @@ class Copy:
             blocks = self._by_database(session)
             with opened(session, blocks):
                 for block in blocks:
+                    if not block:
+                        return
                     yield [block]
+            raise _ended()  # by who closes cursors: with the transaction
         else:
             yield from self._by_rows(session)
 
     def _by_rows(self, session: Session) -> Generator[Sequence[bytes], None, None]:
         rows = Rows(self._prepared, LINES, None, session)
-        for piece in CSV(header=None if self._header else ()).encode_batches(rows):
-            if piece:
-                yield [piece if isinstance(piece, bytes) else piece.encode()]
+        format = CSV(header=None if self._header else ())
+        with closing(rows.batches()) as batches:
+            for piece in format.encode_batches(Passed(rows, batches)):
+                if piece:
+                    yield [piece if isinstance(piece, bytes) else piece.encode()]
 
     def _by_database(self, session: Session) -> Generator[bytes, None, None]:
+        """The blocks, and an empty one when that was all."""
         from ._statement import compiled
 
         connection, statement, parameters = compiled(session, self._prepared.statement)
         options = f"FORMAT csv, HEADER {bool(self._header)}, ENCODING 'UTF8'"
         command = f"COPY (\n{statement}\n) TO STDOUT ({options})"
         driver: Any = connection.connection.driver_connection
-        # Without a parameter psycopg would leave the percent signs doubled.
-        parameters = parameters or {"none": None}
         # To end it early cancels it, and a canceled statement takes what was done in
         # its transaction with it, but for a savepoint.
-        with (
-            connection.begin_nested(),
-            driver.cursor() as cursor,
-            cursor.copy(command, parameters) as lines,
-        ):
+        nested = nullcontext() if driver.autocommit else connection.begin_nested()
+        # Without a parameter psycopg would leave the percent signs doubled.
+        parameters = parameters or {"none": None}
+        with nested, _copying(connection, driver, command, parameters) as lines:
             yield from _blocks(driver, lines)
+        yield b""
+
+
+def _ended() -> StreamError:
+    return StreamError(
+        "the transaction was ended before copy() was at its end; take all of it first, "
+        "or give it a session of its own"
+    )
+
+
+def _busy() -> StreamError:
+    return StreamError(
+        "a statement or a commit came while copy() was reading over the same "
+        "connection; take all of it first, or give it a session of its own"
+    )
+
+
+@contextmanager
+def _copying(
+    connection: Any, driver: Any, command: str, parameters: Any
+) -> Iterator[Any]:
+    """The lines of a command; what else is asked of its connection does not wait.
+
+    It would wait for ever: psycopg locks a connection that copies, against its own
+    thread, too.
+    """
+    import psycopg
+    from sqlalchemy import event
+
+    stack = ExitStack()
+    ended: list[StreamError] = []
+
+    def refuse(*args: Any) -> None:
+        if not ended:
+            raise _busy()
+
+    def end(*args: Any) -> None:
+        if not ended:
+            ended.append(error := _ended())
+            stack.__exit__(StreamError, error, None)
+
+    listeners = {"before_cursor_execute": refuse, "commit": refuse, "rollback": end}
+    try:
+        with stack:
+            cursor = stack.enter_context(driver.cursor())
+            lines = stack.enter_context(cursor.copy(command, parameters))
+            for name, listener in listeners.items():
+                event.listen(connection, name, listener)
+            yield lines
+        if ended:
+            raise ended[0]
+    except psycopg.Error:  # there is nothing more to read
+        if ended:
+            raise ended[0] from None
+        raise
+    finally:
+        for name, listener in listeners.items():
+            if event.contains(connection, name, listener):
+                event.remove(connection, name, listener)
+        if driver.closed and not connection.closed:
+            connection.invalidate()  # or to roll back would fail, and hide why
 
 
 def _blocks(driver: Any, lines: Any) -> Generator[bytes, None, None]:
