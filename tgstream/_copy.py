@@ -31,8 +31,8 @@ def copy(statement: Any, *, header: bool = True, session: Any = None) -> Copy:
     With psycopg 3 these are the bytes of ``COPY ... TO STDOUT``, which takes a fraction
     of the time of :func:`rows`; the texts of some values differ. With any other driver
     they are what ``CSV`` makes of ``rows(statement)``. It runs when it is iterated, and
-    holds the stream's transaction as :func:`rows` without ``key`` does. With psycopg 3
-    so is any other statement of the session refused before it is at its end.
+    holds the stream's transaction as :func:`rows` without ``key`` does. Do not use its
+    session for another statement before its end: with psycopg 3 that is refused.
 
     :param statement: ``select()``, a union, ``text()``, or a ``Query``.
     :param header: whether the first line has the names of the columns.

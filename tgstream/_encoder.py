@@ -147,18 +147,6 @@ class Encoder:
             raise drawn
         return list(drawn)
 
-    def plainly(self, values: Sequence[Any]) -> bytes | None:
-        """Plain values as JSON, with ``,\\n  `` between; None if orjson refuses one.
-
-        It writes null for a NaN.
-        """
-        try:
-            # With indentation a new line is between two values, and in none of them.
-            data: bytes = orjson.dumps(values, option=orjson.OPT_INDENT_2)
-        except TypeError:
-            return None
-        return data[4:-2]
-
 
 class _Differs(Exception):
     """orjson would write what TG's encoder would not."""

@@ -11,6 +11,7 @@ from datetime import datetime
 from decimal import Decimal
 from typing import Any
 
+from . import _orjson
 from ._encoder import Encoder, document, has_names
 
 
@@ -55,39 +56,31 @@ def _column(encoder: Encoder, values: Sequence[Any], slow: set[int]) -> list[byt
     kinds = set(map(type, values)) - {type(None)}
     data = None
     if kinds <= {str, int, bool}:
-        data = encoder.plainly(values)
+        data = _orjson.column(values)
     elif kinds <= {int, float}:  # SQLite gives 1.0 of a Numeric as 1
-        data = _floats(encoder, values)
+        data = _floats(values)
     elif kinds == {Decimal}:
-        data = _decimals(encoder, values)
+        data = _decimals(values)
     elif kinds == {datetime} and encoder.plain_dates:
-        data = _dates(encoder, values)
-    return _one_by_one(encoder, values, slow) if data is None else data.split(b",\n  ")
+        data = _orjson.dates(values)
+    if data is None:
+        return _one_by_one(encoder, values, slow)
+    return data.split(_orjson.SEPARATOR)
 
 
-def _floats(encoder: Encoder, values: Sequence[Any]) -> bytes | None:
-    data = encoder.plainly(values)
+def _floats(values: Sequence[Any]) -> bytes | None:
+    data = _orjson.column(values)
     if data is None or data.count(b"null") != values.count(None):
         return None  # one is NaN
     return data
 
 
-def _decimals(encoder: Encoder, values: Sequence[Any]) -> bytes | None:
+def _decimals(values: Sequence[Any]) -> bytes | None:
     try:
         floats = [None if value is None else float(value) for value in values]
     except ValueError:  # a signaling NaN
         return None
-    return _floats(encoder, floats)
-
-
-def _dates(encoder: Encoder, values: Sequence[Any]) -> bytes | None:
-    data = encoder.plainly(values)
-    if data is None:
-        return None
-    dates = len(values) - data.count(b"null")
-    if b"+" in data or data.count(b"-") != 2 * dates:
-        return None  # offsets are not always written as Python does
-    return data.replace(b"T", b" ")
+    return _floats(floats)
 
 
 def _one_by_one(encoder: Encoder, values: Sequence[Any], slow: set[int]) -> list[bytes]:

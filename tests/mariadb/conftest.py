@@ -11,7 +11,6 @@ from typing import Any
 import pymysql
 import pytest
 import sqlalchemy as sa
-from sqlalchemy.orm import Session
 
 from tests.model import Model
 
@@ -59,13 +58,6 @@ def model(url: str) -> Iterator[MariaModel]:
     model = MariaModel(url)
     yield model
     model.dispose()
-
-
-@pytest.fixture
-def session(model: MariaModel) -> Iterator[Session]:
-    """A session that is no stream's."""
-    with Session(model.outside) as session:
-        yield session
 
 
 @pytest.fixture

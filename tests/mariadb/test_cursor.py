@@ -16,26 +16,14 @@ import transaction
 from pymysql.cursors import SSCursor
 from sqlalchemy import event
 from sqlalchemy.orm import Session
-from tg import TGController, abort, expose
+from tg import abort
 
 import tgstream
-from tests.conftest import MakeApp, assert_clean, pool
+from tests.conftest import MakeApp, Root, assert_clean, pool
 from tests.mariadb.conftest import MariaModel
 from tests.model import Note, User
 from tests.wsgi import Call, get
-from tgstream import CSV, NDJSON, Stream, StreamError, copy, rows
-
-
-class Root(TGController):
-    """A stream of ``body``."""
-
-    def __init__(self, body: Callable[[], Any], **options: Any) -> None:
-        self.body, self.options = body, options
-        expose(content_type="text/plain")(Root.index)
-
-    def index(self) -> Stream:
-        return Stream(self.body(), **self.options)
-
+from tgstream import CSV, NDJSON, StreamError, copy, rows
 
 # What rows are.
 

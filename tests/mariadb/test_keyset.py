@@ -16,14 +16,18 @@ import sqlalchemy as sa
 import transaction
 from sqlalchemy.dialects import mysql
 from sqlalchemy.orm import Session
-from tg import TGController, expose
 
 import tgstream
-from tests.conftest import MakeApp, assert_clean, pool
+from tests.conftest import MakeApp, Root, assert_clean, pool
 from tests.mariadb.conftest import MariaModel
 from tests.model import Note, User
+
+# Claims that hold here word for word.
+from tests.test_keyset import (  # noqa: F401
+    test_what_was_written_is_not_committed_by_reading,
+)
 from tests.wsgi import Call, get
-from tgstream import Stream, StreamError, rows
+from tgstream import StreamError, rows
 
 Fill = Callable[..., sa.Table]
 
@@ -255,15 +259,6 @@ def test_type_that_does_not_sort_as_it_compares_is_refused(
 # In a stream.
 
 
-class Root(TGController):
-    def __init__(self, body: Callable[[], Iterator[str]], **options: Any) -> None:
-        self.body, self.options = body, options
-        expose(content_type="text/plain")(Root.index)
-
-    def index(self) -> Stream:
-        return Stream(self.body(), **self.options)
-
-
 def free(model: MariaModel) -> bool:
     """No connection is out, no transaction open, and no table in use by one."""
     model.look("LOCK TABLES users WRITE NOWAIT")  # the connection's end unlocks it
@@ -319,41 +314,6 @@ def test_transaction_that_was_open_before_is_held_until_it_ends(
         assert (pool(model).checkedout() == 0) is ends
         assert call.read() == b"12345"
         assert_clean(model)
-
-
-WRITES: dict[str, Callable[[Session], Any]] = {
-    "pending": lambda session: session.add(Note(text="new")),
-    "orm": lambda session: session.execute(sa.insert(Note).values(text="new")),
-    "connection": lambda session: session.connection().execute(
-        sa.insert(Note).values(text="new")
-    ),
-    "driver": lambda session: session.connection().exec_driver_sql(
-        "INSERT INTO notes (text) VALUES ('new')"
-    ),
-}
-
-
-@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
-@pytest.mark.parametrize("when", ["before", "between"])
-def test_what_was_written_is_not_committed_by_reading(
-    make_app: MakeApp, model: MariaModel, write: Any, when: str
-) -> None:
-    """A stream that fails undoes what it wrote, whichever batches it read after."""
-    model.seed(*(f"user{number}" for number in range(6)))
-
-    def body() -> Iterator[str]:
-        if when == "before":
-            write(model.DBSession())
-        for number, row in enumerate(rows(sa.select(User), key=User.id, batch=1)):
-            if when == "between" and number == 2:
-                write(model.DBSession())
-            yield row.name
-        raise ValueError("too late")
-
-    with pytest.raises(ValueError, match="too late"):
-        get(make_app(Root(body), model))
-    assert model.texts() == []
-    assert_clean(model)
 
 
 @pytest.mark.parametrize("commit", [tgstream.commit, transaction.commit])
