@@ -27,6 +27,8 @@ LADDER = {
     "_thread": {"_database", "_registry"},  # for their types alone
     "_cleanup": set(),
     "_report": {"_body", "_chunks", "_options"},  # the body for a type alone
+    "_advice": {"_body"},  # for a type alone
+    "_watch": {"_advice", "_body", "_chunks"},  # the body for a type alone
     "_transaction": {"_report"},
     "_context": {"_database", "_thread"},  # the former for a type alone
     "_registry": {"_thread"},
@@ -34,14 +36,17 @@ LADDER = {
     "_database": {"_cleanup", "_objects", "_registry", "_report", "_transaction"},
     "_chunks": {"_batches", "_cleanup", "_options"},
     "_body": {
-        *("_chunks", "_cleanup", "_context", "_database"),
-        *("_options", "_report"),
+        *("_advice", "_chunks", "_cleanup", "_context", "_database"),
+        *("_options", "_report", "_watch"),
     },
     "_stream": {
         *("_body", "_chunks", "_cleanup", "_context"),
         *("_database", "_options", "_source"),
     },
-    "_guard": {"_body", "_cleanup", "_database", "_options", "_report", "_stream"},
+    "_guard": {
+        *("_advice", "_body", "_cleanup", "_database"),
+        *("_options", "_report", "_stream"),
+    },
     "_controller": {
         *("_body", "_chunks", "_config", "_context", "_database"),
         *("_guard", "_headers", "_options", "_registry", "_source", "_stream"),

@@ -10,6 +10,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ import transaction
 from tg import TGController, expose
 from tg.decorators import cached
 
-from tests.conftest import MakeApp, assert_clean, assert_thread_clean, pool
+from tests.conftest import MakeApp, assert_clean, assert_thread_clean
 from tests.model import MakeModel, Model, User
 from tests.test_guard import WIRINGS, unplugged
 from tests.wsgi import Call, get
@@ -920,8 +921,11 @@ def test_short_stream_has_a_length(
 # Strays: what is no Exception.
 
 
+STRAYS = [SystemExit, GeneratorExit]
+
+
 @pytest.mark.parametrize("wiring", WIRINGS)
-@pytest.mark.parametrize("stray", [SystemExit, KeyboardInterrupt, GeneratorExit])
+@pytest.mark.parametrize("stray", [*STRAYS, KeyboardInterrupt])
 def test_stray_in_a_pull_is_a_failure(
     make_app: MakeApp,
     sqlite_model: Model,
@@ -929,7 +933,7 @@ def test_stray_in_a_pull_is_a_failure(
     wiring: dict[str, Any],
     stray: type[BaseException],
 ) -> None:
-    """What ends a program ends a stream as failed, gets through, and leaves nothing."""
+    """What would end a server's thread, and so hang its client, breaks the stream."""
 
     class Root(TGController):
         @expose(content_type="text/plain")
@@ -942,22 +946,26 @@ def test_stray_in_a_pull_is_a_failure(
 
     call = Call(make_app(Root(), sqlite_model, **wiring), "/words")
     assert pull(call) == b"one"
-    with pytest.raises(stray):
-        pull(call)
+    with (
+        ThreadPoolExecutor(1) as thread,
+        pytest.raises(StreamError, match=f"words raised {stray.__name__}") as raised,
+    ):
+        thread.submit(pull, call).result()
     call.close()
-    assert [(r.reason, type(r.error)) for r in reports] == [("failed", stray)]
+    assert type(raised.value.__cause__) is stray
+    assert [(r.reason, r.error) for r in reports] == [("failed", raised.value)]
     assert sqlite_model.names() == []
     assert_clean(sqlite_model)
 
 
-@pytest.mark.parametrize("stray", [SystemExit, KeyboardInterrupt, GeneratorExit])
-def test_stray_before_the_first_chunk_leaves_nothing_of_the_stream(
+@pytest.mark.parametrize("stray", STRAYS)
+def test_stray_before_the_first_chunk_is_an_ordinary_error(
     make_app: MakeApp,
     sqlite_model: Model,
     reports: list[Report],
     stray: type[BaseException],
 ) -> None:
-    """The stream is over; TG's own context stays, as after any controller's."""
+    """The request fails as for any exception, and nothing is left."""
 
     class Root(TGController):
         @expose(content_type="text/plain")
@@ -968,18 +976,28 @@ def test_stray_before_the_first_chunk_leaves_nothing_of_the_stream(
             raise stray
             yield
 
-        @expose()
-        def plain(self) -> str:
-            raise stray
+    assert get(make_app(Root(), sqlite_model), "/words").status.startswith("500 ")
+    assert [(r.reason, type(r.error)) for r in reports] == [("failed", StreamError)]
+    assert sqlite_model.names() == []
+    assert_clean(sqlite_model)
 
-    app = make_app(Root(), sqlite_model)
-    for path in "/words", "/plain":
-        call_environ: dict[str, Any] = {}
-        with pytest.raises(stray):
-            Call(app, path, checked=False, paste=call_environ)
-        assert len(tg.request_local.context._object_stack()) == 1
-        tg.request_local.context._pop_object()
-        tg.request_local.config._pop_object()
-    assert [(r.reason, type(r.error)) for r in reports] == [("failed", stray)]
-    assert pool(sqlite_model).checkedout() == 0
-    sqlite_model.DBSession.remove()
+
+def test_keyboard_interrupt_in_the_main_thread_is_for_the_process(
+    make_app: MakeApp, sqlite_model: Model, reports: list[Report]
+) -> None:
+    """Ctrl-C ends a server that serves in its main thread, and the stream with it."""
+
+    class Root(TGController):
+        @expose(content_type="text/plain")
+        @stream
+        def words(self) -> Iterator[str]:
+            yield "one"
+            raise KeyboardInterrupt
+
+    call = Call(make_app(Root(), sqlite_model), "/words")
+    assert pull(call) == b"one"
+    with pytest.raises(KeyboardInterrupt):
+        pull(call)
+    call.close()
+    assert reasons(reports) == ["failed"]
+    assert_clean(sqlite_model)

@@ -13,11 +13,14 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from webob.exc import HTTPException
 
+from . import _report
+from ._advice import advise_if_buffered
 from ._chunks import Chunks, Plan, clock
 from ._cleanup import close, first_error
 from ._context import Context
 from ._options import StreamError
-from ._report import Outcome, cursor_ended, tell, tell_late, tell_left
+from ._report import Outcome
+from ._watch import watch
 
 if TYPE_CHECKING:
     from ._database import Database
@@ -47,9 +50,10 @@ class Body:
         self._source = source
         self._chunks: Iterator[bytes] = iter(())
         self._first: bytes | None = None
-        self._closing: str | None = None
+        self.closing: str | None = None
         self._ending = threading.Lock()
         self.started = clock()
+        self.expires = self.started + (plan.max_seconds or float("inf"))
         self.first_chunk_seconds: float | None = None
 
     # The life: primed once, pulled many times, ended once.
@@ -82,6 +86,8 @@ class Body:
             self.first_chunk_seconds = clock() - self.started
         if self._first is None or self.encoding.last:
             self._end("completed")
+        else:
+            watch(self)
 
     @property
     def complete(self) -> bytes | None:
@@ -100,16 +106,18 @@ class Body:
         chunk, self._first = self._first, None
         if chunk is None and self.reason is None:
             raise StreamError(f"{self.plan.controller} is iterated twice at once")
-        if chunk is not None and self.reason in (None, "completed"):
+        if chunk is not None and self.reason in (None, "completed", "expired"):
             self._start_serving()
             yield chunk
         if self.reason == "completed":
             return
+        advise_if_buffered(self)
         chunks, bind, unbind = self._chunks, self.context.bind, self.context.unbind
         while True:
             self.running = True
-            if self._closing is not None:  # looked at after: it may be another thread's
+            if self.closing is not None:  # looked at after: it may be another thread's
                 self._refuse()
+                return
             record = bind()
             try:
                 chunk = next(chunks)
@@ -123,38 +131,39 @@ class Body:
             finally:
                 unbind(record)
                 self.running = False
-                if self._closing is not None:
+                if self.closing is not None:
                     self._close_if_asked()
             yield chunk
 
     def _start_serving(self) -> None:
         if self.outcome is not None:
             self.outcome.started = True
-            # TG took it away when the response left.
-            self.context.environ["tg.locals"] = self.context.tg_locals
+            if self.reason is None:  # TG took it away when the response left
+                self.context.environ["tg.locals"] = self.context.tg_locals
 
-    def _refuse(self) -> NoReturn:
+    def _refuse(self) -> None:
         """Let nobody who pulls a closed stream take what there was for the whole."""
         self.running = False
         self._close_if_asked()
-        error = StreamError(f"{self.plan.controller} was closed before its end")
+        error = _report.ended_early(self)
         if self.outcome is not None:
             self.outcome.error = error
-        raise error
+        if error is not None:
+            raise error
 
     def close(self, reason: str = "disconnected") -> None:
         """End the stream; while a pull runs elsewhere, when that pull returns."""
-        self._closing = reason
+        self.closing = self.closing or reason  # the first to ask is the one told
         if not self.running:
             self._close_if_asked()
 
     def _close_if_asked(self) -> None:
-        if self._closing is None or not self._ending.acquire(blocking=False):
+        if self.closing is None or not self._ending.acquire(blocking=False):
             return
         self.running = True
         record = self.context.bind()
         try:
-            self._finish(self._closing)
+            self._finish(self.closing)
         finally:
             self.context.unbind(record)
             self.running = False
@@ -179,7 +188,7 @@ class Body:
         if not self.plan.manual:
             self.database.settle()
         elif any(counts := self.database.left()):
-            tell_left(self.plan.controller, *counts)
+            _report.tell_left(self.plan.controller, *counts)
 
     def _end_by_response(
         self, response: HTTPException, vetoed: Callable[[HTTPException], bool]
@@ -197,7 +206,8 @@ class Body:
     def _fail(self, error: BaseException) -> NoReturn:
         """End for an error, and raise it."""
         if self.database is not None and self.database.cursor_ended(error):
-            error = cursor_ended(self.plan.controller, error)
+            error = _report.cursor_ended(self.plan.controller, error)
+        error = _report.as_error(self.plan.controller, error)
         self._end("failed", error)
         raise error
 
@@ -215,7 +225,9 @@ class Body:
         closes = lambda: close(self._chunks), self.encoding.close
         error = first_error([*closes, self._close_source, self._release], error)
         if not silent:
-            first_error([lambda: tell_late(self), lambda: tell(self, error)])
+            first_error(
+                [lambda: _report.tell_late(self), lambda: _report.tell(self, error)]
+            )
             first_error([self._release])  # of what a hook made use of
         if self.outcome is None:
             return  # still in the request: TG itself takes tg.locals away

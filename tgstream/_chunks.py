@@ -28,6 +28,8 @@ class Plan(NamedTuple):
     chunk_seconds: float
     charset: Callable[[], str]
     length: int | None = None  # bytes of the whole body, where it is known
+    max_seconds: float | None = None  # of its life
+    idle_seconds: float = 0.0  # with a transaction open, to be told of; 0: never
 
 
 class Store(Protocol):

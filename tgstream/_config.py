@@ -27,6 +27,7 @@ class Option(NamedTuple):
 OPTIONS: dict[str, Option] = {
     "tgstream.chunk_size": Option(32768, asint),
     "tgstream.chunk_seconds": Option(0.05, float),
+    "tgstream.idle_seconds": Option(10.0, float),
     "tgstream.sessions": Option((), aslist),
 }
 
@@ -95,6 +96,8 @@ class StreamConfigurationComponent(ConfigurationComponent):  # type: ignore[misc
           gathers before a chunk leaves, by default 32768.
         * ``tgstream.chunk_seconds``: Seconds after which a pull hands over what it
           gathered when the next item arrives, by default 0.05.
+        * ``tgstream.idle_seconds``: Seconds that a stream may wait with a transaction
+          open before a warning tells of it, by default 10; 0 for never.
         * ``tgstream.sessions``: Scoped sessions beside ``DBSession``, as objects or
           as dotted names, of which each stream gets its own. None by default.
 

@@ -44,6 +44,7 @@ def stream(
     filename: str | None = None,
     charset: str | None = None,
     length: int | None = None,
+    max_seconds: float | None = None,
 ) -> Callable[[F], F]: ...
 @overload
 def stream(function: F, /) -> F: ...
@@ -55,6 +56,7 @@ def stream(
     filename: str | None = None,
     charset: str | None = None,
     length: int | None = None,
+    max_seconds: float | None = None,
 ) -> Any:
     """Send what the controller yields to the client while it is made.
 
@@ -75,7 +77,10 @@ def stream(
                 f"{where}: TurboGears calls controllers without an event loop; "
                 "write it as def, not async def"
             )
-        options = check(where, format, commit, chunk_size, filename, charset, length)
+        options = check(
+            *(where, format, commit, chunk_size, filename, charset, length),
+            max_seconds,
+        )
         Decoration.get_decoration(function)._register_controller_wrapper(
             lambda caller: _streaming(caller, function, options)
         )
@@ -175,8 +180,11 @@ def _plan(
         size = option(config, "tgstream.chunk_size") if size is None else size
     every = commit if isinstance(commit, int) else int(commit == "each")
     seconds = option(config, "tgstream.chunk_seconds") if size else 0.0
-    manual, length = commit == "manual", options.length
-    return Plan(controller, format, every, manual, size, seconds, charset, length)
+    return Plan(
+        *(controller, format, every, commit == "manual", size, seconds, charset),
+        *(options.length, options.max_seconds),
+        option(config, "tgstream.idle_seconds"),
+    )
 
 
 # The request's transaction.

@@ -7,12 +7,12 @@ and ends a failed body as if it were whole.
 
 from __future__ import annotations
 
-import logging
 import weakref
 from collections.abc import Iterator
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+from ._advice import KEY, advise, advise_if_unguarded
 from ._body import Body
 from ._cleanup import close
 from ._options import StreamError
@@ -21,9 +21,6 @@ from ._stream import Stream
 
 if TYPE_CHECKING:
     from ._database import Database
-
-log = logging.getLogger("tgstream")
-KEY = "tgstream.guard"
 
 
 class Guard:
@@ -201,23 +198,11 @@ def _depart(body: Body, environ: dict[str, Any]) -> None:
     registry.cleanup()
     registry.prepare()
     if body.complete is None:
-        _say_if_unguarded(environ, body)
+        advise_if_unguarded(body)
+        advise(body)
         body.outcome = outcome_of(environ)
         body.outcome.body = body
         body.late = _Late(body).changes
-
-
-def _say_if_unguarded(environ: dict[str, Any], body: Body) -> None:
-    config = body.context.tg_locals.config
-    if KEY not in environ and not config.get(KEY):
-        config[KEY] = True
-        log.warning(
-            "%s streams from an application that was made before tgstream was "
-            "imported: it has no guard, and a failed stream may look whole on some "
-            "servers. In config/app_cfg.py: import tgstream; "
-            "tgstream.plugme(base_config)",
-            body.plan.controller,
-        )
 
 
 class _Late:

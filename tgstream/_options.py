@@ -59,6 +59,7 @@ class Options(NamedTuple):
     filename: str | None
     charset: str | None
     length: int | None
+    max_seconds: float | None
 
 
 def check(
@@ -69,6 +70,7 @@ def check(
     filename: Any = None,
     charset: Any = None,
     length: Any = None,
+    max_seconds: Any = None,
 ) -> Options:
     """The options of the stream ``where``.
 
@@ -84,7 +86,8 @@ def check(
     if filename is not None and not isinstance(filename, str):
         raise TypeError(f"{where}: filename={filename!r} is no text; give it a str")
     _check_charset(where, charset)
-    return Options(format, commit, chunk_size, filename, charset, length)
+    _check_seconds(where, max_seconds)
+    return Options(format, commit, chunk_size, filename, charset, length, max_seconds)
 
 
 def _check_format(where: str, format: Any) -> None:
@@ -113,6 +116,19 @@ def _check_bytes(where: str, option: str, value: Any, what: str) -> None:
         raise ValueError(
             f"{where}: {option}={value!r} makes no sense; it is a number of {what}"
         )
+
+
+def _check_seconds(where: str, value: Any) -> None:
+    if value is None or (
+        isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and 0 < value < float("inf")
+    ):
+        return
+    raise ValueError(
+        f"{where}: max_seconds={value!r} makes no sense; it is a number of seconds "
+        "above 0, or None for no bound"
+    )
 
 
 def _is_whole(value: Any) -> bool:

@@ -6,6 +6,7 @@ Rule: to tell it never changes how it ended.
 from __future__ import annotations
 
 import logging
+import threading
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakSet
 
@@ -25,8 +26,9 @@ log = logging.getLogger("tgstream")
 class Report(NamedTuple):
     """How a stream ended: the argument of the hook ``tgstream.finished``.
 
-    ``reason`` is ``'completed'``, ``'failed'`` or ``'disconnected'`` (closed before its
-    end, or dropped); ``error`` is the first that was raised, also while it closed.
+    ``reason`` is ``'completed'``, ``'failed'``, ``'disconnected'`` (closed before its
+    end, or dropped) or ``'expired'`` (by ``max_seconds``); ``error`` is the first that
+    was raised, also while it closed.
     ``seconds`` and ``first_chunk_seconds`` count from the start of the stream; the
     latter is None where no chunk was made. ``commits`` counts committed transactions.
     """
@@ -58,7 +60,7 @@ def tell(body: Body, error: BaseException | None) -> None:
         commits=0 if body.database is None else body.database.manager.commits,
     )
     log.log(
-        logging.DEBUG if error is None else logging.ERROR,
+        _level(body, error),
         "%s at %s %s: %d items, %d chunks, %d bytes, %d commits in %.3f s",
         report.controller,
         report.path,
@@ -71,6 +73,13 @@ def tell(body: Body, error: BaseException | None) -> None:
         exc_info=error,
     )
     tg.hooks.notify("tgstream.finished", args=(report,), trap_exceptions=True)
+
+
+def _level(body: Body, error: BaseException | None) -> int:
+    if error is not None:
+        return logging.ERROR
+    broken = body.reason == "expired" and ended_early(body) is not None
+    return logging.WARNING if broken else logging.DEBUG
 
 
 class Outcome:
@@ -143,6 +152,36 @@ def cursor_ended(controller: str, cause: BaseException) -> StreamError:
     )
     error.__cause__ = cause
     return error
+
+
+def ended_early(body: Body) -> StreamError | None:
+    """Why what there was is not the whole; None where a body may end anywhere."""
+    how = "was closed"
+    if body.closing == "expired":
+        if getattr(body.plan.format, "endless", False):
+            return None
+        how = f"was ended by max_seconds={body.plan.max_seconds:g}"
+    return StreamError(f"{body.plan.controller} {how} before its end")
+
+
+def as_error(controller: str, error: BaseException) -> BaseException:
+    """What a server takes for an error: some exceptions would end its thread instead.
+
+    The client would then wait for ever, or every other one lose its stream. In the main
+    thread a KeyboardInterrupt is what it says.
+    """
+    if isinstance(error, Exception) or (
+        isinstance(error, KeyboardInterrupt)
+        and threading.current_thread() is threading.main_thread()
+    ):
+        return error
+    kind = type(error).__name__
+    raised = StreamError(
+        f"{controller} raised {kind}, which is for threads and processes, not for a "
+        "response; raise an Exception in a stream, or return to end it"
+    )
+    raised.__cause__ = error
+    return raised
 
 
 def cursor_open(where: str = "") -> StreamError:

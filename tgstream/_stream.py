@@ -48,6 +48,9 @@ class Stream:
     :param charset: what text is encoded with; None for the response's, or UTF-8.
     :param length: the bytes of the whole body, where they are known: the client is told
         and can show progress, and a stream that makes more or fewer fails.
+    :param max_seconds: how long it may live; None for no bound. It is then closed, also
+        when nobody pulls it any more, and what is not committed is aborted. A format
+        whose body may end anywhere (``SSE``) ends well, any other breaks.
     :raises TypeError: when ``items`` is not iterable, or an option is of a wrong type.
     :raises ValueError: when an option makes no sense.
     """
@@ -62,8 +65,12 @@ class Stream:
         filename: str | None = None,
         charset: str | None = None,
         length: int | None = None,
+        max_seconds: float | None = None,
     ) -> None:
-        options = check("Stream", format, commit, chunk_size, filename, charset, length)
+        options = check(
+            *("Stream", format, commit, chunk_size, filename, charset, length),
+            max_seconds,
+        )
         if not is_iterable(items):
             raise TypeError(
                 f"a Stream is made of an iterable, not of {type(items).__name__}; "

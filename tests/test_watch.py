@@ -1,0 +1,278 @@
+"""A bound on a stream's life, which holds though nobody pulls or closes it."""
+
+from __future__ import annotations
+
+import os
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import tg
+from tg import TGController, expose
+
+from tests.conftest import MakeApp, assert_clean
+from tests.model import Model, User
+from tests.wsgi import Call
+from tgstream import (
+    CSV,
+    SSE,
+    JSONArray,
+    Report,
+    Stream,
+    StreamError,
+    current_stream,
+    flush,
+    stream,
+)
+
+SHORT = 0.1
+
+
+@pytest.fixture
+def ended(reports: list[Report]) -> Iterator[Callable[[], Report]]:
+    """Waits for the next report, and returns it."""
+    told = threading.Semaphore(0)
+
+    def tell(report: Report) -> None:
+        told.release()
+
+    def wait() -> Report:
+        assert told.acquire(timeout=10)
+        return reports.pop(0)
+
+    tg.hooks.register("tgstream.finished", tell)
+    yield wait
+    tg.hooks.disconnect("tgstream.finished", tell)
+
+
+def writer(model: Model, **options: Any) -> TGController:
+    """An application whose stream adds a user for each item, for ever."""
+
+    class Root(TGController):
+        @expose(content_type="text/plain")
+        def words(self, seconds: str = str(SHORT)) -> Stream:
+            return Stream(self.items(), max_seconds=float(seconds), **options)
+
+        def items(self) -> Iterator[Any]:
+            number = 0
+            while True:
+                number += 1
+                model.DBSession.add(User(name=f"user {number}"))
+                flush()
+                yield [number] if "format" in options else f"{number}\n"
+
+    return Root()
+
+
+def test_stream_that_nobody_pulls_expires(
+    make_app: MakeApp, model: Model, ended: Callable[[], Report]
+) -> None:
+    """Its connection comes back and nothing is stored, though no server ever asks."""
+    call = Call(make_app(writer(model), model), "/words")
+    assert next(call) == b"1\n"
+    report = ended()
+    assert (report.reason, report.error, report.items) == ("expired", None, 1)
+    assert report.seconds >= SHORT
+    assert model.names() == []
+    assert_clean(model)
+    call.close()
+
+
+def test_stream_that_was_never_pulled_at_all_expires(
+    make_app: MakeApp, model: Model, ended: Callable[[], Report]
+) -> None:
+    """A server that loses its client before the first chunk may hold the body."""
+    call = Call(make_app(writer(model), model), "/words")
+    assert ended().reason == "expired"
+    assert_clean(model)
+    assert next(call) == b"1\n"  # it was made in time
+    with pytest.raises(StreamError, match=r"max_seconds=0\.1"):
+        next(call)
+    call.close()
+
+
+@pytest.mark.parametrize("format", [None, CSV, JSONArray])
+def test_expired_stream_arrives_broken(
+    make_app: MakeApp, model: Model, ended: Callable[[], Report], format: Any
+) -> None:
+    """No client takes what there was for the whole."""
+    options = {} if format is None else {"format": format, "chunk_size": 0}
+    call = Call(make_app(writer(model, **options), model), "/words")
+    next(call)
+    assert ended().reason == "expired"
+    with pytest.raises(StreamError, match=r"Root.* was ended by max_seconds=0\.1"):
+        next(call)
+    call.close()
+    assert_clean(model)
+
+
+@pytest.mark.parametrize("debug", [True, False])
+def test_expired_events_end_well(
+    make_app: MakeApp, model: Model, ended: Callable[[], Report], debug: bool
+) -> None:
+    """A browser comes back for more; what was sent is stored."""
+    call = Call(make_app(writer(model, format=SSE), model, debug=debug), "/words")
+    assert next(call) == b"data: [1]\n\n"
+    assert ended().reason == "expired"
+    assert call.read() == b""
+    assert model.names() == ["user 1"]
+    assert_clean(model)
+
+
+def test_stream_in_a_pull_expires_when_that_returns(
+    make_app: MakeApp, model: Model, ended: Callable[[], Report]
+) -> None:
+    """What the pull has made leaves, and the pull after it fails."""
+    go = threading.Event()
+
+    class Root(TGController):
+        @expose(content_type="text/plain")
+        @stream(max_seconds=SHORT, commit="each")
+        def words(self) -> Iterator[str]:
+            model.DBSession.add(User(name="ada"))
+            yield "one"
+            model.DBSession.add(User(name="bob"))
+            flush()
+            body = current_stream()._body
+            assert body is not None
+            while body.closing is None:
+                assert not go.wait(0.01)
+            yield "two"
+
+    call = Call(make_app(Root(), model), "/words")
+    assert next(call) == b"one"
+    with ThreadPoolExecutor(1) as thread:
+        assert thread.submit(next, call).result() == b"two"
+    report = ended()
+    assert (report.reason, report.chunks, report.commits) == ("expired", 2, 2)
+    with pytest.raises(StreamError, match="max_seconds"):
+        next(call)
+    call.close()
+    assert model.names() == ["ada", "bob"]
+    assert_clean(model)
+
+
+def test_expired_stream_closes_its_generator_with_its_request(
+    make_app: MakeApp, model: Model, ended: Callable[[], Report]
+) -> None:
+    """On the watch's thread, ``finally`` has the context and the session as ever."""
+    seen: list[Any] = []
+
+    class Root(TGController):
+        @expose(content_type="text/plain")
+        @stream(max_seconds=SHORT, commit="manual")
+        def words(self) -> Iterator[str]:
+            try:
+                yield "one"
+                yield "two"
+            finally:
+                seen.append(threading.current_thread().name)
+                seen.append(tg.request.path)
+                seen.append(model.DBSession.query(User).count())
+
+    call = Call(make_app(Root(), model), "/words")
+    assert next(call) == b"one"
+    assert ended().reason == "expired"
+    assert seen == ["tgstream-watch", "/words", 0]
+    assert_clean(model)
+    call.close()
+
+
+def test_closed_stream_does_not_expire(
+    make_app: MakeApp, model: Model, reports: list[Report], ended: Callable[[], Report]
+) -> None:
+    """A stream ends once: the next one to expire is told alone."""
+    app = make_app(writer(model), model)
+    first = Call(app, "/words?seconds=3600")
+    first.close()
+    assert ended().reason == "disconnected"
+    second = Call(app, "/words")
+    assert ended().reason == "expired"
+    assert reports == []
+    second.close()
+    assert_clean(model)
+
+
+def test_dropped_stream_is_not_held_by_its_bound(
+    make_app: MakeApp, model: Model, ended: Callable[[], Report]
+) -> None:
+    """It ends at once, and does not wait for its time."""
+    call = Call(make_app(writer(model), model), "/words?seconds=3600", checked=False)
+    call.drop()
+    assert ended().reason == "disconnected"
+    assert_clean(model)
+
+
+def test_many_streams_expire_on_one_thread(
+    make_app: MakeApp, sqlite_model: Model, ended: Callable[[], Report]
+) -> None:
+    """Ten more streams are no thread more; after the last, the thread ends."""
+
+    class Root(TGController):
+        @expose(content_type="text/plain")
+        @stream(max_seconds=SHORT)
+        def words(self) -> Iterator[str]:
+            yield "one"
+            yield "two"
+
+    app = make_app(Root(), sqlite_model)
+    calls = [Call(app, "/words") for _ in range(10)]
+    threads = [t for t in threading.enumerate() if t.name == "tgstream-watch"]
+    assert len(threads) == 1
+    assert [ended().reason for _ in calls] == ["expired"] * 10
+    for call in calls:
+        call.close()
+
+
+def test_forked_process_has_a_watch_of_its_own(
+    make_app: MakeApp, sqlite_model: Model, ended: Callable[[], Report]
+) -> None:
+    """Servers fork after streams have run; a child's streams expire as well."""
+
+    class Root(TGController):
+        @expose(content_type="text/plain")
+        @stream(max_seconds=SHORT)
+        def words(self) -> Iterator[str]:
+            yield "one"
+            yield "two"
+
+    app = make_app(Root())
+    call = Call(app, "/words")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # 3.12: of the threads
+        child = os.fork()
+    if not child:
+        try:
+            forked = Call(app, "/words", checked=False)
+            os._exit(0 if ended().reason == "expired" and forked else 1)
+        finally:
+            os._exit(2)
+    assert os.waitpid(child, 0)[1] == 0
+    assert ended().reason == "expired"
+    call.close()
+
+
+@pytest.mark.parametrize("seconds", [0, -1, "9", True, float("inf"), float("nan")])
+def test_bound_that_makes_no_sense_is_refused(seconds: Any) -> None:
+    """At decoration, in one sentence."""
+    with pytest.raises(ValueError, match=r"max_seconds=.*above 0, or None"):
+        stream(max_seconds=seconds)(lambda: None)
+
+
+def test_expired_stream_is_one_line_of_the_log(
+    make_app: MakeApp,
+    model: Model,
+    ended: Callable[[], Report],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A broken one is a warning."""
+    caplog.set_level("DEBUG", "tgstream")
+    call = Call(make_app(writer(model), model), "/words")
+    ended()
+    call.close()
+    [record] = caplog.records
+    assert record.levelname == "WARNING"
+    assert "words at /words expired: 1 items, 1 chunks, 2 bytes" in record.getMessage()

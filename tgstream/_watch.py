@@ -1,0 +1,108 @@
+"""The watch over running streams: one thread in a process, while there are any.
+
+Rule: a stream is looked at when it is due, whether it is pulled or not; the watch holds
+none, and costs a pull nothing.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import os
+import threading
+import weakref
+from typing import TYPE_CHECKING, NamedTuple
+
+from ._advice import LONG, look
+from ._chunks import clock
+
+if TYPE_CHECKING:
+    from ._body import Body
+
+PAUSE = 0.05
+"""Seconds between two looks at least: many streams that are due are one look."""
+
+
+class _Entry(NamedTuple):
+    due: float  # by the clock
+    number: int  # so that two are never compared further
+    body: weakref.ref[Body]
+    seen: tuple[int, ...] | None  # how far it was at its last look
+
+
+class Watch:
+    """The thread of one process, begun with its first stream and ended after its last.
+
+    A forked process begins its own.
+    """
+
+    def __init__(self) -> None:
+        self.pid = os.getpid()
+        self._entries: list[_Entry] = []
+        self._numbers = itertools.count()
+        self._changed = threading.Condition()
+        self._running = False
+
+    def add(self, body: Body, due: float, seen: tuple[int, ...] | None = None) -> None:
+        """Look at ``body`` when it is due."""
+        entry = _Entry(due, next(self._numbers), weakref.ref(body), seen)
+        with self._changed:
+            heapq.heappush(self._entries, entry)
+            if not self._running:
+                self._running = True
+                threading.Thread(
+                    target=self._run, name="tgstream-watch", daemon=True
+                ).start()
+            elif self._entries[0] is entry:
+                self._changed.notify()
+
+    def _run(self) -> None:
+        while (due := self._wait()) is not None:
+            for entry in due:
+                self._look(entry)
+
+    def _wait(self) -> list[_Entry] | None:
+        """The entries that are due, once some are; None when there are none at all."""
+        with self._changed:
+            while self._entries:
+                left = self._entries[0].due - clock()
+                if left <= 0:
+                    return self._take_due()
+                self._changed.wait(max(left, PAUSE))
+            self._running = False
+            return None
+
+    def _take_due(self) -> list[_Entry]:
+        now, due = clock(), []
+        while self._entries and self._entries[0].due <= now:
+            due.append(heapq.heappop(self._entries))
+        return due
+
+    def _look(self, entry: _Entry) -> None:
+        body = entry.body()
+        if body is None or body.reason is not None:
+            return
+        now = clock()
+        if now >= body.expires:
+            body.close("expired")
+            return
+        try:
+            seen = look(body, now, entry.seen)
+        except Exception:  # it looks at what another thread is changing
+            seen = None
+        self.add(body, _due(body, now), seen)
+
+
+def _due(body: Body, now: float) -> float:
+    return min(now + (body.plan.idle_seconds or LONG), body.expires)
+
+
+_watch: Watch | None = None
+
+
+def watch(body: Body) -> None:
+    """From now on look at ``body``, until it has ended."""
+    global _watch
+    if _watch is None or _watch.pid != os.getpid():  # a forked process has no threads
+        _watch = Watch()
+    _watch.add(body, _due(body, clock()))
