@@ -1,0 +1,328 @@
+"""What a developer is told, once for each controller, and what to do about it."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import tg
+import webob
+import webob.dec
+from tg import FullStackApplicationConfigurator, TGController, expose
+from tg.appwrappers.base import ApplicationWrapper
+from tgext.debugbar import enable_debugbar
+
+import tgstream
+from tests.conftest import MakeApp
+from tests.model import Model, User
+from tests.wsgi import Call, get
+from tgstream import stream
+
+
+class Words(TGController):
+    """A stream of three chunks, and a page."""
+
+    @expose(content_type="text/plain")
+    @stream
+    def words(self) -> Iterator[str]:
+        yield from ("one", "two", "three")
+
+    @expose(content_type="text/plain")
+    @stream
+    def more(self) -> Iterator[str]:
+        yield from ("four", "five")
+
+    @expose(content_type="text/plain")
+    @stream(chunk_size=100)
+    def single(self) -> Iterator[str]:
+        yield "one"
+
+    def __init__(self) -> None:
+        for name in "words", "more", "single":  # TG forgets it between tests
+            expose(content_type="text/plain")(getattr(Words, name))
+
+
+RootController = Words  # for tgext.debugbar, which looks for it by name
+
+
+@pytest.fixture
+def advice(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
+    """The warnings of tgstream so far."""
+
+    def advice() -> list[str]:
+        return [
+            record.getMessage()
+            for record in caplog.records
+            if record.name == "tgstream" and record.levelname == "WARNING"
+        ]
+
+    return advice
+
+
+@pytest.fixture
+def watched() -> Iterator[Callable[[], str]]:
+    """Waits for the next warning, and returns it."""
+    lines: queue.Queue[str] = queue.Queue()
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if record.levelname == "WARNING":
+                lines.put(record.getMessage())
+
+    handler = Handler()
+    logging.getLogger("tgstream").addHandler(handler)
+    yield lambda: lines.get(timeout=10)
+    logging.getLogger("tgstream").removeHandler(handler)
+
+
+# What reads the stream before the server.
+
+
+class Collecting:
+    """A middleware that collects the body, as those that compress or sign it do."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    def __call__(self, environ: dict[str, Any], start_response: Any) -> list[bytes]:
+        body = self.app(environ, start_response)
+        with contextlib.closing(body):
+            return [b"".join(body)]
+
+
+@webob.dec.wsgify.middleware
+def reading(request: webob.Request, app: Any) -> webob.Response:
+    """A middleware of WebOb's making that reads the body."""
+    response = request.get_response(app)
+    assert response.body
+    return response
+
+
+def passing(app: Any) -> Any:
+    """A middleware that is a generator, and hands on each chunk."""
+
+    def pass_on(environ: dict[str, Any], start_response: Any) -> Iterator[bytes]:
+        body = app(environ, start_response)
+        with contextlib.closing(body):
+            yield from body
+
+    return pass_on
+
+
+@pytest.mark.parametrize(
+    ("middleware", "name"),
+    [(Collecting, "Collecting.__call__|__call__"), (reading, "reading")],
+)
+def test_middleware_that_reads_the_stream_is_named(
+    make_app: MakeApp, advice: Callable[[], list[str]], middleware: Any, name: str
+) -> None:
+    """Nothing is streamed then, and the developer knows by whom."""
+    app = middleware(make_app(Words()))
+    get(app, "/words", checked=False)
+    [line] = advice()
+    assert line.startswith("Words.words is read by tests.test_advice.")
+    assert line.split()[4].removeprefix("tests.test_advice.") in name.split("|")
+    get(app, "/words", checked=False)
+    get(app, "/single", checked=False)
+    assert len(advice()) == 1
+    get(app, "/more", checked=False)
+    assert advice()[1].startswith("Words.more is read by tests.test_advice.")
+
+
+class Signing(ApplicationWrapper):
+    """An application wrapper that reads the body of each response."""
+
+    def __call__(self, controller: Any, environ: Any, context: Any) -> Any:
+        response = self.next_handler(controller, environ, context)
+        assert response.body == b"onetwothree"
+        return response
+
+
+def test_application_wrapper_that_reads_the_stream_is_named(
+    make_app: MakeApp, advice: Callable[[], list[str]]
+) -> None:
+    """Inside of TG as well."""
+
+    def signed() -> FullStackApplicationConfigurator:
+        base_config = FullStackApplicationConfigurator()
+        base_config.register_application_wrapper(Signing)
+        return base_config
+
+    app = make_app(Words(), configurator=signed)
+    assert get(app, "/words").text == "onetwothree"
+    [line] = advice()
+    assert line.startswith("Words.words is read by tests.test_advice.Signing.__call__ ")
+
+
+@pytest.mark.parametrize("wrap", [passing, lambda app: app])
+@pytest.mark.parametrize("debug", [False, True])
+def test_stream_that_the_server_pulls_is_not_told_of(
+    make_app: MakeApp, advice: Callable[[], list[str]], wrap: Any, debug: bool
+) -> None:
+    """Neither what TG puts around it nor a middleware that hands on is in the way."""
+    app = wrap(make_app(Words(), debug=debug))
+    assert get(app, "/words").text == "onetwothree"
+    assert advice() == []
+
+
+# What is set.
+
+
+def test_slow_request_tracing_is_told_of(
+    make_app: MakeApp, advice: Callable[[], list[str]]
+) -> None:
+    """With the very setting that spares the stream."""
+    options = {"trace_slowreqs__enable": True, "trace_slowreqs__interval": 7}
+    app = make_app(Words(), **options)
+    get(app, "/words")
+    get(app, "/words")
+    [line] = advice()
+    assert "Words.words streams, and trace_slowreqs is on" in line
+    assert "longer than 7 s" in line
+    assert line.endswith("Add its path to trace_slowreqs.exclude, here /words")
+
+
+def test_stream_that_is_spared_by_slow_request_tracing_is_not_told_of(
+    make_app: MakeApp, advice: Callable[[], list[str]]
+) -> None:
+    """By the very setting that the advice names; nor a page, nor under debug."""
+    options = {"trace_slowreqs__enable": True, "trace_slowreqs__exclude": "/words"}
+    get(make_app(Words(), **options), "/words")
+    get(make_app(Words(), **options), "/single")
+    get(make_app(Words(), trace_slowreqs__enable=True, debug=True), "/more")
+    assert advice() == []
+
+
+def with_debugbar() -> FullStackApplicationConfigurator:
+    """A configurator with tgext.debugbar plugged."""
+    base_config = FullStackApplicationConfigurator()
+    enable_debugbar(base_config)
+    return base_config
+
+
+def test_debugbar_is_told_of(
+    make_app: MakeApp, sqlite_model: Model, advice: Callable[[], list[str]]
+) -> None:
+    """It keeps the stream's queries, as the advice says."""
+    kept: list[int] = []
+
+    class Root(TGController):
+        @expose(content_type="text/plain")
+        @stream
+        def words(self) -> Iterator[str]:
+            for number in range(3):
+                sqlite_model.DBSession.query(User).count()
+                kept.append(len(getattr(tg.request, "tgdb_sqla_queries", [])))
+                yield str(number)
+
+    options: dict[str, Any] = {
+        "renderers": ["json", "kajiki"],
+        "default_renderer": "kajiki",
+    }
+    options["application_root_module"] = __name__  # where the debugbar adds its pages
+    make: dict[str, Any] = {"configurator": with_debugbar, **options}
+    get(make_app(Root(), sqlite_model, debug=True, **make), "/words")
+    assert kept == [1, 2, 3]
+    [line] = advice()
+    assert "Root.words streams, and tgext.debugbar is on" in line
+    assert "debug = false" in line
+
+
+# What is seen while it runs.
+
+
+def test_transaction_that_is_open_while_the_client_waits_is_told_of(
+    make_app: MakeApp,
+    model: Model,
+    advice: Callable[[], list[str]],
+    watched: Callable[[], str],
+) -> None:
+    """A connection is pinned, whatever the generator did."""
+
+    class Root(TGController):
+        @expose(content_type="text/plain")
+        @stream
+        def names(self) -> Iterator[str]:
+            yield str(model.DBSession.query(User).count())
+            yield "more"
+
+    call = Call(make_app(Root(), model, tgstream__idle_seconds=0.05), "/names")
+    assert next(call) == b"0"
+    line = watched()
+    assert "Root.names has not been asked for more for 0.05 s with a tran" in line
+    call.close()
+    assert len(advice()) == 1
+
+
+def test_transaction_that_is_open_while_the_generator_waits_is_told_of(
+    make_app: MakeApp, model: Model, watched: Callable[[], str]
+) -> None:
+    """While it is inside a pull."""
+    go = threading.Event()
+
+    class Root(TGController):
+        @expose(content_type="text/plain")
+        @stream
+        def names(self) -> Iterator[str]:
+            yield "first"
+            model.DBSession.query(User).count()
+            assert go.wait(10)
+            yield "second"
+
+    call = Call(make_app(Root(), model, tgstream__idle_seconds=0.05), "/names")
+    assert next(call) == b"first"
+    puller = threading.Thread(target=call.read)
+    puller.start()
+    assert "Root.names has yielded nothing for 0.05 s with a tran" in watched()
+    go.set()
+    puller.join()
+
+
+def test_stream_that_waits_without_a_transaction_is_not_told_of(
+    make_app: MakeApp,
+    model: Model,
+    advice: Callable[[], list[str]],
+    watched: Callable[[], str],
+) -> None:
+    """Nor one that goes on, nor one that was asked not to be."""
+
+    class Root(TGController):
+        @expose(content_type="text/plain")
+        @stream(commit="each")
+        def free(self) -> Iterator[str]:
+            yield str(model.DBSession.query(User).count())
+            yield "more"
+
+        @expose(content_type="text/plain")
+        @stream
+        def held(self) -> Iterator[str]:
+            yield str(model.DBSession.query(User).count())
+            yield "more"
+
+    app = make_app(Root(), model, tgstream__idle_seconds=0.05)
+    free, held = Call(app, "/free"), Call(app, "/held")
+    assert "Root.held" in watched()
+    for call in free, held:
+        call.close()
+    assert len(advice()) == 1
+
+
+def test_worker_for_one_request_at_a_time_is_told_of(
+    make_app: MakeApp, monkeypatch: pytest.MonkeyPatch, watched: Callable[[], str]
+) -> None:
+    """When a stream has held it for long; that is ten seconds, here less."""
+    monkeypatch.setattr(tgstream._watch, "LONG", 0.05)
+    monkeypatch.setattr(tgstream._advice, "LONG", 0.05)
+    environ: dict[str, Any] = {"wsgi.multithread": False, "wsgi.multiprocess": False}
+    options = {"tgstream__idle_seconds": 0}
+    app = make_app(Words(), **options)
+    several = Call(app, "/more", **{**environ, "wsgi.multiprocess": True})
+    call = Call(app, "/words", **environ)
+    assert "Words.words has streamed for 0 s on a worker that serves one" in watched()
+    call.close()
+    several.close()
