@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import logging
 import sys
+from collections import Counter
 from collections.abc import Callable
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -22,10 +23,14 @@ log = logging.getLogger("tgstream")
 LONG = 10.0
 """Seconds that a stream may hold the only worker before it is told of."""
 
+LOOKS = 100
+"""Streams of a controller that are looked at for who reads them."""
+
 KEY = "tgstream.guard"
 """Where the guard leaves its outcome in the environ."""
 
 _SAID = "tgstream.said"
+_LOOKS = "tgstream.looks"
 _SERVERS = {"a2wsgi", "asgiref", "granian", "hypercorn", "uvicorn"}
 """They iterate in a function that looks like a middleware's."""
 _PASSING = {"tgstream", "tg", "webob", "backlash", "wsgiref", "contextlib"}
@@ -93,6 +98,10 @@ def advise(body: Body) -> None:
 
 def advise_if_buffered(body: Body) -> None:
     """Tell who reads the stream before the server has got its body."""
+    looks = body.context.tg_locals.config.setdefault(_LOOKS, Counter())
+    looks[body.plan.controller] += 1
+    if looks[body.plan.controller] > LOOKS:
+        return  # in production, to look would cost each stream some microseconds
     reader = _reader(sys._getframe(1))
     if reader is not None:
         _tell(
