@@ -45,10 +45,13 @@ class Model(types.ModuleType):
 
     :param url: of a database file, or of a PostgreSQL database.
     :param zope: whether the session is registered with zope.sqlalchemy.
+    :param create: whether its tables are made anew; else they are there.
     :param session_options: for ``sessionmaker``.
     """
 
-    def __init__(self, url: str, zope: bool = True, **session_options: Any) -> None:
+    def __init__(
+        self, url: str, zope: bool = True, create: bool = True, **session_options: Any
+    ) -> None:
         super().__init__("model")
         self.url = sa.make_url(url)
         self.maker = sessionmaker(**session_options)
@@ -56,8 +59,9 @@ class Model(types.ModuleType):
         if zope:
             register(self.DBSession)
         self.outside = sa.create_engine(url, poolclass=sa.NullPool)
-        Base.metadata.drop_all(self.outside)
-        Base.metadata.create_all(self.outside)
+        if create:
+            Base.metadata.drop_all(self.outside)
+            Base.metadata.create_all(self.outside)
         self.engine = self.outside
 
     def init_model(self, engine: sa.Engine) -> None:

@@ -66,6 +66,13 @@ LADDER = {
         *("_batches", "_csv", "_options"),
         *("_reading", "_rows", "_statement"),
     },
+    "_items": {"_sse"},
+    "_leaks": {"_config", "_thread"},
+    "testing": {
+        *("_cleanup", "_headers", "_items", "_leaks"),
+        *("_report", "_sse"),
+    },
+    "pytest_plugin": {"testing"},
     "__init__": {
         *("_config", "_controller", "_copy", "_csv", "_json", "_options"),
         *("_report", "_rows", "_sse", "_stream", "_templates"),

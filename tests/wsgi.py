@@ -1,18 +1,18 @@
-"""Requests in process, pulled chunk by chunk, as no test client does it."""
+"""Requests in process, with more of what servers may do than users' tests need."""
 
 from __future__ import annotations
 
-import io
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 from wsgiref.util import setup_testing_defaults
 from wsgiref.validate import validator
 
+from tgstream.testing import OpenStream
+
 App = Callable[..., Any]
 
 
-class Call:
+class Call(OpenStream):
     """One request to a WSGI application, whose body is pulled by the test.
 
     :param app: the application; it is called at once.
@@ -20,6 +20,8 @@ class Call:
     :param lenient: whether a second ``start_response`` is taken, against PEP 3333, as
         granian, hypercorn and a2wsgi do.
     """
+
+    text = ""
 
     def __init__(
         self,
@@ -31,61 +33,44 @@ class Call:
         **environ: Any,
     ) -> None:
         path, _, query = path.partition("?")
-        self.status = ""
-        self.headers: dict[str, str] = {}
-        self.cookies: list[str] = []
         self.starts = 0
         self.lenient = lenient
-        self.errors = io.StringIO()
         self.environ: dict[str, Any] = {
             "REQUEST_METHOD": method,
             "PATH_INFO": path,
             "QUERY_STRING": query,
             "SCRIPT_NAME": "",
-            "wsgi.errors": self.errors,
             **environ,
         }
         setup_testing_defaults(self.environ)
-        self.body: Any = (validator(app) if checked else app)(self.environ, self._start)
-        self._chunks: Iterator[bytes] = iter(self.body)
+        super().__init__(validator(app) if checked else app, self.environ)
 
-    def _start(self, status: str, headers: Any, exc_info: Any = None) -> Any:
-        if exc_info is not None and self.starts and self.pulled:
-            raise exc_info[1]
-        if exc_info is None and self.starts and not self.lenient:
-            raise AssertionError("start_response was called twice, without exc_info")
+    def _start_response(self, status: str, headers: Any, exc_info: Any = None) -> Any:
         self.starts += 1
-        self.status = status
-        self.headers = {name: value for name, value in headers}
-        self.cookies = [v for name, v in headers if name.lower() == "set-cookie"]
-        return sys.stderr.write
+        if self.lenient and exc_info is None:
+            self.status = ""
+        return super()._start_response(status, headers, exc_info)
 
-    pulled = False
-    text = ""
-
-    def __iter__(self) -> Iterator[bytes]:
-        return self
-
-    def __next__(self) -> bytes:
-        chunk = next(self._chunks)
-        self.pulled = True
-        return chunk
+    @property
+    def cookies(self) -> list[str]:
+        """The cookies that are set."""
+        return list(self.headers.getall("Set-Cookie"))
 
     def read(self) -> bytes:
         """The rest of the body; closed, as a server does, whatever happens."""
         try:
-            return b"".join(self)
+            return super().read()
         finally:
             self.close()
 
     def close(self) -> None:
-        """Close the body, as a server does at the end or when the client has left."""
+        """Close the body, also before its first chunk was taken, and again."""
         if hasattr(self.body, "close"):
             self.body.close()
 
     def drop(self) -> None:
         """Let go of the body without closing it, as some servers do."""
-        del self.body, self._chunks
+        self.abandon()
 
 
 def get(app: App, path: str = "/", **environ: Any) -> Call:

@@ -216,7 +216,7 @@ WSGIScriptAlias / {folder}/app.wsgi
 def mod_wsgi(port: int, folder: Path) -> list[str]:
     """Apache with Debian's module, and one daemon process of the application.
 
-    That process gets no environment, and runs as www-data: what it needs is in its file.
+    That process gets no environment, and is www-data: what it needs is in its file.
     """
     site = [path for path in sys.path if path.endswith("site-packages")]
     path = ":".join([str(ROOT), *site])

