@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import queue
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
-import tg
 import webob
 import webob.dec
 from tg import FullStackApplicationConfigurator, TGController, expose
 from tg.appwrappers.base import ApplicationWrapper
-from tgext.debugbar import enable_debugbar
 
 import tgstream
 from tests.conftest import MakeApp
 from tests.model import Model, User
 from tests.wsgi import Call, get
 from tgstream import stream
+
+ROOT = Path(__file__).parents[1]
 
 
 class Words(TGController):
@@ -45,9 +49,6 @@ class Words(TGController):
     def __init__(self) -> None:
         for name in "words", "more", "single":  # TG forgets it between tests
             expose(content_type="text/plain")(getattr(Words, name))
-
-
-RootController = Words  # for tgext.debugbar, which looks for it by name
 
 
 @pytest.fixture
@@ -198,38 +199,13 @@ def test_stream_that_is_spared_by_slow_request_tracing_is_not_told_of(
     assert advice() == []
 
 
-def with_debugbar() -> FullStackApplicationConfigurator:
-    """A configurator with tgext.debugbar plugged."""
-    base_config = FullStackApplicationConfigurator()
-    enable_debugbar(base_config)
-    return base_config
-
-
-def test_debugbar_is_told_of(
-    make_app: MakeApp, sqlite_model: Model, advice: Callable[[], list[str]]
-) -> None:
+def test_debugbar_is_told_of(tmp_path: Path) -> None:
     """It keeps the stream's queries, as the advice says."""
-    kept: list[int] = []
-
-    class Root(TGController):
-        @expose(content_type="text/plain")
-        @stream
-        def words(self) -> Iterator[str]:
-            for number in range(3):
-                sqlite_model.DBSession.query(User).count()
-                kept.append(len(getattr(tg.request, "tgdb_sqla_queries", [])))
-                yield str(number)
-
-    options: dict[str, Any] = {
-        "renderers": ["json", "kajiki"],
-        "default_renderer": "kajiki",
-    }
-    options["application_root_module"] = __name__  # where the debugbar adds its pages
-    make: dict[str, Any] = {"configurator": with_debugbar, **options}
-    get(make_app(Root(), sqlite_model, debug=True, **make), "/words")
+    command = [sys.executable, "-m", "tests.live_apps.debugbar", f"{tmp_path}/test.db"]
+    ran = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, check=True)
+    kept, [line] = json.loads(ran.stdout)
     assert kept == [1, 2, 3]
-    [line] = advice()
-    assert "Root.words streams, and tgext.debugbar is on" in line
+    assert "RootController.words streams, and tgext.debugbar is on" in line
     assert "debug = false" in line
 
 
