@@ -46,10 +46,11 @@ class Call(OpenStream):
         super().__init__(validator(app) if checked else app, self.environ)
 
     def _start_response(self, status: str, headers: Any, exc_info: Any = None) -> Any:
-        self.starts += 1
         if self.lenient and exc_info is None:
             self.status = ""
-        return super()._start_response(status, headers, exc_info)
+        write = super()._start_response(status, headers, exc_info)
+        self.starts += 1  # of those that were not refused
+        return write
 
     @property
     def cookies(self) -> list[str]:
