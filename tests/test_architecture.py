@@ -30,7 +30,7 @@ LADDER = {
     "_advice": {"_body"},  # for a type alone
     "_watch": {"_advice", "_body", "_chunks"},  # the body for a type alone
     "_transaction": {"_report"},
-    "_context": {"_database", "_thread"},  # the former for a type alone
+    "_context": {"_database", "_options", "_thread"},  # the first for a type alone
     "_registry": {"_thread"},
     "_objects": set(),
     "_database": {"_cleanup", "_objects", "_registry", "_report", "_transaction"},

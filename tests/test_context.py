@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,6 +25,8 @@ from tgstream import current_stream, stream
 from tgstream._context import Context
 
 STACKS = [(True, False), (True, True), (False, False), (False, True)]
+
+ROOT = Path(__file__).parents[1]
 
 
 def on_another_thread(function: Callable[[], Any]) -> Any:
@@ -217,3 +222,33 @@ def test_context_of_another_thread_is_not_there() -> None:
     with pytest.raises(TypeError, match="No object"):
         on_another_thread(lambda: tg.request.path)
     assert Context.__slots__
+
+
+LATE = """
+import tg
+from gevent import monkey
+monkey.patch_all()
+from tests.conftest import make_application
+from tests.wsgi import get
+from tgstream import stream
+
+class Root(tg.TGController):
+    @tg.expose(content_type="text/plain")
+    @stream
+    def words(self):
+        yield "one"
+
+app = make_application(Root(), trace_errors__enable=False)
+try:
+    get(app, "/words")
+except Exception as error:
+    print(type(error).__name__, error)
+"""
+
+
+def test_late_patching_by_gevent_is_refused() -> None:
+    """All greenlets would share one request; the sentence says what to do."""
+    command = [sys.executable, "-c", LATE]
+    ran = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert ran.stdout.startswith("StreamError gevent has patched threads after")
+    assert "--gevent-early-monkey-patch" in ran.stdout

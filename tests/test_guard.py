@@ -113,6 +113,43 @@ def test_failure_breaks_the_transfer(
     assert_clean(sqlite_model)
 
 
+@pytest.mark.parametrize("path", ["/missing", "/crash", "/early", "/nothing"])
+def test_error_page_that_is_dropped_leaves_nothing(
+    make_app: MakeApp, path: str
+) -> None:
+    """Some servers drop a body once they have its ``Content-Length``."""
+    app = make_app(Early())
+    call = Call(app, path, checked=False)
+    assert call.status[:3] in ("404", "500")
+    next(call)
+    call.drop()
+    assert_thread_clean()
+
+
+class Early(TGController):
+    """Pages and streams that answer with an error."""
+
+    @expose()
+    def missing(self) -> None:
+        tg.abort(404)
+
+    @expose()
+    def crash(self) -> None:
+        raise LookupError("no page")
+
+    @expose()
+    @stream
+    def early(self) -> Iterator[str]:
+        raise LookupError("no first")
+        yield ""
+
+    @expose()
+    @stream
+    def nothing(self) -> Iterator[str]:
+        tg.abort(404)
+        yield ""
+
+
 @pytest.mark.parametrize("wiring", WIRINGS)
 def test_failure_breaks_without_a_database(
     make_app: MakeApp, wiring: dict[str, Any]

@@ -110,6 +110,8 @@ class Body:
             self._start_serving()
             yield chunk
         if self.reason == "completed":
+            if chunk is None:
+                yield b""  # some servers answer 500 where there is no chunk
             return
         advise_if_buffered(self)
         chunks, bind, unbind = self._chunks, self.context.bind, self.context.unbind

@@ -7,10 +7,12 @@ around a pull is a tenth of its cost.
 
 from __future__ import annotations
 
+import threading
 from typing import TYPE_CHECKING, Any
 
 from tg import request_local
 
+from ._options import StreamError
 from ._thread import Record, thread
 
 if TYPE_CHECKING:
@@ -69,6 +71,20 @@ def _remove(stack: list[tuple[Any, bool]], bound: Any) -> None:
         if stack[index][0] is bound:
             del stack[index:]
             return
+
+
+def check_locals() -> None:
+    """Refuse to stream where TG's context is not kept for each greenlet.
+
+    :raises StreamError: when gevent has patched threads after TG was imported: another
+        user's request would then be seen in the middle of a pull.
+    """
+    if not isinstance(request_local.context.____local__, threading.local):
+        raise StreamError(
+            "gevent has patched threads after TurboGears was imported, so that all "
+            "requests share one tg.request: patch before it is imported (uWSGI: "
+            "--gevent-early-monkey-patch in place of --gevent-monkey-patch)"
+        )
 
 
 def current() -> Any:

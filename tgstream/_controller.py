@@ -133,6 +133,7 @@ def _before_render(remainder: Any, params: Any, output: Any) -> None:
 
 def _start(stream: Stream, tg_locals: Any) -> None:
     """Start the stream inside the request, up to its first chunk."""
+    _context.check_locals()
     stream._claim()
     options = stream._options
     function = stream._controller or _dispatched(tg_locals.request)

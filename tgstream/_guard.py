@@ -44,10 +44,15 @@ class Guard:
             outcome.responded = True
             return start_response(status, headers)
 
-        body = self.app(environ, start_once)
-        if outcome.body is not None or not outcome.responded:
-            return _Guarded(body, outcome)  # the debugger begins only with its body
-        return body
+        # No variable for the body: an error's traceback holds this frame, and a body
+        # that is dropped must end at once.
+        return _guarded(self.app(environ, start_once), outcome)
+
+
+def _guarded(body: Any, outcome: Outcome) -> Any:
+    if outcome.body is not None or not outcome.responded:
+        return _Guarded(body, outcome)  # the debugger begins only with its body
+    return body
 
 
 class _Guarded:
@@ -152,8 +157,9 @@ class _Leaving:
         body = stream._body
         if app_iter is stream:  # WebOb forgot the length when TG set that
             response.content_length = stream._length
-        if body is None:  # for HEAD
-            return response._plain(environ, start_response)
+        if body is None:  # for HEAD; some servers answer 500 where there is no chunk
+            close(response._plain(environ, start_response))
+            return [b""]
         app_iter = response._plain(environ, start_response)
         # The request keeps its response, and must not keep the stream: it must end at
         # once when it is dropped.

@@ -28,7 +28,8 @@ ROOT = Path(__file__).parents[2]
 
 def say_port(port: int) -> None:
     """What ``LiveServer`` waits for."""
-    print(f"port {port}", flush=True)
+    # In one write: another process may write there, too.
+    os.write(sys.stdout.fileno(), f"\nport {port}\n".encode())
 
 
 def bound() -> socket.socket:
