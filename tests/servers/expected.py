@@ -1,4 +1,4 @@
-"""What each server gives, pinned: also where it falls short, so that a better one is seen.
+"""What each server gives, pinned, also where it falls short: a better one is seen.
 
 A cell is compared without its count of chunks, which is a matter of time.
 """
