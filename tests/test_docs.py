@@ -15,6 +15,8 @@ from tg import expose
 import tgstream
 from examples import cookbook
 from tests.conftest import MakeApp
+from tests.live_apps.run import SERVERS
+from tests.servers.expected import unexpected
 from tests.wsgi import get
 from tgstream import stream
 from tgstream._config import OPTIONS
@@ -37,7 +39,7 @@ def commands(text: str) -> list[str]:
     return [line.strip() for block in blocks for line in block.splitlines()]
 
 
-USAGE, *ENABLING, STREAM, EXPORT = snippets("python")
+USAGE, *ENABLING, STREAM, EXPORT, TESTING = snippets("python")
 
 
 @pytest.mark.parametrize("name", tgstream.__all__)
@@ -97,6 +99,8 @@ def test_readme_usage_runs(
     app = make_app(shown["RootController"](), plug=plug)
     try:
         assert get(app, "/names").text == "manager\neditor\n"
+        exec(TESTING, shown)
+        shown["test_first_name_comes_alone"](app)
         download = get(app, "/report/download?year=2026")
         assert download.text == "1,2026\n2,2026\n"
         exported = get(app, "/export/csv").text
@@ -194,6 +198,19 @@ def test_readme_names_files_that_exist(path: str) -> None:
     """Its links and commands lead somewhere."""
     ours = not path.startswith("config/")  # of the reader's application
     assert (ROOT / path).exists() == ours
+
+
+def test_table_of_servers_is_what_is_pinned() -> None:
+    """The page says what the tests see."""
+    table = (ROOT / "docs/matrix.txt").read_text()
+    heads, *rows = [
+        re.findall(r"- ((?:[^\n]|\n {9,})+)", row)
+        for row in re.split(r"^ {4}\* ", table, flags=re.M)[1:]
+    ]
+    assert [name for name, *_ in rows] == [*SERVERS]
+    for name, *cells in rows:
+        ours = [re.sub(r" \(TG: .*\)$", "", cell) for cell in cells]
+        assert unexpected(name, dict(zip(heads[1:], ours, strict=True))) == {}
 
 
 @pytest.mark.parametrize("path", [".ci/run", ".ci/matrix", ".ci/mariadb"])

@@ -112,9 +112,10 @@ def uvicorn(adapter: str) -> Serve:
 
             app: Any = WSGIMiddleware(make_app(), workers=THREADS)
         else:
-            from asgiref.wsgi import WsgiToAsgi
+            from asgiref import wsgi
 
-            app = WsgiToAsgi(make_app())  # type: ignore[no-untyped-call]
+            adapt: Any = wsgi.WsgiToAsgi
+            app = adapt(make_app())
         config = Config(
             app, log_level="warning", lifespan="off", timeout_graceful_shutdown=1
         )
