@@ -2,7 +2,9 @@
 
 A stream has stored exactly what was committed before the last item that it yielded,
 and all if it completed; which of the two, the server tells, and it may not tell of less
-than its client has heard. Who never got an answer may have stored nothing.
+than its client has heard. Who never got an answer may have stored nothing. Where chunks
+are gathered, the last one is made after the last commit: a client that leaves over it
+leaves a stream that has stored all.
 """
 
 from __future__ import annotations
@@ -59,6 +61,8 @@ class Account:
     """Lines and rows that were another's."""
     astray: list[str] = field(default_factory=list)
     """Streams that did not end as they should, a sentence each."""
+    faults: list[str] = field(default_factory=list)
+    """Streams whose rows are not as they should be, a sentence each."""
 
     @property
     def streams(self) -> int:
@@ -96,29 +100,41 @@ def _enter(account: Account, told: Told, rows: list[Row], ended: list[Ending]) -
     plan = told.plan
     states, whole = plan.stored()
     known = whole if told.end == "whole" else states[min(told.heard, len(states) - 1)]
-    due = _due(told, ended, states, whole)
-    numbers = {row.number for row in rows}
+    numbers = Rows(row.number for row in rows)
+    dues = _dues(told, ended, states, whole)
+    due = numbers if numbers in dues else dues[0]
     account.fates[plan.fate] += 1
     account.told += len(known)
     account.found += len(rows)
-    account.lost += len((due | known) - numbers)
-    account.extra += len(numbers - due) + len(rows) - len(numbers)
-    account.mixed += told.mixed + sum(row.owner != plan.user for row in rows)
+    lost = len((due | known) - numbers)
+    extra = len(numbers - due) + len(rows) - len(numbers)
+    mixed = told.mixed + sum(row.owner != plan.user for row in rows)
+    account.lost, account.extra = account.lost + lost, account.extra + extra
+    account.mixed += mixed
+    if lost or extra or mixed:
+        account.faults.append(
+            f"{lost} lost, {extra} extra, {mixed} mixed: found {sorted(numbers)} and "
+            f"not {sorted(due)}, {told.end} after {told.heard} of {ended}; {plan}"
+        )
     if wrong := _wrong(told, ended):
         account.astray.append(f"{plan.stream} ({plan.fate}): {wrong}")
 
 
-def _due(told: Told, ended: list[Ending], states: list[Rows], whole: Rows) -> Rows:
-    """What the stream must have stored: the committed prefix, no row less or more."""
+def _dues(
+    told: Told, ended: list[Ending], states: list[Rows], whole: Rows
+) -> list[Rows]:
+    """What the stream must have stored, no row less or more: the committed prefix."""
     if told.plan.fate == "fail":
-        return states[-1]
+        return [states[-1]]
     if told.plan.fate not in REASONS:
-        return whole
+        return [whole]
     if not ended:
-        return states[0]
+        return [states[0]]
     if ended[0].reason == "completed":
-        return whole
-    return states[min(ended[0].items, len(states) - 1)]
+        return [whole]
+    last = len(states) - 1
+    over = told.plan.kind == "gathered" and ended[0].items == last
+    return [states[min(ended[0].items, last)], *([whole] if over else [])]
 
 
 def _wrong(told: Told, ended: list[Ending]) -> str:

@@ -48,7 +48,8 @@ class Soaked(NamedTuple):
     @property
     def wrongs(self) -> list[str]:
         """What is wrong, a few words each; nothing, if all is well."""
-        account, wrongs = self.account, list(self.account.astray)
+        account = self.account
+        wrongs = [*account.faults, *account.astray]
         for what in ("lost", "extra", "mixed"):
             if count := getattr(account, what):
                 wrongs.append(f"{count} rows {what}")
