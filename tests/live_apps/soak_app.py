@@ -64,6 +64,7 @@ class Kept(Mounted):
     """Tells also how many streams are alive in memory."""
 
     def __call__(self, environ: dict[str, Any], start_response: Any) -> Any:
+        """Answer this one question; all others are answered below."""
         if environ["PATH_INFO"] != "/soak/alive":
             return super().__call__(environ, start_response)
         gc.collect()
@@ -78,6 +79,7 @@ def teller(path: str) -> Callable[[Any], None]:
     file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
 
     def tell(report: Any) -> None:
+        """One write, so that lines of several threads do not mix."""
         stream = tg.request.params["stream"]
         os.write(file, f"{stream} {report.reason} {report.items}\n".encode())
 
@@ -88,38 +90,17 @@ def make_root(model: Model) -> TGController:
     """The one controller of the application."""
     DBSession = model.DBSession
 
-    def act(letter: str, text: str) -> None:
-        """One step, in the stream's own transaction, which is marked as its own."""
-        user = tg.tmpl_context.user
-        if letter in "ai":
-            DBSession.execute(MINE, {"stream": tg.request.params["stream"]})
-        if letter == "a":
-            DBSession.add(Note(text=text, user=user))
-        elif letter == "i":
-            values = {"text": text, "user_id": user.id}
-            DBSession.execute(sa.insert(Note).values(values))
-        elif letter == "!":
-            raise LookupError(text)
-        else:
-            ENDS[letter]()
-
-    def steps(script: str, pace: float, pad: int) -> Iterator[list[Any]]:
-        """An item a step: whose request, whose user, and whose transaction it sees."""
-        for number, letter in enumerate(script, 1):
-            stream = tg.request.params["stream"]
-            act(letter, f"{stream} {number}")
-            whose = DBSession.scalar(WHOSE)
-            yield [number, stream, tg.tmpl_context.user.name, whose or "", "x" * pad]
-            if pace:
-                time.sleep(pace)
-
     class Root(TGController):
+        """Loads the user in the request, as a controller does, and streams after it."""
+
         @expose(content_type="text/plain")
         def run(
             self, user: str, script: str, commit: str, kind: str, **options: str
         ) -> Stream:
+            """What the client has planned, as the path of its plan asks."""
             tg.tmpl_context.user = DBSession.query(User).filter_by(name=user).one()
-            items = steps(script, float(options["pace"]), int(options["pad"]))
+            pace, pad = float(options["pace"]), int(options["pad"])
+            items = steps(DBSession, script, pace, "x" * pad)
             return Stream(
                 items if kind == "gathered" else (dumped(item) for item in items),
                 NDJSON if kind == "gathered" else None,
@@ -128,6 +109,33 @@ def make_root(model: Model) -> TGController:
             )
 
     return Root()
+
+
+def steps(DBSession: Any, script: str, pace: float, pad: str) -> Iterator[list[Any]]:
+    """An item a step: whose request, whose user, and whose transaction it sees."""
+    for number, letter in enumerate(script, 1):
+        stream = tg.request.params["stream"]
+        act(DBSession, letter, stream, f"{stream} {number}")
+        whose = DBSession.scalar(WHOSE)
+        yield [number, stream, tg.tmpl_context.user.name, whose or "", pad]
+        if pace:
+            time.sleep(pace)
+
+
+def act(DBSession: Any, letter: str, stream: str, text: str) -> None:
+    """One step, in the stream's own transaction, which is marked as its own."""
+    user = tg.tmpl_context.user
+    if letter in "ai":
+        DBSession.execute(MINE, {"stream": stream})
+    if letter == "a":
+        DBSession.add(Note(text=text, user=user))
+    elif letter == "i":
+        values = {"text": text, "user_id": user.id}
+        DBSession.execute(sa.insert(Note).values(values))
+    elif letter == "!":
+        raise LookupError(text)
+    else:
+        ENDS[letter]()
 
 
 def dumped(item: list[Any]) -> str:

@@ -57,6 +57,7 @@ def table(rows: list[tuple[str, ...]]) -> str:
 
 
 def main() -> int:
+    """Soak the servers, print the tables, and return the exit code."""
     parser = argparse.ArgumentParser("tests.soak", description=__doc__)
     parser.add_argument("--streams", type=int, default=20_000, help="on all servers")
     parser.add_argument("--seconds", type=float, default=120, help="on each server")

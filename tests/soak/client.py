@@ -11,6 +11,7 @@ import json
 import socket
 import struct
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 
 from .plans import LEFT, Plan
@@ -38,6 +39,7 @@ class Listener:
     """One client: its request is sent at once, and it hears as much as it is let."""
 
     def __init__(self, port: int, plan: Plan) -> None:
+        """Connect and ask."""
         self.told = Told(plan)
         self._rest = b""
         self._response: http.client.HTTPResponse | None = None
@@ -65,11 +67,13 @@ class Listener:
         return False
 
     def _read(self) -> bytes:
+        """What has come, once something has; nothing at the end."""
         if self._response is None:
             self._response = self._connection.getresponse()
         return self._response.read1()
 
     def _ending(self) -> str:
+        """What the client takes the end for."""
         response = self._response
         assert response is not None
         if response.status != 200:
@@ -77,6 +81,7 @@ class Listener:
         return "broken" if response.length or self._rest else "whole"
 
     def _take(self, data: bytes) -> None:
+        """Look at the lines that are whole now."""
         assert self._response is not None
         if self._response.status != 200:
             return
@@ -85,6 +90,7 @@ class Listener:
             self._check(line)
 
     def _check(self, line: bytes) -> None:
+        """Hold a line against the plan."""
         told, plan = self.told, self.told.plan
         try:
             number, stream, user, whose, _ = json.loads(line)
@@ -106,7 +112,8 @@ class Listener:
                 linger = struct.pack("ii", 1, 0)
                 self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
             else:
-                self._socket.shutdown(socket.SHUT_RDWR)
+                with suppress(OSError):  # the server has gone first
+                    self._socket.shutdown(socket.SHUT_RDWR)
         self.close()
 
     def close(self) -> None:
@@ -121,6 +128,7 @@ class Clients:
     """All clients of one server, with those that stay and never read."""
 
     def __init__(self, port: int) -> None:
+        """None has come yet."""
         self.port = port
         self.staying: list[Listener] = []
 
@@ -135,6 +143,7 @@ class Clients:
         return [listener.told for listener in listeners]
 
     def _part(self, listener: Listener) -> None:
+        """Leave in the way that its fate is."""
         fate = listener.told.plan.fate
         if fate in ("stall", "stuck"):
             self.staying.append(listener)

@@ -66,10 +66,12 @@ class Account:
 
     @property
     def streams(self) -> int:
+        """How many were had."""
         return sum(self.fates.values())
 
     @property
     def clean(self) -> bool:
+        """True if nothing is wrong."""
         return not (self.lost or self.extra or self.mixed or self.astray)
 
 

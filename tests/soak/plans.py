@@ -23,12 +23,15 @@ FATES = {
     "fail": 16,
     "leave": 14,
     "reset": 14,
-    "stall": 3,
+    "stall": 1,
     "slow": 3,
     "interleaved": 10,
-    "expire": 3,
+    "expire": 2,
 }
-"""How often each is met, to which a few that are ``stuck`` come."""
+"""How often each is met, to which a few that are ``stuck`` come.
+
+Few stall: gunicorn's threads wait two seconds for such a client to say farewell.
+"""
 
 STUCK = 2
 """Streams to a server which fill all buffers: each holds a thread to the very end."""
@@ -121,7 +124,7 @@ def plan(random: Random, stream: str, user: str, fate: str) -> Plan:
     if fate == "slow":
         return made._replace(script=made.script * 3, pad=2**14)
     if fate in ("stall", "expire"):  # which would take a second
-        made = made._replace(kind="raw", pace=0.005, max_seconds=0.3)
+        made = made._replace(kind="raw", pace=0.005, max_seconds=0.2)
         return made._replace(script=script(random, 200), hears=random.randint(0, 1))
     if fate == "stuck":
         made = made._replace(kind="raw", pace=0.005, max_seconds=2.0)

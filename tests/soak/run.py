@@ -103,6 +103,7 @@ def load(
     """
 
     def visit(plans: list[Plan]) -> list[Told]:
+        """One visit, unless it is too late for it."""
         return clients.visit(plans) if time.monotonic() < deadline else []
 
     coming: list[list[Plan]] = []
