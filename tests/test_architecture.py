@@ -26,30 +26,33 @@ LADDER = {
     "_source": {"_options"},
     "_thread": {"_database", "_registry"},  # for their types alone
     "_cleanup": set(),
-    "_report": {"_body", "_chunks", "_options"},  # the body for a type alone
+    "_seats": set(),
+    "_plan": {"_options"},
+    "_report": {"_body", "_options", "_plan"},  # the body for a type alone
     "_advice": {"_body"},  # for a type alone
-    "_watch": {"_advice", "_body", "_chunks"},  # the body for a type alone
+    "_watch": {"_advice", "_body", "_plan"},  # the body for a type alone
     "_transaction": {"_report"},
     "_context": {"_database", "_options", "_thread"},  # the first for a type alone
     "_registry": {"_thread"},
     "_objects": set(),
     "_database": {"_cleanup", "_objects", "_registry", "_report", "_transaction"},
-    "_chunks": {"_batches", "_cleanup", "_options"},
+    "_chunks": {"_batches", "_cleanup", "_options", "_plan"},
     "_body": {
         *("_advice", "_chunks", "_cleanup", "_context", "_database"),
-        *("_options", "_report", "_watch"),
+        *("_options", "_plan", "_report", "_seats", "_watch"),
     },
     "_stream": {
-        *("_body", "_chunks", "_cleanup", "_context"),
-        *("_database", "_options", "_source"),
+        *("_body", "_cleanup", "_context", "_plan"),
+        *("_database", "_options", "_seats", "_source"),
     },
     "_guard": {
         *("_advice", "_body", "_cleanup", "_database"),
         *("_options", "_report", "_stream"),
     },
     "_controller": {
-        *("_body", "_chunks", "_config", "_context", "_database"),
-        *("_guard", "_headers", "_options", "_registry", "_source", "_stream"),
+        *("_body", "_config", "_context", "_database", "_plan"),
+        *("_guard", "_headers", "_options", "_registry", "_seats", "_source"),
+        "_stream",
     },
     "_templates": {"_cleanup", "_config", "_context", "_options"},
     # The last two for their types alone.
@@ -75,7 +78,7 @@ LADDER = {
     "pytest_plugin": {"testing"},
     "__init__": {
         *("_config", "_controller", "_copy", "_csv", "_json", "_options"),
-        *("_report", "_rows", "_sse", "_stream", "_templates"),
+        *("_report", "_rows", "_sse", "_stream", "_templates", "_watch"),
     },
 }
 MAY_TOUCH = {

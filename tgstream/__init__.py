@@ -25,6 +25,7 @@ from ._rows import rows
 from ._sse import SSE, Event
 from ._stream import Stream, commit, current_stream, flush, rollback
 from ._templates import render
+from ._watch import drain
 
 __all__ = [
     "CSV",
@@ -40,6 +41,7 @@ __all__ = [
     "commit",
     "copy",
     "current_stream",
+    "drain",
     "flush",
     "plugme",
     "render",

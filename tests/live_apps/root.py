@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import json
 import threading
+import time
 from collections.abc import Iterator
 
 import tg
@@ -71,6 +72,14 @@ class RootController(TGController):
         """So many blocks, more than the buffers between take."""
         for number in range(int(blocks)):
             yield b"%016d" % number * 4096
+
+    @expose()
+    @stream(SSE)
+    def clock(self) -> Iterator[int]:
+        """An event ten times a second, for ever."""
+        while True:
+            yield int(time.time())
+            time.sleep(0.1)
 
     @expose(content_type="text/plain")
     @stream
