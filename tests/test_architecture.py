@@ -66,6 +66,7 @@ LADDER = {
         *("_batches", "_csv", "_options"),
         *("_reading", "_rows", "_statement"),
     },
+    "_resume": {"_context", "_options"},
     "_items": {"_sse"},
     "_leaks": {"_config", "_thread"},
     "testing": {
@@ -75,7 +76,7 @@ LADDER = {
     "pytest_plugin": {"testing"},
     "__init__": {
         *("_config", "_controller", "_copy", "_csv", "_json", "_options"),
-        *("_report", "_rows", "_sse", "_stream", "_templates"),
+        *("_report", "_resume", "_rows", "_sse", "_stream", "_templates"),
     },
 }
 MAY_TOUCH = {

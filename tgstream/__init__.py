@@ -21,6 +21,7 @@ from ._csv import CSV
 from ._json import NDJSON, JSONArray
 from ._options import Batched, Format, StreamError
 from ._report import Report
+from ._resume import last_event_id
 from ._rows import rows
 from ._sse import SSE, Event
 from ._stream import Stream, commit, current_stream, flush, rollback
@@ -41,6 +42,7 @@ __all__ = [
     "copy",
     "current_stream",
     "flush",
+    "last_event_id",
     "plugme",
     "render",
     "rollback",
