@@ -67,6 +67,13 @@ LADDER = {
         *("_reading", "_rows", "_statement"),
     },
     "_resume": {"_context", "_options"},
+    "_feed": {"_chunks", "_sse"},
+    "_memory": {"_feed", "_sse"},
+    "_outbox": {"_config", "_context", "_report", "_thread"},
+    "channels": {
+        *("_config", "_context", "_feed", "_memory"),
+        *("_outbox", "_report", "_sse"),
+    },
     "_items": {"_sse"},
     "_leaks": {"_config", "_thread"},
     "testing": {
@@ -77,10 +84,11 @@ LADDER = {
     "__init__": {
         *("_config", "_controller", "_copy", "_csv", "_json", "_options"),
         *("_report", "_resume", "_rows", "_sse", "_stream", "_templates"),
+        "channels",
     },
 }
 MAY_TOUCH = {
-    "transaction": {"_database", "_reading", "_transaction"},
+    "transaction": {"_database", "_outbox", "_reading", "_transaction"},
     "sqlalchemy": {
         *("_copy", "_database", "_key", "_keyset", "_mysql", "_objects"),
         *("_reading", "_registry", "_report", "_rows", "_statement"),

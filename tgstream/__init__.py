@@ -26,12 +26,14 @@ from ._rows import rows
 from ._sse import SSE, Event
 from ._stream import Stream, commit, current_stream, flush, rollback
 from ._templates import render
+from .channels import Channel
 
 __all__ = [
     "CSV",
     "NDJSON",
     "SSE",
     "Batched",
+    "Channel",
     "Event",
     "Format",
     "JSONArray",
