@@ -30,7 +30,7 @@ LADDER = {
     "_plan": {"_options"},
     "_report": {"_body", "_options", "_plan"},  # the body for a type alone
     "_advice": {"_body"},  # for a type alone
-    "_watch": {"_advice", "_body", "_plan"},  # the body for a type alone
+    "_watch": {"_advice", "_body", "_feed", "_plan"},  # the body for a type alone
     "_transaction": {"_report"},
     "_context": {"_database", "_options", "_thread"},  # the first for a type alone
     "_registry": {"_thread"},
@@ -69,6 +69,14 @@ LADDER = {
         *("_batches", "_csv", "_options"),
         *("_reading", "_rows", "_statement"),
     },
+    "_resume": {"_context", "_options"},
+    "_feed": {"_plan", "_sse"},
+    "_memory": {"_feed", "_sse"},
+    "_outbox": {"_config", "_context", "_report", "_thread"},
+    "channels": {
+        *("_config", "_context", "_feed", "_memory"),
+        *("_outbox", "_report", "_sse"),
+    },
     "_items": {"_sse"},
     "_leaks": {"_config", "_thread"},
     "testing": {
@@ -78,11 +86,12 @@ LADDER = {
     "pytest_plugin": {"testing"},
     "__init__": {
         *("_config", "_controller", "_copy", "_csv", "_json", "_options"),
-        *("_report", "_rows", "_sse", "_stream", "_templates", "_watch"),
+        *("_report", "_resume", "_rows", "_sse", "_stream", "_templates"),
+        *("_watch", "channels"),
     },
 }
 MAY_TOUCH = {
-    "transaction": {"_database", "_reading", "_transaction"},
+    "transaction": {"_database", "_outbox", "_reading", "_transaction"},
     "sqlalchemy": {
         *("_copy", "_database", "_key", "_keyset", "_mysql", "_objects"),
         *("_reading", "_registry", "_report", "_rows", "_statement"),

@@ -17,6 +17,8 @@ from tests.model import Model, Note, User
 from tests.wsgi import Call
 from tgstream import (
     SSE,
+    Channel,
+    Event,
     Report,
     StreamError,
     current_stream,
@@ -110,6 +112,29 @@ def test_generator_that_works_sees_that_it_is_to_end(
     assert [report.reason for report in reports] == ["completed"]
     assert model.names() == ["ada"]
     assert_clean(model)
+
+
+def test_listeners_are_woken_at_once(
+    make_app: MakeApp, sqlite_model: Model, reports: list[Report]
+) -> None:
+    """They do not wait for their next heartbeat, and no event of theirs is lost."""
+    channel = Channel("drained")
+
+    class Root(TGController):
+        @expose()
+        @stream(SSE)
+        def events(self) -> Iterator[Event]:
+            return channel.listen()
+
+    app = make_app(Root(), sqlite_model, tgstream__heartbeat_seconds=3600)
+    calls = [Call(app, "/events") for _ in range(20)]
+    assert all(next(call).startswith(b": open\n") for call in calls)
+    with ThreadPoolExecutor(len(calls)) as threads:
+        rests = [threads.submit(call.read) for call in calls]
+        assert drain()
+        assert {rest.result() for rest in rests} <= {b"", b":\n\n"}
+    assert [report.reason for report in reports] == ["drained"] * len(calls)
+    assert_clean(sqlite_model)
 
 
 def test_drain_does_not_wait_for_ever(

@@ -20,7 +20,7 @@ from webob import Response
 from webob.exc import HTTPException
 
 from . import _context
-from ._config import option, scoped_sessions
+from ._config import option, scoped_sessions, tm_enabled
 from ._guard import Guard, send_off, watch_exit
 from ._headers import charset_in, set_headers
 from ._options import Format, Options, check
@@ -205,11 +205,6 @@ def _plan(
 # The request's transaction.
 
 
-def _tm_enabled(tg_locals: Any) -> bool:
-    config, environ = tg_locals.config, tg_locals.request.environ
-    return asbool(config.get("tm.enabled")) or "repoze.tm.active" in environ
-
-
 def _vetoed(tg_locals: Any, response: Any) -> bool:
     veto = tg_locals.config.get("tm.commit_veto")
     if veto is None:
@@ -221,7 +216,7 @@ def _vetoed(tg_locals: Any, response: Any) -> bool:
 def _take_over(database: Database, body: Body, tg_locals: Any) -> None:
     try:
         database.take_over(
-            _tm_enabled(tg_locals), lambda: _vetoed(tg_locals, tg_locals.response)
+            tm_enabled(tg_locals), lambda: _vetoed(tg_locals, tg_locals.response)
         )
     except BaseException:
         body.abandon()
@@ -232,7 +227,7 @@ def _database_of(tg_locals: Any) -> Database | None:
     """The stream's sessions and transaction, in an application that has any."""
     config = tg_locals.config
     scoped = scoped_sessions(config)
-    if not scoped and not _tm_enabled(tg_locals):
+    if not scoped and not tm_enabled(tg_locals):
         return None
     database: Database = _database_class()(
         tuple(map(registry, scoped)), asbool(config.get("use_sqlalchemy"))

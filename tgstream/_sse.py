@@ -44,6 +44,7 @@ class Event:
     retry: int | None = None
     comment: str | None = None
     _head: bytes = field(init=False, repr=False, compare=False)
+    _piece: bytes | None = field(init=False, repr=False, compare=False, default=None)
 
     def __post_init__(self) -> None:
         id: Any = self.id
@@ -97,11 +98,36 @@ class SSE:
         for number, item in enumerate(items, 1):
             head, data = b"", item
             if isinstance(item, Event):
+                if item._piece is not None:
+                    yield item._piece
+                    continue
                 head, data = item._head, item.data
                 if data is None:
                     yield head + b"\n"
                     continue
             yield b"%b%b\n" % (head, _data_lines(_encoded(data, number, encoder)))
+
+
+def encoded_text(data: Any, what: str) -> str:
+    """The text that an event says for ``data``.
+
+    :param what: it is, for the error.
+    :raises TypeError: when it is bytes, or nothing that JSON can say.
+    :raises ValueError: when it has a lone surrogate, or what JSON cannot say.
+    """
+    try:
+        return _encoded(data, 1, Encoder()).decode()
+    except (TypeError, ValueError) as error:
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"{what} cannot be an event: {error}") from error
+
+
+def sealed(text: str, event: str | None, id: str) -> Event:
+    """An event that many will be sent: its piece is made here, and once."""
+    made = Event(text, event=event, id=id)
+    piece = b"%b%b\n" % (made._head, _data_lines(text.encode()))
+    object.__setattr__(made, "_piece", piece)
+    return made
 
 
 def _encoded(data: Any, number: int, encoder: Encoder) -> bytes:

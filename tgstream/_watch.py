@@ -15,6 +15,7 @@ import weakref
 from typing import TYPE_CHECKING, NamedTuple
 
 from ._advice import LONG, look
+from ._feed import wake
 from ._plan import clock
 
 if TYPE_CHECKING:
@@ -124,6 +125,7 @@ def drain(timeout: float = 5.0) -> bool:
     while bodies := _watch.running():
         for body in bodies:
             body.close("drained")
+        wake()
         left = deadline - clock()
         if left <= 0:
             return not _watch.running()
