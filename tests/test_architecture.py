@@ -27,6 +27,7 @@ LADDER = {
     "_thread": {"_database", "_registry"},  # for their types alone
     "_cleanup": set(),
     "_seats": set(),
+    "_heart": set(),
     "_plan": {"_options"},
     "_report": {"_body", "_options", "_plan"},  # the body for a type alone
     "_advice": {"_body"},  # for a type alone
@@ -42,7 +43,7 @@ LADDER = {
         *("_options", "_plan", "_report", "_seats", "_watch"),
     },
     "_stream": {
-        *("_body", "_cleanup", "_context", "_plan"),
+        *("_body", "_cleanup", "_context", "_heart", "_plan"),
         *("_database", "_options", "_seats", "_source"),
     },
     "_guard": {

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from . import _context
 from ._body import Body
 from ._cleanup import close
+from ._heart import beating
 from ._options import Format, Options, StreamError, check
 from ._plan import Plan
 from ._seats import Seat
@@ -125,7 +126,9 @@ class Stream:
     def __iter__(self) -> Iterator[builtins.bytes]:
         if self._body is None:
             return iter(())
-        return self._body.serve(self)
+        chunks = self._body.serve(self)
+        seconds = getattr(self._options.format, "heartbeat", None)
+        return beating(chunks, seconds, self._body.close) if seconds else chunks
 
     def close(self) -> None:
         """End the stream, as a server does at its end or when the client has left.

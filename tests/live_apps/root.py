@@ -12,7 +12,7 @@ import tg
 from tg import TGController, abort, expose
 
 from tests.model import User
-from tgstream import SSE, Event, commit, flush, stream
+from tgstream import SSE, Event, commit, current_stream, flush, stream
 
 together = threading.Barrier(4)
 
@@ -72,6 +72,15 @@ class RootController(TGController):
         """So many blocks, more than the buffers between take."""
         for number in range(int(blocks)):
             yield b"%016d" % number * 4096
+
+    @expose()
+    @stream(SSE(heartbeat=0.1))
+    def silent(self) -> Iterator[Event]:
+        """Says nothing until it is to end."""
+        yield Event(comment="open")
+        while not current_stream().ending:
+            time.sleep(0.05)
+        yield Event(comment="close")
 
     @expose()
     @stream(SSE)
