@@ -74,9 +74,11 @@ LADDER = {
     "_feed": {"_plan", "_sse"},
     "_memory": {"_feed", "_sse"},
     "_outbox": {"_config", "_context", "_report", "_thread"},
+    "_redis_streams": {"_feed", "_sse"},
+    "_redis": {"_chunks", "_feed", "_redis_streams", "_report", "_sse"},
     "channels": {
-        *("_config", "_context", "_feed", "_memory"),
-        *("_outbox", "_report", "_sse"),
+        *("_config", "_context", "_memory", "_outbox"),
+        *("_redis", "_report", "_sse"),
     },
     "_items": {"_sse"},
     "_leaks": {"_config", "_thread"},
@@ -99,6 +101,7 @@ MAY_TOUCH = {
         "_transaction",
     },
     "zope": set[str](),
+    "redis": {"_redis"},
     "tg.request_local": {"_context", "_thread"},
 }
 RESERVED = {"model", "lib", "helpers", "controllers", "bootstrap", "public", "partials"}

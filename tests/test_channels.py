@@ -27,6 +27,7 @@ from tgstream import (
     rollback,
     stream,
 )
+from tgstream._feed import Feed
 from tgstream._memory import KEPT
 from tgstream._outbox import send
 from tgstream.testing import OpenStream, open_stream
@@ -228,6 +229,16 @@ def test_listener_waits_on_its_own_thread(channel: Channel) -> None:
     channel.publish("2")
     waiting.join()
     assert heard_by == ["1", "2"]
+
+
+def test_feed_keeps_an_event_once() -> None:
+    """Two may read the same from a server; each hands on all of it, in order."""
+    feed = Feed((1, 0), 10)
+    events = {place: Event(str(place)) for place in [(1, 1), (2, 0), (2, 1)]}
+    for place in [(1, 1), (1, 1), (2, 0), (1, 1), (2, 0), (2, 1)]:
+        feed.append(place, events[place])
+    assert feed.take(0, 1.0) == list(events.values())
+    assert feed.now() == (3, (2, 1))
 
 
 def test_many_who_publish_and_listen_at_once_lose_nothing(channel: Channel) -> None:
@@ -432,6 +443,36 @@ def test_event_of_a_request_that_aborts_never_goes_out(
 
 def veto(environ: Any, status: str, headers: Any) -> bool:
     return status.startswith("5")
+
+
+class Failing:
+    """A part in a transaction that fails when all that can fail have their say."""
+
+    transaction_manager = None
+
+    def nothing(self, transaction: Any) -> None:
+        """Until the vote."""
+
+    abort = tpc_begin = commit = tpc_abort = nothing
+
+    def tpc_vote(self, transaction: Any) -> None:
+        raise OSError("the disk is full")
+
+    def sortKey(self) -> str:
+        return "~~last"
+
+
+def test_event_of_a_request_that_cannot_commit_never_goes_out(
+    make_app: MakeApp, channel: Channel
+) -> None:
+    """Also where that is found out last."""
+    root = Live(channel)
+    app, events = make_app(root, tm__enabled=True), waiting(channel)
+    root.during = [lambda: transaction.get().join(Failing())]
+    assert get(app, "/post?text=lost").status_int == 500
+    root.during = []
+    get(app, "/post?text=kept")
+    assert heard(events, 1) == ["kept"]
 
 
 def test_event_of_a_savepoint_that_is_rolled_back_never_goes_out(

@@ -118,7 +118,8 @@ class StreamConfigurationComponent(ConfigurationComponent):  # type: ignore[misc
         * ``tgstream.sessions``: Scoped sessions beside ``DBSession``, as objects or
           as dotted names, of which each stream gets its own. None by default.
         * ``tgstream.channels``: Where the events of channels are kept, by default
-          ``memory://``, in this process alone.
+          ``memory://``, in this process alone; ``redis://host:port/db``, also
+          ``rediss://`` and ``unix://``, for a Redis or a Valkey.
         * ``tgstream.channel_history``: Events of a channel that are kept for clients
           that come back, by default 1000.
         * ``tgstream.heartbeat_seconds``: Seconds of silence after which a listener is

@@ -48,8 +48,10 @@ class Feed:
         _feeds.add(self)
 
     def append(self, key: Key, event: Event) -> None:
-        """Keep an event, and wake those who wait for it."""
+        """Keep an event, unless it is there, and wake those who wait for it."""
         with self._changed:
+            if key <= self.last:
+                return
             if len(self._events) == self._events.maxlen:
                 self.floor = self._events[0][0]
             self._events.append((key, event))
@@ -57,17 +59,35 @@ class Feed:
             self.end += 1
             self._changed.notify_all()
 
-    def number_after(self, after: Key) -> int | None:
-        """The number of the first event after a place; None where one is missing."""
+    def restart(self, key: Key, event: Event) -> None:
+        """Go on from another place, with the event that says so."""
+        with self._changed:
+            self._events.clear()
+            self._events.append((key, event))
+            self.floor = self.last = key
+            self.end += 1
+            self._changed.notify_all()
+
+    def now(self) -> tuple[int, Key]:
+        """The number of the next event, and the place before it."""
+        with self._changed:
+            return self.end, self.last
+
+    def number_after(self, after: Key, exact: bool = False) -> int | None:
+        """The number of the first event after a place; None where one is missing.
+
+        :param exact: whether the place must be one that an event has had, here.
+        """
         with self._changed:
             if not self.floor <= after <= self.last:
                 return None
-            newer = 0
+            newer, older = 0, self.floor
             for key, _ in reversed(self._events):
                 if key <= after:
+                    older = key
                     break
                 newer += 1
-            return self.end - newer
+            return None if exact and older != after else self.end - newer
 
     def take(self, number: int, seconds: float) -> list[Event] | None:
         """The events from ``number`` on, once there are some, or the time has passed.

@@ -11,10 +11,11 @@ import re
 import secrets
 import threading
 from collections import OrderedDict
+from collections.abc import Iterator
 from weakref import WeakValueDictionary
 
-from ._feed import Feed, Key, Start, opened, reset
-from ._sse import sealed
+from ._feed import Feed, Key, Start, follow, opened, reset
+from ._sse import Event, sealed
 
 KEPT = 10_000
 """Channels whose history is kept while nobody listens; the names may be users'."""
@@ -42,8 +43,11 @@ class Memory:
             feed.append((number, 0), sealed(text, event, self._id(number)))
             self._last = number
 
-    def start(self, channel: str, after: str | None) -> Start:
-        """Where a listener begins."""
+    def listen(self, channel: str, after: str | None, beat: float) -> Iterator[Event]:
+        """What a listener is sent."""
+        return follow(self._start(channel, after), beat)
+
+    def _start(self, channel: str, after: str | None) -> Start:
         with self._lock:
             feed, newest = self._feed(channel), self._id(self._last)
             if after is None:

@@ -15,7 +15,6 @@ import tg
 
 from . import _context
 from ._config import option
-from ._feed import Start, follow
 from ._memory import Memory
 from ._outbox import send
 from ._report import log
@@ -108,7 +107,7 @@ class Channel:
                 "returns"
             )
         beat = option(tg.config, "tgstream.heartbeat_seconds")
-        return follow(_hub().start(self.name, after), beat)
+        return _hub().listen(self.name, after, beat)
 
 
 class Hub(Protocol):
@@ -117,48 +116,36 @@ class Hub(Protocol):
     def publish(self, channel: str, text: str, event: str | None) -> None:
         """Hand an event to all who listen."""
 
-    def start(self, channel: str, after: str | None) -> Start:
-        """Where a listener begins."""
+    def listen(self, channel: str, after: str | None, beat: float) -> Iterator[Event]:
+        """What a listener is sent; after so many seconds of silence, a comment."""
+
+
+_hubs: dict[tuple[int, str, int], Hub] = {}
 
 
 def _hub() -> Hub:
     """The back end of the application that runs here."""
-    url, history = _url(), option(tg.config, "tgstream.channel_history")
-    _warn_of_processes(url)
-    return _hubs.hub(url, history)
-
-
-def _url() -> str:
     url: str = option(tg.config, "tgstream.channels")
-    if url != "memory://":
-        raise ValueError(
-            f"the option tgstream.channels is {url!r}, which is none of its kinds: "
-            "memory://"
-        )
-    return url
+    history: int = option(tg.config, "tgstream.channel_history")
+    _warn_of_processes(url)
+    key = os.getpid(), url, history  # a forked process makes its own
+    # Two threads that ask at once get the same.
+    return _hubs.get(key) or _hubs.setdefault(key, _made(url, history))
 
 
-class _Hubs:
-    """The back ends of one process; a forked one makes its own."""
+def _made(url: str, history: int) -> Hub:
+    if url == "memory://":
+        return Memory(history)
+    if url.startswith(("redis://", "rediss://", "unix://")):
+        # Imported where it is asked for: the package redis is an extra.
+        from ._redis import Redis
 
-    def __init__(self) -> None:
-        self._hubs: dict[tuple[str, int], Hub] = {}
-
-    def hub(self, url: str, history: int) -> Hub:
-        """The back end of a URL; two threads that ask at once get the same."""
-        hub = self._hubs.get((url, history))
-        return hub or self._hubs.setdefault((url, history), Memory(history))
-
-
-_hubs = _Hubs()
-
-
-def _forget() -> None:
-    global _hubs
-    _hubs = _Hubs()
-
-
-os.register_at_fork(after_in_child=_forget)
+        return Redis(url, history)
+    raise ValueError(
+        f"the option tgstream.channels is {url!r}, which is none of its kinds: "
+        "memory://, or redis://host:port/db, rediss:// or unix:// for a Redis or a "
+        "Valkey"
+    )
 
 
 def _warn_of_processes(url: str) -> None:
