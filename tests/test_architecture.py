@@ -75,7 +75,7 @@ LADDER = {
     "_memory": {"_feed", "_sse"},
     "_outbox": {"_config", "_context", "_report", "_thread"},
     "_redis_streams": {"_feed", "_sse"},
-    "_redis": {"_chunks", "_feed", "_redis_streams", "_report", "_sse"},
+    "_redis": {"_plan", "_feed", "_redis_streams", "_report", "_sse"},
     "channels": {
         *("_config", "_context", "_memory", "_outbox"),
         *("_redis", "_report", "_sse"),

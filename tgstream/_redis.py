@@ -14,8 +14,8 @@ from contextlib import suppress
 from typing import Any
 from weakref import WeakValueDictionary
 
-from ._chunks import clock
 from ._feed import BEAT, Feed, Key, Start, follow, opened, reset
+from ._plan import clock
 from ._redis_streams import Streams, id_of, key_of
 from ._report import log
 from ._sse import Event
