@@ -193,7 +193,8 @@ def test_live_page_runs(
     try:
         check_feeds(app)
         check_who_may_listen(app)
-        shown["wait_for_change"] = lambda seconds, waits=iter([None, 1, 2]): next(waits)
+        waits = iter([None, 1, 2])
+        shown["wait_for_change"] = lambda seconds: next(waits)
         check_bounds(app)
     finally:
         tg.config["tg.app_globals"].sa_engine.dispose()
