@@ -15,7 +15,7 @@ import transaction
 from ._cleanup import first_error
 from ._objects import attach, keeping_values, take
 from ._registry import Registry
-from ._report import tell_shared
+from ._report import tell_shared, tell_unclosed
 from ._transaction import Manager, Member
 
 if TYPE_CHECKING:
@@ -216,9 +216,13 @@ class Database:
             managers["manager"] = self.manager
 
     def clear_thread(self) -> None:
-        """Remove the request's sessions from the thread that its response leaves."""
-        for each in self.registries:
-            each.remove()
+        """Remove the request's sessions from the thread that its response leaves.
+
+        One that will not close is told of: it must not keep the context there.
+        """
+        error = first_error(each.remove for each in self.registries)
+        if error is not None:
+            tell_unclosed(error)
 
     def shield(self) -> None:
         """Keep the thread's own session over TG's removal, which follows a close."""
