@@ -1,4 +1,4 @@
-"""What is no error of an application: strays, raised wherever it may raise something."""
+"""What is no error of an application, raised wherever it may raise something."""
 
 from __future__ import annotations
 
