@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
+import psycopg
 import pytest
 from tg import TGController, expose
 
@@ -26,6 +31,61 @@ def wait_until(holds: Callable[[], Any], what: str, seconds: float = 10) -> None
     while not holds():
         assert time.monotonic() < deadline, what
         pause.wait(0.01)
+
+
+def path_of(name: str, **params: Any) -> str:
+    """A stream of ``tests.live_apps.faulty`` that writes under this name."""
+    return "/faulty/write?" + urlencode({"name": name, **params})
+
+
+def say(pipe: Path, line: bytes) -> None:
+    """Write a line to who waits for it."""
+    with pipe.open("wb") as file:
+        file.write(line)
+
+
+@pytest.fixture
+def pipe(tmp_path: Path) -> Iterator[Path]:
+    """A named pipe, for which a stream waits."""
+    os.mkfifo(tmp_path / "pipe")
+    yield tmp_path / "pipe"
+
+
+LOCK = 4711
+WAITS = f"""
+CREATE OR REPLACE FUNCTION wait_for_test() RETURNS trigger LANGUAGE plpgsql AS
+$$ BEGIN PERFORM pg_advisory_xact_lock({LOCK}); RETURN NULL; END $$;
+CREATE CONSTRAINT TRIGGER waits AFTER INSERT ON users
+DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION wait_for_test();
+"""
+"""Makes a commit of a user wait for a lock, for as long as another one holds it."""
+
+
+@contextmanager
+def outside(model: Model) -> Iterator[psycopg.Connection[Any]]:
+    """A connection of somebody else, in a transaction that the test ends."""
+    with psycopg.connect(**model.connection_options()) as connection:
+        yield connection
+
+
+def install_waits(model: Model) -> None:
+    """Prepare for ``commits_wait``, before anybody uses the table."""
+    with outside(model) as other:
+        other.execute(WAITS)
+
+
+@contextmanager
+def commits_wait(model: Model) -> Iterator[None]:
+    """Whoever commits a user waits until this ends, where ``WAITS`` was installed."""
+    with outside(model) as other:
+        other.execute(f"SELECT pg_advisory_lock({LOCK})".encode())
+        yield
+
+
+def wait_until_blocked(model: Model, backend: int) -> None:
+    """Until a backend waits for a lock."""
+    asks = f"SELECT wait_event_type FROM pg_stat_activity WHERE pid = {backend}"
+    wait_until(lambda: model.look(asks) == [("Lock",)], "the backend waits for no lock")
 
 
 class Root(TGController):

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 from urllib.parse import quote
 
 import psycopg
@@ -18,31 +17,21 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 import tgstream
 from tests.conftest import assert_thread_clean, pool
-from tests.faults.conftest import MakeFault, wait_until
+from tests.faults.conftest import (
+    MakeFault,
+    commits_wait,
+    install_waits,
+    outside,
+    wait_until_blocked,
+)
 from tests.model import MakeModel, Model, User
 from tests.wsgi import get
-
-LOCK = 4711
-WAITS = f"""
-CREATE OR REPLACE FUNCTION wait_for_test() RETURNS trigger LANGUAGE plpgsql AS
-$$ BEGIN PERFORM pg_advisory_xact_lock({LOCK}); RETURN NULL; END $$;
-CREATE CONSTRAINT TRIGGER waits AFTER INSERT ON users
-DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION wait_for_test();
-"""
-"""Makes a commit of a user wait for a lock, for as long as another one holds it."""
 
 
 @pytest.fixture
 def model(make_model: MakeModel, postgresql: str) -> Model:
     """The model of an application on PostgreSQL."""
     return make_model(postgresql)
-
-
-@contextmanager
-def outside(model: Model) -> Iterator[psycopg.Connection[Any]]:
-    """A connection of somebody else, in a transaction that the test ends."""
-    with psycopg.connect(**model.connection_options()) as connection:
-        yield connection
 
 
 def add(model: Model, *names: str) -> None:
@@ -107,10 +96,8 @@ def test_backend_terminated_in_the_final_commit_breaks_the_transfer(
         yield str(pid(model))
 
     fault = make_fault(model, body)
-    with outside(model) as other, ThreadPoolExecutor(1) as thread:
-        other.execute(WAITS)
-        other.commit()
-        other.execute(f"SELECT pg_advisory_lock({LOCK})".encode())
+    install_waits(model)
+    with commits_wait(model), ThreadPoolExecutor(1) as thread:
         call = fault.call()
         backend = int(next(call))
 
@@ -119,7 +106,7 @@ def test_backend_terminated_in_the_final_commit_breaks_the_transfer(
             assert_thread_clean()
 
         pulled = thread.submit(pull)
-        wait_until_blocked(model, backend, pulled)
+        wait_until_blocked(model, backend)
         terminate(model, backend)
         pulled.result()
     fault.assert_leaves()
@@ -145,17 +132,6 @@ def test_backend_terminated_in_commit_lets_the_stream_go_on(
     assert call.read() == b"True"
     assert [report.reason for report in fault.reports] == ["completed"]
     fault.assert_leaves("ada")
-
-
-def wait_until_blocked(model: Model, backend: int, blocked: Future[Any]) -> None:
-    """Until a backend waits for a lock."""
-    asks = f"SELECT wait_event_type FROM pg_stat_activity WHERE pid = {backend}"
-
-    def waits() -> bool:
-        assert not blocked.done(), blocked.result()
-        return model.look(asks) == [("Lock",)]
-
-    wait_until(waits, "the backend waits for no lock")
 
 
 # The server is restarted.
@@ -384,7 +360,7 @@ class Race:
                 return
             other.execute("UPDATE users SET name = 'zoe' WHERE name = 'bob'")
             waits = thread.submit(other.execute, "DELETE FROM users WHERE name = 'ada'")
-            wait_until_blocked(self.model, other.info.backend_pid, waits)
+            wait_until_blocked(self.model, other.info.backend_pid)
             yield
             waits.result()
             other.commit()
