@@ -118,7 +118,8 @@ class Database:
         from sqlalchemy.exc import DBAPIError, ResourceClosedError
 
         if isinstance(error, DBAPIError):
-            return self.manager.commits > 0 and "cursor" in str(error.orig).lower()
+            said = str(error.orig).partition("\n")[0]  # before it shows the statement
+            return self.manager.commits > 0 and "cursor" in said.lower()
         return self.manager.commits > 0 and isinstance(error, ResourceClosedError)
 
     def release(self, give_back: bool) -> None:
@@ -216,10 +217,7 @@ class Database:
             managers["manager"] = self.manager
 
     def clear_thread(self) -> None:
-        """Remove the request's sessions from the thread that its response leaves.
-
-        One that will not close is told of: it must not keep the context there.
-        """
+        """Remove the request's sessions from the thread that its response leaves."""
         error = first_error(each.remove for each in self.registries)
         if error is not None:
             tell_unclosed(error)

@@ -147,7 +147,7 @@ def tell_shared(session: Session) -> None:
 
 
 def tell_unclosed(error: BaseException) -> None:
-    """Tell of a session that the request left behind, and that will not close."""
+    """Tell of a request's session that will not close: its context must go on."""
     log.error("a session could not be closed after its request", exc_info=error)
 
 
