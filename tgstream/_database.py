@@ -15,7 +15,7 @@ import transaction
 from ._cleanup import first_error
 from ._objects import attach, keeping_values, take
 from ._registry import Registry
-from ._report import tell_shared
+from ._report import tell_shared, tell_unclosed
 from ._transaction import Manager, Member
 
 if TYPE_CHECKING:
@@ -118,7 +118,8 @@ class Database:
         from sqlalchemy.exc import DBAPIError, ResourceClosedError
 
         if isinstance(error, DBAPIError):
-            return self.manager.commits > 0 and "cursor" in str(error.orig).lower()
+            said = str(error.orig).partition("\n")[0]  # before it shows the statement
+            return self.manager.commits > 0 and "cursor" in said.lower()
         return self.manager.commits > 0 and isinstance(error, ResourceClosedError)
 
     def release(self, give_back: bool) -> None:
@@ -217,8 +218,9 @@ class Database:
 
     def clear_thread(self) -> None:
         """Remove the request's sessions from the thread that its response leaves."""
-        for each in self.registries:
-            each.remove()
+        error = first_error(each.remove for each in self.registries)
+        if error is not None:
+            tell_unclosed(error)
 
     def shield(self) -> None:
         """Keep the thread's own session over TG's removal, which follows a close."""

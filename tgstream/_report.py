@@ -72,7 +72,10 @@ def tell(body: Body, error: BaseException | None) -> None:
         report.seconds,
         exc_info=error,
     )
-    tg.hooks.notify("tgstream.finished", args=(report,), trap_exceptions=True)
+    try:
+        tg.hooks.notify("tgstream.finished", args=(report,), trap_exceptions=True)
+    except BaseException:  # TG traps Exception alone
+        log.exception("%s: a hook of tgstream.finished failed", report.controller)
 
 
 def _level(body: Body, error: BaseException | None) -> int:
@@ -145,6 +148,11 @@ def tell_shared(session: Session) -> None:
             "sqlalchemy.url = sqlite:///%%(here)s/test.db",
             engine.url,
         )
+
+
+def tell_unclosed(error: BaseException) -> None:
+    """Tell of a request's session that will not close: its context must go on."""
+    log.error("a session could not be closed after its request", exc_info=error)
 
 
 def cursor_ended(controller: str, cause: BaseException) -> StreamError:

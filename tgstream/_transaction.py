@@ -69,7 +69,8 @@ class Manager(transaction.TransactionManager):  # type: ignore[misc]
             super().commit()
         except BaseException:
             # So that the stream can go on: a failed transaction refuses all work.
-            self.abort()
+            with suppress(Exception):  # of a lost connection; the first error is told
+                self.abort()
             raise
         self.commits += 1
 
