@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import builtins
 import json
 import threading
 import time
@@ -12,7 +11,7 @@ import tg
 from tg import TGController, abort, expose
 
 from tests.model import User
-from tgstream import SSE, Event, commit, current_stream, flush, stream
+from tgstream import SSE, Event, current_stream, stream
 
 together = threading.Barrier(4)
 
@@ -44,34 +43,6 @@ class RootController(TGController):
         yield "first"
         with open(pipe) as file:
             yield file.readline()
-
-    @expose(content_type="text/plain")
-    @stream
-    def stray(self, kind: str, chunks: str) -> Iterator[str]:
-        """Raises what is for threads and processes, after so many chunks."""
-        for number in range(int(chunks)):
-            yield f"{number}\n"
-        raise getattr(builtins, kind)
-
-    @expose(content_type="text/plain")
-    @stream
-    def halves(self, pipe: str) -> Iterator[str]:
-        """Commits one name and flushes another; then waits for the client."""
-        DBSession = tg.config["DBSession"]
-        DBSession.add(User(name="stored"))
-        commit()
-        DBSession.add(User(name="never"))
-        flush()
-        yield "first"
-        with open(pipe) as file:
-            yield file.readline()
-
-    @expose(content_type="text/plain")
-    @stream
-    def much(self, blocks: str) -> Iterator[bytes]:
-        """So many blocks, more than the buffers between take."""
-        for number in range(int(blocks)):
-            yield b"%016d" % number * 4096
 
     @expose()
     @stream(SSE(heartbeat=0.1))
