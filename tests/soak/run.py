@@ -61,8 +61,9 @@ class Soaked(NamedTuple):
             wrongs.append(f"left while clients stay: {self.staying}")
         if not self.end.at_rest(self.warm.threads):
             wrongs.append(f"left in the end: {self.end}")
-        if "Exception ignored" in self.log:
-            wrongs.append("the server's log has an exception that was ignored")
+        _, ignored, what = self.log.partition("Exception ignored")
+        if ignored:
+            wrongs.append(f"the server's log has: {ignored}{what:.2000}")
         return wrongs
 
 
