@@ -29,7 +29,11 @@ from tgstream import Report, Stream
 
 MakeApp = Callable[..., Any]
 
-collect_ignore = [] if "TGSTREAM_MARIADB" in os.environ else ["mariadb"]
+# Each has a command of its own, which sets its variable.
+OWN_COMMANDS = {"TGSTREAM_MARIADB": "mariadb", "TGSTREAM_BROWSER": "browser"}
+collect_ignore = [
+    folder for name, folder in OWN_COMMANDS.items() if name not in os.environ
+]
 
 
 @pytest.fixture(scope="session")

