@@ -189,3 +189,20 @@ def test_fetch_reads_ndjson_piece_by_piece(
         {"piece": 2, "seen": True},
         {"piece": 3, "seen": True},
     ]
+
+
+def test_browser_has_six_streams_of_a_server(
+    start_site: Callable[..., Site], browser: Browser
+) -> None:
+    """The next waits until one is closed, as the page on servers warns."""
+    site = start_site("gunicorn-gevent")
+    browser.open(site.address)
+    browser.run(
+        "window.sources = [...Array(7)].map(() => new EventSource('feed'));"
+        "window.open_ones = () => sources.filter(each => each.readyState == 1).length"
+    )
+    browser.until("open_ones() == 6")
+    assert len(site.asked()) == 6
+    browser.run("sources.find(each => each.readyState == 1).close()")
+    browser.until("open_ones() == 6 && sources.every(each => each.readyState > 0)")
+    assert len(site.asked()) == 7

@@ -127,3 +127,22 @@ def test_two_processes_are_one_over_valkey(
         visit(two, f"{there.address}/{query}")
         for browser in one, two:
             browser.until("step.textContent == 'done'")
+
+
+def test_feed_goes_on_when_its_server_has_been_restarted(
+    start_live: StartLive, browser: Browser
+) -> None:
+    """The page stays open, and gets what was said in another process meanwhile."""
+    with ValkeyServer() as valkey:
+        url = f"--channels=redis://127.0.0.1:{valkey.port}/0"
+        here, there = start_live(url), start_live(url)
+        visit(browser, here.address)
+        say(browser, "before")
+        assert lines(browser, 1) == ["before"]
+        assert here.stop() == 0
+        browser.until("feed.readyState == EventSource.CONNECTING")
+        assert there.post("/say", text="meanwhile").status == 204
+        start_live(url, f"--port={here.address.rpartition(':')[2]}")
+        browser.until("feed.readyState == EventSource.OPEN")
+        say(browser, "after")
+        assert lines(browser, 3) == ["before", "meanwhile", "after"]
