@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from . import driver, exports, first_chunk, gather, pull, servers, untouched
+from . import driver, exports, first_chunk, gather, live, pull, servers, untouched
 from .apps import make_pairs
 from .measure import Result, table
 from .people import databases
@@ -34,6 +34,7 @@ def questions(folder: Path, stack: ExitStack, quick: bool) -> dict[str, Question
         "untouched": lambda: untouched.run(folder, quick),
         "gather": lambda: gather.run(quick),
         "driver": lambda: driver.run(urls(), quick),
+        "live": lambda: live.run(quick),
         "exports": lambda: exports.run(urls(), rows, quick),
     }
 

@@ -12,9 +12,10 @@ import sys
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .apps import App, make_app
+if TYPE_CHECKING:
+    from .apps import App
 
 
 def waitress(app: App, **options: Any) -> None:
@@ -31,13 +32,21 @@ def unbuffered(app: App) -> None:
 
 
 def gthread(app: App) -> None:
+    gunicorn(app, worker_class="gthread", threads=2)
+
+
+def gevent(app: App) -> None:
+    gunicorn(app, worker_class="gevent", worker_connections=10_000, graceful_timeout=1)
+
+
+def gunicorn(app: App, **options: Any) -> None:
     from gunicorn.app.base import BaseApplication  # type: ignore[import-untyped]
 
     class Application(BaseApplication):
         def load_config(self) -> None:
             self.cfg.set("bind", "127.0.0.1:0")
-            self.cfg.set("worker_class", "gthread")
-            self.cfg.set("threads", 2)
+            for name, value in options.items():
+                self.cfg.set(name, value)
             self.cfg.set("loglevel", "warning")
             self.cfg.set("when_ready", tell)
 
@@ -63,6 +72,7 @@ SERVERS: dict[str, Callable[[App], None]] = {
     "waitress": waitress,
     "unbuffered": unbuffered,
     "gthread": gthread,
+    "gevent": gevent,
     "uvicorn": uvicorn,
 }
 
@@ -70,6 +80,8 @@ SERVERS: dict[str, Callable[[App], None]] = {
 def make(way: str, where: str) -> App:
     """The application ``way``, with its database ``where``."""
     if way in ("plain", "tgstream"):
+        from .apps import make_app
+
         return make_app(way == "tgstream", Path(where))
     app: App = import_module(f"{__package__}.peers.{way}").make_app(where)
     return app
@@ -78,4 +90,8 @@ def make(way: str, where: str) -> App:
 if __name__ == "__main__":
     server, way, where = sys.argv[1:]
     sys.argv = sys.argv[:1]
+    if server == "gevent":  # before TG is imported, which keeps its context by thread
+        from gevent import monkey
+
+        monkey.patch_all()
     SERVERS[server](make(way, where))
