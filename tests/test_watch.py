@@ -182,6 +182,34 @@ def test_expired_stream_closes_its_generator_with_its_request(
     call.close()
 
 
+@pytest.mark.parametrize("kind", [LookupError, SystemExit, KeyboardInterrupt])
+def test_expired_stream_whose_generator_will_not_close_ends_no_watch(
+    make_app: MakeApp, model: Model, ended: Callable[[], Report], kind: Any
+) -> None:
+    """What its ``finally`` raises is told, and the next stream expires as well."""
+
+    class Root(TGController):
+        @expose(content_type="text/plain")
+        @stream(max_seconds=SHORT)
+        def words(self) -> Iterator[str]:
+            try:
+                model.DBSession.add(User(name="lost"))
+                flush()
+                yield "one"
+                yield "two"
+            finally:
+                raise kind
+
+    app = make_app(Root(), model)
+    for _ in range(2):
+        call = Call(app, "/words")
+        report = ended()
+        assert (report.reason, type(report.error)) == ("expired", kind)
+        call.close()
+    assert model.names() == []
+    assert_clean(model)
+
+
 def test_closed_stream_does_not_expire(
     make_app: MakeApp, model: Model, reports: list[Report], ended: Callable[[], Report]
 ) -> None:

