@@ -26,31 +26,35 @@ LADDER = {
     "_source": {"_options"},
     "_thread": {"_database", "_registry"},  # for their types alone
     "_cleanup": set(),
-    "_report": {"_body", "_chunks", "_options"},  # the body for a type alone
+    "_seats": set(),
+    "_heart": set(),
+    "_plan": {"_options"},
+    "_report": {"_body", "_options", "_plan"},  # the body for a type alone
     "_advice": {"_body"},  # for a type alone
-    "_watch": {"_advice", "_body", "_chunks"},  # the body for a type alone
+    "_watch": {"_advice", "_body", "_feed", "_plan"},  # the body for a type alone
     "_postgresql": {"_options"},
     "_transaction": {"_postgresql", "_report"},
     "_context": {"_database", "_options", "_thread"},  # the first for a type alone
     "_registry": {"_thread"},
     "_objects": set(),
     "_database": {"_cleanup", "_objects", "_registry", "_report", "_transaction"},
-    "_chunks": {"_batches", "_cleanup", "_options"},
+    "_chunks": {"_batches", "_cleanup", "_options", "_plan"},
     "_body": {
         *("_advice", "_chunks", "_cleanup", "_context", "_database"),
-        *("_options", "_report", "_watch"),
+        *("_options", "_plan", "_report", "_seats", "_watch"),
     },
     "_stream": {
-        *("_body", "_chunks", "_cleanup", "_context"),
-        *("_database", "_options", "_source"),
+        *("_body", "_cleanup", "_context", "_heart", "_plan"),
+        *("_database", "_options", "_seats", "_source"),
     },
     "_guard": {
         *("_advice", "_body", "_cleanup", "_database"),
         *("_options", "_report", "_stream"),
     },
     "_controller": {
-        *("_body", "_chunks", "_config", "_context", "_database"),
-        *("_guard", "_headers", "_options", "_registry", "_source", "_stream"),
+        *("_body", "_config", "_context", "_database", "_plan"),
+        *("_guard", "_headers", "_options", "_registry", "_seats", "_source"),
+        "_stream",
     },
     "_templates": {"_cleanup", "_config", "_context", "_options"},
     # The last two for their types alone.
@@ -67,6 +71,16 @@ LADDER = {
         *("_batches", "_csv", "_options"),
         *("_reading", "_rows", "_statement"),
     },
+    "_resume": {"_context", "_options"},
+    "_feed": {"_plan", "_sse"},
+    "_memory": {"_feed", "_sse"},
+    "_outbox": {"_config", "_context", "_report", "_thread"},
+    "_redis_streams": {"_feed", "_sse"},
+    "_redis": {"_plan", "_feed", "_redis_streams", "_report", "_sse"},
+    "channels": {
+        *("_config", "_context", "_memory", "_outbox"),
+        *("_redis", "_report", "_sse"),
+    },
     "_items": {"_sse"},
     "_leaks": {"_config", "_thread"},
     "testing": {
@@ -76,17 +90,19 @@ LADDER = {
     "pytest_plugin": {"testing"},
     "__init__": {
         *("_config", "_controller", "_copy", "_csv", "_json", "_options"),
-        *("_report", "_rows", "_sse", "_stream", "_templates"),
+        *("_report", "_resume", "_rows", "_sse", "_stream", "_templates"),
+        *("_watch", "channels"),
     },
 }
 MAY_TOUCH = {
-    "transaction": {"_database", "_reading", "_transaction"},
+    "transaction": {"_database", "_outbox", "_reading", "_transaction"},
     "sqlalchemy": {
         *("_copy", "_database", "_key", "_keyset", "_mysql", "_objects"),
         *("_reading", "_registry", "_report", "_rows", "_statement"),
         "_transaction",
     },
     "zope": set[str](),
+    "redis": {"_redis"},
     "tg.request_local": {"_context", "_thread"},
 }
 RESERVED = {"model", "lib", "helpers", "controllers", "bootstrap", "public", "partials"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from itertools import islice
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import tg
 from tg import expose
+from tg.configuration.auth import TGAuthMetadata
 
 import tgstream
 from examples import cookbook
@@ -20,11 +22,13 @@ from tests.servers.expected import unexpected
 from tests.wsgi import get
 from tgstream import stream
 from tgstream._config import OPTIONS
+from tgstream.testing import open_stream
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 REFERENCE = (ROOT / "docs/reference.rst").read_text()
 EXPORTS = (ROOT / "docs/exports.rst").read_text()
+LIVE = (ROOT / "docs/live.rst").read_text()
 CONTRIBUTING = (ROOT / "docs/contributing.rst").read_text()
 
 
@@ -164,6 +168,104 @@ def test_exports_page_runs(
         assert get(app, "/mine").text == "1: one\n2: two\n"
     finally:
         tg.config["tg.app_globals"].sa_engine.dispose()
+
+
+def test_live_page_runs(
+    make_app: MakeApp, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The controllers of the page on live streams do what it says."""
+    provide(monkeypatch, "myapp.lib.base", BaseController=tg.TGController)
+    provide(monkeypatch, "myapp.model", **vars(cookbook))
+    imports, *methods = blocks(LIVE)
+    shown: dict[str, Any] = {}
+    exec(imports, shown)
+    exec("".join(methods), shown)
+
+    def plug(base_config: Any) -> None:
+        url = f"sqlite:///{tmp_path}/live.db"
+        base_config.update_blueprint(
+            {"use_sqlalchemy": True, "sqlalchemy.url": url, "model": cookbook}
+        )
+        base_config.update_blueprint({"sa_auth.authmetadata": Users()})
+        tgstream.plugme(base_config)
+
+    app = make_app(shown["Live"](), plug=plug)
+    try:
+        check_feeds(app)
+        check_who_may_listen(app)
+        waits = iter([None, 1, 2])
+        shown["wait_for_change"] = lambda seconds: next(waits)
+        check_bounds(app)
+    finally:
+        tg.config["tg.app_globals"].sa_engine.dispose()
+
+
+def check_feeds(app: Any) -> None:
+    """What is committed is heard, also by who comes back."""
+    with open_stream(app, "/feed") as feed, open_stream(app, "/refused") as refused:
+        heard, others = feed.events(), refused.events()
+        opened = next(heard)
+        assert next(others).comment == "open"
+        assert get(app, "/register?name=ada").status_int == 302
+        ada = next(heard)
+        assert (ada.event, ada.data) == ("registered", '{"name":"ada"}')
+        assert get(app, "/refuse?name=bob").status_int == 409
+        assert next(heard).event == next(others).event == "refused"
+        assert get(app, "/load?names=eve+joe").text == "eve\njoe\n"
+        loaded = [event.data for event in islice(heard, 2)]
+        assert loaded == ['{"name":"eve"}', '{"name":"joe"}']
+    headers = {"Last-Event-ID": str(opened.id)}
+    with open_stream(app, "/watch", headers=headers) as response:
+        events = list(islice(response.events(), 6))
+        assert (events[0].event, events[0].data) == ("count", "5")
+        assert events[1].comment == "open"
+        assert events[2] == ada
+
+
+def check_bounds(app: Any) -> None:
+    """A generator with a heartbeat, and a stream with a limit."""
+    with open_stream(app, "/changes") as response:
+        events = response.events()
+        assert next(events).retry == 3000
+        assert [event.data for event in islice(events, 3)] == [None, "1", "2"]
+    with open_stream(app, "/bounded") as response:
+        assert next(response.events()).comment == "open"
+
+
+def check_who_may_listen(app: Any) -> None:
+    """Who is logged in hears what is for them, and nobody else does."""
+    for path in "/everything", "/mine", "/tell?name=ada&text=hello":
+        assert get(app, path).status_int == 401
+    ada, boss = user("ada"), user("boss")
+    assert get(app, "/everything", **ada).status_int == 403
+    with open_stream(app, "/everything", **boss) as response:
+        assert next(response.events()).comment == "open"
+    with open_stream(app, "/mine", **ada) as response:
+        events = response.events()
+        assert next(events).comment == "open"
+        get(app, "/tell?name=bob&text=for+bob", **boss)
+        get(app, "/tell?name=ada&text=for+ada", **boss)
+        assert next(events).data == "for ada"
+
+
+class Users(TGAuthMetadata):
+    """What TG asks about who is logged in."""
+
+    authenticate = None
+
+    def get_user(self, identity: Any, userid: str) -> object:
+        return object()
+
+    def get_groups(self, identity: Any, userid: str) -> list[str]:
+        return []
+
+    def get_permissions(self, identity: Any, userid: str) -> list[str]:
+        return ["manage"] if userid == "boss" else []
+
+
+def user(name: str) -> dict[str, Any]:
+    """The environ of a request by one who is logged in, as repoze.who leaves it."""
+    return {"repoze.who.identity": {"repoze.who.userid": name}}
 
 
 def provide(monkeypatch: pytest.MonkeyPatch, name: str, **members: Any) -> None:

@@ -6,7 +6,6 @@ import http.client
 import json
 import os
 import select
-import signal
 import socket
 import struct
 import subprocess
@@ -19,7 +18,6 @@ from typing import Any
 import pytest
 
 from tests.conftest import LiveServer
-from tests.model import Model
 
 WIRINGS = ["traced", "traced-buffered", "untraced", "debugged", "debugged-buffered"]
 DATABASES = ["sqlite", "postgresql"]
@@ -216,94 +214,3 @@ def test_concurrent_streams_do_not_mix(server: LiveServer, database: str) -> Non
         for of in "wxyz"
     ]
     assert_settles(server, database)
-
-
-# Faults of clients, of workers, and of generators.
-
-STRAYS = [
-    *("SystemExit", "KeyboardInterrupt", "GeneratorExit", "StopIteration"),
-    "MemoryError",
-]
-
-
-@pytest.mark.parametrize("server", SEVERAL, indirect=True)
-def test_client_that_reads_byte_by_byte_gets_all(server: LiveServer) -> None:
-    """It holds up nobody else, and what it has not read is not lost."""
-    blocks = 64
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, 20)
-    connection.sock = socket.socket()
-    connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
-    connection.sock.connect(("127.0.0.1", server.port))
-    connection.request("GET", f"/postgresql/much?blocks={blocks}")
-    response = connection.getresponse()
-    begin = b"".join(response.read(1) for _ in range(1000))
-    assert read(server, "/postgresql/words") == b"one\ntwo\n"
-    received = begin + response.read()
-    connection.close()
-    assert received == b"".join(b"%016d" % number * 4096 for number in range(blocks))
-    assert_settles(server, "postgresql")
-
-
-@pytest.mark.parametrize("server", SEVERAL, indirect=True)
-def test_half_closed_connection_is_served(server: LiveServer, pipe: Path) -> None:
-    """A client that will send no more can still receive, and gets all."""
-    client = Client(server, f"/postgresql/wait?pipe={pipe}")
-    assert client.response.read(5) == b"first"
-    raw: Any = client.response.fp
-    raw.raw._sock.shutdown(socket.SHUT_WR)
-    go = os.open(pipe, os.O_RDWR)
-    os.write(go, b"second\n")
-    assert client.response.read() == b"second\n"
-    client.close()
-    os.close(go)
-    assert_settles(server, "postgresql")
-
-
-@pytest.mark.parametrize("name", SEVERAL)
-def test_killed_worker_leaves_what_was_committed(
-    live_server: Callable[..., LiveServer], postgresql: str, pipe: Path, name: str
-) -> None:
-    """The client sees a break; what was flushed is undone, and its backend is gone."""
-    server = live_server(name, "stream_app", f"postgresql={postgresql}")
-    model = Model(postgresql, create=False)
-    worker = json.loads(read(server, "/postgresql/state"))["process"]
-    client = Client(server, f"/postgresql/halves?pipe={pipe}")
-    assert client.response.read(5) == b"first"
-    os.kill(worker, signal.SIGKILL)
-    with pytest.raises(BROKEN):
-        client.response.read()
-    client.close()
-    deadline = time.monotonic() + 10
-    while model.idle_in_transaction() and time.monotonic() < deadline:
-        pass  # PostgreSQL has its connection closed by the kernel
-    assert model.idle_in_transaction() == 0
-    assert model.names() == ["ada", "bob", "eve", "stored"]
-    model.dispose()
-
-
-@pytest.mark.parametrize("chunks", [0, 2])
-@pytest.mark.parametrize(
-    "kind",
-    [
-        "SystemExit",
-        "KeyboardInterrupt",
-        "GeneratorExit",
-        "StopIteration",
-        "MemoryError",
-    ],
-)
-@pytest.mark.parametrize("server", SEVERAL, indirect=True)
-def test_stray_hangs_no_client_and_ends_no_server(
-    server: LiveServer, kind: str, chunks: int
-) -> None:
-    """A 500 before the first chunk, a break after it; the next is served."""
-    path = f"/postgresql/stray?kind={kind}&chunks={chunks}"
-    client = Client(server, path)
-    if chunks:
-        with pytest.raises(BROKEN):
-            client.response.read()
-    else:
-        assert client.response.status == 500
-    client.close()
-    assert read(server, "/postgresql/words") == b"one\ntwo\n"
-    assert_settles(server, "postgresql")

@@ -21,16 +21,20 @@ from ._csv import CSV
 from ._json import NDJSON, JSONArray
 from ._options import Batched, Format, StreamError
 from ._report import Report
+from ._resume import last_event_id
 from ._rows import rows
 from ._sse import SSE, Event
 from ._stream import Stream, commit, current_stream, flush, rollback
 from ._templates import render
+from ._watch import drain
+from .channels import Channel
 
 __all__ = [
     "CSV",
     "NDJSON",
     "SSE",
     "Batched",
+    "Channel",
     "Event",
     "Format",
     "JSONArray",
@@ -40,7 +44,9 @@ __all__ = [
     "commit",
     "copy",
     "current_stream",
+    "drain",
     "flush",
+    "last_event_id",
     "plugme",
     "render",
     "rollback",

@@ -15,15 +15,17 @@ from webob.exc import HTTPException
 
 from . import _report
 from ._advice import advise_if_buffered
-from ._chunks import Chunks, Plan, clock
+from ._chunks import Chunks
 from ._cleanup import close, first_error
 from ._context import Context
 from ._options import StreamError
+from ._plan import Plan, clock
 from ._report import Outcome
 from ._watch import watch
 
 if TYPE_CHECKING:
     from ._database import Database
+    from ._seats import Seat
 
 
 class Body:
@@ -44,19 +46,18 @@ class Body:
         self.encoding = Chunks(plan, self)
         self.outcome: Outcome | None = None
         self.late: Callable[[], list[str]] | None = None
+        self.seat: Seat | None = None
         self.chunks = self.bytes = 0
         self.reason: str | None = None
-        self.running = self.left = self._priming = False
+        self.running = self.left = self.ended = self._priming = False
         self._source = source
         self._chunks: Iterator[bytes] = iter(())
         self._first: bytes | None = None
         self.closing: str | None = None
         self._ending = threading.Lock()
         self.started = clock()
-        self.expires = self.started + (plan.max_seconds or float("inf"))
+        self.expires = self.started + plan.lifetime()
         self.first_chunk_seconds: float | None = None
-
-    # The life: primed once, pulled many times, ended once.
 
     def prime(self, vetoed: Callable[[HTTPException], bool]) -> None:
         """Make the first chunk inside the request, where it can still fail as one.
@@ -106,7 +107,7 @@ class Body:
         chunk, self._first = self._first, None
         if chunk is None and self.reason is None:
             raise StreamError(f"{self.plan.controller} is iterated twice at once")
-        if chunk is not None and self.reason in (None, "completed", "expired"):
+        if chunk is not None and self.reason not in ("failed", "disconnected"):
             self._start_serving()
             yield chunk
         if self.reason == "completed":
@@ -174,8 +175,6 @@ class Body:
         """End what never began, because the request failed before; nothing is told."""
         self._end("failed", silent=True)
 
-    # The transaction, as the chunks are made.
-
     def settle(self) -> None:
         """Commit the items whose chunk is about to leave."""
         if self.database is not None:
@@ -203,8 +202,6 @@ class Body:
             self._fail(error)
         self._end("completed", silent=True)
 
-    # The end.
-
     def _fail(self, error: BaseException) -> NoReturn:
         """End for an error, and raise it."""
         if self.database is not None and self.database.cursor_ended(error):
@@ -231,6 +228,9 @@ class Body:
                 [lambda: _report.tell_late(self), lambda: _report.tell(self, error)]
             )
             first_error([self._release])  # of what a hook made use of
+        self.ended = True
+        if self.seat is not None:
+            self.seat.leave()
         if self.outcome is None:
             return  # still in the request: TG itself takes tg.locals away
         self.outcome.body = None  # so that neither keeps the other

@@ -6,30 +6,13 @@ Rule: nothing here knows a thread, a request or a server.
 from __future__ import annotations
 
 import codecs
-import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
 
 from ._batches import Passed, batches_of, encoder_of, is_batched
 from ._cleanup import close
-from ._options import Format, StreamError
-
-clock = time.perf_counter
-
-
-class Plan(NamedTuple):
-    """How a body is to be made: the options of a stream, resolved for one request."""
-
-    controller: str
-    format: Format | None
-    every: int  # items after which it commits, 0: at the end
-    manual: bool
-    chunk_size: int  # bytes, 0: a chunk an item
-    chunk_seconds: float
-    charset: Callable[[], str]
-    length: int | None = None  # bytes of the whole body, where it is known
-    max_seconds: float | None = None  # of its life
-    idle_seconds: float = 0.0  # with a transaction open, to be told of; 0: never
+from ._options import StreamError
+from ._plan import Plan, clock
 
 
 class Store(Protocol):

@@ -11,10 +11,18 @@ import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from tg.configurator.base import ConfigurationComponent
-from tg.support.converters import asint, aslist
+from tg.support.converters import asbool, asint, aslist
+
+T = TypeVar("T", int, float)
+
+
+def _above_0(number: T) -> T:
+    if not number > 0:
+        raise ValueError("it must be above 0")
+    return number
 
 
 class Option(NamedTuple):
@@ -29,6 +37,9 @@ OPTIONS: dict[str, Option] = {
     "tgstream.chunk_seconds": Option(0.05, float),
     "tgstream.idle_seconds": Option(10.0, float),
     "tgstream.sessions": Option((), aslist),
+    "tgstream.channels": Option("memory://", str),
+    "tgstream.channel_history": Option(1000, lambda value: _above_0(asint(value))),
+    "tgstream.heartbeat_seconds": Option(15.0, lambda value: _above_0(float(value))),
 }
 
 
@@ -48,6 +59,12 @@ def option(config: Mapping[str, Any], name: str) -> Any:
             f"the option {name} is {value!r}, which cannot be read: {error}; "
             f"leave it out for the default, {row.default!r}"
         ) from error
+
+
+def tm_enabled(tg_locals: Any) -> bool:
+    """True where the request runs in a transaction, TG's own or repoze.tm2's."""
+    config, environ = tg_locals.config, tg_locals.request.environ
+    return asbool(config.get("tm.enabled")) or "repoze.tm.active" in environ
 
 
 def scoped_sessions(config: Mapping[str, Any]) -> list[Any]:
@@ -100,6 +117,13 @@ class StreamConfigurationComponent(ConfigurationComponent):  # type: ignore[misc
           open before a warning tells of it, by default 10; 0 for never.
         * ``tgstream.sessions``: Scoped sessions beside ``DBSession``, as objects or
           as dotted names, of which each stream gets its own. None by default.
+        * ``tgstream.channels``: Where the events of channels are kept, by default
+          ``memory://``, in this process alone; ``redis://host:port/db``, also
+          ``rediss://`` and ``unix://``, for a Redis or a Valkey.
+        * ``tgstream.channel_history``: Events of a channel that are kept for clients
+          that come back, by default 1000.
+        * ``tgstream.heartbeat_seconds``: Seconds of silence after which a listener is
+          sent a comment, by default 15.
 
     """
 

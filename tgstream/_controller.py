@@ -17,14 +17,16 @@ from tg.configuration import milestones
 from tg.decorators import Decoration
 from tg.support.converters import asbool
 from webob import Response
+from webob.exc import HTTPException
 
 from . import _context
-from ._chunks import Plan
-from ._config import option, scoped_sessions
+from ._config import option, scoped_sessions, tm_enabled
 from ._guard import Guard, send_off, watch_exit
 from ._headers import charset_in, set_headers
 from ._options import Format, Options, check
+from ._plan import Plan
 from ._registry import registry
+from ._seats import take
 from ._source import is_iterable
 from ._stream import Stream
 
@@ -45,6 +47,7 @@ def stream(
     charset: str | None = None,
     length: int | None = None,
     max_seconds: float | None = None,
+    limit: int | None = None,
 ) -> Callable[[F], F]: ...
 @overload
 def stream(function: F, /) -> F: ...
@@ -57,6 +60,7 @@ def stream(
     charset: str | None = None,
     length: int | None = None,
     max_seconds: float | None = None,
+    limit: int | None = None,
 ) -> Any:
     """Send what the controller yields to the client while it is made.
 
@@ -79,7 +83,7 @@ def stream(
             )
         options = check(
             *(where, format, commit, chunk_size, filename, charset, length),
-            max_seconds,
+            *(max_seconds, limit),
         )
         Decoration.get_decoration(function)._register_controller_wrapper(
             lambda caller: _streaming(caller, function, options)
@@ -100,10 +104,13 @@ def _streaming(caller: Any, function: Any, options: Options) -> Callable[..., An
     """TG's controller caller, with a stream made of what the controller returns."""
 
     def call(*args: Any) -> Any:
+        seat = take(function, options.limit)
         output = caller(*args)
         if isinstance(output, Stream | Response) or not is_iterable(output):
             return output
-        return Stream._of(output, options, function)
+        stream = Stream._of(output, options, function)
+        stream._seat = seat
+        return stream
 
     return call
 
@@ -137,6 +144,13 @@ def _start(stream: Stream, tg_locals: Any) -> None:
     stream._claim()
     options = stream._options
     function = stream._controller or _dispatched(tg_locals.request)
+
+    if stream._seat is None:
+        try:
+            stream._seat = take(function, options.limit)
+        except HTTPException:
+            stream._discard()
+            raise
 
     def exposed() -> Any:
         return Decoration.get_decoration(function).lookup_template_engine(tg_locals)
@@ -191,11 +205,6 @@ def _plan(
 # The request's transaction.
 
 
-def _tm_enabled(tg_locals: Any) -> bool:
-    config, environ = tg_locals.config, tg_locals.request.environ
-    return asbool(config.get("tm.enabled")) or "repoze.tm.active" in environ
-
-
 def _vetoed(tg_locals: Any, response: Any) -> bool:
     veto = tg_locals.config.get("tm.commit_veto")
     if veto is None:
@@ -207,7 +216,7 @@ def _vetoed(tg_locals: Any, response: Any) -> bool:
 def _take_over(database: Database, body: Body, tg_locals: Any) -> None:
     try:
         database.take_over(
-            _tm_enabled(tg_locals), lambda: _vetoed(tg_locals, tg_locals.response)
+            tm_enabled(tg_locals), lambda: _vetoed(tg_locals, tg_locals.response)
         )
     except BaseException:
         body.abandon()
@@ -218,7 +227,7 @@ def _database_of(tg_locals: Any) -> Database | None:
     """The stream's sessions and transaction, in an application that has any."""
     config = tg_locals.config
     scoped = scoped_sessions(config)
-    if not scoped and not _tm_enabled(tg_locals):
+    if not scoped and not tm_enabled(tg_locals):
         return None
     database: Database = _database_class()(
         tuple(map(registry, scoped)), asbool(config.get("use_sqlalchemy"))

@@ -60,6 +60,7 @@ class Options(NamedTuple):
     charset: str | None
     length: int | None
     max_seconds: float | None
+    limit: int | None
 
 
 def check(
@@ -71,6 +72,7 @@ def check(
     charset: Any = None,
     length: Any = None,
     max_seconds: Any = None,
+    limit: Any = None,
 ) -> Options:
     """The options of the stream ``where``.
 
@@ -87,7 +89,14 @@ def check(
         raise TypeError(f"{where}: filename={filename!r} is no text; give it a str")
     _check_charset(where, charset)
     _check_seconds(where, max_seconds)
-    return Options(format, commit, chunk_size, filename, charset, length, max_seconds)
+    if limit is not None and (not _is_whole(limit) or limit < 1):
+        raise ValueError(
+            f"{where}: limit={limit!r} makes no sense; it is a number of streams, from "
+            "1 on, or None for no limit"
+        )
+    return Options(
+        *(format, commit, chunk_size, filename, charset, length, max_seconds, limit)
+    )
 
 
 def _check_format(where: str, format: Any) -> None:

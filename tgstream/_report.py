@@ -12,8 +12,8 @@ from weakref import WeakSet
 
 import tg
 
-from ._chunks import clock
 from ._options import StreamError
+from ._plan import clock
 
 if TYPE_CHECKING:
     from sqlalchemy.orm import Session
@@ -27,8 +27,8 @@ class Report(NamedTuple):
     """How a stream ended: the argument of the hook ``tgstream.finished``.
 
     ``reason`` is ``'completed'``, ``'failed'``, ``'disconnected'`` (closed before its
-    end, or dropped) or ``'expired'`` (by ``max_seconds``); ``error`` is the first that
-    was raised, also while it closed.
+    end, or dropped), ``'expired'`` (by ``max_seconds``) or ``'drained'`` (by
+    :func:`drain`); ``error`` is the first that was raised, also while it closed.
     ``seconds`` and ``first_chunk_seconds`` count from the start of the stream; the
     latter is None where no chunk was made. ``commits`` counts committed transactions.
     """
@@ -81,8 +81,12 @@ def tell(body: Body, error: BaseException | None) -> None:
 def _level(body: Body, error: BaseException | None) -> int:
     if error is not None:
         return logging.ERROR
-    broken = body.reason == "expired" and ended_early(body) is not None
+    broken = body.reason in _BOUNDED and ended_early(body) is not None
     return logging.WARNING if broken else logging.DEBUG
+
+
+_BOUNDED = {"expired": "was ended by max_seconds={:g}", "drained": "was drained"}
+"""Reasons that are nobody's fault, in words."""
 
 
 class Outcome:
@@ -164,11 +168,10 @@ def cursor_ended(controller: str, cause: BaseException) -> StreamError:
 
 def ended_early(body: Body) -> StreamError | None:
     """Why what there was is not the whole; None where a body may end anywhere."""
-    how = "was closed"
-    if body.closing == "expired":
-        if getattr(body.plan.format, "endless", False):
-            return None
-        how = f"was ended by max_seconds={body.plan.max_seconds:g}"
+    bounded = _BOUNDED.get(body.closing or "")
+    if bounded and getattr(body.plan.format, "endless", False):
+        return None
+    how = (bounded or "was closed").format(body.plan.max_seconds)
     return StreamError(f"{body.plan.controller} {how} before its end")
 
 

@@ -44,6 +44,7 @@ class Event:
     retry: int | None = None
     comment: str | None = None
     _head: bytes = field(init=False, repr=False, compare=False)
+    _piece: bytes | None = field(init=False, repr=False, compare=False, default=None)
 
     def __post_init__(self) -> None:
         id: Any = self.id
@@ -75,6 +76,16 @@ class SSE:
     The stream is the one of the WHATWG's HTML standard, section 9.2
     (https://html.spec.whatwg.org/multipage/server-sent-events.html): always UTF-8, and
     it may end after any event.
+
+    :param heartbeat: seconds after which a comment is sent where the generator has
+        yielded nothing, so that proxies keep the connection and a client that left is
+        noticed; None for none. The generator then runs on a thread of its own, with its
+        request, session and transaction bound as ever. When the client has gone it is
+        closed at its next yield: do not let it wait for ever. ``Channel.listen()``
+        beats by itself, and needs no thread.
+    :param retry: whole milliseconds that a browser waits before it comes back; they are
+        sent with the first event. None for the browser's own.
+    :raises ValueError: when one of them makes no sense.
     """
 
     content_type = "text/event-stream"
@@ -87,21 +98,67 @@ class SSE:
     commit = "each"
     chunk_size = 0
 
+    def __init__(
+        self, heartbeat: float | None = None, retry: int | None = None
+    ) -> None:
+        if heartbeat is not None and not (
+            isinstance(heartbeat, int | float) and 0 < heartbeat < float("inf")
+        ):
+            raise ValueError(
+                f"SSE: heartbeat={heartbeat!r} makes no sense; it is a number of "
+                "seconds above 0, or None for none"
+            )
+        self.heartbeat = heartbeat
+        self._first = b"" if retry is None else _retry(retry, "SSE") + b"\n"
+
     def encode(self, items: Iterable[Any]) -> Iterator[bytes]:
         """The events, one piece for each of ``items``.
 
         :raises TypeError: when an item is bytes, or nothing that JSON can say.
         :raises ValueError: when it has a lone surrogate, or a number JSON cannot say.
         """
+        pieces = self._pieces(items)
+        if self._first:
+            for piece in pieces:
+                yield self._first + piece
+                break
+        yield from pieces
+
+    def _pieces(self, items: Iterable[Any]) -> Iterator[bytes]:
         encoder = Encoder()
         for number, item in enumerate(items, 1):
             head, data = b"", item
             if isinstance(item, Event):
+                if item._piece is not None:
+                    yield item._piece
+                    continue
                 head, data = item._head, item.data
                 if data is None:
                     yield head + b"\n"
                     continue
             yield b"%b%b\n" % (head, _data_lines(_encoded(data, number, encoder)))
+
+
+def encoded_text(data: Any, what: str) -> str:
+    """The text that an event says for ``data``.
+
+    :param what: it is, for the error.
+    :raises TypeError: when it is bytes, or nothing that JSON can say.
+    :raises ValueError: when it has a lone surrogate, or what JSON cannot say.
+    """
+    try:
+        return _encoded(data, 1, Encoder()).decode()
+    except (TypeError, ValueError) as error:
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"{what} cannot be an event: {error}") from error
+
+
+def sealed(text: str, event: str | None, id: str) -> Event:
+    """An event that many will be sent: its piece is made here, and once."""
+    made = Event(text, event=event, id=id)
+    piece = b"%b%b\n" % (made._head, _data_lines(text.encode()))
+    object.__setattr__(made, "_piece", piece)
+    return made
 
 
 def _encoded(data: Any, number: int, encoder: Encoder) -> bytes:
@@ -132,12 +189,12 @@ def _line(name: str, start: bytes, value: Any, forbidden: bytes) -> bytes:
     return start + text + b"\n"
 
 
-def _retry(retry: Any) -> bytes:
+def _retry(retry: Any, where: str = "Event") -> bytes:
     if retry is None:
         return b""
     if not _is_whole(retry) or retry < 0:
         raise ValueError(
-            f"Event: retry={retry!r:.80} makes no sense; it is whole milliseconds, "
+            f"{where}: retry={retry!r:.80} makes no sense; it is whole milliseconds, "
             "from 0 on"
         )
     return b"retry: %d\n" % retry

@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from . import _context
 from ._body import Body
-from ._chunks import Plan
 from ._cleanup import close
+from ._heart import beating
 from ._options import Format, Options, StreamError, check
+from ._plan import Plan
+from ._seats import Seat
 from ._source import claim, is_iterable, source_of
 
 if TYPE_CHECKING:
@@ -50,7 +52,11 @@ class Stream:
         and can show progress, and a stream that makes more or fewer fails.
     :param max_seconds: how long it may live; None for no bound. It is then closed, also
         when nobody pulls it any more, and what is not committed is aborted. A format
-        whose body may end anywhere (``SSE``) ends well, any other breaks.
+        whose body may end anywhere (``SSE``) ends well, any other breaks. With such a
+        format it is up to a tenth less, so that clients do not come back all at once.
+    :param limit: how many streams of the controller may run at once in this process;
+        None for no limit. The next is answered with 503 and ``Retry-After``, before
+        anything runs (with ``Stream``, when the controller has returned).
     :raises TypeError: when ``items`` is not iterable, or an option is of a wrong type.
     :raises ValueError: when an option makes no sense.
     """
@@ -66,10 +72,11 @@ class Stream:
         charset: str | None = None,
         length: int | None = None,
         max_seconds: float | None = None,
+        limit: int | None = None,
     ) -> None:
         options = check(
             *("Stream", format, commit, chunk_size, filename, charset, length),
-            max_seconds,
+            *(max_seconds, limit),
         )
         if not is_iterable(items):
             raise TypeError(
@@ -90,6 +97,7 @@ class Stream:
         self._source = source_of(items, options.format is None)
         self._options = options
         self._controller = controller
+        self._seat: Seat | None = None
 
     @property
     def items(self) -> int:
@@ -106,10 +114,21 @@ class Stream:
         """How many bytes these chunks hold."""
         return self._body.bytes if self._body else 0
 
+    @property
+    def ending(self) -> bool:
+        """Whether it was asked to end, and will at its next item.
+
+        By :func:`drain`, by its ``max_seconds``, or because the client has left. A
+        generator that works long before its next item may look, and return.
+        """
+        return self._body is not None and self._body.closing is not None
+
     def __iter__(self) -> Iterator[builtins.bytes]:
         if self._body is None:
             return iter(())
-        return self._body.serve(self)
+        chunks = self._body.serve(self)
+        seconds = getattr(self._options.format, "heartbeat", None)
+        return beating(chunks, seconds, self._body.close) if seconds else chunks
 
     def close(self) -> None:
         """End the stream, as a server does at its end or when the client has left.
@@ -134,6 +153,7 @@ class Stream:
 
     def _open(self, plan: Plan, tg_locals: Any, database: Database | None) -> Body:
         self._body = body = Body(self._source, plan, tg_locals, database)
+        body.seat, self._seat = self._seat, None
         # Weak: a stream that is dropped must end at once, not with the next collection.
         body.context.environ[_KEY] = weakref.ref(self)
         self._source = None
@@ -148,6 +168,8 @@ class Stream:
     def _discard(self) -> None:
         """Run nothing, but close what is open, for a request without a body."""
         source, self._source = self._source, None
+        if self._seat is not None:
+            self._seat.leave()
         close(source)
 
 

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import sqlalchemy as sa
+import tg
 from sqlalchemy.orm import defer
 from sqlalchemy.orm.exc import DetachedInstanceError, ObjectDeletedError
 
 import tgstream
+from tests.conftest import MakeApp, Root, assert_clean
 from tests.faults.conftest import MakeFault
 from tests.model import Model, Note, User
-from tgstream import CSV, NDJSON, JSONArray
+from tests.wsgi import get
+from tgstream import CSV, NDJSON, JSONArray, Report
 
 FORMATS = [NDJSON, JSONArray, CSV(header=["id", "name"])]
 
@@ -119,3 +123,29 @@ def test_item_that_is_no_json_is_an_error(
     else:
         fault.assert_fails_at_once(kinds)
     fault.assert_leaves(*(["ada"] if late else []))
+
+
+def test_session_that_cannot_be_pickled_is_an_ordinary_error(
+    make_app: MakeApp, model: Model, tmp_path: Path, reports: list[Report]
+) -> None:
+    """``tg.session`` is stored when the stream has begun; it ends with the request."""
+
+    def body() -> Iterator[str]:
+        model.DBSession.add(User(name="ada"))
+        tgstream.flush()
+        tg.session["lock"] = threading.Lock()
+        tg.session.save()
+        yield "one"
+        yield "two"
+
+    options = {
+        "session__enabled": True,
+        "session__type": "file",
+        "session__data_dir": str(tmp_path / "sessions"),
+        "session__secret": "not one",
+    }
+    app = make_app(Root(body), model, **options)
+    assert get(app).status.startswith("500 ")
+    assert [report.reason for report in reports] in (["failed"], ["disconnected"])
+    assert model.names() == []
+    assert_clean(model)

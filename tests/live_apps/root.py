@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import builtins
 import json
 import threading
+import time
 from collections.abc import Iterator
 
 import tg
 from tg import TGController, abort, expose
 
 from tests.model import User
-from tgstream import SSE, Event, commit, flush, stream
+from tgstream import SSE, Event, current_stream, stream
 
 together = threading.Barrier(4)
 
@@ -44,33 +44,22 @@ class RootController(TGController):
         with open(pipe) as file:
             yield file.readline()
 
-    @expose(content_type="text/plain")
-    @stream
-    def stray(self, kind: str, chunks: str) -> Iterator[str]:
-        """Raises what is for threads and processes, after so many chunks."""
-        for number in range(int(chunks)):
-            yield f"{number}\n"
-        raise getattr(builtins, kind)
+    @expose()
+    @stream(SSE(heartbeat=0.1))
+    def silent(self) -> Iterator[Event]:
+        """Says nothing until it is to end."""
+        yield Event(comment="open")
+        while not current_stream().ending:
+            time.sleep(0.05)
+        yield Event(comment="close")
 
-    @expose(content_type="text/plain")
-    @stream
-    def halves(self, pipe: str) -> Iterator[str]:
-        """Commits one name and flushes another; then waits for the client."""
-        DBSession = tg.config["DBSession"]
-        DBSession.add(User(name="stored"))
-        commit()
-        DBSession.add(User(name="never"))
-        flush()
-        yield "first"
-        with open(pipe) as file:
-            yield file.readline()
-
-    @expose(content_type="text/plain")
-    @stream
-    def much(self, blocks: str) -> Iterator[bytes]:
-        """So many blocks, more than the buffers between take."""
-        for number in range(int(blocks)):
-            yield b"%016d" % number * 4096
+    @expose()
+    @stream(SSE)
+    def clock(self) -> Iterator[int]:
+        """An event ten times a second, for ever."""
+        while True:
+            yield int(time.time())
+            time.sleep(0.1)
 
     @expose(content_type="text/plain")
     @stream

@@ -7,6 +7,7 @@ It prints ``port N`` when it listens, and serves until it is terminated.
 
 from __future__ import annotations
 
+import _thread
 import asyncio
 import os
 import signal
@@ -23,6 +24,7 @@ MakeApp = Callable[[], Any]
 Serve = Callable[[MakeApp], None]
 THREADS = 6
 APP = "TGSTREAM_LIVE_APP"
+DRAINS = "drains=yes"
 ROOT = Path(__file__).parents[2]
 
 
@@ -59,8 +61,18 @@ def waitress(make_app: MakeApp) -> None:
     from waitress.server import create_server
 
     server = create_server(make_app(), host="127.0.0.1", port=0, threads=THREADS)
+    if DRAINS in os.environ[APP]:
+        signal.signal(signal.SIGTERM, lambda *_: _thread.start_new_thread(end, ()))
     say_port(server.effective_port)
     server.run()
+
+
+def end() -> None:
+    """Drain, and then end as by Ctrl-C."""
+    import tgstream
+
+    tgstream.drain()
+    os.kill(os.getpid(), signal.SIGINT)
 
 
 def cheroot(make_app: MakeApp) -> None:
@@ -71,6 +83,22 @@ def cheroot(make_app: MakeApp) -> None:
     server.prepare()
     say_port(server.bind_addr[1])
     server.serve()
+
+
+def drain_when_told(worker: Any) -> None:
+    """Drain when the worker is told to end; it then ends by itself."""
+    if DRAINS not in os.environ[APP]:
+        return
+    import tgstream
+
+    before: Any = signal.getsignal(signal.SIGTERM)
+
+    def terminate(number: int, frame: Any) -> None:
+        # Not a Thread, whose start() waits: a signal may come to gevent's hub.
+        _thread.start_new_thread(tgstream.drain, ())
+        before(number, frame)
+
+    signal.signal(signal.SIGTERM, terminate)
 
 
 def gunicorn(worker_class: str) -> Serve:
@@ -86,6 +114,7 @@ def gunicorn(worker_class: str) -> Serve:
                     "worker_class": worker_class,
                     "threads": THREADS if worker_class == "gthread" else 1,
                     "loglevel": "warning",
+                    "post_worker_init": drain_when_told,
                     "graceful_timeout": 1,
                     "when_ready": lambda server: say_port(
                         server.LISTENERS[0].sock.getsockname()[1]

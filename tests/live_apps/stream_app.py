@@ -33,10 +33,12 @@ WIRINGS: dict[str, dict[str, Any]] = {
 }
 
 
-def make_app(plugged: str = "yes", **urls: str) -> Any:
+def make_app(plugged: str = "yes", drains: str = "no", **urls: str) -> Any:
     """All of it, as one WSGI application.
 
     :param plugged: ``no`` for applications that know nothing of tgstream.
+    :param drains: ``yes`` for a server that drains when it is told to end; ``run.py``
+        looks for it.
     :param urls: databases by name, each of which gets an application.
     """
     # TG warns of what it registers anew for the second application of a process.

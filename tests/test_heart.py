@@ -1,0 +1,213 @@
+"""``SSE(heartbeat=...)``: a generator on a thread of its own, which may wait."""
+
+from __future__ import annotations
+
+import gc
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import tg
+from tg import TGController, expose
+
+import tgstream
+from tests.conftest import LiveServer, MakeApp, assert_clean
+from tests.model import Model, Note
+from tests.test_servers import Client, assert_settles
+from tests.wsgi import Call, get
+from tgstream import SSE, Event, Report, StreamError, current_stream, stream
+from tgstream._heart import BEAT
+
+SHORT = 0.02
+
+
+class Waiting(TGController):
+    """Events, each of which waits to be let go."""
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self.go = threading.Semaphore(0)
+        self.seen: list[Any] = []
+        expose()(Waiting.events)  # TG forgets it between tests
+
+    @stream(SSE(heartbeat=SHORT))
+    def events(self, fail: str = "") -> Iterator[Event]:
+        try:
+            yield Event(comment="open")
+            for number in range(3):
+                assert self.go.acquire(timeout=10)
+                self.model.DBSession.add(Note(text=f"note {number}"))
+                self.seen.append((threading.current_thread().name, tg.request.path))
+                assert current_stream().items == number + 1
+                if fail:
+                    raise LookupError("no event")
+                yield Event(str(number))
+        finally:
+            self.seen.append("closed")
+
+
+@pytest.fixture
+def waiting(model: Model) -> Waiting:
+    return Waiting(model)
+
+
+@pytest.fixture
+def ended(reports: list[Report]) -> Iterator[Callable[[], Report]]:
+    """Waits for the next report, and returns it."""
+    told = threading.Semaphore(0)
+
+    def tell(report: Report) -> None:
+        told.release()
+
+    def wait() -> Report:
+        assert told.acquire(timeout=10)
+        return reports.pop(0)
+
+    tg.hooks.register("tgstream.finished", tell)
+    yield wait
+    tg.hooks.disconnect("tgstream.finished", tell)
+
+
+def test_comment_comes_while_the_generator_waits(
+    make_app: MakeApp, model: Model, waiting: Waiting, reports: list[Report]
+) -> None:
+    """And the events as they come, bound and committed on the generator's thread."""
+    call = Call(make_app(waiting, model), "/events")
+    assert [next(call) for _ in range(3)] == [b": open\n\n", BEAT, BEAT]
+    for number in range(3):
+        waiting.go.release()
+        chunk = next(call)
+        while chunk == BEAT:
+            chunk = next(call)
+        assert chunk == b"data: %d\n\n" % number
+        assert model.texts()[number] == f"note {number}"
+    assert call.read().replace(BEAT, b"") == b""
+    assert waiting.seen == [("tgstream-heart", "/events")] * 3 + ["closed"]
+    assert [(r.reason, r.items, r.commits) for r in reports] == [("completed", 4, 3)]
+    assert_clean(model)
+
+
+def test_failure_is_the_servers(
+    make_app: MakeApp, model: Model, waiting: Waiting, reports: list[Report]
+) -> None:
+    """It arrives in the pull that waits for the event."""
+    call = Call(make_app(waiting, model), "/events?fail=1")
+    assert [next(call), next(call)] == [b": open\n\n", BEAT]
+    waiting.go.release()
+    with pytest.raises(LookupError, match="no event"):
+        while next(call) == BEAT:
+            pass
+    call.close()
+    assert [report.reason for report in reports] == ["failed"]
+    assert model.texts() == []
+    assert_clean(model)
+
+
+@pytest.mark.parametrize("leave", [Call.close, Call.drop])
+@pytest.mark.parametrize("pulls", [0, 1, 2])
+def test_client_that_leaves_ends_it_at_its_next_yield(
+    make_app: MakeApp,
+    model: Model,
+    waiting: Waiting,
+    ended: Callable[[], Report],
+    leave: Callable[[Call], None],
+    pulls: int,
+) -> None:
+    """Closed or dropped, and at once where it does not wait."""
+    call = Call(make_app(waiting, model), "/events", checked=False)
+    for _ in range(pulls):
+        next(call)
+    leave(call)
+    del call
+    gc.collect()
+    waiting.go.release()
+    report = ended()
+    assert (report.reason, waiting.seen[-1]) == ("disconnected", "closed")
+    for thread in threading.enumerate():
+        if thread.name == "tgstream-heart":
+            thread.join(10)
+    assert model.texts() == ([] if pulls < 2 else ["note 0"])
+    assert_clean(model)
+
+
+def test_stream_of_one_item_beats_not(make_app: MakeApp, sqlite_model: Model) -> None:
+    """What is whole with its first chunk needs no thread."""
+
+    class Root(TGController):
+        @expose()
+        @stream(SSE(heartbeat=SHORT, retry=3000))
+        def events(self, count: str = "1") -> Iterator[str]:
+            for number in range(int(count)):
+                yield str(number)
+
+    app = make_app(Root(), sqlite_model)
+    assert get(app, "/events").text == "retry: 3000\n\ndata: 0\n\n"
+    assert get(app, "/events?count=0").text == ""
+
+
+def test_bound_ends_a_generator_that_waits(
+    make_app: MakeApp, model: Model, ended: Callable[[], Report]
+) -> None:
+    """At its next yield; the client's next pull is the end."""
+    go = threading.Event()
+
+    class Root(TGController):
+        @expose()
+        @stream(SSE(heartbeat=SHORT), max_seconds=0.1)
+        def events(self) -> Iterator[Event]:
+            yield Event(comment="open")
+            while not current_stream().ending:
+                assert not go.wait(0.01)
+            model.DBSession.add(Note(text="last"))
+            yield Event("last")
+            yield Event("never")
+
+    call = Call(make_app(Root(), model), "/events")
+    body = call.read().replace(BEAT, b"")
+    assert body == b": open\n\ndata: last\n\n"
+    assert ended().reason == "expired"
+    assert model.texts() == ["last"]
+    assert_clean(model)
+
+
+@pytest.mark.parametrize("server", ["waitress", "gunicorn-gthread", "gunicorn-gevent"])
+def test_client_that_left_a_silent_stream_is_noticed(
+    live_server: Callable[..., LiveServer], postgresql: str, server: str
+) -> None:
+    """By the comments, which fail to be written; nothing is left of it."""
+    live = live_server(server, "stream_app", f"postgresql={postgresql}")
+    client = Client(live, "/postgresql/silent")
+    assert client.response.read1(100) == b": open\n\n"
+    assert client.response.read1(100) == BEAT
+    client.leave()
+    assert_settles(live, "postgresql")
+
+
+@pytest.mark.parametrize("heartbeat", [0, -1, "9", float("inf"), float("nan")])
+def test_heartbeat_that_makes_no_sense_is_refused(heartbeat: Any) -> None:
+    """At decoration, in one sentence."""
+    with pytest.raises(ValueError, match=r"heartbeat=.*above 0, or None"):
+        SSE(heartbeat=heartbeat)
+    with pytest.raises(ValueError, match=r"SSE: retry=-1"):
+        SSE(retry=-1)
+
+
+def test_hooks_work_on_the_thread(make_app: MakeApp, model: Model) -> None:
+    """They are the stream's there, and nobody's elsewhere."""
+
+    class Root(TGController):
+        @expose()
+        @stream(SSE(heartbeat=10), commit="manual")
+        def events(self) -> Iterator[Event]:
+            yield Event(comment="open")
+            for number in range(2):
+                model.DBSession.add(Note(text=f"note {number}"))
+                (tgstream.commit, tgstream.rollback)[number]()
+                yield Event(str(number))
+
+    assert get(make_app(Root(), model), "/events").text.endswith("data: 1\n\n")
+    assert model.texts() == ["note 0"]
+    with pytest.raises(StreamError):
+        tgstream.commit()
+    assert_clean(model)

@@ -1,0 +1,100 @@
+"""``limit``: how many streams of a controller run at once in a process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from tg import TGController, expose
+
+from tests.conftest import MakeApp, assert_clean
+from tests.model import Model, User
+from tests.wsgi import Call, get
+from tgstream import Stream, stream
+
+
+def root(model: Model, ran: list[str]) -> TGController:
+    """Streams of which two may run at once, and one without a limit."""
+
+    class Root(TGController):
+        @expose(content_type="text/plain")
+        @stream(limit=2)
+        def words(self, fail: str = "") -> Any:
+            ran.append("words")
+            if fail == "page":
+                return "no stream"
+            if fail:
+                raise LookupError("no words")
+            return self.items()
+
+        def items(self) -> Iterator[str]:
+            model.DBSession.query(User).count()
+            yield "one"
+            yield "two"
+
+        @expose(content_type="text/plain")
+        def helped(self) -> Stream:
+            return Stream(self.items(), limit=2)
+
+        @expose(content_type="text/plain")
+        @stream
+        def free(self) -> Iterator[str]:
+            yield from self.items()
+
+    return Root()
+
+
+@pytest.mark.parametrize("path", ["/words", "/helped"])
+def test_stream_above_the_limit_is_answered_with_503(
+    make_app: MakeApp, sqlite_model: Model, path: str
+) -> None:
+    """It is told when to come back; other controllers go on."""
+    ran: list[str] = []
+    app = make_app(root(sqlite_model, ran), sqlite_model)
+    first, second = Call(app, path), Call(app, path)
+    count = len(ran)
+    refused = get(app, path)
+    assert refused.status.startswith("503 ")
+    assert refused.headers["Retry-After"] == "5"
+    assert len(ran) == count  # nothing of the decorated one has run
+    assert get(app, "/free").text == "onetwo"
+    assert first.read() == second.read() == b"onetwo"
+    assert get(app, path).text == "onetwo"
+    assert_clean(sqlite_model)
+
+
+@pytest.mark.parametrize("leave", [Call.close, Call.drop, Call.read])
+def test_seat_is_left_however_a_stream_ends(
+    make_app: MakeApp, sqlite_model: Model, leave: Callable[[Call], Any]
+) -> None:
+    """Whole, closed or dropped."""
+    app = make_app(root(sqlite_model, []), sqlite_model)
+    for _ in range(3):
+        calls = [Call(app, "/words", checked=False) for _ in range(2)]
+        assert [next(call) for call in calls] == [b"one", b"one"]
+        for call in calls:
+            leave(call)
+    assert_clean(sqlite_model)
+
+
+@pytest.mark.parametrize("query", ["?fail=page", "?fail=1"])
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+def test_seat_is_left_where_there_is_no_stream(
+    make_app: MakeApp, sqlite_model: Model, query: str, method: str
+) -> None:
+    """A page, an error and a ``HEAD`` take none for long."""
+    app = make_app(root(sqlite_model, []), sqlite_model)
+    for _ in range(3):
+        call = Call(app, f"/words{query}", method=method)
+        assert call.status[:3] == ("200" if query == "?fail=page" else "500")
+        call.read()
+        Call(app, "/words", method="HEAD").read()
+    assert get(app, "/words").text == "onetwo"
+
+
+@pytest.mark.parametrize("limit", [0, -1, "9", True, 1.5])
+def test_limit_that_makes_no_sense_is_refused(limit: Any) -> None:
+    """At decoration, in one sentence."""
+    with pytest.raises(ValueError, match=r"limit=.*from 1 on, or None"):
+        stream(limit=limit)(lambda: None)

@@ -1,0 +1,150 @@
+"""What a process has of one channel: its newest events, and who waits for the next.
+
+Rule: an event is kept once, however many listen, and for nobody in particular. A
+listener is a number, that of its next event; one whose next event is kept no more has
+been overtaken, and ends.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import NamedTuple
+from weakref import WeakSet
+
+from ._plan import clock
+from ._sse import Event
+
+Key = tuple[int, int]
+"""The place of an event among all others: it has only to grow."""
+
+BEAT = Event()
+"""A comment, so that proxies keep the connection and a client that left is noticed."""
+
+
+class Start(NamedTuple):
+    """Where a listener begins."""
+
+    feed: Feed
+    number: int
+    opening: Iterable[Event]  # what it is sent before
+
+
+class Feed:
+    """The newest events of one channel.
+
+    :param floor: the place after which no event is missing here.
+    :param history: how many events are kept.
+    """
+
+    def __init__(self, floor: Key, history: int) -> None:
+        self.floor = self.last = floor
+        self.end = 0  # the number of the next event
+        self._wakes = 0
+        self._events: deque[tuple[Key, Event]] = deque(maxlen=history)
+        self._changed = threading.Condition(threading.Lock())
+        _feeds.add(self)
+
+    def append(self, key: Key, event: Event) -> None:
+        """Keep an event, unless it is there, and wake those who wait for it."""
+        with self._changed:
+            if key <= self.last:
+                return
+            if len(self._events) == self._events.maxlen:
+                self.floor = self._events[0][0]
+            self._events.append((key, event))
+            self.last = key
+            self.end += 1
+            self._changed.notify_all()
+
+    def restart(self, key: Key, event: Event) -> None:
+        """Go on from another place, with the event that says so."""
+        with self._changed:
+            self._events.clear()
+            self._events.append((key, event))
+            self.floor = self.last = key
+            self.end += 1
+            self._changed.notify_all()
+
+    def now(self) -> tuple[int, Key]:
+        """The number of the next event, and the place before it."""
+        with self._changed:
+            return self.end, self.last
+
+    def number_after(self, after: Key, exact: bool = False) -> int | None:
+        """The number of the first event after a place; None where one is missing.
+
+        :param exact: whether the place must be one that an event has had, here.
+        """
+        with self._changed:
+            if not self.floor <= after <= self.last:
+                return None
+            newer, older = 0, self.floor
+            for key, _ in reversed(self._events):
+                if key <= after:
+                    older = key
+                    break
+                newer += 1
+            return None if exact and older != after else self.end - newer
+
+    def take(self, number: int, seconds: float) -> list[Event] | None:
+        """The events from ``number`` on, once there are some, or the time has passed.
+
+        Or when it was woken. None where the first of them is kept no more.
+        """
+        until = clock() + seconds
+        with self._changed:
+            wakes = self._wakes
+            while self.end == number and self._wakes == wakes:
+                if (left := until - clock()) <= 0:
+                    break
+                self._changed.wait(left)
+            missed = self.end - number
+            if missed > len(self._events):
+                return None
+            events = [event for _, event in islice(reversed(self._events), missed)]
+        events.reverse()
+        return events
+
+    def wake(self) -> None:
+        """Let all who wait go on without an event, as after a time of silence."""
+        with self._changed:
+            self._wakes += 1
+            self._changed.notify_all()
+
+
+_feeds: WeakSet[Feed] = WeakSet()
+
+
+def wake() -> None:
+    """Wake all who wait for an event in this process: their streams are to end."""
+    for feed in list(_feeds):
+        feed.wake()
+
+
+def follow(start: Start, beat: float) -> Iterator[Event]:
+    """What a listener is sent, until it is overtaken.
+
+    :param start: where it begins.
+    :param beat: after how many seconds of silence it is sent a comment.
+    """
+    yield from start.opening
+    feed, number, _ = start
+    while (events := feed.take(number, beat)) is not None:
+        if not events:
+            yield BEAT
+            continue
+        number += len(events)
+        yield from events
+
+
+def opened(id: str | None) -> Event:
+    """What comes first: the browser then knows that it is connected, and where."""
+    return Event(comment="open", id=id)
+
+
+def reset(id: str | None) -> Event:
+    """What says that events are missing, and where it goes on."""
+    return Event("", event="reset", id=id)

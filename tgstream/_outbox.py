@@ -1,0 +1,106 @@
+"""What is to be sent when, and only when, a transaction commits.
+
+Rule: it takes part in the transaction as a data manager, after all others; so nothing
+that can still fail comes after it, and what fails here cannot undo them any more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from . import _context
+from ._config import tm_enabled
+from ._report import log
+from ._thread import thread
+
+Send = Callable[[], None]
+
+
+def send(what: str, send: Send) -> None:
+    """Call ``send`` when the transaction that runs here commits; at once without one.
+
+    :param what: is sent, for the log.
+    """
+    txn = _transaction()
+    if txn is None:
+        send()
+        return
+    try:
+        outbox: Outbox = txn.data(_KEY)
+    except KeyError:
+        outbox = Outbox()
+        txn.set_data(_KEY, outbox)
+        txn.join(outbox)
+    outbox.sends.append((what, send))
+
+
+def _transaction() -> Any:
+    """The transaction of the stream that runs here, or of TG's request, if any."""
+    if thread.record.database is None:
+        try:
+            tg_locals = _context.current()
+        except TypeError:  # no request at all
+            return None
+        if not tm_enabled(tg_locals):
+            return None
+    import transaction  # here there is one; an application may have none
+
+    return transaction.manager.get()
+
+
+class _Key:
+    """What a transaction knows its outbox by."""
+
+
+_KEY = _Key()
+
+
+class Outbox:
+    """The part that what is to be sent takes in a transaction."""
+
+    transaction_manager = None
+
+    def __init__(self) -> None:
+        self.sends: list[tuple[str, Send]] = []
+
+    # The protocol of transaction's data managers.
+
+    def abort(self, transaction: Any) -> None:
+        self.sends.clear()
+
+    def tpc_begin(self, transaction: Any) -> None:
+        """Nothing."""
+
+    def commit(self, transaction: Any) -> None:
+        """Nothing: others may still fail."""
+
+    def tpc_vote(self, transaction: Any) -> None:
+        """Nothing."""
+
+    def tpc_finish(self, transaction: Any) -> None:
+        for what, send in self.sends:
+            try:
+                send()
+            except Exception:  # the others have committed: the transaction is no less
+                log.exception("%s was committed, and could not be sent", what)
+        self.sends.clear()
+
+    def tpc_abort(self, transaction: Any) -> None:
+        self.sends.clear()
+
+    def sortKey(self) -> str:
+        """Last: after ``~sqlalchemy``."""
+        return f"~tgstream:{id(self)}"
+
+    def savepoint(self) -> Any:
+        """Of a savepoint that is rolled back, nothing is sent."""
+        return _Savepoint(self.sends)
+
+
+class _Savepoint:
+    def __init__(self, sends: list[tuple[str, Send]]) -> None:
+        self._sends, self._length = sends, len(sends)
+
+    def rollback(self) -> None:
+        del self._sends[self._length :]

@@ -1,0 +1,166 @@
+"""Channels: what is published in one request is heard in the streams of all others.
+
+Rule: a channel is a name; where its events are kept is the application's to say, by
+the option ``tgstream.channels``, when the channel is used and not when it is made.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from functools import partial
+from typing import Any, Protocol
+
+import tg
+
+from . import _context
+from ._config import option
+from ._memory import Memory
+from ._outbox import send
+from ._report import log
+from ._sse import Event, encoded_text
+
+__all__ = ["Channel"]
+
+LONGEST = 256
+_TOLD = "tgstream.told_of_memory"
+
+
+class Channel:
+    """A named channel of events, which any stream may listen to.
+
+    .. code-block:: python
+
+        orders = Channel("orders")
+
+    Make one where you need it, as often as you like: those of one name are one channel.
+    Who may publish and who may listen is for your controllers to say, so give a user's
+    own channel a name that nobody chooses but you.
+
+    :param name: up to 256 characters, without CR, LF or NUL.
+    :raises TypeError: when the name is no text.
+    :raises ValueError: when it cannot be a name.
+    """
+
+    __slots__ = ("name",)
+
+    def __init__(self, name: str) -> None:
+        if not isinstance(name, str):
+            raise TypeError(f"Channel: {name!r:.80} is no text; give its name as a str")
+        if not 0 < len(name) <= LONGEST or any(each in name for each in "\r\n\0"):
+            raise ValueError(
+                f"Channel: {name!r:.80} cannot be a name; it is 1 to {LONGEST} "
+                "characters, without CR, LF or NUL"
+            )
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            raise ValueError(
+                f"Channel: {name!r:.80} has a lone surrogate, which UTF-8 cannot say"
+            ) from None
+        self.name = name
+
+    def __repr__(self) -> str:
+        return f"Channel({self.name!r})"
+
+    def publish(self, data: Any, event: str | None = None, now: bool = False) -> None:
+        """Send an event to all who listen, when the transaction commits.
+
+        In a request of TurboGears with ``tm.enabled``, and in a running stream, it goes
+        out when the transaction commits, and only then; elsewhere at once. It is
+        encoded here, so that what cannot be sent is refused here.
+
+        :param data: what the event says: a ``str`` as it is, anything else as JSON.
+        :param event: its type, which listeners are registered for; None for
+            ``message``. ``reset`` is what :meth:`listen` says of a gap.
+        :param now: send it at once, whatever becomes of the transaction.
+        :raises TypeError: when ``data`` is bytes or has no JSON, or ``event`` is no
+            text.
+        :raises ValueError: when one of them cannot be said in an event.
+        """
+        text = encoded_text(data, f"what is published to {self!r}")
+        Event(text, event=event)  # which looks at both
+        publish = partial(_hub().publish, self.name, text, event)
+        if now:
+            publish()
+        else:
+            send(f"an event of {self!r}", publish)
+
+    def listen(self, after: str | None = None) -> Iterator[Event]:
+        """The events of the channel, as they come, for a stream with ``SSE``.
+
+        What is published from this call on is in it. It begins with a comment, and
+        says another when nothing was sent for ``tgstream.heartbeat_seconds``; it ends
+        when the client is so far behind that its next event is kept no more, and the
+        client then comes back by itself. ``data`` of an event is text.
+
+        :param after: the id of the last event that the client has had, which
+            :func:`last_event_id` knows; None to begin now. What was published since is
+            sent first. Where the channel cannot tell that it has all of it, there is
+            ``Event('', event='reset')`` instead, and it goes on from now: the client
+            then reads anew what it shows.
+        :raises TypeError: when ``after`` is no text.
+        """
+        if not isinstance(after, str | None):
+            raise TypeError(
+                f"{self!r}: after={after!r:.80} is no text; give what last_event_id() "
+                "returns"
+            )
+        beat = option(tg.config, "tgstream.heartbeat_seconds")
+        return _hub().listen(self.name, after, beat)
+
+
+class Hub(Protocol):
+    """A back end: where the channels of a process get their events from."""
+
+    def publish(self, channel: str, text: str, event: str | None) -> None:
+        """Hand an event to all who listen."""
+
+    def listen(self, channel: str, after: str | None, beat: float) -> Iterator[Event]:
+        """What a listener is sent; after so many seconds of silence, a comment."""
+
+
+_hubs: dict[tuple[int, str, int], Hub] = {}
+
+
+def _hub() -> Hub:
+    """The back end of the application that runs here."""
+    url: str = option(tg.config, "tgstream.channels")
+    history: int = option(tg.config, "tgstream.channel_history")
+    _warn_of_processes(url)
+    key = os.getpid(), url, history  # a forked process makes its own
+    # Two threads that ask at once get the same.
+    return _hubs.get(key) or _hubs.setdefault(key, _made(url, history))
+
+
+def _made(url: str, history: int) -> Hub:
+    if url == "memory://":
+        return Memory(history)
+    if url.startswith(("redis://", "rediss://", "unix://")):
+        # Imported where it is asked for: the package redis is an extra.
+        from ._redis import Redis
+
+        return Redis(url, history)
+    raise ValueError(
+        f"the option tgstream.channels is {url!r}, which is none of its kinds: "
+        "memory://, or redis://host:port/db, rediss:// or unix:// for a Redis or a "
+        "Valkey"
+    )
+
+
+def _warn_of_processes(url: str) -> None:
+    """Warn, once an application, that another process hears nothing of this one."""
+    try:
+        tg_locals = _context.current()
+    except TypeError:
+        return
+    config = tg_locals.config
+    if url != "memory://" or config.get(_TOLD):
+        return
+    if tg_locals.request.environ.get("wsgi.multiprocess"):
+        config[_TOLD] = True
+        log.warning(
+            "the server runs several processes, and tgstream.channels is memory://: "
+            "what is published in one is not heard in the others. Set it to "
+            "redis://host:6379/0, a Redis or a Valkey, or run one process"
+        )
