@@ -32,7 +32,8 @@ LADDER = {
     "_report": {"_body", "_options", "_plan"},  # the body for a type alone
     "_advice": {"_body"},  # for a type alone
     "_watch": {"_advice", "_body", "_feed", "_plan"},  # the body for a type alone
-    "_transaction": {"_report"},
+    "_postgresql": {"_options"},
+    "_transaction": {"_postgresql", "_report"},
     "_context": {"_database", "_options", "_thread"},  # the first for a type alone
     "_registry": {"_thread"},
     "_objects": set(),

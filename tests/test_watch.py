@@ -23,6 +23,7 @@ from tgstream import (
     Report,
     Stream,
     StreamError,
+    _watch,
     current_stream,
     flush,
     stream,
@@ -181,6 +182,34 @@ def test_expired_stream_closes_its_generator_with_its_request(
     call.close()
 
 
+@pytest.mark.parametrize("kind", [LookupError, SystemExit, KeyboardInterrupt])
+def test_expired_stream_whose_generator_will_not_close_ends_no_watch(
+    make_app: MakeApp, model: Model, ended: Callable[[], Report], kind: Any
+) -> None:
+    """What its ``finally`` raises is told, and the next stream expires as well."""
+
+    class Root(TGController):
+        @expose(content_type="text/plain")
+        @stream(max_seconds=SHORT)
+        def words(self) -> Iterator[str]:
+            try:
+                model.DBSession.add(User(name="lost"))
+                flush()
+                yield "one"
+                yield "two"
+            finally:
+                raise kind
+
+    app = make_app(Root(), model)
+    for _ in range(2):
+        call = Call(app, "/words")
+        report = ended()
+        assert (report.reason, type(report.error)) == ("expired", kind)
+        call.close()
+    assert model.names() == []
+    assert_clean(model)
+
+
 def test_closed_stream_does_not_expire(
     make_app: MakeApp, model: Model, reports: list[Report], ended: Callable[[], Report]
 ) -> None:
@@ -253,6 +282,58 @@ def test_forked_process_has_a_watch_of_its_own(
     assert os.waitpid(child, 0)[1] == 0
     assert ended().reason == "expired"
     call.close()
+
+
+@pytest.fixture
+def no_more_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], int]]:
+    """No thread can be started, until this is called: no stack of this size is to be
+    had. And none watches yet."""
+    monkeypatch.setattr(_watch, "_watch", None)
+    threading.stack_size(1 << 46)
+    yield lambda: threading.stack_size(0)
+    threading.stack_size(0)
+
+
+def test_stream_goes_on_though_no_thread_can_watch_it(
+    make_app: MakeApp,
+    sqlite_model: Model,
+    reports: list[Report],
+    no_more_threads: Callable[[], int],
+) -> None:
+    """What is only looked at for advice needs none."""
+
+    class Root(TGController):
+        @expose(content_type="text/plain")
+        @stream
+        def words(self) -> Iterator[str]:
+            yield "one"
+            yield "two"
+
+    call = Call(make_app(Root(), sqlite_model), "/words")
+    assert call.read() == b"onetwo"
+    assert [report.reason for report in reports] == ["completed"]
+    assert_clean(sqlite_model)
+
+
+def test_bound_that_cannot_be_kept_is_an_ordinary_error(
+    make_app: MakeApp,
+    sqlite_model: Model,
+    reports: list[Report],
+    ended: Callable[[], Report],
+    no_more_threads: Callable[[], int],
+) -> None:
+    """Before the first chunk; and the next one's is kept, when there are threads."""
+    app = make_app(writer(sqlite_model), sqlite_model)
+    call = Call(app, "/words")
+    assert call.status.startswith("500 ")
+    call.read()
+    assert ended().reason == "failed"
+    assert_clean(sqlite_model)
+    no_more_threads()
+    call = Call(app, "/words")
+    assert ended().reason == "expired"
+    call.close()
+    assert_clean(sqlite_model)
 
 
 @pytest.mark.parametrize("seconds", [0, -1, "9", True, float("inf"), float("nan")])

@@ -17,7 +17,7 @@ def first_error(
         try:
             step()
         except BaseException as error:
-            first = first or error
+            first = error if first is None else first  # one may be falsy
     return first
 
 

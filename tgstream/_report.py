@@ -70,7 +70,7 @@ def tell(body: Body, error: BaseException | None) -> None:
         report.bytes,
         report.commits,
         report.seconds,
-        exc_info=error,
+        exc_info=None if error is None else (type(error), error, error.__traceback__),
     )
     try:
         tg.hooks.notify("tgstream.finished", args=(report,), trap_exceptions=True)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import transaction
 from transaction.weakset import WeakSet
 
+from ._postgresql import refuse_failed
 from ._report import cursor_open
 
 if TYPE_CHECKING:
@@ -104,10 +105,12 @@ class Member:
         self.manager = manager
         self.changed = self._deleted = False
         self._flushed = [0, 0, 0]
+        self._connections: set[Any] = set()  # of the session's transaction
         self._parked = self._park()
         event.listen(session, "after_flush", self._after_flush)
         event.listen(session, "do_orm_execute", self._do_orm_execute)
         event.listen(session, "after_transaction_create", self._after_create)
+        event.listen(session, "after_begin", self._after_begin)
         event.listen(session, "persistent_to_deleted", self._after_delete)
 
     def _park(self) -> Any:
@@ -135,6 +138,11 @@ class Member:
     def _after_create(self, session: Session, inner: Any) -> None:
         # A flush and the bulk methods work in a subtransaction, a read never does.
         self.changed = self.changed or inner.parent is not None
+        if inner.parent is None:
+            self._connections.clear()
+
+    def _after_begin(self, session: Session, begun: Any, connection: Any) -> None:
+        self._connections.add(connection)
 
     @property
     def idle(self) -> bool:
@@ -202,6 +210,8 @@ class Member:
         """Nothing: the session is committed in the vote, as zope.sqlalchemy does."""
 
     def tpc_vote(self, transaction: Any) -> None:
+        if self.changed:
+            refuse_failed(self._connections)
         if self.session.twophase:
             self.session.prepare()
         else:
@@ -224,7 +234,7 @@ class Member:
         """What ``transaction.savepoint()`` calls; not on SQLite, as zope.sqlalchemy."""
         if self._on_sqlite():
             raise AttributeError("savepoint")
-        return lambda: _Savepoint(self.session)
+        return self.session.begin_nested
 
     def _on_sqlite(self) -> bool:
         from sqlalchemy.exc import UnboundExecutionError
@@ -233,14 +243,6 @@ class Member:
             return self.session.get_bind().dialect.name == "sqlite"
         except UnboundExecutionError:  # bound by class: only a statement can tell
             return False
-
-
-class _Savepoint:
-    def __init__(self, session: Session) -> None:
-        self._nested = session.begin_nested()
-
-    def rollback(self) -> None:
-        self._nested.rollback()
 
 
 def _pending(session: Session) -> tuple[int, int, int]:

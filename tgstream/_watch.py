@@ -51,10 +51,10 @@ class Watch:
         with self._changed:
             heapq.heappush(self._entries, entry)
             if not self._running:
-                self._running = True
                 threading.Thread(
                     target=self._run, name="tgstream-watch", daemon=True
                 ).start()
+                self._running = True  # after: it may be that no thread is to be had
             elif self._entries[0] is entry:
                 self._changed.notify()
 
@@ -138,4 +138,8 @@ def watch(body: Body) -> None:
     global _watch
     if _watch is None or _watch.pid != os.getpid():  # a forked process has no threads
         _watch = Watch()
-    _watch.add(body, _due(body, clock()))
+    try:
+        _watch.add(body, _due(body, clock()))
+    except RuntimeError:  # without a thread there is no advice, but no bound either
+        if body.plan.max_seconds is not None:
+            raise

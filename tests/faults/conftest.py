@@ -154,8 +154,9 @@ class Fault:
         """One report, and one line of the log with the traceback; no other error."""
         [report], [line] = self.reports, self.lines()
         assert report.reason == reason
+        assert report.error is not None
         with pytest.raises(kind, match=match):
-            raise report.error or AssertionError("no error is reported")
+            raise report.error
         assert line.levelname == "ERROR"
         assert line.exc_info is not None
         assert line.exc_info[:2] == (type(report.error), report.error)

@@ -150,6 +150,33 @@ def test_close_that_raises_before_the_first_chunk_is_an_ordinary_error(
     fault.assert_leaves()
 
 
+class Falsy(LookupError):
+    """An error that is false, as one is that counts what it holds."""
+
+    def __len__(self) -> int:
+        return 0
+
+
+def test_finally_hides_no_error_that_is_false(
+    make_fault: MakeFault, model: Model
+) -> None:
+    """The first error is the one told, whatever its truth."""
+
+    class Items:
+        def __iter__(self) -> Iterator[str]:
+            yield "one"
+            raise Falsy
+
+        def close(self) -> None:
+            raise Told("later")
+
+    fault = make_fault(model, Items)
+    call = fault.call()
+    assert next(call) == b"one"
+    fault.assert_breaks(call, Falsy)
+    fault.assert_leaves()
+
+
 # A session.
 
 

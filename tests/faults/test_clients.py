@@ -1,4 +1,5 @@
-"""Clients that leave, half leave or are slow, on real servers, while streams write."""
+"""Clients that leave, half leave or are slow, and generators that raise what would end
+a thread, on real servers, while streams write."""
 
 from __future__ import annotations
 
@@ -90,9 +91,27 @@ def reset(connection: socket.socket) -> None:
     connection.close()
 
 
-@pytest.mark.parametrize(
-    "kind", ["LookupError", "SystemExit", "KeyboardInterrupt", "GeneratorExit"]
-)
+STRAYS = ["SystemExit", "KeyboardInterrupt", "GeneratorExit"]
+
+
+@pytest.mark.parametrize("early", ["", "1"], ids=["before", "after"])
+@pytest.mark.parametrize("kind", [*STRAYS, "StopIteration", "MemoryError"])
+def test_stray_hangs_no_client_and_ends_no_server(
+    server: LiveServer, model: Model, kind: str, early: str
+) -> None:
+    """A 500 before the first chunk, a break after it; the log tells, and it serves."""
+    with told_once(server, "failed"):
+        client = Client(server, path_of("a", early=early, error=kind))
+        if early:
+            with pytest.raises(BROKEN):
+                client.response.read()
+        else:
+            assert client.response.status == 500
+        client.close()
+    assert_serves(server, model, "a stored")
+
+
+@pytest.mark.parametrize("kind", ["LookupError", *STRAYS])
 def test_finally_that_raises_when_the_client_leaves_ends_no_server(
     server: LiveServer, model: Model, kind: str
 ) -> None:
@@ -107,17 +126,16 @@ def test_finally_that_raises_when_the_client_leaves_ends_no_server(
     assert_serves(server, model, "a stored")
 
 
-@pytest.mark.parametrize(
-    "kind", ["LookupError", "SystemExit", "KeyboardInterrupt", "GeneratorExit"]
-)
+@pytest.mark.parametrize("kind", ["LookupError", *STRAYS])
 def test_finally_that_raises_at_the_end_breaks_the_transfer(
     server: LiveServer, model: Model, kind: str
 ) -> None:
     """All items are there, and the client is not told that it is all."""
-    client = Client(server, path_of("a", close=kind))
-    with told_once(server, "failed"), pytest.raises(BROKEN):
-        client.response.read()
-    client.close()
+    with told_once(server, "failed"):
+        client = Client(server, path_of("a", close=kind))
+        with pytest.raises(BROKEN):
+            client.response.read()
+        client.close()
     assert_serves(server, model, "a stored")
 
 

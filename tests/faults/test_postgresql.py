@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -141,7 +142,7 @@ class Server:
     """A PostgreSQL server that only this module uses, and may stop."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        folder.mkdir()
         self.server = get_server(folder, cleanup_mode="delete", start=False)
         self.server.ensure_pgdata_inited()
         with (folder / "postgresql.conf").open("a") as settings:
@@ -150,17 +151,21 @@ class Server:
         self.url = f"postgresql+psycopg://postgres@/postgres?host={quote(str(folder))}"
 
     def restart(self) -> None:
-        """Crash it, and start it again."""
+        """Stop it without waiting for its clients, and start it again."""
         self.server.stop()
         self.server.start()
 
 
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[Server]:
-    """A PostgreSQL server that can be restarted."""
-    server = Server(tmp_path)
-    yield server
-    server.server.cleanup()
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    """A PostgreSQL server that can be restarted.
+
+    Not in pytest's folder: another pytest that starts takes it from PostgreSQL's user.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        server = Server(Path(folder) / "data")
+        yield server
+        server.server.cleanup()
 
 
 @pytest.mark.parametrize("leaves", [False, True])

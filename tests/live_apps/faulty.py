@@ -46,12 +46,14 @@ class RootController(TGController):
         early: str = "",
         pipe: str = "",
         blocks: str = "0",
+        error: str = "",
         close: str = "",
         hook: str = "",
     ) -> Iterator[bytes]:
         """Waits for a line of the named pipe, if any, and then sends so many blocks.
 
         :param early: whether a first chunk leaves before.
+        :param error: what to raise behind them.
         :param close: what to raise where it is closed, or ends.
         """
         session = tg.config["DBSession"]
@@ -68,6 +70,7 @@ class RootController(TGController):
             for number in range(int(blocks)):
                 self.made = number + 1
                 yield b"x" * BLOCK
+            raise_(error)
             yield b"end"
         finally:
             raise_(close)
