@@ -41,6 +41,7 @@ class Watch:
     def __init__(self) -> None:
         self.pid = os.getpid()
         self._entries: list[_Entry] = []
+        self._looking: list[_Entry] = []  # at these, which are in no heap meanwhile
         self._numbers = itertools.count()
         self._changed = threading.Condition()
         self._running = False
@@ -61,7 +62,7 @@ class Watch:
     def running(self) -> list[Body]:
         """The streams of this process that have not ended."""
         with self._changed:
-            bodies = [entry.body() for entry in self._entries]
+            bodies = [entry.body() for entry in [*self._entries, *self._looking]]
         return [body for body in bodies if body is not None and not body.ended]
 
     def _run(self) -> None:
@@ -72,6 +73,7 @@ class Watch:
     def _wait(self) -> list[_Entry] | None:
         """The entries that are due, once some are; None when there are none at all."""
         with self._changed:
+            self._looking = []
             while self._entries:
                 left = self._entries[0].due - clock()
                 if left <= 0:
@@ -84,6 +86,7 @@ class Watch:
         now, due = clock(), []
         while self._entries and self._entries[0].due <= now:
             due.append(heapq.heappop(self._entries))
+        self._looking = due
         return due
 
     def _look(self, entry: _Entry) -> None:
