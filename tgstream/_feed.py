@@ -14,7 +14,6 @@ from itertools import islice
 from typing import NamedTuple
 from weakref import WeakSet
 
-from ._plan import clock
 from ._sse import Event
 
 Key = tuple[int, int]
@@ -42,14 +41,14 @@ class Feed:
     def __init__(self, floor: Key, history: int) -> None:
         self.floor = self.last = floor
         self.end = 0  # the number of the next event
-        self._wakes = 0
         self._events: deque[tuple[Key, Event]] = deque(maxlen=history)
-        self._changed = threading.Condition(threading.Lock())
+        self._lock = threading.Lock()
+        self._changed = threading.Event()  # set once, for all who wait, and replaced
         _feeds.add(self)
 
     def append(self, key: Key, event: Event) -> None:
         """Keep an event, unless it is there, and wake those who wait for it."""
-        with self._changed:
+        with self._lock:
             if key <= self.last:
                 return
             if len(self._events) == self._events.maxlen:
@@ -57,20 +56,20 @@ class Feed:
             self._events.append((key, event))
             self.last = key
             self.end += 1
-            self._changed.notify_all()
+        self.wake()
 
     def restart(self, key: Key, event: Event) -> None:
         """Go on from another place, with the event that says so."""
-        with self._changed:
+        with self._lock:
             self._events.clear()
             self._events.append((key, event))
             self.floor = self.last = key
             self.end += 1
-            self._changed.notify_all()
+        self.wake()
 
     def now(self) -> tuple[int, Key]:
         """The number of the next event, and the place before it."""
-        with self._changed:
+        with self._lock:
             return self.end, self.last
 
     def number_after(self, after: Key, exact: bool = False) -> int | None:
@@ -78,7 +77,7 @@ class Feed:
 
         :param exact: whether the place must be one that an event has had, here.
         """
-        with self._changed:
+        with self._lock:
             if not self.floor <= after <= self.last:
                 return None
             newer, older = 0, self.floor
@@ -94,13 +93,11 @@ class Feed:
 
         Or when it was woken. None where the first of them is kept no more.
         """
-        until = clock() + seconds
-        with self._changed:
-            wakes = self._wakes
-            while self.end == number and self._wakes == wakes:
-                if (left := until - clock()) <= 0:
-                    break
-                self._changed.wait(left)
+        with self._lock:
+            changed, waits = self._changed, self.end == number
+        if waits:
+            changed.wait(seconds)
+        with self._lock:
             missed = self.end - number
             if missed > len(self._events):
                 return None
@@ -109,10 +106,11 @@ class Feed:
         return events
 
     def wake(self) -> None:
-        """Let all who wait go on without an event, as after a time of silence."""
-        with self._changed:
-            self._wakes += 1
-            self._changed.notify_all()
+        """Let all who wait go on, with an event or without, as after a silence."""
+        # Not a Condition: it makes a lock for each who waits, each time.
+        with self._lock:
+            changed, self._changed = self._changed, threading.Event()
+        changed.set()
 
 
 _feeds: WeakSet[Feed] = WeakSet()

@@ -117,16 +117,20 @@ class SSE:
         :raises TypeError: when an item is bytes, or nothing that JSON can say.
         :raises ValueError: when it has a lone surrogate, or a number JSON cannot say.
         """
+        # An open stream keeps what it has begun: no generator around another.
         pieces = self._pieces(items)
-        if self._first:
-            for piece in pieces:
-                yield self._first + piece
-                break
+        return self._begun(pieces) if self._first else pieces
+
+    def _begun(self, pieces: Iterator[bytes]) -> Iterator[bytes]:
+        for piece in pieces:
+            yield self._first + piece
+            break
         yield from pieces
 
     def _pieces(self, items: Iterable[Any]) -> Iterator[bytes]:
-        encoder = Encoder()
-        for number, item in enumerate(items, 1):
+        number, encoder = 0, None
+        for item in items:
+            number += 1
             head, data = b"", item
             if isinstance(item, Event):
                 if item._piece is not None:
@@ -136,6 +140,8 @@ class SSE:
                 if data is None:
                     yield head + b"\n"
                     continue
+            if encoder is None:  # not before: one that listens has no use for it
+                encoder = Encoder()
             yield b"%b%b\n" % (head, _data_lines(_encoded(data, number, encoder)))
 
 

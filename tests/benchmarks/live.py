@@ -85,11 +85,11 @@ def measure(way: str, few: int, many: int, events: int) -> Reading:
 
 def run(quick: bool) -> list[Result]:
     """All ways in turn, each with a server of its own."""
-    few, many, events = (200, 500, 5) if quick else (1000, 5000, 20)
+    few, many, events = (200, 500, 5) if quick else (1000, 5000, 10)
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(FILES, most), most))
     ways = {way: partial(measure, way, few, many, events) for way in APPS}
-    readings = in_turn(1 if quick else 3, ways)
+    readings = in_turn(1 if quick else 2, ways)
     return results(readings, few, many)
 
 
