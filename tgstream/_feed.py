@@ -100,6 +100,8 @@ class Feed:
             missed = self.end - number
             if missed > len(self._events):
                 return None
+            if missed == 1:  # as a rule: all listeners have had what came before
+                return [self._events[-1][1]]
             events = [event for _, event in islice(reversed(self._events), missed)]
         events.reverse()
         return events
