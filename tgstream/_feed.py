@@ -56,7 +56,7 @@ class Feed:
             self._events.append((key, event))
             self.last = key
             self.end += 1
-        self.wake()
+            self._tell()
 
     def restart(self, key: Key, event: Event) -> None:
         """Go on from another place, with the event that says so."""
@@ -65,7 +65,7 @@ class Feed:
             self._events.append((key, event))
             self.floor = self.last = key
             self.end += 1
-        self.wake()
+            self._tell()
 
     def now(self) -> tuple[int, Key]:
         """The number of the next event, and the place before it."""
@@ -93,23 +93,28 @@ class Feed:
 
         Or when it was woken. None where the first of them is kept no more.
         """
-        with self._lock:
-            changed, waits = self._changed, self.end == number
-        if waits:
+        changed = self._changed  # before ``end``: what comes after sets this one
+        if self.end == number:
             changed.wait(seconds)
         with self._lock:
             missed = self.end - number
             if missed > len(self._events):
                 return None
+            if missed == 1:  # as a rule: all listeners have had what came before
+                return [self._events[-1][1]]
             events = [event for _, event in islice(reversed(self._events), missed)]
         events.reverse()
         return events
 
     def wake(self) -> None:
         """Let all who wait go on, with an event or without, as after a silence."""
-        # Not a Condition: it makes a lock for each who waits, each time.
         with self._lock:
-            changed, self._changed = self._changed, threading.Event()
+            self._tell()
+
+    def _tell(self) -> None:
+        # Not a Condition: it makes a lock for each who waits, each time. Under the lock
+        # of what has changed: who has seen that already is not woken for it.
+        changed, self._changed = self._changed, threading.Event()
         changed.set()
 
 
