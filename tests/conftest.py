@@ -173,6 +173,23 @@ def reports(make_app: MakeApp) -> Iterator[list[Report]]:
     tg.hooks.disconnect("tgstream.finished", ended.append)
 
 
+@pytest.fixture
+def ended(reports: list[Report]) -> Iterator[Callable[[], Report]]:
+    """Waits for the next report, and returns it."""
+    told = threading.Semaphore(0)
+
+    def tell(report: Report) -> None:
+        told.release()
+
+    def wait() -> Report:
+        assert told.acquire(timeout=10)
+        return reports.pop(0)
+
+    tg.hooks.register("tgstream.finished", tell)
+    yield wait
+    tg.hooks.disconnect("tgstream.finished", tell)
+
+
 def assert_thread_clean() -> None:
     """Nothing of a request or of a stream is left on this thread."""
     assert context._object_stack() == []

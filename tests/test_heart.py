@@ -52,23 +52,6 @@ def waiting(model: Model) -> Waiting:
     return Waiting(model)
 
 
-@pytest.fixture
-def ended(reports: list[Report]) -> Iterator[Callable[[], Report]]:
-    """Waits for the next report, and returns it."""
-    told = threading.Semaphore(0)
-
-    def tell(report: Report) -> None:
-        told.release()
-
-    def wait() -> Report:
-        assert told.acquire(timeout=10)
-        return reports.pop(0)
-
-    tg.hooks.register("tgstream.finished", tell)
-    yield wait
-    tg.hooks.disconnect("tgstream.finished", tell)
-
-
 def test_comment_comes_while_the_generator_waits(
     make_app: MakeApp, model: Model, waiting: Waiting, reports: list[Report]
 ) -> None:

@@ -32,23 +32,6 @@ from tgstream import (
 SHORT = 0.1
 
 
-@pytest.fixture
-def ended(reports: list[Report]) -> Iterator[Callable[[], Report]]:
-    """Waits for the next report, and returns it."""
-    told = threading.Semaphore(0)
-
-    def tell(report: Report) -> None:
-        told.release()
-
-    def wait() -> Report:
-        assert told.acquire(timeout=10)
-        return reports.pop(0)
-
-    tg.hooks.register("tgstream.finished", tell)
-    yield wait
-    tg.hooks.disconnect("tgstream.finished", tell)
-
-
 def writer(model: Model, **options: Any) -> TGController:
     """An application whose stream adds a user for each item, for ever."""
 
