@@ -143,7 +143,7 @@ class Chunks:
         held, length = self._held, 0
         hold, due = held.append, now() + seconds
         for piece in pieces:
-            if type(piece) is bytes and not (size or held) and self._items:
+            if not (size or held) and type(piece) is bytes and piece and self._items:
                 yield piece  # a chunk a piece: there is nothing to gather
                 continue
             # A str of its own kind waits its turn: the encoder may know an order.
