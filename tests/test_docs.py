@@ -330,5 +330,9 @@ def test_ci_runs_the_checks_of_contributors() -> None:
     first, last = told.index("ruff format --check ."), told.index(".ci/run")
     run = (ROOT / ".ci/run").read_text().splitlines()
     assert set(told[first:last]) <= set(run)
-    assert "python -m build" in set(told) & set(run)
+    building = told.index("python -m build")
+    assert told[building - 1] == "rm -rf dist"
+    checks = told[building : told.index("check-manifest") + 1]
+    assert len(checks) == 4
+    assert {*checks} <= {line.strip() for line in run}
     assert run[-1] in told[first:last]  # pytest, whose summary is the last word
