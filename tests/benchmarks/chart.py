@@ -126,18 +126,18 @@ def run(folder: Path, file: Path, quick: bool) -> list[Result]:
 
 
 def results(rows: int, measured: dict[str, list[Trace]]) -> Iterator[Result]:
-    """What is drawn, in figures; the ratio is that of the first byte to a list's."""
-
-    def figures(traces: list[Trace]) -> str:
-        first, last = median(e.first for e in traces), median(e.last for e in traces)
-        highest = max(each.highest for each in traces)
-        return f"{highest:.1f} MiB {first * 1000:.0f} ms {last:.2f} s"
-
-    listed = measured[LIST]
+    """What is drawn, in figures; beside is the first byte of a list."""
+    listed = [each.first for each in measured[LIST]]
     for way, traces in measured.items():
-        first = ratio([e.first for e in traces], [e.first for e in listed])
-        what = f"{rows:,} rows: {name(way)}"
-        yield Result(what, figures(listed), figures(traces), first, None)
+        highest = max(each.highest for each in traces)
+        first, last = [e.first for e in traces], median(e.last for e in traces)
+        yield Result(
+            f"{rows:,} rows: {name(way)}",
+            f"{median(listed) * 1000:.0f} ms",
+            f"{highest:.1f} MiB, {median(first) * 1000:.0f} ms, {last:.2f} s",
+            ratio(first, listed),
+            None,
+        )
 
 
 def name(way: str) -> str:
@@ -192,12 +192,12 @@ def draw_memory(axes: Any, rows: int, measured: dict[str, list[Trace]]) -> None:
         one = middle(measured[way])
         axes.plot(*zip(*one.memory, strict=True), color=colour, linewidth=2)
         at = next(grown for when, grown in one.memory if when >= one.first)
-        end = one.last, one.memory[-1][1]
+        end = one.last, max(0, one.memory[-1][1])
         axes.plot(one.first, at, "o", color=colour, markersize=7, clip_on=False)
         axes.plot(*end, "|", color=colour, markersize=16, markeredgewidth=2)
-        place = {"xytext": (0, 11), "textcoords": "offset points", "ha": "center"}
-        axes.annotate(f"{one.last:.1f} s", end, color=colour, weight="bold", **place)
-    axes.set_xlim(left=0)
+        beside = {"xytext": (5, 2), "textcoords": "offset points", "weight": "bold"}
+        axes.annotate(f"{one.last:.1f} s", end, color=colour, **beside)
+    axes.set_xlim(0, 1.15 * max(middle(each).last for each in measured.values()))
     axes.set_ylim(bottom=0)
 
 
