@@ -412,7 +412,7 @@ class Live(TGController):
         self.write(text)
         return "posted"
 
-    def steps(self, commit: str) -> Stream:
+    def steps(self, commit: Any) -> Stream:
         def items() -> Iterator[str]:
             for number in range(1, 4):
                 self.write(f"step {number}")

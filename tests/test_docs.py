@@ -343,6 +343,16 @@ def test_table_of_servers_is_what_is_pinned() -> None:
         assert unexpected(name, dict(zip(heads[1:], ours, strict=True))) == {}
 
 
+def test_chart_says_what_the_page_says() -> None:
+    """The picture and the figures below it are of one measurement."""
+    page = (ROOT / "docs/benchmarks.rst").read_text()
+    drawn = re.findall(r">([\d.]+) s</text>", (ROOT / "docs/memory.svg").read_text())
+    rows = re.findall(r"^    1,000,000 rows: .* ([\d.]+) s ", page, re.MULTILINE)
+    told = [pytest.approx(float(last), abs=0.051) for last in rows]
+    assert [float(last) for last in drawn if "." in last] == told
+    assert len(told) == 4
+
+
 @pytest.mark.parametrize(
     "path", [".ci/run", ".ci/matrix", ".ci/mariadb", ".ci/browser"]
 )
@@ -358,5 +368,9 @@ def test_ci_runs_the_checks_of_contributors() -> None:
     first, last = told.index("ruff format --check ."), told.index(".ci/run")
     run = (ROOT / ".ci/run").read_text().splitlines()
     assert set(told[first:last]) <= set(run)
-    assert "python -m build" in set(told) & set(run)
+    building = told.index("python -m build")
+    assert told[building - 1] == "rm -rf dist"
+    checks = told[building : told.index("check-manifest") + 1]
+    assert len(checks) == 4
+    assert {*checks} <= {line.strip() for line in run}
     assert run[-1] in told[first:last]  # pytest, whose summary is the last word
