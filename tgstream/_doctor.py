@@ -54,11 +54,11 @@ def examine(config: str, loaded: Loaded, path: str) -> list[Finding]:
         with followed(probe):
             exchange = Exchange(loaded.app, path, probe)
             exchange.pull()
-        exchange.close()
+        exchange.end()
         settled = probe.config or loaded.tg_apps[-1].config
         findings = [Finding(OK, "application", f"{config} is loaded")]
         findings += settings(settled)
-        if not probe.begun:
+        if not probe.made:
             return [*findings, _unreached(exchange, path)]
         with unreported(probe.layers):
             findings += _streams(loaded, probe, path)
@@ -66,6 +66,10 @@ def examine(config: str, loaded: Loaded, path: str) -> list[Finding]:
 
 
 def _unreached(exchange: Exchange, path: str) -> Finding:
+    if exchange.probe.begun:
+        errors = exchange.errors.getvalue().strip().splitlines() or [exchange.status]
+        why = errors[-1] if exchange.error is None else said(exchange.error)
+        return Finding(FAIL, "first chunk", f"a stream cannot begin: {why}")
     what = f"is answered {exchange.status} before TurboGears has it"
     if exchange.error is not None:
         what = f"raises {said(exchange.error)}"

@@ -52,15 +52,17 @@ class Exchange:
         self._sent = self._restarted = False
         self._decoder: Any = None
         environ = Request.blank(path, headers=headers).environ
+        self.errors = io.StringIO()
         environ |= {
             KEY: probe,
-            "wsgi.errors": io.StringIO(),
+            "wsgi.errors": self.errors,
             "wsgi.multithread": True,
             "REMOTE_ADDR": "127.0.0.1",
         }
+        self._registry = Registry()
         if inside:
-            environ["paste.registry"] = registry = Registry()
-            registry.prepare()
+            environ["paste.registry"] = self._registry
+            self._registry.prepare()
         self.body: Any = None
         self._chunks: Iterator[bytes] = iter(())
         with self._told():
@@ -131,13 +133,22 @@ class Exchange:
         """Take all there is, and close."""
         while self.pull():
             pass
+        self.end()
+
+    def end(self) -> None:
+        """Close the body and let go of it."""
         self.close()
+        self.drop()
 
     def close(self) -> None:
         """Close the body, as a server does."""
         with self._told():
             close(self.body)
+        if len(self._registry.reglist) == 1:  # more are for others to clean up
+            with self._told():
+                self._registry.cleanup()
 
     def drop(self) -> None:
         """Let go of the body."""
-        self.body, self._chunks = None, iter(())
+        self._chunks = iter(())  # what start_response() belongs to may keep us
+        self.body = None

@@ -7,6 +7,7 @@ other of tgstream.
 
 from __future__ import annotations
 
+import configparser
 import os
 import sys
 from typing import Any, NamedTuple
@@ -63,11 +64,15 @@ def load(config: str) -> Loaded:
     return Loaded(app, tg_apps, "tgstream" in sys.modules)
 
 
-def options(config: str) -> dict[str, Any]:
-    """The settings of an ``.ini`` file, without its application; none if unreadable."""
+def options(config: str) -> dict[str, str]:
+    """The options of tgstream in an ``.ini`` file, whatever else is wrong with it."""
+    parser = configparser.RawConfigParser(strict=False)
+    parser.optionxform = str  # type: ignore[assignment, method-assign]
     try:
-        from paste.deploy import appconfig
-
-        return dict(appconfig(f"config:{config}", relative_to=os.getcwd()))
-    except (Exception, SystemExit):
+        parser.read(config.partition("#")[0])
+    except configparser.Error:
         return {}
+    found: dict[str, str] = {}
+    for section in parser.values():
+        found |= {n: v for n, v in section.items() if n.startswith("tgstream.")}
+    return found
