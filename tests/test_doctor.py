@@ -219,11 +219,15 @@ class Swallowing(Middleware):
             body.close()
 
 
-class Keeping(Middleware):
+class Mapping(Middleware):
     def __call__(self, environ, start_response):
-        body = self.app(environ, start_response)
-        HELD.append(body)
-        return iter(map(bytes, body))
+        return map(bytes, self.app(environ, start_response))
+
+
+class Keeping(Mapping):
+    def __call__(self, environ, start_response):
+        HELD.append(super().__call__(environ, start_response))
+        return HELD[-1]
 
 
 class Elsewhere(Middleware):
@@ -398,7 +402,7 @@ def test_compression_that_flushes_is_told_and_passes(run: Run) -> None:
         ("Collecting", "gzip", "until all 64 chunks are made (text/plain)"),
         ("Compressing", "gzip", "chunks are made (text/plain)"),
         ("Swallowing", "failure", "it looks whole"),
-        ("Keeping", "close", "close() of the body does not reach the generator"),
+        ("Keeping", "close", "a client that leaves does not end it: "),
         ("Elsewhere", "threads", "made on another thread than the server's"),
     ],
 )
@@ -414,6 +418,14 @@ def test_middleware_that_breaks_streams_is_named(
     assert f"doctored_middlewares.{middleware}" in said
     assert "pass_on" not in said
     assert " -> Let " in said
+
+
+def test_middleware_that_does_not_pass_on_close_is_warned_of(run: Run) -> None:
+    """The stream ends all the same when the server drops the body, in CPython."""
+    code, text = run(middleware="Mapping")
+    mark, said = checks(text)["close"]
+    assert (code, mark) == (0, "warn")
+    assert "only when the server lets go of the body: doctored_middlewares.M" in said
 
 
 def test_application_wrapper_that_reads_the_body_is_named(run: Run) -> None:
@@ -586,6 +598,63 @@ def test_application_without_turbogears_fails(run: Run) -> None:
     code, text = run(factory="plain")
     assert code == 1
     assert "no application of TurboGears" in checks(text)["application"][1]
+
+
+# The page on it.
+
+PAGE = (Path(__file__).parents[1] / "docs/doctor.rst").read_text()
+SHOWN = [
+    re.sub("^    ", "", block, flags=re.MULTILINE)
+    for block in re.findall(r"code-block:: text\n\n((?: {4}.*\n)+)", PAGE)
+]
+
+
+@pytest.mark.parametrize(
+    ("shown", "file", "application"),
+    [
+        (SHOWN[0], "development.ini", {}),
+        (
+            SHOWN[1],
+            "broken.ini",
+            {
+                "factory": "unplugged",
+                "middleware": "Collecting",
+                "options": "tgstream.chunksize = 65536",
+                "url": "sqlite:///:memory:",
+            },
+        ),
+    ],
+    ids=["good", "broken"],
+)
+def test_page_shows_what_is_printed(
+    tmp_path: Path, shown: str, file: str, application: dict[str, str]
+) -> None:
+    """Of an application whose modules are ``myapp`` and ``myapp.lib``."""
+    (tmp_path / "myapp").mkdir()
+    (tmp_path / "myapp/__init__.py").write_text(APP)
+    (tmp_path / "myapp/lib.py").write_text(MIDDLEWARES)
+    write(tmp_path, **application)
+    text = (tmp_path / "test.ini").read_text().replace("passing app", "app")
+    text = text.replace("doctored_middlewares", "myapp.lib").replace(
+        "doctored", "myapp"
+    )
+    (tmp_path / file).write_text(text)
+    code, printed = command(tmp_path, "doctor", file)
+    assert printed == shown
+    assert code == ("FAIL" in shown)
+
+
+def test_page_shows_what_is_installed(capsys: pytest.CaptureFixture[str]) -> None:
+    """Whatever its version; of servers those that are here."""
+    main(["doctor"])
+
+    def without_versions(text: str) -> dict[str, tuple[str, str]]:
+        return checks(re.sub(r"\d+(\.\w+)+(?= \(|: )", "N", text))
+
+    printed = without_versions(capsys.readouterr().out)
+    shown = without_versions(SHOWN[2])
+    assert printed.items() <= shown.items()
+    assert {"Python", "TurboGears2", "orjson", "redis", "waitress"} <= printed.keys()
 
 
 # What it leaves.

@@ -168,12 +168,12 @@ class _Asked:
     def close(self) -> Finding:
         if what := _proofs.unclosed(self.app, self.path):
             return Finding(
-                FAIL,
+                WARN if what == _proofs.DROPPED else FAIL,
                 "close",
-                f"{what}, for {self._by(_proofs.unclosed)} does not pass it on",
+                f"{what}: {self._by(_proofs.unclosed)} does not pass on close()",
                 "Let what it returns have a close() that closes what it has got.",
             )
-        return Finding(OK, "close", "a client that leaves ends the generator")
+        return Finding(OK, "close", "a client that leaves ends the stream")
 
     def threads(self) -> Finding:
         if what := _proofs.astray(self.app, self.path):
