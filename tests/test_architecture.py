@@ -90,13 +90,14 @@ LADDER = {
     "pytest_plugin": {"testing"},
     "_findings": set(),
     "_loading": set(),  # and nothing ever
-    "_probe": {"_advice", "_controller"},
-    "_exchange": {"_cleanup", "_probe"},
-    "_proofs": {"_exchange", "_probe"},
+    "_layers": set(),
+    "_probe": {"_advice", "_controller", "_layers"},
+    "_exchange": {"_cleanup", "_layers", "_probe"},
+    "_proofs": {"_exchange", "_layers", "_probe"},
     "_settings": {"_config", "_findings", "_redis", "_report", "channels"},
     "_environment": {"_findings"},
     "_doctor": {
-        *("_exchange", "_findings", "_leaks", "_loading"),
+        *("_exchange", "_findings", "_layers", "_leaks", "_loading"),
         *("_probe", "_proofs", "_settings"),
     },
     "__main__": {"_doctor", "_environment", "_findings", "_loading"},

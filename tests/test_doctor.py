@@ -244,6 +244,11 @@ class Elsewhere(Middleware):
                 body.close()
 
 
+class Anything(Middleware):
+    def __call__(self, *args, **kwargs):
+        return self.app(*args, **kwargs)
+
+
 class Asking(Middleware):
     def __call__(self, environ, start_response):
         if environ["PATH_INFO"].startswith("/open"):
@@ -370,6 +375,13 @@ def test_good_application_passes(run: Run, options: str) -> None:
         *("close", "threads", "failure", "left behind"),
     ]
     assert max(map(len, text.splitlines())) <= 88
+
+
+def test_layer_may_take_its_arguments_as_it_likes(run: Run) -> None:
+    """As ``wsgiref.validate`` does."""
+    code, text = run(middleware="Anything")
+    layers = checks(text)["middlewares"][1].split(", ")
+    assert (code, layers[0]) == (0, "doctored_middlewares.Anything")
 
 
 @pytest.mark.parametrize("debug", ["false", "true"])
@@ -517,11 +529,15 @@ def test_database_in_memory_is_warned_of(run: Run) -> None:
     assert said.endswith("sqlalchemy.url = sqlite:///%(here)s/test.db")
 
 
-def test_session_that_cannot_be_found_fails(run: Run) -> None:
-    """The option names it."""
+def test_session_that_cannot_be_found_fails(run: Run, folder: Path) -> None:
+    """The option names it; no stream can begin, of which nobody gets a mail."""
     code, text = run(options="tgstream.sessions = doctored.Other")
     assert code == 1
-    assert failed(text)[0] == "database"
+    assert failed(text) == ["database", "first chunk"]
+    assert (
+        "a stream cannot begin: ValueError: the opt" in checks(text)["first chunk"][1]
+    )
+    assert not (folder / "reported").exists()
     assert "tgstream.sessions names doctored.Other" in checks(text)["database"][1]
 
 

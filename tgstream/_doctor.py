@@ -11,9 +11,10 @@ from typing import Any
 from . import _proofs
 from ._exchange import Exchange
 from ._findings import FAIL, NOTE, OK, WARN, Finding, said
+from ._layers import followed, short
 from ._leaks import assert_clean
 from ._loading import Loaded, LoadError, options
-from ._probe import Probe, followed, installed, unreported
+from ._probe import Probe, installed
 from ._proofs import GZIP, TYPES, Proof, culprit, of_type
 from ._settings import options as check_options
 from ._settings import settings
@@ -60,8 +61,7 @@ def examine(config: str, loaded: Loaded, path: str) -> list[Finding]:
         findings += settings(settled)
         if not probe.made:
             return [*findings, _unreached(exchange, path)]
-        with unreported(probe.layers):
-            findings += _streams(loaded, probe, path)
+        findings += _streams(loaded, probe, path)
     return findings
 
 
@@ -70,7 +70,8 @@ def _unreached(exchange: Exchange, path: str) -> Finding:
         errors = exchange.errors.getvalue().strip().splitlines() or [exchange.status]
         why = errors[-1] if exchange.error is None else said(exchange.error)
         return Finding(FAIL, "first chunk", f"a stream cannot begin: {why}")
-    what = f"is answered {exchange.status} before TurboGears has it"
+    answer = exchange.status or "without a status"
+    what = f"is answered {answer} before TurboGears has it"
     if exchange.error is not None:
         what = f"raises {said(exchange.error)}"
     return Finding(
@@ -129,7 +130,8 @@ class _Asked:
                     FAIL,
                     "first chunk",
                     f"{what} ({content_type}): "
-                    f"{self.probe.reader or self._by(proof)} holds them back",
+                    f"{short(self.probe.reader or '') or self._by(proof)} holds them "
+                    "back",
                     "Let it pass on each chunk as it comes, or take it out.",
                 )
         return Finding(OK, "first chunk", "it arrives before the second is made")

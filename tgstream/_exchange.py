@@ -18,7 +18,8 @@ from webob import Request
 from webob.headers import ResponseHeaders
 
 from ._cleanup import close
-from ._probe import KEY, SIZE, Probe, items
+from ._layers import KEY
+from ._probe import SIZE, Probe, items
 
 
 class Exchange:

@@ -15,17 +15,16 @@ import sys
 import threading
 from collections.abc import Iterator
 from functools import cache
-from types import FrameType, FunctionType
-from typing import Any, NamedTuple
+from types import FrameType
+from typing import Any
 
 import tg
 from tg import TGController, expose
 
 from ._advice import _reader
 from ._controller import stream
+from ._layers import KEY, Layer, meet_callers
 
-KEY = "tgstream.doctor"
-"""Where a request carries its probe, in the environ."""
 ITEMS = 64
 """So many that what is held back by the block is told from what is collected."""
 SIZE = 2048
@@ -34,15 +33,6 @@ SIZE = 2048
 
 class ProbeError(Exception):
     """What a probe fails with; an error tracker may see it."""
-
-
-class Layer(NamedTuple):
-    """A WSGI application, a middleware or an application wrapper of TurboGears."""
-
-    name: str
-    app: Any
-    """What may be called with a request of its own; None where that is not known."""
-    is_wrapper: bool
 
 
 class Probe:
@@ -65,7 +55,7 @@ class Probe:
     def begin(self, frame: FrameType) -> Iterator[bytes]:
         """What the controller does: look who has called, and begin to stream."""
         self.begun = True
-        self.layers += [e for e in _layers(frame) if not _is_known(e, self.layers)]
+        meet_callers(frame, self.layers)
         self.config = tg.config._current_obj()
         tg.response.content_type = self.content_type
         return self._items()
@@ -96,104 +86,35 @@ def items() -> tuple[bytes, ...]:
 
 
 @contextlib.contextmanager
-def followed(probe: Probe) -> Iterator[None]:
-    """Write down what the request comes through, outermost first.
-
-    Some of it has returned when the controller is called, and is on no stack any more.
-    """
-
-    def look(frame: FrameType, event: str, argument: Any) -> None:
-        if event != "call" or probe.begun:
-            return
-        layer = _layer(frame)
-        if layer is not None and not _is_known(layer, probe.layers):
-            probe.layers.append(layer)
-
-    before = sys.getprofile()
-    sys.setprofile(look)
-    try:
-        yield
-    finally:
-        sys.setprofile(before)
-
-
-def _layers(frame: FrameType | None) -> list[Layer]:
-    """What is on the stack of a thread that something else may have begun."""
-    found: list[Layer] = []
-    while frame is not None:
-        layer = _layer(frame)
-        if layer is not None and not _is_known(layer, found):
-            found.append(layer)
-        frame = frame.f_back
-    return found[::-1]
-
-
-def _is_known(layer: Layer, found: list[Layer]) -> bool:
-    if layer.app is None:
-        return any(layer.name == each.name for each in found)
-    return any(layer.app is each.app for each in found)
-
-
-def _layer(frame: FrameType) -> Layer | None:
-    """The layer whose call this is: it has the environ, and then something callable.
-
-    By the values, for the names of parameters are anybody's to choose.
-    """
-    code, module = frame.f_code, frame.f_globals.get("__name__", "")
-    values = [frame.f_locals.get(n) for n in code.co_varnames[: code.co_argcount]]
-    if module == "webob.dec" and code.co_name == "__call__":
-        return Layer(_name(getattr(values[0], "func", None)), values[0], False)
-    place = next((n for n, each in enumerate(values) if _carries(each)), None)
-    if place is None or len(values) < place + 2:
-        return None
-    is_wrapper = not callable(values[place + 1])
-    if place and code.co_varnames[0] == "self":
-        if is_wrapper and (place, code.co_name) != (2, "__call__"):
-            return None  # TurboGears' own way to its controller
-        return Layer(_name(type(values[0])), values[0], is_wrapper)
-    if is_wrapper:
-        return None
-    name = f"{module}.{getattr(code, 'co_qualname', code.co_name)}"
-    return Layer(name.replace("<locals>.", ""), _function(frame), False)
-
-
-def _carries(value: Any) -> bool:
-    return isinstance(value, dict) and isinstance(value.get(KEY), Probe)
-
-
-def _function(frame: FrameType) -> Any:
-    """The function whose call this is, where there is one of its code alone."""
-    made = [
-        each
-        for each in gc.get_referrers(frame.f_code)
-        if isinstance(each, FunctionType) and each.__code__ is frame.f_code
-    ]
-    return made[0] if len(made) == 1 else None
-
-
-def _name(found: Any) -> str:
-    name = getattr(found, "__qualname__", type(found).__qualname__)
-    return f"{getattr(found, '__module__', '')}.{name.replace('<locals>.', '')}"
-
-
-@contextlib.contextmanager
 def installed(tg_apps: list[Any]) -> Iterator[None]:
     """Have TurboGears' applications answer probes, and leave them as they were."""
     kept = [(dict(app.controller_instances), dict(app.config)) for app in tg_apps]
     disabled = logging.root.manager.disable
     logging.disable()  # what a probe does is told by the doctor
+    reporting = [each for each in gc.get_objects() if _reports(each)]
+    reporters = [each.reporters for each in reporting]
     try:
+        for each in reporting:
+            each.reporters = []
         for app in tg_apps:
             original = app._get_controller_instance("root")
             app.controller_instances["root"] = _answering(original)
         yield
     finally:
         logging.disable(disabled)
+        for each, own in zip(reporting, reporters, strict=True):
+            each.reporters = own
         for app, (instances, config) in zip(tg_apps, kept, strict=True):
             app.controller_instances.clear()
             app.controller_instances.update(instances)
             for name in app.config.keys() - config.keys():
                 del app.config[name]  # what advice was given already
+
+
+def _reports(thing: Any) -> bool:
+    """Whether this is a middleware of backlash, whose reporters send mail."""
+    module = str(type(thing).__module__)
+    return module.startswith("backlash.") and "reporters" in vars(thing)
 
 
 def _answering(original: Any) -> TGController:
@@ -217,22 +138,3 @@ def probe_of(environ: dict[str, Any]) -> Probe:
     """The probe of a request."""
     probe: Probe = environ[KEY]
     return probe
-
-
-@contextlib.contextmanager
-def unreported(layers: list[Layer]) -> Iterator[None]:
-    """Keep backlash's reporters, which send mail, from hearing of a probe."""
-    reporting = [
-        layer.app
-        for layer in layers
-        if type(layer.app).__module__.partition(".")[0] == "backlash"
-        and hasattr(layer.app, "reporters")
-    ]
-    kept = [each.reporters for each in reporting]
-    for each in reporting:
-        each.reporters = []
-    try:
-        yield
-    finally:
-        for each, reporters in zip(reporting, kept, strict=True):
-            each.reporters = reporters

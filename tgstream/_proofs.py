@@ -13,7 +13,8 @@ from functools import partial
 from typing import Any
 
 from ._exchange import Exchange
-from ._probe import ITEMS, Layer, Probe
+from ._layers import Layer
+from ._probe import ITEMS, Probe
 
 Proof = Callable[..., str]
 """``proof(app, path, inside=False)``."""
