@@ -15,7 +15,7 @@ import tg
 from tests.conftest import MakeApp, assert_thread_clean
 from tgstream import _loading
 from tgstream.__main__ import main
-from tgstream._environment import environment, is_below
+from tgstream._environment import compared, environment, is_below, server
 from tgstream._findings import Finding, text_of
 from tgstream._settings import settings
 
@@ -126,6 +126,9 @@ def plain(global_conf, **app_conf):
 MIDDLEWARES = '''
 """Middlewares as applications have them, each with one fault, or none."""
 
+import contextlib
+import sys
+import threading
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 
@@ -244,6 +247,43 @@ class Elsewhere(Middleware):
                 body.close()
 
 
+class Answering(Middleware):
+    """It reports an error as PEP 3333 says: with ``exc_info``."""
+
+    def __call__(self, environ, start_response):
+        try:
+            yield from self.app(environ, start_response)
+        except Exception:
+            start_response("500 Oh", [], sys.exc_info())
+            yield b"an error page"
+
+
+class Bound(Middleware):
+    """It is for the thread that it was called on."""
+
+    def __call__(self, environ, start_response):
+        return self.checked(self.app(environ, start_response), threading.get_ident())
+
+    def checked(self, body, thread):
+        with contextlib.closing(body):
+            for chunk in body:
+                if threading.get_ident() != thread:
+                    raise RuntimeError("another thread")
+                yield chunk
+
+
+class Leaking(Middleware):
+    def __call__(self, environ, start_response):
+        if not HELD:
+            HELD.append(sys.modules["doctored"].DBSession.get_bind().connect())
+        return self.app(environ, start_response)
+
+
+def unguarded(app):
+    guard = app.__closure__[0].cell_contents  # what passing() stands around
+    return guard.app
+
+
 class Anything(Middleware):
     def __call__(self, *args, **kwargs):
         return self.app(*args, **kwargs)
@@ -298,7 +338,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.syspath_prepend(tmp_path)
     yield tmp_path
     for name in "doctored", "doctored_middlewares":
-        sys.modules.pop(name, None)
+        for held in getattr(sys.modules.pop(name, None), "HELD", ()):
+            getattr(held, "close", list)()
 
 
 def write(
@@ -416,6 +457,8 @@ def test_compression_that_flushes_is_told_and_passes(run: Run) -> None:
         ("Swallowing", "failure", "it looks whole"),
         ("Keeping", "close", "a client that leaves does not end it: "),
         ("Elsewhere", "threads", "made on another thread than the server's"),
+        ("Bound", "threads", "on another thread than the first raises RuntimeError"),
+        ("Leaking", "left behind", "connections checked out"),
     ],
 )
 def test_middleware_that_breaks_streams_is_named(
@@ -427,9 +470,9 @@ def test_middleware_that_breaks_streams_is_named(
     assert failed(text) == [check]
     said = checks(text)[check][1]
     assert found in said
-    assert f"doctored_middlewares.{middleware}" in said
+    assert (f"doctored_middlewares.{middleware}" in said) == (middleware != "Leaking")
     assert "pass_on" not in said
-    assert " -> Let " in said
+    assert " -> " in said
 
 
 def test_middleware_that_does_not_pass_on_close_is_warned_of(run: Run) -> None:
@@ -447,6 +490,26 @@ def test_application_wrapper_that_reads_the_body_is_named(run: Run) -> None:
     assert failed(text) == ["first chunk", "Content-Length"]
     for name in failed(text):
         assert "doctored.Minifying" in checks(text)[name][1]
+
+
+@pytest.mark.parametrize(
+    ("options", "appended"),
+    [("", "'Internal Server Error'"), ("debug = true", "'<!DOCTYPE HTML")],
+)
+def test_missing_guard_lets_foreign_text_through(
+    run: Run, options: str, appended: str
+) -> None:
+    """On servers that take a second ``start_response``."""
+    code, text = run(middleware="unguarded", options=options)
+    assert code == 1
+    assert failed(text) == ["failure"]
+    assert f"{appended}" in checks(text)["failure"][1]
+    assert "was made before tgstream was imported" in checks(text)["guard"][1]
+
+
+def test_middleware_that_answers_as_it_may_passes(run: Run) -> None:
+    """An error page with ``exc_info`` is for the server to decide."""
+    assert run(middleware="Answering")[0] == 0
 
 
 def test_application_without_a_guard_fails(folder: Path) -> None:
@@ -561,6 +624,17 @@ def test_settings_that_do_not_go_with_streams_are_told() -> None:
     assert debugged["error tracing"].mark == "note"
 
 
+def test_what_is_not_installed_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it matters, and how to get it."""
+    for name in "backlash", "beaker", "orjson":
+        monkeypatch.setitem(sys.modules, name, None)
+    config = {"session.enabled": True, "tm.enabled": True}
+    found = {each.name: each for each in settings(config)}
+    assert found["error tracing"].found == "none: backlash is not installed"
+    assert found["tg.session"].found == "none: Beaker is not installed"
+    assert "pip install 'tgstream[orjson]'" in found["orjson"].advice
+
+
 def channels(url: str) -> Finding:
     """What is found of an option ``tgstream.channels``."""
     found = settings({"tgstream.channels": url})
@@ -577,6 +651,15 @@ def test_channels_that_cannot_be_reached_fail() -> None:
     assert f"redis://127.0.0.1:{port}/0 cannot be reached" in found.found
     assert "secret" not in found.found
     assert channels("amqp://there").mark == "FAIL"
+
+
+def test_missing_package_redis_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is an extra of tgstream."""
+    monkeypatch.setitem(sys.modules, "redis", None)
+    monkeypatch.delitem(sys.modules, "tgstream._redis", raising=False)
+    found = channels("redis://127.0.0.1/0")
+    assert found.mark == "FAIL"
+    assert "the package redis is not installed" in found.found
 
 
 # Applications that cannot be loaded.
@@ -597,6 +680,16 @@ def test_application_that_cannot_be_loaded_is_told_in_a_sentence(
     assert code == 1
     assert [*checks(text)] == ["application"]
     assert f"test.ini cannot be loaded: {error}" in checks(text)["application"][1]
+
+
+def test_file_that_cannot_be_read_is_told(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In a sentence, too."""
+    (folder / "test.ini").write_text("[app:main")
+    assert main(["doctor", "test.ini"]) == 1
+    said = checks(capsys.readouterr().out)["application"][1]
+    assert "it raises MissingSectionHeaderError: " in said
 
 
 def test_missing_paste_deploy_is_told(
@@ -744,6 +837,15 @@ def test_environment_is_what_is_installed(capsys: pytest.CaptureFixture[str]) ->
     assert {"Python", "TurboGears2", "SQLAlchemy", "orjson", "waitress"} <= found.keys()
     assert found["waitress"][1].endswith(": a failed stream breaks")
     assert "sync worker" in found["gunicorn"][1]
+
+
+def test_package_that_is_too_old_fails() -> None:
+    """Or is not there."""
+    assert compared("WebOb", None, "1.8.9").mark == "FAIL"
+    old = compared("WebOb", "1.8.8", "1.8.9")
+    assert (old.mark, old.advice) == ("FAIL", "Install WebOb 1.8.9 or later.")
+    assert server("granian", "2.8.8").mark == "warn"
+    assert server("granian", "2.8.9").mark == "ok"
 
 
 @pytest.mark.parametrize(

@@ -85,10 +85,11 @@ def _python() -> Finding:
     have, floor = platform.python_version(), ">=3.10"
     with contextlib.suppress(metadata.PackageNotFoundError):
         floor = metadata.metadata("tgstream")["Requires-Python"]
-    return _compared("Python", have, floor.removeprefix(">="))
+    return compared("Python", have, floor.removeprefix(">="))
 
 
-def _compared(name: str, have: str | None, floor: str) -> Finding:
+def compared(name: str, have: str | None, floor: str) -> Finding:
+    """What is to say of a version of what tgstream requires; None is not installed."""
     if have is None:
         found = Finding(FAIL, name, "not installed")
     elif is_below(have, floor):
@@ -122,7 +123,7 @@ def _requirements(required: dict[str, str]) -> Iterator[Finding]:
     for name in required.keys() - EXTRAS.keys():
         have = version_of(name)
         known = name if have is None else metadata.metadata(name)["Name"]
-        yield _compared(known, have, required[name])
+        yield compared(known, have, required[name])
 
 
 def _extras(required: dict[str, str]) -> Iterator[Finding]:
@@ -136,20 +137,21 @@ def _extras(required: dict[str, str]) -> Iterator[Finding]:
             yield Finding(OK, name, f"{have}: {use}")
 
 
-def _servers() -> Iterator[Finding]:
-    installed = False
-    for name, (mark, phrase, advice) in SERVERS.items():
-        have = version_of(name)
-        if have is None:
-            continue
-        installed = True
-        if name in FLOORS and is_below(have, FLOORS[name][0]):
-            mark, (_, phrase, advice) = WARN, FLOORS[name]
-        yield Finding(mark, name, f"{have}: {phrase}", advice)
-    if not installed:
-        yield Finding(
+def _servers() -> list[Finding]:
+    found = [(name, version_of(name)) for name in SERVERS]
+    return [server(name, have) for name, have in found if have is not None] or [
+        Finding(
             NOTE,
             "servers",
             "none that tgstream was run under; wsgiref serves one request at a time",
             "pip install waitress",
         )
+    ]
+
+
+def server(name: str, have: str) -> Finding:
+    """What the page on servers says of this version of one."""
+    mark, phrase, advice = SERVERS[name]
+    if name in FLOORS and is_below(have, FLOORS[name][0]):
+        mark, (_, phrase, advice) = WARN, FLOORS[name]
+    return Finding(mark, name, f"{have}: {phrase}", advice)

@@ -90,7 +90,7 @@ class Exchange:
             self.error = error
 
     def _take(self, chunk: bytes) -> None:
-        self._sent = True
+        self._sent = self._sent or bool(chunk)
         if self._restarted:
             self.after_restart += chunk
         elif self._decoder is not None:

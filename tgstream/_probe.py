@@ -45,7 +45,7 @@ class Probe:
     def __init__(self, content_type: str = "text/plain", fails: bool = False) -> None:
         self.content_type = content_type
         self.fails = fails
-        self.begun = self.closed = self.strange = False
+        self.begun = self.closed = False
         self.made = 0
         self.threads: list[int] = []
         self.reader: str | None = None
@@ -72,7 +72,6 @@ class Probe:
                     self.reader = _reader(sys._getframe(1))
                 self.made += 1
                 self.threads.append(threading.get_ident())
-                self.strange |= tg.request.environ.get(KEY) is not self
                 yield item
         finally:
             self.closed = True
