@@ -13,9 +13,11 @@ import pytest
 import tg
 
 from tests.conftest import MakeApp, assert_thread_clean
+from tests.servers.expected import EXPECTED
 from tgstream import _loading
 from tgstream.__main__ import main
-from tgstream._environment import compared, environment, is_below, server
+from tgstream._environment import BROKEN, compared, environment, is_below, server
+from tgstream._environment import SERVERS as DOCTORS_SERVERS
 from tgstream._findings import Finding, text_of
 from tgstream._settings import settings
 
@@ -32,6 +34,7 @@ from zope.sqlalchemy import register
 
 DBSession = scoped_session(sessionmaker())
 register(DBSession)
+Second = scoped_session(sessionmaker())
 
 
 class Model(types.ModuleType):
@@ -131,6 +134,8 @@ import sys
 import threading
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+
+import webob.dec
 
 HELD = []
 
@@ -287,6 +292,18 @@ def unguarded(app):
 class Anything(Middleware):
     def __call__(self, *args, **kwargs):
         return self.app(*args, **kwargs)
+
+
+@webob.dec.wsgify.middleware
+def reading(request, app):
+    response = request.get_response(app)
+    response.md5_etag()
+    return response
+
+
+class Raising(Middleware):
+    def __call__(self, environ, start_response):
+        raise LookupError("no way")
 
 
 class Asking(Middleware):
@@ -483,6 +500,15 @@ def test_middleware_that_does_not_pass_on_close_is_warned_of(run: Run) -> None:
     assert "only when the server lets go of the body: doctored_middlewares.M" in said
 
 
+def test_middleware_of_webob_is_named(run: Run) -> None:
+    """By its function."""
+    code, text = run(middleware="reading")
+    assert code == 1
+    assert failed(text) == ["first chunk", "Content-Length"]
+    for name in "middlewares", *failed(text):
+        assert "doctored_middlewares.reading" in checks(text)[name][1]
+
+
 def test_application_wrapper_that_reads_the_body_is_named(run: Run) -> None:
     """It is inside of TurboGears, where no layer can be asked by itself."""
     code, text = run(factory="wrapped")
@@ -552,6 +578,9 @@ def test_request_that_does_not_reach_turbogears_is_told(run: Run) -> None:
     assert "/tgstream-doctor is answered 302 Found before TurboGears has it" in said
     code, text = run("--path", "/open/door", middleware="Asking")
     assert code == 0
+    code, text = run(middleware="Raising")
+    assert code == 1
+    assert "raises LookupError: no way, so" in checks(text)["middlewares"][1]
 
 
 # What is set.
@@ -602,6 +631,15 @@ def test_session_that_cannot_be_found_fails(run: Run, folder: Path) -> None:
     )
     assert not (folder / "reported").exists()
     assert "tgstream.sessions names doctored.Other" in checks(text)["database"][1]
+
+
+def test_sessions_are_named_with_their_databases(run: Run) -> None:
+    """Each of which a stream gets its own."""
+    code, text = run(options="tgstream.sessions = doctored.Second")
+    assert code == 0
+    database = checks(text)["database"][1]
+    first = "DBSession on sqlite:///development.db"
+    assert database == f"{first}, a session of tgstream.sessions"
 
 
 def test_settings_that_do_not_go_with_streams_are_told() -> None:
@@ -837,6 +875,19 @@ def test_environment_is_what_is_installed(capsys: pytest.CaptureFixture[str]) ->
     assert {"Python", "TurboGears2", "SQLAlchemy", "orjson", "waitress"} <= found.keys()
     assert found["waitress"][1].endswith(": a failed stream breaks")
     assert "sync worker" in found["gunicorn"][1]
+
+
+@pytest.mark.parametrize("name", DOCTORS_SERVERS)
+def test_server_is_told_of_as_it_was_seen(name: str) -> None:
+    """What the page on servers has in its table."""
+    wanted = {"pyuwsgi": "uwsgi"}.get(name, name.lower())
+    seen = [cells for row, cells in EXPECTED.items() if row.startswith(wanted)]
+    seen = [cells for cells in seen if cells["failure"] != "refused"]
+    assert seen
+    said = server(name, "9").found
+    for cells in seen:
+        assert (BROKEN in said) == (cells["failure"] == "breaks")
+        assert ("not noticed" in said) == (cells["client leaves"] == "never noticed")
 
 
 def test_package_that_is_too_old_fails() -> None:
