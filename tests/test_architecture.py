@@ -93,7 +93,7 @@ LADDER = {
     "_layers": set(),
     "_probe": {"_advice", "_controller", "_layers"},
     "_exchange": {"_cleanup", "_layers", "_probe"},
-    "_proofs": {"_exchange", "_layers", "_probe"},
+    "_proofs": {"_exchange", "_findings", "_layers", "_probe"},
     "_settings": {"_config", "_findings", "_redis", "_report", "channels"},
     "_environment": {"_findings"},
     "_doctor": {

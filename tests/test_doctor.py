@@ -301,6 +301,18 @@ def reading(request, app):
     return response
 
 
+class Picky(Middleware):
+    def __call__(self, environ, start_response):
+        def start(status, headers, exc_info=None):
+            if "gzip" in environ.get("HTTP_ACCEPT_ENCODING", ""):
+                status = "406 Not Acceptable"
+            elif dict(headers)["Content-Type"].startswith("text/html"):
+                raise ValueError("no page")
+            return start_response(status, headers, exc_info)
+
+        return self.app(environ, start)
+
+
 class Raising(Middleware):
     def __call__(self, environ, start_response):
         raise LookupError("no way")
@@ -498,6 +510,16 @@ def test_middleware_that_does_not_pass_on_close_is_warned_of(run: Run) -> None:
     mark, said = checks(text)["close"]
     assert (code, mark) == (0, "warn")
     assert "only when the server lets go of the body: doctored_middlewares.M" in said
+
+
+def test_middleware_that_refuses_streams_is_told_of(run: Run) -> None:
+    """Of some type, or for some clients."""
+    code, text = run(middleware="Picky", options="trace_errors.enable = false")
+    assert code == 1
+    assert failed(text) == ["first chunk", "gzip"]
+    found = checks(text)
+    assert "a stream of text/html raises ValueError: no page" in found["first chunk"][1]
+    assert "stream of text/plain is answered 406 Not Acceptable" in found["gzip"][1]
 
 
 def test_middleware_of_webob_is_named(run: Run) -> None:

@@ -124,6 +124,8 @@ class _Asked:
 
     def first_chunk(self) -> Finding:
         for content_type in TYPES:
+            if what := _proofs.refused(self.app, self.path, content_type):
+                return Finding(FAIL, "first chunk", what)
             proof = of_type(content_type)
             if what := proof(self.app, self.path):
                 return Finding(
@@ -152,6 +154,8 @@ class _Asked:
         exchange.read()
         encoding = exchange.headers.get("Content-Encoding")
         for content_type in TYPES:
+            if what := _proofs.refused(self.app, self.path, content_type, GZIP):
+                return Finding(FAIL, "gzip", what)
             plain, packed = of_type(content_type), of_type(content_type, GZIP)
             what = packed(self.app, self.path)
             if what and not plain(self.app, self.path):

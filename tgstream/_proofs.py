@@ -1,7 +1,7 @@
 """What is proved by a stream: each kind of harm, looked for, and who does it.
 
 Rule: a proof sends streams of its own through an application, and returns what is wrong
-with them in words, "" for nothing. So that the same can be asked of each layer.
+with them in words, "" for nothing; so the same can be asked of each layer.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 from ._exchange import Exchange
+from ._findings import said
 from ._layers import Layer
 from ._probe import ITEMS, Probe
 
@@ -41,6 +42,19 @@ def held_back(
     if made >= ITEMS:
         return f"the client has nothing until all {ITEMS} chunks are made"
     return f"the client has nothing until {made} chunks are made"
+
+
+def refused(
+    app: Any, path: str, content_type: str, headers: dict[str, str] | None = None
+) -> str:
+    """Whether something does not let a stream of this type pass at all."""
+    exchange = Exchange(app, path, Probe(content_type), headers)
+    exchange.read()
+    if exchange.error is not None:
+        return f"a stream of {content_type} raises {said(exchange.error)}"
+    if not exchange.status.startswith("2"):
+        return f"a stream of {content_type} is answered {exchange.status}"
+    return ""
 
 
 def counted(app: Any, path: str, inside: bool = False) -> str:
