@@ -90,6 +90,19 @@ LADDER = {
         *("_report", "_sse"),
     },
     "pytest_plugin": {"testing"},
+    "_findings": set(),
+    "_loading": set(),  # and nothing ever
+    "_layers": set(),
+    "_probe": {"_advice", "_controller", "_layers"},
+    "_exchange": {"_cleanup", "_layers", "_probe"},
+    "_proofs": {"_exchange", "_findings", "_layers", "_probe"},
+    "_settings": {"_config", "_findings", "_redis", "_report", "channels"},
+    "_environment": {"_findings"},
+    "_doctor": {
+        *("_exchange", "_findings", "_layers", "_leaks", "_loading"),
+        *("_probe", "_proofs", "_settings"),
+    },
+    "__main__": {"_doctor", "_environment", "_findings", "_loading"},
     "__init__": {
         *("_config", "_controller", "_copy", "_csv", "_json", "_options"),
         *("_report", "_resume", "_rows", "_sse", "_stream", "_templates"),

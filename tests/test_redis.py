@@ -21,6 +21,7 @@ from tests.test_channels import Live, assert_reset, heard, id_of
 from tests.wsgi import get
 from tgstream import Channel, Event
 from tgstream._redis import Redis
+from tgstream._settings import settings
 from tgstream.testing import open_stream
 
 numbers = count()
@@ -72,6 +73,16 @@ def mortal(tmp_path: Path) -> Iterator[Server]:
 def name() -> str:
     """A channel of this test alone."""
     return f"test {next(numbers)}"
+
+
+def test_server_that_answers_can_be_asked(server: Server) -> None:
+    """As the doctor does."""
+    [found] = [
+        each
+        for each in settings({"tgstream.channels": server.url})
+        if each.name == "channels"
+    ]
+    assert (found.mark, found.found) == ("ok", f"{server.url} answers")
 
 
 MakeHub = Callable[..., Redis]

@@ -127,8 +127,7 @@ def name_of(function: Any) -> str:
 
 def install() -> None:
     """Register the hooks with TG, once, however often its milestones are reset."""
-    hooks = {"before_render": _before_render, "after_wsgi_middlewares": Guard}
-    for name, hook in hooks.items():
+    for name, hook in HOOKS.items():
         tg.hooks.disconnect(name, hook)
         tg.hooks.register(name, hook)
 
@@ -241,5 +240,9 @@ def _database_class() -> Any:
     return importlib.import_module("tgstream._database").Database
 
 
+HOOKS: dict[str, Any] = {
+    "before_render": _before_render,
+    "after_wsgi_middlewares": Guard,
+}
 # At the end: where TG has reached the milestone already, it calls at once.
 milestones.config_ready.register(install, persist_on_reset=True)

@@ -220,6 +220,16 @@ class Redis:
                 feed.append(key, event)
 
 
+def reach(url: str) -> None:
+    """Ask the server whether it is there.
+
+    :raises Exception: of the package redis, or of the system, when it does not answer.
+    """
+    client: Any = redis.Redis.from_url(url, **_manners())
+    with client:
+        client.ping()
+
+
 def _manners(waits: float = 0.0) -> dict[str, Any]:
     """How a server is spoken to: nothing twice, and not for ever."""
     return {

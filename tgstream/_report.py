@@ -135,12 +135,10 @@ _warned: WeakSet[Any] = WeakSet()
 
 def tell_shared(session: Session) -> None:
     """Warn, once an engine, that a stream cannot have a connection of its own there."""
-    from sqlalchemy.pool import SingletonThreadPool, StaticPool
-
     engine = getattr(session.bind, "engine", None)
     if engine is None or engine in _warned:
         return
-    if isinstance(engine.pool, SingletonThreadPool | StaticPool):
+    if is_shared(engine):
         _warned.add(engine)
         log.warning(
             "%s is one connection for all sessions of a thread: a stream's transaction "
@@ -148,6 +146,13 @@ def tell_shared(session: Session) -> None:
             "sqlalchemy.url = sqlite:///%%(here)s/test.db",
             engine.url,
         )
+
+
+def is_shared(engine: Any) -> bool:
+    """True where all sessions of a thread have one connection of ``engine``."""
+    from sqlalchemy.pool import SingletonThreadPool, StaticPool
+
+    return isinstance(engine.pool, SingletonThreadPool | StaticPool)
 
 
 def tell_unclosed(error: BaseException) -> None:

@@ -23,6 +23,8 @@ from ._sse import Event, encoded_text
 __all__ = ["Channel"]
 
 LONGEST = 256
+REDIS = "redis://", "rediss://", "unix://"
+"""How a URL begins that names a Redis or a Valkey."""
 _TOLD = "tgstream.told_of_memory"
 
 
@@ -136,7 +138,7 @@ def _hub() -> Hub:
 def _made(url: str, history: int) -> Hub:
     if url == "memory://":
         return Memory(history)
-    if url.startswith(("redis://", "rediss://", "unix://")):
+    if url.startswith(REDIS):
         # Imported where it is asked for: the package redis is an extra.
         from ._redis import Redis
 

@@ -1,0 +1,211 @@
+"""What an application's settings mean for its streams.
+
+Rule: each check reads the configuration of the application, and changes nothing.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator, Mapping
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+from tg.support.converters import asbool
+
+from ._config import OPTIONS, option, scoped_sessions
+from ._findings import FAIL, NOTE, OK, WARN, Finding, said
+from ._report import is_shared
+from .channels import REDIS
+
+Config = Mapping[str, Any]
+_OWN = {"tgstream.guard", "tgstream.said", "tgstream.looks", "tgstream.told_of_memory"}
+"""What tgstream itself keeps in a configuration."""
+
+
+def settings(config: Config) -> Iterator[Finding]:
+    """The checks of all settings, in the order in which they are told."""
+    yield from options(config)
+    yield _channels(config)
+    yield from _database(config)
+    yield _transactions(config)
+    yield _registry_streaming(config)
+    yield _tracing(config)
+    yield from _slow_requests(config)
+    yield from _debugbar(config)
+    yield _session(config)
+    yield _orjson()
+
+
+def options(config: Config) -> list[Finding]:
+    """The options of tgstream: their names, and whether their values can be read."""
+    given = {name for name in config if name.startswith("tgstream.")} - _OWN
+    found = [
+        Finding(
+            FAIL,
+            "options",
+            f"tgstream has no option {name}",
+            f"Its options are {', '.join(sorted(OPTIONS))}.",
+        )
+        for name in sorted(given - OPTIONS.keys())
+    ]
+    for name in sorted(given & OPTIONS.keys()):
+        try:
+            option(config, name)
+        except (ValueError, TypeError):
+            row = f"The default is {OPTIONS[name].default!r}; leave it out for that."
+            found.append(
+                Finding(
+                    FAIL,
+                    "options",
+                    f"{name} is {config[name]!r}, which cannot be read",
+                    row,
+                )
+            )
+    changed = [
+        f"{name} = {config[name]}"
+        for name in sorted(given & OPTIONS.keys())
+        if config[name] != OPTIONS[name].default
+    ]
+    return found or [Finding(OK, "options", ", ".join(changed) or "all by default")]
+
+
+def _channels(config: Config) -> Finding:
+    url = str(config.get("tgstream.channels", OPTIONS["tgstream.channels"].default))
+    if url == "memory://":
+        return Finding(OK, "channels", "memory://, for a server of one process")
+    if not url.startswith(REDIS):
+        return Finding(
+            FAIL,
+            "channels",
+            f"tgstream.channels is {url!r}, which is none of its kinds",
+            "Write memory://, or redis://host:port/db for a Redis or a Valkey.",
+        )
+    parts = urlsplit(url)  # without its password
+    shown = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+    try:
+        from ._redis import reach
+
+        reach(url)
+    except ImportError:
+        return Finding(
+            FAIL,
+            "channels",
+            f"{shown}, and the package redis is not installed",
+            "pip install 'tgstream[redis]'",
+        )
+    except Exception as error:
+        return Finding(
+            FAIL,
+            "channels",
+            f"{shown} cannot be reached: {said(error)}",
+            "Start it, or set tgstream.channels to where it is.",
+        )
+    return Finding(OK, "channels", f"{shown} answers")
+
+
+def _database(config: Config) -> Iterator[Finding]:
+    try:
+        found = scoped_sessions(config)
+    except ValueError as error:
+        yield Finding(FAIL, "database", str(error))
+        return
+    engines = [scoped.session_factory.kw.get("bind") for scoped in found]
+    names = [_name_of(config, scoped) for scoped in found]
+    places = [
+        name if engine is None else f"{name} on {unquote(str(engine.url))}"
+        for name, engine in zip(names, engines, strict=True)
+    ]
+    alone = [not (hasattr(engine, "pool") and is_shared(engine)) for engine in engines]
+    if all(alone):
+        yield Finding(OK, "database", ", ".join(places) or "no scoped session")
+        return
+    yield Finding(
+        WARN,
+        "database",
+        f"{places[alone.index(False)]}, which is one connection for all sessions of a "
+        "thread: a stream's transaction cannot be kept apart",
+        "Use a file, in test.ini: sqlalchemy.url = sqlite:///%(here)s/test.db",
+    )
+
+
+def _name_of(config: Config, scoped: Any) -> str:
+    for name in "DBSession", "SQLASession":
+        if config.get(name) is scoped:
+            return name
+    return "a session of tgstream.sessions"
+
+
+def _transactions(config: Config) -> Finding:
+    if asbool(config.get("tm.enabled")):
+        return Finding(OK, "transactions", "tm.enabled is on")
+    return Finding(
+        NOTE,
+        "transactions",
+        "tm.enabled is off: what a controller wrote and did not commit is gone when it "
+        "returns its generator",
+        "Commit in the controller, or write in the generator, which has a transaction.",
+    )
+
+
+def _registry_streaming(config: Config) -> Finding:
+    state = "on" if config.get("registry_streaming", True) else "off"
+    return Finding(OK, "registry_streaming", f"{state}; streams do not need it")
+
+
+def _tracing(config: Config) -> Finding:
+    if importlib.util.find_spec("backlash") is None:
+        return Finding(OK, "error tracing", "none: backlash is not installed")
+    if asbool(config.get("debug")):
+        return Finding(
+            NOTE,
+            "error tracing",
+            "debug is on: backlash's debugger is around the application",
+            "Set debug = false wherever others can reach it.",
+        )
+    enabled = config.get("tg.errorware", {}).get("enable", True)
+    state = "backlash's" if enabled else "none: trace_errors.enable is off"
+    return Finding(OK, "error tracing", state)
+
+
+def _slow_requests(config: Config) -> Iterator[Finding]:
+    slow = config.get("tg.slowreqs", {})
+    if slow.get("enable") and not asbool(config.get("debug")):
+        yield Finding(
+            WARN,
+            "slow requests",
+            "trace_slowreqs is on: each stream that is longer than "
+            f"{slow.get('interval', 25)} s is reported",
+            "Add the paths of streams to trace_slowreqs.exclude.",
+        )
+
+
+def _debugbar(config: Config) -> Iterator[Finding]:
+    if asbool(config.get("debug")) and config.get("debugbar.engine"):
+        yield Finding(
+            WARN,
+            "debugbar",
+            "tgext.debugbar is on: it keeps every query of a stream until it ends",
+            "Set debug = false for long streams; their pages have no debugbar anyway.",
+        )
+
+
+def _session(config: Config) -> Finding:
+    if not asbool(config.get("session.enabled")):
+        return Finding(OK, "tg.session", "off")
+    if importlib.util.find_spec("beaker") is None:
+        return Finding(OK, "tg.session", "none: Beaker is not installed")
+    kind = config.get("session.type") or "file or memory"
+    return Finding(
+        OK, "tg.session", f"Beaker's, {kind}; it is saved before the first chunk leaves"
+    )
+
+
+def _orjson() -> Finding:
+    if importlib.util.find_spec("orjson") is not None:
+        return Finding(OK, "orjson", "installed")
+    return Finding(
+        NOTE,
+        "orjson",
+        "not installed",
+        "pip install 'tgstream[orjson]' makes JSON several times as quick.",
+    )
