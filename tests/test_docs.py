@@ -18,6 +18,7 @@ import tgstream
 from examples import cookbook
 from tests.conftest import MakeApp
 from tests.live_apps.run import SERVERS
+from tests.pages import blocks
 from tests.servers.expected import unexpected
 from tests.wsgi import get
 from tgstream import stream
@@ -114,12 +115,6 @@ def test_readme_usage_runs(
         assert disposition == 'attachment; filename="report-2026.csv"'
     finally:
         tg.config["tg.app_globals"].sa_engine.dispose()
-
-
-def blocks(text: str) -> list[str]:
-    """The Python blocks of a page of the docs, where the page stands in the margin."""
-    found = re.findall(r"code-block:: python\n\n((?: {4}.*\n|\n)+)", text)
-    return [re.sub(r"^ {4}", "", block, flags=re.MULTILINE) for block in found]
 
 
 EXPORTED = {

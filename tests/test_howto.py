@@ -1,0 +1,227 @@
+"""The pages of ``docs/`` on how to do what: their code runs, and does what they say."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import select
+import socket
+import struct
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlencode
+
+import pytest
+import sqlalchemy as sa
+
+from tests.conftest import LiveServer
+
+BROKEN = (http.client.IncompleteRead, ConnectionResetError)
+
+
+class Site:
+    """The application of a page under a real server, and its database from outside."""
+
+    def __init__(self, page: str, server: str, url: str) -> None:
+        self.live = LiveServer(server, "page_app", f"page={page}", f"url={url}")
+        self.outside = sa.create_engine(url, poolclass=sa.NullPool)
+
+    def stop(self) -> str:
+        """End the server, and return its log."""
+        self.outside.dispose()
+        return self.live.stop()
+
+    def look(self, statement: str) -> list[Any]:
+        """The first column of what is stored."""
+        with self.outside.connect() as connection:
+            return list(connection.execute(sa.text(statement)).scalars())
+
+    def execute(self, statement: str) -> None:
+        """Change what is stored."""
+        with self.outside.begin() as connection:
+            connection.execute(sa.text(statement))
+
+    def names(self) -> list[str]:
+        """The names of the users that are stored, in order."""
+        return self.look("SELECT user_name FROM tg_user ORDER BY user_id")
+
+    def send(self, path: str, file: str, **headers: str) -> http.client.HTTPResponse:
+        """Post a form with a file, as a browser does."""
+        body = (
+            '--limit\r\nContent-Disposition: form-data; name="file"; filename="a.csv"'
+            f"\r\nContent-Type: text/csv\r\n\r\n{file}\r\n--limit--\r\n"
+        ).encode()
+        kind = {"Content-Type": "multipart/form-data; boundary=limit"}
+        return self._ask("POST", path, body, {**kind, **headers})
+
+    def get(self, path: str, **headers: str) -> http.client.HTTPResponse:
+        """The response for ``path``, whose body is still to be read."""
+        return self._ask("GET", path, None, headers)
+
+    def _ask(
+        self, method: str, path: str, body: bytes | None, headers: dict[str, str]
+    ) -> http.client.HTTPResponse:
+        connection = http.client.HTTPConnection("127.0.0.1", self.live.port, timeout=20)
+        connection.request(method, path, body, {"Connection": "close", **headers})
+        return connection.getresponse()
+
+
+@pytest.fixture(scope="module", params=["waitress sqlite", "gunicorn-gthread postgres"])
+def writing(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Site]:
+    """The page on writing: each of two servers with one of two databases."""
+    server, database = request.param.split()
+    if database == "sqlite":
+        url = f"sqlite:///{tmp_path_factory.mktemp('writing')}/test.db"
+    else:
+        url = request.getfixturevalue("postgresql")
+    site = Site("writing", server, url)
+    yield site
+    site.stop()
+
+
+@pytest.fixture
+def make_pipe(tmp_path: Path) -> Callable[[str], Path]:
+    """Makes named pipes, by which client and server wait for each other."""
+
+    def make(name: str) -> Path:
+        os.mkfifo(tmp_path / name)
+        return tmp_path / name
+
+    return make
+
+
+def leave(response: http.client.HTTPResponse) -> None:
+    """Go away without a farewell, as a client that crashes does."""
+    raw: Any = response.fp
+    linger = struct.pack("ii", 1, 0)
+    raw.raw._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+    response.close()
+
+
+def documents(response: http.client.HTTPResponse) -> Iterator[Any]:
+    """The lines of NDJSON, as they come."""
+    return map(json.loads, response)
+
+
+def csv_of(*names: str) -> str:
+    """A file of users."""
+    lines = [f"{name},{name.title()}\r\n" for name in names]
+    return "user_name,display_name\r\n" + "".join(lines)
+
+
+def people(prefix: str, count: int) -> list[str]:
+    return [f"{prefix}{number}" for number in range(1, count + 1)]
+
+
+def test_upload_is_stored_and_told(writing: Site) -> None:
+    """Every row is a user and a line, and the last line says that it is complete."""
+    with writing.send("/imports/upload", csv_of(*people("whole", 250))) as response:
+        told = list(documents(response))
+    assert told == [{"row": n} for n in range(1, 251)] + [{"end": True, "items": 250}]
+    assert [n for n in writing.names() if n.startswith("whole")] == people("whole", 250)
+
+
+def test_upload_of_a_wrong_file_is_an_error_page(writing: Site) -> None:
+    """What is found before the first ``yield`` has a status."""
+    for path in "/imports/upload", "/jobs/start":
+        with writing.send(path, "name\r\nada\r\n") as response:
+            assert response.status == 400
+
+
+def test_upload_that_fails_keeps_full_hundreds(writing: Site) -> None:
+    """The rows since the last hundred are gone, and the client can tell."""
+    short = csv_of(*people("twice", 250), "twice1")
+    with writing.send("/imports/upload", short) as response:
+        assert response.status == 500  # nothing had left
+    long = csv_of(*people("again", 5050), "again1")
+    with writing.send("/imports/upload", long) as response, pytest.raises(BROKEN):
+        assert response.status == 200
+        response.read()
+    stored = [n for n in writing.names() if n.startswith(("twice", "again"))]
+    assert stored == [*people("twice", 200), *people("again", 5000)]
+
+
+def test_upload_whose_client_leaves_goes_on_when_it_is_sent_again(
+    writing: Site, make_pipe: Callable[[str], Path]
+) -> None:
+    """Full hundreds stay, nothing else does; in the end each row is there once."""
+    names = [*people("left", 250), "wait", *people("late", 8000)]
+    wait, tell = make_pipe("wait"), make_pipe("tell")
+    told = os.open(tell, os.O_RDONLY | os.O_NONBLOCK)
+    ways = {"X-Wait": str(wait), "X-Tell": str(tell)}
+    before = len(writing.names())
+    response = writing.send("/resumed/upload", csv_of(*names), **ways)
+    seen = next(line["row"] for line in documents(response) if line["row"] == 200)
+    with wait.open("w") as go:  # which waits for the other side
+        leave(response)
+        go.write("go on\n")
+    assert select.select([told], [], [], 20)[0]
+    assert os.read(told, 100) == b"disconnected"
+    os.close(told)
+    stored = len(writing.names()) - before
+    assert stored % 100 == 0
+    assert seen <= stored < len(names)
+    assert writing.look('SELECT rows FROM "import"') == [stored]
+    with writing.send("/resumed/upload", csv_of(*names)) as response:
+        rest = list(documents(response))
+    assert rest[0] == {"row": stored + 100}
+    assert rest[-2] == {"row": len(names)}
+    assert writing.names()[before:] == names
+
+
+def test_upload_that_is_sent_twice_at_once_is_stored_once(
+    writing: Site, make_pipe: Callable[[str], Path]
+) -> None:
+    """The one that comes second to a commit breaks."""
+    names = [*people("once", 250), "wait", *people("then", 49)]
+    file = csv_of(*names)
+    writing.execute("DELETE FROM tg_user WHERE user_name = 'wait'")
+    wait = make_pipe("wait")
+    first = writing.send("/resumed/upload", file, **{"X-Wait": str(wait)})
+    with wait.open("w") as go:
+        with writing.send("/resumed/upload", file) as second:
+            told = list(documents(second))
+        go.write("go on\n")
+    assert told == [{"row": 300}, {"end": True, "items": 1}]
+    with first, pytest.raises(BROKEN):
+        first.read()
+    assert [n for n in writing.names() if n in {*names}] == names
+
+
+def test_upload_goes_on_behind_rows_that_are_wrong(writing: Site) -> None:
+    """Each is told by its number, and the others are stored."""
+    file = csv_of("right1", "", "right2", "right1", "right3")
+    with writing.send("/lenient/upload", file) as response:
+        told = list(documents(response))
+    assert [(each.get("row"), each.get("error")) for each in told] == [
+        (1, None),
+        (2, "it has no name"),
+        (3, None),
+        (4, "there is one of that name"),
+        (5, None),
+        (None, None),
+    ]
+    stored = [n for n in writing.names() if n.startswith("right")]
+    assert stored == ["right1", "right2", "right3"]
+
+
+def test_job_goes_on_without_its_page(writing: Site) -> None:
+    """It is heard from its beginning, also when it is over, and has stored all rows."""
+    with writing.send("/jobs/start", csv_of(*people("job", 250))) as response:
+        job: dict[str, str] = json.load(response)
+    for _ in range(2):
+        told = []
+        with writing.get("/jobs/progress?" + urlencode(job)) as response:
+            for line in response:
+                if line.startswith(b"data:") and line.strip() != b"data:":
+                    told.append(json.loads(line[5:])["row"])
+                if told == [100, 200, 250]:
+                    break
+        assert told == [100, 200, 250]
+    assert [n for n in writing.names() if n.startswith("job")] == people("job", 250)
+    with writing.get("/jobs/progress?job=other") as response:
+        assert response.status == 404
