@@ -34,6 +34,7 @@ OWN_COMMANDS = {
     "TGSTREAM_MARIADB": "mariadb",
     "TGSTREAM_BROWSER": "browser",
     "TGSTREAM_PROXIES": "proxies",
+    "TGSTREAM_SERVERS": "servers",
 }
 collect_ignore = [
     folder for name, folder in OWN_COMMANDS.items() if name not in os.environ

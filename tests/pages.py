@@ -18,6 +18,12 @@ def blocks(text: str, language: str = "python") -> list[str]:
     return [re.sub(r"^ {4}", "", block, flags=re.MULTILINE) for block in found]
 
 
+def commands(text: str) -> list[str]:
+    """The lines of the shell blocks of a page."""
+    lines = "".join(blocks(text, "sh")).splitlines()
+    return [line.strip() for line in lines if line]
+
+
 def run_blocks(text: str, **names: Any) -> dict[str, Any]:
     """What a page's Python blocks define, run one after the other.
 

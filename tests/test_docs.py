@@ -18,7 +18,7 @@ import tgstream
 from examples import cookbook
 from tests.conftest import MakeApp
 from tests.live_apps.run import SERVERS
-from tests.pages import blocks
+from tests.pages import blocks, commands
 from tests.servers.expected import unexpected
 from tests.wsgi import get
 from tgstream import stream
@@ -36,12 +36,6 @@ CONTRIBUTING = (ROOT / "docs/contributing.rst").read_text()
 def snippets(language: str) -> list[str]:
     """What stands in the README's fences of this language."""
     return re.findall(rf"^```{language}\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
-
-
-def commands(text: str) -> list[str]:
-    """The lines of the shell blocks of a page of the docs."""
-    blocks = re.findall(r"code-block:: sh\n\n((?: {4}.*\n)+)", text)
-    return [line.strip() for block in blocks for line in block.splitlines()]
 
 
 USAGE, *ENABLING, STREAM, EXPORT, TESTING = snippets("python")
