@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import sys
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from types import ModuleType
@@ -63,6 +65,39 @@ def test_option_is_documented_with_its_default(name: str) -> None:
     assert row is not None
     assert row[1].strip("`") == shown
     assert re.search(rf"^\| `{name}` \| `?{re.escape(shown)}`? \|", README, re.M)
+
+
+LEVELS = {"exception": "ERROR", "log": "DEBUG"}
+
+
+def logged() -> Iterator[tuple[str, str]]:
+    """The level and the format of every line that the library logs."""
+    for path in Path(tgstream.__file__).parent.glob("*.py"):
+        for call in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(call, ast.Call):
+                continue
+            name = ast.unparse(call.func)
+            texts = [a.value for a in call.args if isinstance(a, ast.Constant)]
+            if name.startswith("log.") and texts:
+                level = name.removeprefix("log.")
+                yield LEVELS.get(level, level.upper()), str(texts[0])
+            elif name == "_tell" and texts:
+                yield "WARNING", str(texts[-1])
+
+
+@pytest.mark.parametrize(("level", "line"), sorted(logged()))
+def test_reference_has_every_line_of_the_log(level: str, line: str) -> None:
+    """Word for word, so that who searches for it finds what to do."""
+    fixed = re.split(r"%(?!%)\.?\d*[a-z]", line)
+    said = "<[a-z]+>".join(re.escape(part.replace("%%", "%")) for part in fixed)
+    text = " ".join(REFERENCE.split())
+    assert re.search(rf"\* - ``{level}`` - ``{said}`` - \w", text)
+
+
+def test_reference_has_no_line_of_the_log_that_is_gone() -> None:
+    """A row for each line, and none more."""
+    rows = re.findall(r"^    \* - ``[A-Z]+``\n      - ``", REFERENCE, re.MULTILINE)
+    assert len(rows) == len({line for _, line in logged()})
 
 
 @pytest.mark.parametrize("text", [README, REFERENCE], ids=["README", "reference"])
