@@ -8,15 +8,22 @@ import os
 import select
 import socket
 import struct
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 from urllib.parse import urlencode
 
 import pytest
 import sqlalchemy as sa
+import tg
+from werkzeug.exceptions import NotFound
 
-from tests.conftest import LiveServer
+import tgstream
+from tests.conftest import LiveServer, MakeApp
+from tests.live_apps import page_app
+from tests.wsgi import Call, get
 
 BROKEN = (http.client.IncompleteRead, ConnectionResetError)
 
@@ -137,19 +144,19 @@ def test_upload_that_fails_keeps_full_hundreds(writing: Site) -> None:
     short = csv_of(*people("twice", 250), "twice1")
     with writing.send("/imports/upload", short) as response:
         assert response.status == 500  # nothing had left
-    long = csv_of(*people("again", 5050), "again1")
+    long = csv_of(*people("again", 3050), "again1")
     with writing.send("/imports/upload", long) as response, pytest.raises(BROKEN):
         assert response.status == 200
         response.read()
     stored = [n for n in writing.names() if n.startswith(("twice", "again"))]
-    assert stored == [*people("twice", 200), *people("again", 5000)]
+    assert stored == [*people("twice", 200), *people("again", 3000)]
 
 
 def test_upload_whose_client_leaves_goes_on_when_it_is_sent_again(
     writing: Site, make_pipe: Callable[[str], Path]
 ) -> None:
     """Full hundreds stay, nothing else does; in the end each row is there once."""
-    names = [*people("left", 250), "wait", *people("late", 8000)]
+    names = [*people("left", 250), "wait", *people("late", 4000)]
     wait, tell = make_pipe("wait"), make_pipe("tell")
     told = os.open(tell, os.O_RDONLY | os.O_NONBLOCK)
     ways = {"X-Wait": str(wait), "X-Tell": str(tell)}
@@ -225,3 +232,105 @@ def test_job_goes_on_without_its_page(writing: Site) -> None:
     assert [n for n in writing.names() if n.startswith("job")] == people("job", 250)
     with writing.get("/jobs/progress?job=other") as response:
         assert response.status == 404
+
+
+class Shown:
+    """A page whose code was run in this process, and its application.
+
+    :param app: with each controller class of the page under its name.
+    :param names: what the page defines, and ``engine``, which is of its database.
+    """
+
+    def __init__(self, app: Any, names: dict[str, Any]) -> None:
+        self.app, self.names = app, names
+
+    def users(self) -> list[str]:
+        """The names of the users that are stored."""
+        statement: Any = sa.select(page_app.User.user_name).order_by(
+            page_app.User.user_id
+        )
+        with self.names["engine"].connect() as outside:
+            return list(outside.execute(statement).scalars())
+
+
+@pytest.fixture
+def show(
+    make_app: MakeApp, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Iterator[Callable[..., Shown]]:
+    """Runs a page, and makes an application of it, with an SQLite file."""
+    url = f"sqlite:///{tmp_path}/test.db"
+    for name in "myapp", "myapp.lib", "myapp.lib.base", "myapp.model":
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+
+    def plug(base_config: Any) -> None:
+        base_config.update_blueprint(page_app.database(url))
+        tgstream.plugme(base_config)
+
+    def show(page: str, **options: Any) -> Shown:
+        engine = sa.create_engine(url, poolclass=sa.NullPool)
+        names = page_app.shown(page, engine=engine)
+        app = make_app(page_app.root_of(names), plug=plug, **options)
+        return Shown(app, names)
+
+    yield show
+    page_app.DBSession.remove()
+    tg.config["tg.app_globals"].sa_engine.dispose()
+
+
+def test_moved_controller_answers_as_before(show: Callable[..., Shown]) -> None:
+    """While all goes well; and what each has written is stored."""
+    page = show("moving")
+    for path in "before", "after":
+        response = get(page.app, f"/{path}/register?names={path}1+{path}2")
+        assert response.text == f"{path}1 at 127.0.0.1\n{path}2 at 127.0.0.1\n"
+    assert page.users() == ["before1", "before2", "after1", "after2"]
+
+
+def test_moved_controller_that_fails_is_seen_to_fail(tmp_path: Path) -> None:
+    """Before, a failed response was a complete one, with nothing of it stored."""
+    site = Site("moving", "waitress", f"sqlite:///{tmp_path}/test.db")
+    try:
+        with site.get("/before/register?names=ada+ada") as response:
+            assert response.status == 200
+            assert response.read().startswith(b"ada at 127.0.0.1")
+        with site.get("/after/register?names=ada+ada") as response:
+            assert response.status == 200
+            with pytest.raises(BROKEN):
+                response.read()
+        assert site.names() == []
+        with site.get("/after/register?names=eve") as response:
+            assert response.read().startswith(b"eve at")
+        with site.get("/after/register?names=eve") as response:
+            assert response.status == 500
+    finally:
+        site.stop()
+
+
+def test_moved_controller_without_tm_has_a_transaction_of_its_own(
+    show: Callable[..., Shown],
+) -> None:
+    """What its body wrote and did not commit is gone."""
+    page = show("moving", tm__enabled=False)
+    for path in "before", "lost", "after":
+        get(page.app, f"/unmanaged/{path}?name={path}")
+    assert page.users() == ["before", "after"]
+
+
+def test_flask_and_tgstream_stream_the_same(show: Callable[..., Shown]) -> None:
+    """Beside what cannot be done from a generator of Flask."""
+    page = show("moving", session__enabled=True)
+    get(page.app, "/after/register?names=ada+bob")
+    flask = page.names["app"]
+    ours = get(page.app, "/reports/report?title=user")
+    theirs = get(flask, "/report?title=user")
+    assert ours.text == theirs.text == "user: ada\nuser: bob\n"
+    assert ("Set-Cookie" in ours.headers, "Set-Cookie" in theirs.headers) == (
+        True,
+        False,
+    )
+    assert get(page.app, "/reports/report").status_int == 404
+    call = Call(flask, "/report")
+    assert call.status_int == 200
+    with pytest.raises(NotFound):
+        next(call)
+    call.close()

@@ -51,21 +51,41 @@ def tell(report: Any) -> None:
             file.write(report.reason)
 
 
+def shown(page: str, **names: Any) -> dict[str, Any]:
+    """What the Python blocks of a page define, run in this process.
+
+    :param names: what they find beside ``myapp``.
+    """
+    provide("myapp.lib.base", BaseController=TGController)
+    provide("myapp.model", **vars(sys.modules[__name__]))
+    text = (DOCS / f"{page}.rst").read_text()
+    return run_blocks(text, __name__="myapp.page", **names)
+
+
+def root_of(names: dict[str, Any]) -> TGController:
+    """A controller with each controller class of a page under its name."""
+    root = TGController()
+    for name, each in names.items():
+        if isinstance(each, type) and issubclass(each, TGController):
+            setattr(root, name.lower(), each())
+    return root
+
+
+def database(url: str) -> dict[str, Any]:
+    """What an application with this database has in its configuration."""
+    model = sys.modules[__name__]
+    return {"use_sqlalchemy": True, "sqlalchemy.url": url, "model": model}
+
+
 def make_app(page: str, url: str) -> Any:
     """The application.
 
-    :param page: its name; each controller class of it is mounted under its name.
+    :param page: its name.
     :param url: of the database, whose tables are made anew.
     """
     import tgstream
 
-    provide("myapp.lib.base", BaseController=TGController)
-    provide("myapp.model", **vars(sys.modules[__name__]))
-    shown = run_blocks((DOCS / f"{page}.rst").read_text(), __name__="myapp.page")
-    root = TGController()
-    for name, each in shown.items():
-        if isinstance(each, type) and issubclass(each, TGController):
-            setattr(root, name.lower(), each())
+    root = root_of(shown(page, engine=None))
     base_config = FullStackApplicationConfigurator()
     base_config.update_blueprint(
         {
@@ -76,9 +96,7 @@ def make_app(page: str, url: str) -> Any:
             "app_globals": SimpleNamespace,
             "helpers": SimpleNamespace,
             "i18n.enabled": False,
-            "use_sqlalchemy": True,
-            "sqlalchemy.url": url,
-            "model": sys.modules[__name__],
+            **database(url),
         }
     )
     tgstream.plugme(base_config)
