@@ -357,8 +357,9 @@ class Secured(Shown):
 
     def ask(self, path: str, user: str = "", **options: Any) -> OpenStream:
         """The response that a user gets, or somebody who is not logged in."""
-        who = {"repoze.who.identity": {"repoze.who.userid": user}} if user else {}
-        return open_stream(self.app, path, **options, **who)
+        if user:
+            options["repoze.who.identity"] = {"repoze.who.userid": user}
+        return open_stream(self.app, path, **options)
 
 
 @pytest.fixture
@@ -431,7 +432,6 @@ def test_user_of_redis_needs_the_keys_of_channels_alone(make_app: MakeApp) -> No
         opened = next(heard)
         Channel("safe").publish("one")
         assert next(heard).data == "one"
-        assert (
-            next(islice(Channel("safe").listen(after=opened.id), 1, None)).data == "one"
-        )
+        again = Channel("safe").listen(after=str(opened.id))
+        assert [event.data for event in islice(again, 2)] == [None, "one"]
         heard.close()  # type: ignore[attr-defined]
