@@ -165,7 +165,7 @@ def test_upload_whose_client_leaves_goes_on_when_it_is_sent_again(
     writing: Site, make_pipe: Callable[[str], Path]
 ) -> None:
     """Full hundreds stay, nothing else does; in the end each row is there once."""
-    names = [*people("left", 250), "wait", *people("late", 4000)]
+    names = [*people("left", 250), "wait", *people("late", 6000)]
     wait, tell = make_pipe("wait"), make_pipe("tell")
     told = os.open(tell, os.O_RDONLY | os.O_NONBLOCK)
     ways = {"X-Wait": str(wait), "X-Tell": str(tell)}

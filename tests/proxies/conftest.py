@@ -44,6 +44,9 @@ User www-data
 Group www-data
 LoadModule mpm_event_module /usr/lib/apache2/modules/mod_mpm_event.so
 LoadModule authz_core_module /usr/lib/apache2/modules/mod_authz_core.so
+LoadModule socache_shmcb_module /usr/lib/apache2/modules/mod_socache_shmcb.so
+LoadModule ssl_module /usr/lib/apache2/modules/mod_ssl.so
+LoadModule http2_module /usr/lib/apache2/modules/mod_http2.so
 LoadModule filter_module /usr/lib/apache2/modules/mod_filter.so
 LoadModule deflate_module /usr/lib/apache2/modules/mod_deflate.so
 LoadModule env_module /usr/lib/apache2/modules/mod_env.so
@@ -68,6 +71,7 @@ class Proxy:
         ports = {":80\n": f":{self.port}\n", "*:80>": f"127.0.0.1:{self.port}>"}
         ports |= {"listen 80;": f"listen 127.0.0.1:{self.port};"}
         ports |= {"listen 443 ": f"listen 127.0.0.1:{self.port} "}
+        ports |= {":443 ssl": f":{self.port} ssl"}
         ports |= {"127.0.0.1:8080": f"127.0.0.1:{server.port}"}
         for written, here in ports.items():
             lines = lines.replace(written, here)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import os
+import re
 import select
 import subprocess
 import time
@@ -15,7 +16,7 @@ from urllib.parse import parse_qs
 
 import pytest
 
-from tests.proxies.conftest import Proxy, StartProxy
+from tests.proxies.conftest import PAGE, Proxy, StartProxy
 
 KINDS = ["nginx", "haproxy", "apache"]
 SHORT = {
@@ -225,18 +226,44 @@ def test_export_that_fails_is_broken_without_buffers(start_proxy: StartProxy) ->
     assert curl(proxy, "/traced/fail") == (18, b"one\ntwo\n")
 
 
-def test_streams_go_over_http_2(start_proxy: StartProxy, tmp_path: Path) -> None:
-    """A failed one is reset, and a whole one is whole."""
+# HTTP/2 towards the client.
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file with a key and its certificate, which nobody has signed."""
+    path = tmp_path_factory.mktemp("tls") / "myapp.pem"
     subject = ["-subj", "/CN=localhost", "-days", "1", "-nodes", "-newkey", "rsa:2048"]
-    files = ["-keyout", str(tmp_path / "key"), "-out", str(tmp_path / "pem")]
-    subprocess.run(
-        ["openssl", "req", "-x509", *subject, *files], check=True, capture_output=True
-    )
-    changes = {
-        "/etc/ssl/myapp.pem": str(tmp_path / "pem"),
-        "/etc/ssl/myapp.key": str(tmp_path / "key"),
-    }
-    proxy = start_proxy("nginx", changes, 1)
+    key = path.with_suffix(".key")
+    files = ["-keyout", str(key), "-out", str(path)]
+    command = ["openssl", "req", "-x509", *subject, *files]
+    subprocess.run(command, check=True, capture_output=True)
+    path.write_text(path.read_text() + key.read_text())
+    return path
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_streams_go_over_http_2(
+    kind: str, start_proxy: StartProxy, certificate: Path
+) -> None:
+    """A failed one is reset; but HAProxy ends it as if it were whole, a trap."""
+    key = certificate.with_suffix(".key")
+    if kind == "nginx":
+        pem = {"/etc/ssl/myapp.pem": str(certificate), "/etc/ssl/myapp.key": str(key)}
+        proxy = start_proxy(kind, pem, 1)
+    elif kind == "haproxy":
+        line = re.search(r"``(bind :443 [^`]+)``", PAGE)
+        assert line is not None
+        bind = " ".join(line[1].split()).replace("/etc/ssl/myapp.pem", str(certificate))
+        proxy = start_proxy(kind, {"bind :80\n": f"{bind}\n"})
+    else:
+        lines = re.search(r"``(SSLEngine on)``.*``(Protocols [^`]+)``", PAGE, re.DOTALL)
+        assert lines is not None
+        protocols = " ".join(lines[2].split())
+        tls = [lines[1], protocols, f"SSLCertificateFile {certificate}"]
+        head = "<VirtualHost *:80>\n"
+        proxy = start_proxy(kind, {head: "\n".join([head, *tls, ""])})
     options = ["--insecure", "--http2", "-w", "%{http_version}"]
     assert curl(proxy, "/traced/words", *options) == (0, b"one\ntwo\n2")
-    assert curl(proxy, "/traced/fail", *options) == (92, b"one\ntwo\n2")
+    status = 0 if kind == "haproxy" else 92
+    assert curl(proxy, "/traced/fail", *options) == (status, b"one\ntwo\n2")
