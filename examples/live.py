@@ -27,11 +27,26 @@ import tgstream
 from tgstream import SSE, Channel, last_event_id, stream
 
 STEPS = 20
-INDEX = """<!doctype html><meta charset="utf-8"><title>Live</title>
-<form id="say"><input name="text" maxlength="500" required autofocus>
+INDEX = """<!doctype html><html lang="en"><meta charset="utf-8"><title>Live</title>
+<meta name="viewport" content="width=device-width">
+<style>
+:root { color-scheme: light dark; font: 17px/1.5 system-ui, sans-serif; }
+body { max-width: 34rem; margin: 2rem auto; padding: 0 1rem; }
+form, p { display: flex; gap: .6rem; align-items: center; }
+input, progress { flex: 1; min-width: 0; accent-color: #0a7d55; }
+input, button { font: inherit; padding: .4rem .8rem; border-radius: .4rem;
+  border: 1px solid #8888; }
+button { background: #0a7d55; color: #fff; cursor: pointer; }
+ul { list-style: none; padding: 0; }
+li { padding: .4rem .8rem; border-left: .25rem solid #0a7d55; margin: .4rem 0;
+  overflow-wrap: anywhere; background: #8881; }
+</style>
+<h1>Live</h1>
+<form id="say"><input name="text" maxlength="500" required autofocus
+  placeholder="Open this page twice, and say something" aria-label="What to say">
 <button>Say it to all</button></form>
 <p><button id="start">Start a long job</button>
-<progress id="bar" value="0"></progress> <output id="step"></output>
+<progress id="bar" value="0"></progress> <output id="step"></output></p>
 <ul id="feed"></ul>
 <script>
 const $ = id => document.getElementById(id);

@@ -31,7 +31,9 @@ LADDER = {
     "_plan": {"_options"},
     "_report": {"_body", "_options", "_plan"},  # the body for a type alone
     "_advice": {"_body"},  # for a type alone
-    "_watch": {"_advice", "_body", "_feed", "_plan"},  # the body for a type alone
+    "_client": set(),
+    # The body for a type alone.
+    "_watch": {"_advice", "_body", "_client", "_feed", "_plan"},
     "_postgresql": {"_options"},
     "_transaction": {"_postgresql", "_report"},
     "_context": {"_database", "_options", "_thread"},  # the first for a type alone

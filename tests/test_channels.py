@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from itertools import count, islice
@@ -231,6 +233,50 @@ def test_listener_waits_on_its_own_thread(channel: Channel) -> None:
     assert heard_by == ["1", "2"]
 
 
+def test_listeners_beat_together(make_app: MakeApp, channel: Channel) -> None:
+    """One of them looks at the clock, and none is forgotten."""
+    make_app(TGController(), tgstream__heartbeat_seconds="0.01")
+    found: list[list[Event]] = [[] for _ in range(4)]
+    listeners = [
+        threading.Thread(target=each.extend, args=[islice(channel.listen(), 4)])
+        for each in found
+    ]
+    for listener in listeners:
+        listener.start()
+    for listener in listeners:
+        listener.join(10)
+    assert [each[1:] for each in found] == [[Event()] * 3] * 4
+
+
+def test_shorter_beat_is_kept_beside_a_longer_one() -> None:
+    """Who comes later and may wait for less does not wait for the first."""
+    feed = Feed((1, 0), 10)
+    patient = threading.Thread(target=lambda: found.append(feed.take(0, 600.0)))
+    found: list[Any] = []
+    patient.start()
+    assert list(feed.take(0, 0.01) or ()) == []
+    patient.join(10)
+    assert [list(each) for each in found] == [[]]
+
+
+KILLED = """
+from gevent import monkey; monkey.patch_all()
+import gevent
+from tgstream._feed import Feed
+feed = Feed((1, 0), 10)
+looks, waits = (gevent.spawn(feed.take, 0, 600.0) for _ in range(2))
+gevent.sleep(0)
+looks.kill()
+print(waits.get(timeout=10))
+"""
+
+
+def test_killed_listener_lets_the_others_go_on() -> None:
+    """It may be the one that looks at the clock: another one does, from then on."""
+    command = [sys.executable, "-c", KILLED]
+    assert subprocess.check_output(command, text=True) == "[]\n"
+
+
 def test_feed_keeps_an_event_once() -> None:
     """Two may read the same from a server; each hands on all of it, in order."""
     feed = Feed((1, 0), 10)
@@ -366,7 +412,7 @@ class Live(TGController):
         self.write(text)
         return "posted"
 
-    def steps(self, commit: str) -> Stream:
+    def steps(self, commit: Any) -> Stream:
         def items() -> Iterator[str]:
             for number in range(1, 4):
                 self.write(f"step {number}")

@@ -30,6 +30,7 @@ from tgstream.testing import open_stream
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 REFERENCE = (ROOT / "docs/reference.rst").read_text()
+STREAMS = (ROOT / "docs/streams.rst").read_text()
 EXPORTS = (ROOT / "docs/exports.rst").read_text()
 LIVE = (ROOT / "docs/live.rst").read_text()
 CONTRIBUTING = (ROOT / "docs/contributing.rst").read_text()
@@ -40,7 +41,7 @@ def snippets(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
 
 
-USAGE, *ENABLING, STREAM, EXPORT, TESTING = snippets("python")
+USAGE, *ENABLING = snippets("python")
 
 
 @pytest.mark.parametrize("name", tgstream.__all__)
@@ -58,13 +59,12 @@ def test_changelog_has_every_public_name(name: str) -> None:
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_option_is_documented_with_its_default(name: str) -> None:
-    """The table of options in the code is the one in the reference and the README."""
+    """The table of options in the code is the one in the reference."""
     default = OPTIONS[name].default
     shown = "none" if default == () else str(default)
     row = re.search(rf"\* - ``{name}``\n +- (\S+)\n", REFERENCE)
     assert row is not None
     assert row[1].strip("`") == shown
-    assert re.search(rf"^\| `{name}` \| `?{re.escape(shown)}`? \|", README, re.M)
 
 
 LEVELS = {"exception": "ERROR", "log": "DEBUG"}
@@ -100,10 +100,9 @@ def test_reference_has_no_line_of_the_log_that_is_gone() -> None:
     assert len(rows) == len({line for _, line in logged()})
 
 
-@pytest.mark.parametrize("text", [README, REFERENCE], ids=["README", "reference"])
-def test_option_that_is_documented_exists(text: str) -> None:
-    """No table has a row for an option that is gone."""
-    assert set(re.findall(r"[|-] `+(tgstream\.\w+)`+\s", text)) == OPTIONS.keys()
+def test_option_that_is_documented_exists() -> None:
+    """The table has no row for an option that is gone."""
+    assert set(re.findall(r"[|-] `+(tgstream\.\w+)`+\s", REFERENCE)) == OPTIONS.keys()
 
 
 @pytest.mark.parametrize("enable", ENABLING, ids=["plugme", "plug"])
@@ -115,10 +114,6 @@ def test_readme_usage_runs(
     provide(monkeypatch, "myapp.model", **vars(cookbook))
     shown: dict[str, Any] = {}
     exec(USAGE, shown)
-    exec(STREAM, shown)
-    exec(EXPORT, shown)
-    shown["RootController"].report = shown["ReportController"]()
-    shown["RootController"].export = shown["ExportController"]()
 
     def plug(base_config: Any) -> None:
         base_config.update_blueprint(
@@ -133,15 +128,48 @@ def test_readme_usage_runs(
     app = make_app(shown["RootController"](), plug=plug)
     try:
         assert get(app, "/names").text == "manager\neditor\n"
-        exec(TESTING, shown)
-        shown["test_first_name_comes_alone"](app)
-        download = get(app, "/report/download?year=2026")
+        exported = get(app, "/export")
+        assert exported.text.startswith("user_id,user_name,display_name\r\n1,manager,")
+        disposition = exported.headers["Content-Disposition"]
+        assert disposition == 'attachment; filename="users.csv"'
+        with open_stream(app, "/feed") as response:
+            events = response.events()
+            assert next(events).comment == "open"
+            tgstream.Channel("users").publish("hello")
+            assert next(events).data == "hello"
+    finally:
+        tg.config["tg.app_globals"].sa_engine.dispose()
+
+
+def test_streams_page_runs(
+    make_app: MakeApp, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The controllers of the page on streams do what it says."""
+    provide(monkeypatch, "myapp.lib.base", BaseController=tg.TGController)
+    provide(monkeypatch, "myapp.model", **vars(cookbook))
+    imports, *enabling, first, second, third = blocks(STREAMS)
+    assert [*map(str.strip, enabling)] == [*map(str.strip, ENABLING)]
+    shown: dict[str, Any] = {}
+    exec(imports, shown)
+    exec(first + second + third, shown)
+
+    def plug(base_config: Any) -> None:
+        url = f"sqlite:///{tmp_path}/streams.db"
+        base_config.update_blueprint(
+            {"use_sqlalchemy": True, "sqlalchemy.url": url, "model": cookbook}
+        )
+        tgstream.plugme(base_config)
+
+    app = make_app(shown["Reports"](), plug=plug)
+    try:
+        assert get(app, "/names").text == "manager\neditor\n"
+        download = get(app, "/download?year=2026")
         assert download.text == "1,2026\n2,2026\n"
-        exported = get(app, "/export/csv").text
-        assert exported.startswith("user_id,user_name,display_name\r\n1,manager,")
-        assert len(get(app, "/export/lines").text.splitlines()) == 2
         disposition = download.headers["Content-Disposition"]
         assert disposition == 'attachment; filename="report-2026.csv"'
+        counted = get(app, "/count").text
+        assert counted.startswith("0 after 0 bytes\n1 after 16 bytes\n")
+        assert counted.count("\n") == 1000
     finally:
         tg.config["tg.app_globals"].sa_engine.dispose()
 
@@ -339,6 +367,16 @@ def test_table_of_servers_is_what_is_pinned() -> None:
         assert unexpected(name, dict(zip(heads[1:], ours, strict=True))) == {}
 
 
+def test_chart_says_what_the_page_says() -> None:
+    """The picture and the figures below it are of one measurement."""
+    page = (ROOT / "docs/benchmarks.rst").read_text()
+    drawn = re.findall(r">([\d.]+) s</text>", (ROOT / "docs/memory.svg").read_text())
+    rows = re.findall(r"^    1,000,000 rows: .* ([\d.]+) s ", page, re.MULTILINE)
+    told = [pytest.approx(float(last), abs=0.051) for last in rows]
+    assert [float(last) for last in drawn if "." in last] == told
+    assert len(told) == 4
+
+
 @pytest.mark.parametrize(
     "path", [".ci/run", ".ci/matrix", ".ci/mariadb", ".ci/browser", ".ci/proxies"]
 )
@@ -354,5 +392,9 @@ def test_ci_runs_the_checks_of_contributors() -> None:
     first, last = told.index("ruff format --check ."), told.index(".ci/run")
     run = (ROOT / ".ci/run").read_text().splitlines()
     assert set(told[first:last]) <= set(run)
-    assert "python -m build" in set(told) & set(run)
+    building = told.index("python -m build")
+    assert told[building - 1] == "rm -rf dist"
+    checks = told[building : told.index("check-manifest") + 1]
+    assert len(checks) == 4
+    assert {*checks} <= {line.strip() for line in run}
     assert run[-1] in told[first:last]  # pytest, whose summary is the last word

@@ -28,6 +28,7 @@ class Waiting(TGController):
     def __init__(self, model: Model) -> None:
         self.model = model
         self.go = threading.Semaphore(0)
+        self.waits = threading.Event()
         self.seen: list[Any] = []
         expose()(Waiting.events)  # TG forgets it between tests
 
@@ -36,6 +37,7 @@ class Waiting(TGController):
         try:
             yield Event(comment="open")
             for number in range(3):
+                self.waits.set()
                 assert self.go.acquire(timeout=10)
                 self.model.DBSession.add(Note(text=f"note {number}"))
                 self.seen.append((threading.current_thread().name, tg.request.path))
@@ -101,6 +103,7 @@ def test_client_that_leaves_ends_it_at_its_next_yield(
     call = Call(make_app(waiting, model), "/events", checked=False)
     for _ in range(pulls):
         next(call)
+    assert pulls < 2 or waiting.waits.wait(10)
     leave(call)
     del call
     gc.collect()

@@ -25,6 +25,7 @@ from tgstream import (
     StreamError,
     _watch,
     current_stream,
+    drain,
     flush,
     stream,
 )
@@ -137,6 +138,35 @@ def test_stream_in_a_pull_expires_when_that_returns(
     call.close()
     assert model.names() == ["ada", "bob"]
     assert_clean(model)
+
+
+def test_expired_stream_is_waited_for_until_its_pull_returns(
+    make_app: MakeApp, model: Model, ended: Callable[[], Report]
+) -> None:
+    """Who drains is not told that all have ended, while a generator works on."""
+    expired, go = threading.Event(), threading.Event()
+
+    class Root(TGController):
+        @expose(content_type="text/plain")
+        @stream(max_seconds=SHORT)
+        def words(self) -> Iterator[str]:
+            yield "one"
+            while not current_stream().ending:
+                assert not go.wait(0.01)
+            expired.set()
+            assert go.wait(10)
+
+    call = Call(make_app(Root(), model), "/words")
+    assert next(call) == b"one"
+    with ThreadPoolExecutor(1) as thread:
+        rest = thread.submit(call.read)
+        assert expired.wait(10)
+        assert not drain(timeout=0.2)
+        go.set()
+        assert rest.result() == b""
+    assert drain(timeout=10)
+    call.close()
+    assert ended().reason == "completed"
 
 
 def test_expired_stream_closes_its_generator_with_its_request(

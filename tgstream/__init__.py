@@ -53,4 +53,4 @@ __all__ = [
     "rows",
     "stream",
 ]
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"

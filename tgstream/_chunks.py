@@ -143,6 +143,9 @@ class Chunks:
         held, length = self._held, 0
         hold, due = held.append, now() + seconds
         for piece in pieces:
+            if not (size or held) and type(piece) is bytes and piece and self._items:
+                yield piece  # a chunk a piece: there is nothing to gather
+                continue
             # A str of its own kind waits its turn: the encoder may know an order.
             if type(piece) is not bytes and not isinstance(piece, str):
                 piece = self._encode(piece)

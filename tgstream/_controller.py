@@ -23,7 +23,7 @@ from . import _context
 from ._config import option, scoped_sessions, tm_enabled
 from ._guard import Guard, send_off, watch_exit
 from ._headers import charset_in, set_headers
-from ._options import Format, Options, check
+from ._options import Commit, Format, Options, check
 from ._plan import Plan
 from ._registry import registry
 from ._seats import take
@@ -41,7 +41,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 def stream(
     format: Format | type[Format] | None = None,
     *,
-    commit: str | int | None = None,
+    commit: Commit | None = None,
     chunk_size: int | None = None,
     filename: str | None = None,
     charset: str | None = None,
@@ -54,7 +54,7 @@ def stream(function: F, /) -> F: ...
 def stream(
     format: Any = None,
     *,
-    commit: str | int | None = None,
+    commit: Commit | None = None,
     chunk_size: int | None = None,
     filename: str | None = None,
     charset: str | None = None,

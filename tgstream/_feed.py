@@ -2,14 +2,14 @@
 
 Rule: an event is kept once, however many listen, and for nobody in particular. A
 listener is a number, that of its next event; one whose next event is kept no more has
-been overtaken, and ends.
+been overtaken, and ends. One of those who wait looks at the clock, for all of them.
 """
 
 from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import NamedTuple
 from weakref import WeakSet
@@ -31,6 +31,16 @@ class Start(NamedTuple):
     opening: Iterable[Event]  # what it is sent before
 
 
+class _Change:
+    """What those who have heard everything wait for, until it comes."""
+
+    __slots__ = ("beat", "come")
+
+    def __init__(self) -> None:
+        self.come = threading.Event()
+        self.beat = float("inf")  # seconds until who looks at the clock ends it
+
+
 class Feed:
     """The newest events of one channel.
 
@@ -40,11 +50,17 @@ class Feed:
 
     def __init__(self, floor: Key, history: int) -> None:
         self.floor = self.last = floor
-        self.end = 0  # the number of the next event
+        # The number of the next event, and the one before it; read without the lock.
+        self._newest: tuple[int, Sequence[Event]] = (0, ())
         self._events: deque[tuple[Key, Event]] = deque(maxlen=history)
         self._lock = threading.Lock()
-        self._changed = threading.Event()  # set once, for all who wait, and replaced
+        self._change = _Change()  # ended once, for all who wait, and replaced
         _feeds.add(self)
+
+    @property
+    def end(self) -> int:
+        """The number of the next event."""
+        return self._newest[0]
 
     def append(self, key: Key, event: Event) -> None:
         """Keep an event, unless it is there, and wake those who wait for it."""
@@ -53,19 +69,20 @@ class Feed:
                 return
             if len(self._events) == self._events.maxlen:
                 self.floor = self._events[0][0]
-            self._events.append((key, event))
-            self.last = key
-            self.end += 1
-            self._tell()
+            self._add(key, event)
 
     def restart(self, key: Key, event: Event) -> None:
         """Go on from another place, with the event that says so."""
         with self._lock:
             self._events.clear()
-            self._events.append((key, event))
-            self.floor = self.last = key
-            self.end += 1
-            self._tell()
+            self.floor = key
+            self._add(key, event)
+
+    def _add(self, key: Key, event: Event) -> None:
+        self._events.append((key, event))
+        self.last = key
+        self._newest = self.end + 1, (event,)
+        self._tell()
 
     def now(self) -> tuple[int, Key]:
         """The number of the next event, and the place before it."""
@@ -88,23 +105,42 @@ class Feed:
                 newer += 1
             return None if exact and older != after else self.end - newer
 
-    def take(self, number: int, seconds: float) -> list[Event] | None:
+    def take(self, number: int, seconds: float) -> Sequence[Event] | None:
         """The events from ``number`` on, once there are some, or the time has passed.
 
         Or when it was woken. None where the first of them is kept no more.
         """
-        changed = self._changed  # before ``end``: what comes after sets this one
-        if self.end == number:
-            changed.wait(seconds)
+        change = self._change  # before the number: what comes after ends this one
+        if self._newest[0] == number:
+            self._wait(change, seconds)
+        end, newest = self._newest
+        if end == number + 1:  # as a rule: all listeners have had what came before
+            return newest
         with self._lock:
             missed = self.end - number
             if missed > len(self._events):
                 return None
-            if missed == 1:  # as a rule: all listeners have had what came before
-                return [self._events[-1][1]]
             events = [event for _, event in islice(reversed(self._events), missed)]
         events.reverse()
         return events
+
+    def _wait(self, change: _Change, seconds: float) -> None:
+        """Wait for a change; who is the first to wait ends it for all in time.
+
+        A timer for each who waits costs more than all else that an event costs it.
+        """
+        if change.beat <= seconds:
+            change.come.wait()
+            return
+        change.beat = seconds
+        come = False
+        try:
+            come = change.come.wait(seconds)
+        finally:  # a greenlet may be killed while it waits, and others rely on it
+            if not come:
+                with self._lock:
+                    if self._change is change:
+                        self._tell()
 
     def wake(self) -> None:
         """Let all who wait go on, with an event or without, as after a silence."""
@@ -114,8 +150,8 @@ class Feed:
     def _tell(self) -> None:
         # Not a Condition: it makes a lock for each who waits, each time. Under the lock
         # of what has changed: who has seen that already is not woken for it.
-        changed, self._changed = self._changed, threading.Event()
-        changed.set()
+        change, self._change = self._change, _Change()
+        change.come.set()
 
 
 _feeds: WeakSet[Feed] = WeakSet()

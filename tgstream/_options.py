@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, runtime_checkable
+
+Commit: TypeAlias = Literal["end", "each", "manual"] | int
 
 
 class StreamError(Exception):
@@ -54,7 +56,7 @@ class Options(NamedTuple):
     """What was asked of a stream, checked; None where it was left open."""
 
     format: Format | None
-    commit: str | int | None
+    commit: Commit | None
     chunk_size: int | None
     filename: str | None
     charset: str | None

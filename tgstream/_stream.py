@@ -15,7 +15,7 @@ from . import _context
 from ._body import Body
 from ._cleanup import close
 from ._heart import beating
-from ._options import Format, Options, StreamError, check
+from ._options import Commit, Format, Options, StreamError, check
 from ._plan import Plan
 from ._seats import Seat
 from ._source import claim, is_iterable, source_of
@@ -66,7 +66,7 @@ class Stream:
         items: Any,
         format: Format | type[Format] | None = None,
         *,
-        commit: str | int | None = None,
+        commit: Commit | None = None,
         chunk_size: int | None = None,
         filename: str | None = None,
         charset: str | None = None,

@@ -15,6 +15,7 @@ import weakref
 from typing import TYPE_CHECKING, NamedTuple
 
 from ._advice import LONG, look
+from ._client import has_left
 from ._feed import wake
 from ._plan import clock
 
@@ -96,6 +97,12 @@ class Watch:
         now = clock()
         if now >= body.expires:
             body.close("expired")
+        elif has_left(body.context.environ):
+            body.close()
+        if body.ended:
+            return
+        if body.closing is not None:  # its pull runs; whoever drains waits for that
+            self.add(body, now + LONG)
             return
         try:
             seen = look(body, now, entry.seen)

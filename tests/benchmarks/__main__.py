@@ -14,7 +14,17 @@ from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from . import driver, exports, first_chunk, gather, live, pull, servers, untouched
+from . import (
+    chart,
+    driver,
+    exports,
+    first_chunk,
+    gather,
+    live,
+    pull,
+    servers,
+    untouched,
+)
 from .apps import make_pairs
 from .measure import Result, table
 from .people import databases
@@ -43,6 +53,10 @@ def main() -> int:
     parser = argparse.ArgumentParser("tests.benchmarks", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="shorter, and noisier")
     parser.add_argument("question", nargs="*", help="names of modules; default: all")
+    picture = (
+        "draw one export, done in four ways; nothing else is asked but by its name"
+    )
+    parser.add_argument("--chart", metavar="FILE.svg", type=Path, help=picture)
     options = parser.parse_args()
     logging.disable(logging.CRITICAL)
     results: list[Result] = []
@@ -50,9 +64,12 @@ def main() -> int:
         asked = questions(Path(name), stack, options.quick)
         if unknown := set(options.question) - asked.keys():
             parser.error(f"no question: {', '.join(unknown)}; ask {', '.join(asked)}")
+        wanted = options.question or ([] if options.chart else [*asked])
+        if options.chart:
+            results += chart.run(Path(name), options.chart, options.quick)
         # In this order: who comes first may need tgstream not to be imported.
         for question, answer in asked.items():
-            if question in options.question or not options.question:
+            if question in wanted:
                 results += answer()
     print(table(results))
     return 0 if all(result.passed for result in results) else 1

@@ -87,15 +87,28 @@ def test_progress_survives_a_reload(
     one.until(f"bar.value > {before}")
     visit(two, one.driver.current_url.removeprefix("http://"))
     two.until(f"bar.value > {before}")
-    say(two, "some of it is done")
+    say(two, "Some of it is done.")
     lines(one, 1)
     if path := os.environ.get("TGSTREAM_SCREENSHOT"):
-        assert one.driver.get_screenshot_as_file(path)
+        take_picture(one, two, path)
     for browser in one, two:
         browser.until("step.textContent == 'done'")
         assert browser.run("return [bar.value, steps.readyState]") == [1, 2]
     one.driver.refresh()
     one.until("step.textContent == 'done'")
+
+
+def take_picture(one: Browser, two: Browser, path: str) -> None:
+    """Of the first browser, where the job is half done and both have said something."""
+    say(one, "It goes on where it was: I have reloaded the page.")
+    lines(one, 2)
+    say(two, "Here, too. Who is there?")
+    lines(one, 3)
+    say(one, "Two browsers, one server, and no JavaScript library.")
+    lines(one, 4)
+    one.driver.set_window_size(720, 580)
+    one.until("bar.value >= 0.5")
+    assert one.driver.get_screenshot_as_file(path)
 
 
 def test_job_that_nobody_remembers_is_said_to_be_forgotten(

@@ -61,6 +61,14 @@ class RootController(TGController):
 
     @expose()
     @stream(SSE)
+    def mute(self, tell: str) -> Iterator[Event]:
+        """Says nothing until it is to end, and has no heartbeat."""
+        yield Event(comment="open")
+        while not current_stream().ending:
+            time.sleep(0.02)
+
+    @expose()
+    @stream(SSE)
     def clock(self) -> Iterator[int]:
         """An event ten times a second, for ever."""
         while True:

@@ -25,6 +25,7 @@ Serve = Callable[[MakeApp], None]
 THREADS = 6
 APP = "TGSTREAM_LIVE_APP"
 DRAINS = "drains=yes"
+LOOKS = "looks="
 ROOT = Path(__file__).parents[2]
 
 
@@ -60,7 +61,13 @@ def waitress(make_app: MakeApp) -> None:
     """Threads of one process."""
     from waitress.server import create_server
 
-    server = create_server(make_app(), host="127.0.0.1", port=0, threads=THREADS)
+    server = create_server(
+        make_app(),
+        host="127.0.0.1",
+        port=0,
+        threads=THREADS,
+        channel_request_lookahead=int(LOOKS in os.environ[APP]),
+    )
     if DRAINS in os.environ[APP]:
         signal.signal(signal.SIGTERM, lambda *_: _thread.start_new_thread(end, ()))
     say_port(server.effective_port)

@@ -95,7 +95,7 @@ def make_root(model: Model) -> TGController:
 
         @expose(content_type="text/plain")
         def run(
-            self, user: str, script: str, commit: str, kind: str, **options: str
+            self, user: str, script: str, commit: Any, kind: str, **options: str
         ) -> Stream:
             """What the client has planned, as the path of its plan asks."""
             tg.tmpl_context.user = DBSession.query(User).filter_by(name=user).one()

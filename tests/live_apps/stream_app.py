@@ -33,24 +33,28 @@ WIRINGS: dict[str, dict[str, Any]] = {
 }
 
 
-def make_app(plugged: str = "yes", drains: str = "no", **urls: str) -> Any:
+def make_app(
+    plugged: str = "yes", drains: str = "no", looks: str = "10", **urls: str
+) -> Any:
     """All of it, as one WSGI application.
 
     :param plugged: ``no`` for applications that know nothing of tgstream.
     :param drains: ``yes`` for a server that drains when it is told to end; ``run.py``
         looks for it.
+    :param looks: how often a stream that waits is looked at, in seconds.
     :param urls: databases by name, each of which gets an application.
     """
     # TG warns of what it registers anew for the second application of a process.
     logging.getLogger("tg.configurator.application").setLevel("ERROR")
     tg.hooks.register("tgstream.finished", tell)
     models = {name: Model(url) for name, url in urls.items()}
-    apps = {name: variant(plugged, **wiring) for name, wiring in WIRINGS.items()}
+    idle = {"tgstream.idle_seconds": looks}
+    apps = {name: variant(plugged, **idle, **kind) for name, kind in WIRINGS.items()}
     for name, model in models.items():
         url = model.url.render_as_string(hide_password=False)
         database = {"use_sqlalchemy": True, "sqlalchemy.url": url, "model": model}
         model.seed("ada", "bob", "eve")
-        apps[name] = variant(plugged, **database)
+        apps[name] = variant(plugged, **idle, **database)
     if plugged == "no":
         assert "tgstream" not in sys.modules
     return Mounted(apps, models)

@@ -1,0 +1,167 @@
+"""What a type checker makes of tgstream in an application; it is read, and never run.
+
+Rule: a wrong call says which error it is. Where that error were missing, the comment
+would be one too many, which is an error again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import sqlalchemy as sa
+from tg import TGController, expose
+from typing_extensions import assert_type
+
+from tgstream import (
+    CSV,
+    NDJSON,
+    SSE,
+    Batched,
+    Channel,
+    Event,
+    Format,
+    JSONArray,
+    Report,
+    Stream,
+    commit,
+    copy,
+    current_stream,
+    drain,
+    flush,
+    last_event_id,
+    plugme,
+    render,
+    rollback,
+    rows,
+    stream,
+)
+from tgstream.testing import OpenStream, assert_clean, open_stream
+
+users = sa.table("users")
+
+
+class RootController(TGController):
+    @stream
+    def bare(self, year: int, name: str = "") -> Iterator[str]:
+        yield f"{year} {name}"
+
+    @stream(SSE(heartbeat=15), commit="each", max_seconds=3600, limit=100)
+    def called(self, year: int) -> Iterator[Event]:
+        yield Event({"year": year}, event="year", id=year)
+
+    @stream(format=CSV, commit=100, chunk_size=0, filename="a.csv", charset="latin-1")
+    def listed(self) -> list[tuple[int, str]]:
+        return [(1, "one")]
+
+    @expose()
+    @stream(NDJSON)
+    def exposed(self):  # type: ignore[no-untyped-def]  # as TG's users write them
+        return rows(sa.select(users), key=users.c.id)
+
+    @expose()
+    def returned(self, year: int) -> Stream:
+        return Stream(self.bare(year), JSONArray(), commit="manual", length=4)
+
+
+root = RootController()
+
+
+# A decorated function stays what it was.
+
+assert_type(root.bare(2026, name="ada"), Iterator[str])
+assert_type(root.called(year=2026), Iterator[Event])
+assert_type(root.listed(), list[tuple[int, str]])
+root.bare()  # type: ignore[call-arg]
+root.bare("2026")  # type: ignore[arg-type]
+
+
+# In a generator.
+
+running = current_stream()
+assert_type(running, Stream)
+assert_type((running.items, running.chunks, running.bytes), tuple[int, int, int])
+assert_type(running.ending, bool)
+for hook in commit, flush, rollback:
+    assert_type(hook(), None)
+assert_type(drain(timeout=10), bool)
+running.items = 5  # type: ignore[misc]
+
+
+# Sources, of which each may be a stream's items.
+
+people: Batched = rows(sa.select(users), batch=100)
+assert_type(people.fields, Sequence[str])
+for batch in rows("SELECT 1").batches():
+    assert_type(batch, Sequence[Any])
+assert_type(iter(copy(sa.select(users), header=False)), Iterator[bytes])
+assert_type(render("page.xhtml", name="ada"), Iterator[str])
+rows(sa.select(users), batch="100")  # type: ignore[arg-type]
+
+
+# Channels and events.
+
+orders = Channel("orders")
+assert_type(orders.listen(after=last_event_id()), Iterator[Event])
+assert_type(last_event_id(), str | None)
+assert_type(Event("text").retry, int | None)
+orders.publish({"number": 5}, event="new", now=True)
+orders.publish()  # type: ignore[call-arg]
+Channel(5)  # type: ignore[arg-type]
+Event(event=5)  # type: ignore[arg-type]
+Event("text").data = "other"  # type: ignore[misc]
+
+
+# Options that make no sense.
+
+stream(commit=1.5)  # type: ignore[call-overload]
+stream(commit="never")  # type: ignore[call-overload]
+stream("csv")  # type: ignore[call-overload]
+stream(CSV, 100)  # type: ignore[call-overload]
+Stream()  # type: ignore[call-arg]
+Stream([], commit="never")  # type: ignore[arg-type]
+Stream([], chunk_size="5")  # type: ignore[arg-type]
+SSE(heartbeat="15")  # type: ignore[arg-type]
+CSV(headers=False)  # type: ignore[call-arg]
+
+
+class Lines:
+    """A format of one's own."""
+
+    content_type = "text/plain"
+
+    def encode(self, items: Any) -> Iterator[str]:
+        return (f"{item}\n" for item in items)
+
+
+class Wordless:
+    """No format: nothing says of what type its bodies are."""
+
+    def encode(self, items: Any) -> Iterator[str]:
+        return iter(items)
+
+
+lines: Format = Lines()
+assert_type(Stream([1, 2], Lines), Stream)
+Stream([1, 2], Wordless)  # type: ignore[arg-type]
+
+
+# Around an application.
+
+
+def told(report: Report) -> None:
+    assert_type(report.error, BaseException | None)
+    assert_type(report.first_chunk_seconds, float | None)
+
+
+def test_stream(app: Callable[..., Any]) -> None:
+    with open_stream(app, "/bare?year=2026") as response:
+        assert_type(response, OpenStream)
+        assert_type(next(response), bytes)
+        assert_type([*response.events()], list[Event])
+        assert_type([*response.rows()], list[list[str]])
+    assert_type(response.report(), Report)
+    assert_clean()
+
+
+plugme(None, {"chunk_size": 65536})
