@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import random
 import subprocess
 import sys
@@ -252,3 +253,22 @@ def test_late_patching_by_gevent_is_refused() -> None:
     ran = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert ran.stdout.startswith("StreamError gevent has patched threads after")
     assert "--gevent-early-monkey-patch" in ran.stdout
+
+
+def test_context_variable_is_that_of_the_pulling_thread(make_app: MakeApp) -> None:
+    """Unlike the request; a copy of the context brings it along."""
+    variable = contextvars.ContextVar("variable", default="nothing")
+
+    class Root(TGController):
+        @expose(content_type="text/plain")
+        @stream
+        def index(self) -> Iterator[str]:
+            variable.set("set")
+            copied = contextvars.copy_context()
+            yield variable.get()
+            yield f"{tg.request.path} {variable.get()} {copied.run(variable.get)}"
+
+    call = Call(make_app(Root()), "/index")
+    assert contextvars.copy_context().run(next, call) == b"set"
+    assert on_another_thread(lambda: next(call)) == b"/index nothing set"
+    call.close()

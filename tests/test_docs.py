@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import sys
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from types import ModuleType
@@ -18,6 +20,7 @@ import tgstream
 from examples import cookbook
 from tests.conftest import MakeApp
 from tests.live_apps.run import SERVERS
+from tests.pages import blocks, commands
 from tests.servers.expected import unexpected
 from tests.wsgi import get
 from tgstream import stream
@@ -36,12 +39,6 @@ CONTRIBUTING = (ROOT / "docs/contributing.rst").read_text()
 def snippets(language: str) -> list[str]:
     """What stands in the README's fences of this language."""
     return re.findall(rf"^```{language}\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
-
-
-def commands(text: str) -> list[str]:
-    """The lines of the shell blocks of a page of the docs."""
-    blocks = re.findall(r"code-block:: sh\n\n((?: {4}.*\n)+)", text)
-    return [line.strip() for block in blocks for line in block.splitlines()]
 
 
 USAGE, *ENABLING = snippets("python")
@@ -68,6 +65,39 @@ def test_option_is_documented_with_its_default(name: str) -> None:
     row = re.search(rf"\* - ``{name}``\n +- (\S+)\n", REFERENCE)
     assert row is not None
     assert row[1].strip("`") == shown
+
+
+LEVELS = {"exception": "ERROR", "log": "DEBUG"}
+
+
+def logged() -> Iterator[tuple[str, str]]:
+    """The level and the format of every line that the library logs."""
+    for path in Path(tgstream.__file__).parent.glob("*.py"):
+        for call in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(call, ast.Call):
+                continue
+            name = ast.unparse(call.func)
+            texts = [a.value for a in call.args if isinstance(a, ast.Constant)]
+            if name.startswith("log.") and texts:
+                level = name.removeprefix("log.")
+                yield LEVELS.get(level, level.upper()), str(texts[0])
+            elif name == "_tell" and texts:
+                yield "WARNING", str(texts[-1])
+
+
+@pytest.mark.parametrize(("level", "line"), sorted(logged()))
+def test_reference_has_every_line_of_the_log(level: str, line: str) -> None:
+    """Word for word, so that who searches for it finds what to do."""
+    fixed = re.split(r"%(?!%)\.?\d*[a-z]", line)
+    said = "<[a-z]+>".join(re.escape(part.replace("%%", "%")) for part in fixed)
+    text = " ".join(REFERENCE.split())
+    assert re.search(rf"\* - ``{level}`` - ``{said}`` - \w", text)
+
+
+def test_reference_has_no_line_of_the_log_that_is_gone() -> None:
+    """A row for each line, and none more."""
+    rows = re.findall(r"^    \* - ``[A-Z]+``\n      - ``", REFERENCE, re.MULTILINE)
+    assert len(rows) == len({line for _, line in logged()})
 
 
 def test_option_that_is_documented_exists() -> None:
@@ -109,12 +139,6 @@ def test_readme_usage_runs(
             assert next(events).data == "hello"
     finally:
         tg.config["tg.app_globals"].sa_engine.dispose()
-
-
-def blocks(text: str) -> list[str]:
-    """The Python blocks of a page of the docs, where the page stands in the margin."""
-    found = re.findall(r"code-block:: python\n\n((?: {4}.*\n|\n)+)", text)
-    return [re.sub(r"^ {4}", "", block, flags=re.MULTILINE) for block in found]
 
 
 def test_streams_page_runs(
@@ -354,7 +378,7 @@ def test_chart_says_what_the_page_says() -> None:
 
 
 @pytest.mark.parametrize(
-    "path", [".ci/run", ".ci/matrix", ".ci/mariadb", ".ci/browser"]
+    "path", [".ci/run", ".ci/matrix", ".ci/mariadb", ".ci/browser", ".ci/proxies"]
 )
 def test_command_of_contributors_exists(path: str) -> None:
     """What they are told to run can be run."""

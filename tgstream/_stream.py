@@ -35,8 +35,8 @@ class Stream:
     the same one twice: a stream serves one request.
 
     What commits when: items that run out are committed before the last byte leaves
-    (``commit='end'``); after every item or every so many (``'each'``, a number), before
-    their chunk leaves; only by :func:`commit` (``'manual'``). A stream that raises, or
+    (``commit='end'``); after every item, before its chunk leaves (``'each'``), or every
+    so many (a number); only by :func:`commit` (``'manual'``). A stream that raises, or
     whose client leaves, aborts what is not committed; one never started did nothing.
 
     :param items: an iterable of items, or an open binary file.

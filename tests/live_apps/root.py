@@ -38,15 +38,21 @@ class RootController(TGController):
 
     @expose(content_type="text/plain")
     @stream
-    def wait(self, pipe: str) -> Iterator[str]:
-        """Sends the line that the client writes into a named pipe, when it does so."""
-        yield "first"
+    def wait(self, pipe: str, more: str = "0", direct: str = "") -> Iterator[str]:
+        """Sends the line that the client writes into a named pipe, when it does so.
+
+        :param more: bytes of the first chunk, beside its word.
+        :param direct: whether proxies are told not to gather it.
+        """
+        if direct:
+            tg.response.headers["X-Accel-Buffering"] = "no"
+        yield "first" + "x" * int(more)
         with open(pipe) as file:
             yield file.readline()
 
     @expose()
     @stream(SSE(heartbeat=0.1))
-    def silent(self) -> Iterator[Event]:
+    def silent(self, tell: str = "") -> Iterator[Event]:
         """Says nothing until it is to end."""
         yield Event(comment="open")
         while not current_stream().ending:
