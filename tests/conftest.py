@@ -239,6 +239,7 @@ class LiveServer:
     """A real server, in a process of its own, on a port of its own."""
 
     def __init__(self, server: str, app: str, *options: str) -> None:
+        self.name = server
         self.process = subprocess.Popen(
             [sys.executable, "-m", "tests.live_apps.run", server, app, *options],
             stdout=subprocess.PIPE,

@@ -8,7 +8,9 @@ import re
 import select
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
+from itertools import product
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -38,20 +40,19 @@ def valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 def server(request: pytest.FixtureRequest, valkey: Server) -> Iterator[LiveServer]:
     """A server with threads for all, that keeps 20 events of a channel."""
     server = LiveServer(
-        request.param, "listening", f"redis={valkey.url}", "threads=64", "beat=0.2"
+        request.param, "listening", f"redis={valkey.url}", "threads=64", "beat=0.1"
     )
     yield server
     server.stop()
 
 
-@pytest.fixture(params=[name for name in SEVERAL if name != "gunicorn-gevent"])
-def few(
-    request: pytest.FixtureRequest, live_server: Callable[..., LiveServer]
-) -> LiveServer:
+@pytest.fixture(scope="module", params=["waitress", "gunicorn-gthread"])
+def few(request: pytest.FixtureRequest) -> Iterator[LiveServer]:
     """A server of sixteen threads, whose kernel gives a client up after 0.5 s."""
-    return live_server(
-        request.param, "listening", "threads=16", "beat=0.1", "patience=500"
-    )
+    options = "threads=16", "beat=0.1", "patience=500"
+    server = LiveServer(request.param, "listening", *options)
+    yield server
+    server.stop()
 
 
 def ask(server: LiveServer, path: str) -> Any:
@@ -76,8 +77,17 @@ def ended(server: LiveServer, name: str, reason: str) -> int:
     return found
 
 
-def publish(server: LiveServer, name: str, first: int, count: int, size: int) -> None:
-    ask(server, f"/memory/publish?name={name}&first={first}&count={count}&size={size}")
+def publish(
+    server: LiveServer,
+    name: str,
+    first: int,
+    count: int = 1,
+    size: int = 0,
+    back_end: str = "memory",
+) -> None:
+    """Publish so many events, numbered from the first on."""
+    query = f"name={name}&first={first}&count={count}&size={size}"
+    ask(server, f"/{back_end}/publish?{query}")
 
 
 class Listener:
@@ -136,20 +146,20 @@ def test_clients_that_take_nothing_expire_and_hold_up_nobody(
     """``max_seconds`` ends all of them, their seats are free and so is their memory;
     meanwhile another listener gets every event."""
     before = ask(server, "/vitals")
-    path = f"/memory/feed?name=stuck&seconds=1.5&limit={MANY}"
+    path = f"/memory/feed?name=stuck&seconds=1&limit={MANY}"
     with ExitStack() as stack:
         reader = Listener(server, "/memory/feed?name=stuck")
         stack.callback(reader.close)
         for _ in range(MANY):
             stack.callback(stuck(server, path).close)
-        assert said_raw(server, path.encode()).startswith(b"HTTP/1.1 503")
+        assert said_raw(server, path.encode())[0] == 503
         for first in range(0, 48, 8):
             publish(server, "stuck", first, 8, BLOCK)
             assert reader.numbers(8) == [*range(first, first + 8)]
         wait_until(lambda: ended(server, "stuck", "expired") == MANY, "not all expire")
         print(ask(server, "/vitals"))
         Listener(server, path).close()  # there is a seat
-        publish(server, "stuck", 48, 1, 0)
+        publish(server, "stuck", 48)
         assert reader.numbers(1) == [48]
     # On threads, who is blocked in a write is so until the connection is gone.
     wait_until(lambda: ask(server, "/vitals")["alive"] == 0, "streams are left")
@@ -180,10 +190,169 @@ def test_listener_that_never_reads_is_cut_off(server: LiveServer) -> None:
         again = Listener(server, "/memory/feed?name=never", id)
         stack.callback(again.close)
         assert again.next()["event"] == "reset"
-        publish(server, "never", 400, 1, 0)
+        publish(server, "never", 400)
         assert again.numbers(1) == reader.numbers(1) == [400]
     wait_until(lambda: ask(server, "/vitals")["alive"] == 0, "streams are left")
     assert ended(server, "never", "completed") == 1
+
+
+# Where clients say that they were.
+
+
+def heard_after(server: LiveServer, back_end: str, name: str, id: str) -> list[str]:
+    """What a client with this id is sent of what there is, each once and in order."""
+    listener = Listener(server, f"/{back_end}/feed?name={name}", id)
+    publish(server, name, 1000, back_end=back_end)
+    heard = []
+    while (event := listener.next())["data"] != "1000 ":
+        heard.append(event.get("event") or event["data"].strip())
+    listener.close()
+    return heard
+
+
+@pytest.mark.parametrize("back_end", ["memory", "redis"])
+def test_id_is_answered_with_all_that_came_after_it_or_with_a_reset(
+    server: LiveServer, back_end: str
+) -> None:
+    """Old, of another channel, from the future or forged: nothing is passed over."""
+
+    def told(name: str, first: int, count: int) -> list[str]:
+        listener = Listener(server, f"/{back_end}/feed?name={name}")
+        ids = []
+        for number in range(first, first + count):  # else it may be overtaken
+            publish(server, name, number, back_end=back_end)
+            ids.append(listener.next()["id"])
+        listener.close()
+        return ids
+
+    ids = told("ids", 0, 40)
+    (foreign,) = told("other", 0, 1)
+    ids += told("ids", 40, 5)
+    memory = back_end == "memory"
+    newest, low = ids[-1].split("-")
+    future = f"{newest}-{int(low) + 1000}", f"{int(newest, 16) + 1000}-0", f"{2**63}-0"
+    forged = "7", "1-1", "00000000-1", "-", "9" * 256, "é-1"
+    rest = [str(number) for number in range(39, 45)]
+    # In the order of the process, or of the clock: a place among all events.
+    expected = {ids[38]: rest, foreign: rest[1:] if memory else ["reset"]}
+    expected |= dict.fromkeys([ids[0], *future, *forged], ["reset"])
+    for id, events in expected.items():
+        escaped = id.encode().decode("latin-1")
+        heard = heard_after(server, back_end, "ids", escaped)
+        assert heard[: len(events)] == events, id
+
+
+def test_id_of_an_earlier_run_is_good_over_redis_alone(
+    live_server: Callable[..., LiveServer], valkey: Server
+) -> None:
+    """The server's process has been restarted meanwhile; a memory is gone with it."""
+    ids = {}
+    first = live_server("waitress", "listening", f"redis={valkey.url}", "beat=0.1")
+    for back_end in "memory", "redis":
+        listener = Listener(first, f"/{back_end}/feed?name=runs")
+        publish(first, "runs", 0, 2, back_end=back_end)
+        ids[back_end] = listener.next()["id"]
+        listener.close()
+    first.stop()
+    second = live_server("waitress", "listening", f"redis={valkey.url}", "beat=0.1")
+    publish(second, "runs", 2, back_end="redis")
+    assert heard_after(second, "memory", "runs", ids["memory"]) == ["reset"]
+    assert heard_after(second, "redis", "runs", ids["redis"]) == ["1", "2"]
+
+
+# What clients say, to the byte.
+
+
+def said_raw(
+    server: LiveServer, target: bytes, header: bytes = b"x: y"
+) -> tuple[int, bytes]:
+    """The status and body for these very bytes; of a stream, up to its first beat."""
+    with socket.create_connection(address(server), 3) as connection:
+        request = b"GET %s HTTP/1.1\r\nHost: x\r\nConnection: close\r\n%s\r\n\r\n"
+        connection.sendall(request % (target, header))
+        answer = b""
+        with suppress(ConnectionResetError):  # of a server that refuses to read on
+            while not answer.rstrip().endswith(b"\n:"):
+                if not (taken := connection.recv(BLOCK)):
+                    break
+                answer += taken
+    head, _, body = answer.partition(b"\r\n\r\n")
+    return int(head[9:12] or 400), body
+
+
+BYTES = {
+    "CR": b"a\rdata: forged",
+    "LF": b"a\ndata: forged",
+    "CRLF": b"a\r\ndata: forged",
+    "two CRLF": b"a\r\n\r\ndata: forged",
+    "NUL": b"a\0data: forged",
+    "10 kB": b"x" * 10_000,
+    "no UTF-8": b"a\xff",
+}
+BEGINNINGS = [
+    rb": open\nid: ID\n\n:\n\n",  # as of a client that has said nothing
+    rb": open\n\nevent: reset\nid: ID\ndata: \n\n:\n\n",
+]
+OURS = re.compile(b"|".join(BEGINNINGS).replace(b"ID", rb"[0-9a-f]+-[0-9]+"))
+WAYS = {
+    "header": lambda target, said: (target, b"Last-Event-ID: " + said),
+    "query": lambda target, said: (b"%s&lastEventId=%s" % (target, said), b"x: y"),
+    "escaped": lambda target, said: (
+        b"%s&lastEventId=%s" % (target, quote(said).encode()),
+        b"x: y",
+    ),
+}
+ALWAYS_REFUSED = {"header CR", "header LF", "header NUL", "query CR", "query NUL"}
+
+
+def test_id_that_is_none_injects_nothing(server: LiveServer) -> None:
+    """The server refuses the request, or the stream begins as any other."""
+
+    def answer(back_end: str, way: str, name: str) -> tuple[str, int, bytes]:
+        target = b"/%s/feed?name=ids" % back_end.encode()
+        return f"{way} {name}", *said_raw(server, *WAYS[way](target, BYTES[name]))
+
+    said = [*product(["memory", "redis"], WAYS, BYTES)]
+    with ThreadPoolExecutor(len(said)) as threads:
+        answers = [*threads.map(answer, *zip(*said, strict=True))]
+    for what, status, body in answers:
+        if status == 200:
+            pieces = re.sub(rb"[0-9A-F]+\r\n(.*?\n\n)\r\n", rb"\1", body, flags=re.S)
+            assert OURS.fullmatch(pieces), what
+    refused = {what for what, status, _ in answers if status in (400, 414, 431)}
+    assert {what for what, status, _ in answers if status != 200} == refused
+    assert refused >= ALWAYS_REFUSED
+
+
+@pytest.mark.parametrize("name", ["CR", "LF", "CRLF", "NUL", "10 kB"])
+def test_name_of_a_channel_that_is_none_opens_nothing(
+    server: LiveServer, name: str
+) -> None:
+    """A controller that takes it from its client fails before the first chunk, and the
+    log says why in one line; who publishes to it fails as well."""
+    begun = len(server.log)
+    for path in "feed?x=y", "publish?first=0&count=1":
+        target = f"/memory/{path}&name={quote(BYTES[name])}"
+        status, body = said_raw(server, target.encode())
+        assert status == (414 if "gunicorn" in server.name and name == "10 kB" else 500)
+        assert b"forged" not in body
+        if status == 500:
+            lines = wait_for_lines(server, begun, "cannot be a name; it is 1 to 256")
+            begun = len(server.log)
+            assert all(line.startswith("ValueError: Channel: '") for line in lines)
+
+
+def wait_for_lines(server: LiveServer, begun: int, text: str) -> list[str]:
+    """The lines of a server's log that have this text, once there are some."""
+
+    def lines() -> list[str]:
+        return [each for each in server.log[begun:] if text in each]
+
+    wait_until(lines, f"no line with {text}")
+    return lines()
+
+
+# As many streams as threads.
 
 
 def test_listener_that_takes_nothing_is_given_up_by_the_kernel(few: LiveServer) -> None:
@@ -209,52 +378,3 @@ def test_threads_are_as_many_streams(few: LiveServer) -> None:
         assert waiting.recv(15) == b"HTTP/1.1 200 OK"
     for each in listeners:
         each.close()
-
-
-# What clients say.
-
-
-def said_raw(server: LiveServer, target: bytes, header: bytes = b"x: y") -> bytes:
-    """What a server answers to these very bytes, as far as a stream's opening."""
-    with socket.create_connection(address(server), 20) as connection:
-        connection.sendall(b"GET %s HTTP/1.1\r\nHost: x\r\n%s\r\n\r\n" % (target, header))
-        connection.settimeout(20)
-        answer = b""
-        while b"\n:\n\n" not in answer.replace(b"\r\n", b"\n"):  # a beat
-            taken = connection.recv(BLOCK)
-            answer += taken
-            if not taken or not answer.startswith(b"HTTP/1.1 200"):
-                break
-        return answer
-
-
-IDS = {
-    "CR": b"a\rdata: forged",
-    "LF": b"a\ndata: forged",
-    "CRLF": b"a\r\ndata: forged",
-    "two of them": b"a\r\n\r\ndata: forged",
-    "NUL": b"a\0data: forged",
-    "10 kB": b"x" * 10_000,
-    "no UTF-8": b"\xff\xfe",
-}
-REFUSES = {
-    "waitress": {"CR", "LF", "CRLF", "NUL"},
-    "gunicorn-gthread": {"CR", "NUL", "10 kB"},
-    "gunicorn-gevent": {"CR", "NUL", "10 kB"},
-}
-
-
-@pytest.mark.parametrize("back_end", ["memory", "redis"])
-def test_id_that_is_none_injects_nothing(server: LiveServer, back_end: str) -> None:
-    """The server refuses the request, or the stream begins as for one without an id."""
-    for said in IDS.values():
-        target = b"/%s/feed?name=ids" % back_end.encode()
-        in_query = target + b"&lastEventId=" + quote(said).encode()
-        answers = {
-            "header": said_raw(server, target, b"Last-Event-ID: " + said),
-            "query": said_raw(server, in_query),
-            "raw": said_raw(server, target + b"&lastEventId=" + said),
-        }
-        for kind, answer in answers.items():
-            print(kind, said[:20], answer[:20], answer[-60:])
-            assert b"forged" not in answer.partition(b"\r\n\r\n")[2]
