@@ -30,7 +30,11 @@ from tgstream import Report, Stream
 MakeApp = Callable[..., Any]
 
 # Each has a command of its own, which sets its variable.
-OWN_COMMANDS = {"TGSTREAM_MARIADB": "mariadb", "TGSTREAM_BROWSER": "browser"}
+OWN_COMMANDS = {
+    "TGSTREAM_MARIADB": "mariadb",
+    "TGSTREAM_BROWSER": "browser",
+    "TGSTREAM_NETWORK": "network",
+}
 collect_ignore = [
     folder for name, folder in OWN_COMMANDS.items() if name not in os.environ
 ]
