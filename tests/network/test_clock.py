@@ -52,7 +52,7 @@ def test_clock_that_is_set_does_streams_no_harm(
         ids: dict[str, list[str]] = {"memory": [], "redis": []}
         for number in range(6):
             if number == 3:
-                clock.set(f"{offset:+}")
+                clock.set(offset)
                 wait_until(
                     lambda: abs(wall(server) - time.time() - offset) < 5, "is not set"
                 )
