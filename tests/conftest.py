@@ -35,6 +35,7 @@ OWN_COMMANDS = {
     "TGSTREAM_BROWSER": "browser",
     "TGSTREAM_PROXIES": "proxies",
     "TGSTREAM_SERVERS": "servers",
+    "TGSTREAM_NETWORK": "network",
 }
 collect_ignore = [
     folder for name, folder in OWN_COMMANDS.items() if name not in os.environ
@@ -244,6 +245,7 @@ class LiveServer:
     """A real server, in a process of its own, on a port of its own."""
 
     def __init__(self, server: str, app: str, *options: str) -> None:
+        self.name = server
         self.process = subprocess.Popen(
             [sys.executable, "-m", "tests.live_apps.run", server, app, *options],
             stdout=subprocess.PIPE,

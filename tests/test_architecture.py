@@ -195,3 +195,20 @@ def test_public_name_has_a_docstring_of_its_own(name: str) -> None:
     """The first sentence is whole."""
     first, _, _ = (getattr(tgstream, name).__doc__ or "").partition("\n")
     assert first.endswith(".")
+
+
+WALL = {"time.time", "time.time_ns", "time.localtime", "time.gmtime", "time.ctime"}
+WALL |= {f"{of}.{name}" for of in ("datetime", "date") for name in ("now", "today")}
+WALL |= {"datetime.utcnow", "datetime.datetime.now", "datetime.date.today"}
+
+
+@pytest.mark.parametrize("module", LADDER)
+def test_module_reads_no_wall_clock(module: str) -> None:
+    """Somebody may set it; what waits, beats, expires or is numbered does not care."""
+    read = {
+        ast.unparse(node)
+        for node in ast.walk(tree(module))
+        if isinstance(node, ast.Attribute)
+    }
+    assert not WALL & read
+    assert not {"time", "time.time"} & (imports(module) - {"time"})

@@ -24,6 +24,7 @@ from tgstream import (
     SSE,
     Channel,
     Event,
+    Report,
     Stream,
     last_event_id,
     rollback,
@@ -598,6 +599,32 @@ def test_event_of_a_stream_that_completes_goes_out(
     root.during = [undo_once]
     assert get(app, "/steps?commit=end").text == "1\n2\n3\n"
     assert heard(events, 2) == ["step 2", "step 3"]
+
+
+@pytest.mark.parametrize("with_model", [True, False])
+def test_event_of_a_report_goes_out_at_once(
+    make_app: MakeApp, channel: Channel, sqlite_model: Model, with_model: bool
+) -> None:
+    """The stream's transaction is over where its end is told, whatever its end was."""
+    model = sqlite_model if with_model else None
+    root = Live(channel, model)
+    app, events = make_app(root, model, tm__enabled=True), waiting(channel)
+
+    def tell(report: Report) -> None:
+        channel.publish(report.reason)
+
+    tg.hooks.register("tgstream.finished", tell)
+    try:
+        with open_stream(app, "/steps?commit=end") as response:
+            pulled(response, 1)
+        root.during = [lambda: 1 / 0]
+        get(app, "/steps?commit=end")
+        root.during = []
+        get(app, "/steps?commit=end")
+    finally:
+        tg.hooks.disconnect("tgstream.finished", tell)
+    steps = ["step 1", "step 2", "step 3"]
+    assert heard(events, 6) == ["disconnected", "failed", *steps, "completed"]
 
 
 def test_event_that_cannot_be_sent_leaves_the_transaction_committed(

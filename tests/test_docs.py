@@ -378,7 +378,11 @@ def test_chart_says_what_the_page_says() -> None:
 
 
 @pytest.mark.parametrize(
-    "path", [".ci/run", ".ci/matrix", ".ci/mariadb", ".ci/browser", ".ci/proxies"]
+    "path",
+    [
+        *(".ci/run", ".ci/matrix", ".ci/mariadb", ".ci/browser"),
+        *(".ci/proxies", ".ci/network"),
+    ],
 )
 def test_command_of_contributors_exists(path: str) -> None:
     """What they are told to run can be run."""

@@ -395,6 +395,24 @@ def test_redis_that_comes_back_without_its_data_is_told_of(
     server.stop()
 
 
+def test_redis_that_loses_a_channels_first_events_unheard_cannot_tell(
+    tmp_path: Path, make_hub: MakeHub, name: str
+) -> None:
+    """Where there was no event there is no place that could prove the loss; this is
+    the one gap that is passed over."""
+    with Server(tmp_path, appendonly="no") as server:
+        hub, other = make_hub(server.url), make_hub(server.url)
+        hub._reading = True  # so that it reads nothing yet
+        events = listening(hub, name)
+        other.publish(name, "lost", None)
+        server.terminate()
+        server.start()
+        hub._reading = False
+        hub._read_on()
+        other.publish(name, "after", None)
+        assert heard(events, 1) == ["after"]
+
+
 @pytest.mark.parametrize("resumes", [True, False])
 def test_listener_that_comes_while_redis_is_away_waits(
     mortal: Server,

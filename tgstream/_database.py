@@ -36,6 +36,7 @@ class Database:
         self.manager = Manager(self.members.values())
         self.outer: Database | None = None
         self.outer_manager: Any = None
+        self.over = False  # its stream has ended, and its report is being told
 
     @staticmethod
     def managers_of_thread() -> dict[str, Any]:
@@ -129,6 +130,7 @@ class Database:
 
         :param give_back: whether the objects go back to the request's sessions first.
         """
+        self.over = True
         if self.manager.idle and not self.members:
             return
         ends = (self.close_cursors, self.manager.abort)

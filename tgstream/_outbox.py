@@ -37,7 +37,10 @@ def send(what: str, send: Send) -> None:
 
 def _transaction() -> Any:
     """The transaction of the stream that runs here, or of TG's request, if any."""
-    if thread.record.database is None:
+    database = thread.record.database
+    if database is not None and database.over:
+        return None  # the hook of its report: nothing will commit there
+    if database is None:
         try:
             tg_locals = _context.current()
         except TypeError:  # no request at all

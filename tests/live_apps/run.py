@@ -10,6 +10,7 @@ from __future__ import annotations
 import _thread
 import asyncio
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -27,6 +28,31 @@ APP = "TGSTREAM_LIVE_APP"
 DRAINS = "drains=yes"
 LOOKS = "looks="
 ROOT = Path(__file__).parents[2]
+
+
+def option(name: str, default: Any = "") -> str:
+    """An option that is the server's, among those of the application."""
+    found = re.search(f"^{name}=(.*)$", os.environ[APP], re.MULTILINE)
+    return str(found[1] if found else default)
+
+
+def threads() -> int:
+    """How many requests a server of threads serves at once."""
+    return int(option("threads", THREADS))
+
+
+def host() -> str:
+    """The address where a server listens."""
+    return option("host", "127.0.0.1")
+
+
+def set_patience(listener: socket.socket) -> None:
+    """Have the kernel give up what a client has not taken for so many milliseconds.
+
+    The connections of a listening socket inherit it.
+    """
+    if milliseconds := int(option("patience", 0)):
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
 
 
 def say_port(port: int) -> None:
@@ -63,11 +89,12 @@ def waitress(make_app: MakeApp) -> None:
 
     server = create_server(
         make_app(),
-        host="127.0.0.1",
+        host=host(),
         port=0,
-        threads=THREADS,
+        threads=threads(),
         channel_request_lookahead=int(LOOKS in os.environ[APP]),
     )
+    set_patience(server.socket)
     if DRAINS in os.environ[APP]:
         signal.signal(signal.SIGTERM, lambda *_: _thread.start_new_thread(end, ()))
     say_port(server.effective_port)
@@ -108,6 +135,13 @@ def drain_when_told(worker: Any) -> None:
     signal.signal(signal.SIGTERM, terminate)
 
 
+def ready(arbiter: Any) -> None:
+    """Tell where gunicorn listens, before its worker is forked."""
+    listener = arbiter.LISTENERS[0].sock
+    set_patience(listener)
+    say_port(listener.getsockname()[1])
+
+
 def gunicorn(worker_class: str) -> Serve:
     """One worker process, in which the application is made as it is there."""
 
@@ -117,15 +151,13 @@ def gunicorn(worker_class: str) -> Serve:
         class Application(BaseApplication):
             def load_config(self) -> None:
                 for name, value in {
-                    "bind": "127.0.0.1:0",
+                    "bind": f"{host()}:0",
                     "worker_class": worker_class,
-                    "threads": THREADS if worker_class == "gthread" else 1,
+                    "threads": threads() if worker_class == "gthread" else 1,
                     "loglevel": "warning",
                     "post_worker_init": drain_when_told,
                     "graceful_timeout": 1,
-                    "when_ready": lambda server: say_port(
-                        server.LISTENERS[0].sock.getsockname()[1]
-                    ),
+                    "when_ready": ready,
                 }.items():
                     self.cfg.set(name, value)
 
