@@ -37,6 +37,25 @@ def make_app(global_conf, **app_conf):
     return make()
 """
 
+LOGGING = """
+[loggers]
+keys = root
+
+[handlers]
+keys = console
+
+[formatters]
+keys =
+
+[logger_root]
+level = DEBUG
+handlers = console
+
+[handler_console]
+class = StreamHandler
+args = (sys.stderr,)
+"""
+
 
 def run(folder: Path, command: Callable[[int], list[str]]) -> tuple[int, bytes]:
     """What a stream of the application is, under a server that a command starts.
@@ -50,7 +69,7 @@ def run(folder: Path, command: Callable[[int], list[str]]) -> tuple[int, bytes]:
     (folder / "wsgi.py").write_text(page)
     (folder / "myapp.py").write_text(APPLICATION)
     [server] = blocks(PAGE, "ini")
-    ini = f"[app:main]\npaste.app_factory = myapp:make_app\n\n{server}"
+    ini = f"[app:main]\npaste.app_factory = myapp:make_app\n\n{server}\n{LOGGING}"
     (folder / "production.ini").write_text(ini.replace("8080", str(port)))
     path = os.pathsep.join([str(folder), str(ROOT)])
     environ = {**os.environ, "PYTHONPATH": path}
