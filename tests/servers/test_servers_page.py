@@ -9,9 +9,11 @@ import http.client
 import os
 import select
 import shlex
+import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +21,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import LiveServer
-from tests.live_apps.run import answers
+from tests.live_apps.run import APACHE, answers
 from tests.pages import DOCS, blocks, commands
 
 PAGE = (DOCS / "servers.rst").read_text()
@@ -35,9 +37,31 @@ def make_app(global_conf, **app_conf):
     return make()
 """
 
+LOGGING = """
+[loggers]
+keys = root
 
-def run(folder: Path, line: str) -> tuple[int, bytes]:
-    """What a stream of the application is, under a server that a line starts."""
+[handlers]
+keys = console
+
+[formatters]
+keys =
+
+[logger_root]
+level = DEBUG
+handlers = console
+
+[handler_console]
+class = StreamHandler
+args = (sys.stderr,)
+"""
+
+
+def run(folder: Path, command: Callable[[int], list[str]]) -> tuple[int, bytes]:
+    """What a stream of the application is, under a server that a command starts.
+
+    :param command: is given the port.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port: int = free.getsockname()[1]
@@ -45,24 +69,21 @@ def run(folder: Path, line: str) -> tuple[int, bytes]:
     (folder / "wsgi.py").write_text(page)
     (folder / "myapp.py").write_text(APPLICATION)
     [server] = blocks(PAGE, "ini")
-    ini = f"[app:main]\npaste.app_factory = myapp:make_app\n\n{server}"
+    ini = f"[app:main]\npaste.app_factory = myapp:make_app\n\n{server}\n{LOGGING}"
     (folder / "production.ini").write_text(ini.replace("8080", str(port)))
-    program, *words = shlex.split(line.replace("8080", str(port)))
-    command = str(Path(sys.executable).parent / program)
     path = os.pathsep.join([str(folder), str(ROOT)])
     environ = {**os.environ, "PYTHONPATH": path}
-    if program == "uwsgi":
-        words += ["--virtualenv", sys.prefix]
-    process = subprocess.Popen([command, *words], cwd=folder, env=environ)
+    process = subprocess.Popen(words := command(port), cwd=folder, env=environ)
     try:
         while not answers(port):
-            assert process.poll() is None, f"{line} has ended"
+            assert process.poll() is None, f"{words[0]} has ended"
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
         connection.request("GET", "/traced/words", headers={"Connection": "close"})
         with connection.getresponse() as response:
             return response.status, response.read()
     finally:
-        process.send_signal(3 if program == "uwsgi" else 15)  # which reloads it
+        stops = signal.SIGQUIT if "uwsgi" in words[0] else signal.SIGTERM
+        process.send_signal(stops)  # TERM reloads it
         try:
             process.wait(10)
         except subprocess.TimeoutExpired:
@@ -70,10 +91,22 @@ def run(folder: Path, line: str) -> tuple[int, bytes]:
             process.wait()
 
 
+def command_of(line: str) -> Callable[[int], list[str]]:
+    """The line, in this virtual environment."""
+
+    def command(port: int) -> list[str]:
+        program, *words = shlex.split(line.replace("8080", str(port)))
+        if program == "uwsgi":
+            words += ["--virtualenv", sys.prefix]
+        return [str(Path(sys.executable).parent / program), *words]
+
+    return command
+
+
 @pytest.mark.parametrize("line", [each for each in LINES if "uvicorn" not in each])
 def test_line_starts_a_server(line: str, tmp_path: Path) -> None:
     """As it is written, but for the port."""
-    assert run(tmp_path, line) == (200, b"one\ntwo\n")
+    assert run(tmp_path, command_of(line)) == (200, b"one\ntwo\n")
 
 
 @pytest.mark.parametrize("adapter", ASGI, ids=["a2wsgi", "asgiref"])
@@ -81,7 +114,30 @@ def test_line_starts_uvicorn(adapter: str, tmp_path: Path) -> None:
     """With either adapter."""
     (tmp_path / "asgi.py").write_text(adapter)
     [line] = [each for each in LINES if "uvicorn" in each]
-    assert run(tmp_path, line) == (200, b"one\ntwo\n")
+    assert run(tmp_path, command_of(line)) == (200, b"one\ntwo\n")
+
+
+def test_lines_start_apache() -> None:
+    """With the module of Debian, whose workers are another user."""
+    [lines] = blocks(PAGE, "apache")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+
+        def command(port: int) -> list[str]:
+            paths = {"/srv/myapp/venv": sys.prefix, "/srv/myapp": str(folder)}
+            told = lines
+            for path, here in paths.items():
+                told = told.replace(path, here)
+            # What is installed in the virtual environment of one who follows the page.
+            told = told.replace(" home=", f" python-path={ROOT}:{folder} home=")
+            conf = APACHE.partition("WSGIDaemonProcess")[0] + "{told}\n"
+            conf += "<Directory {folder}>\nRequire all granted\n</Directory>\n"
+            conf = conf.format(folder=folder, port=port, told=told)
+            (folder / "conf").write_text(conf)
+            return ["/usr/sbin/apache2", "-DFOREGROUND", "-f", str(folder / "conf")]
+
+        assert run(folder, command) == (200, b"one\ntwo\n")
 
 
 @pytest.mark.parametrize("server", ["uwsgi-threads", "uwsgi-gevent"])
