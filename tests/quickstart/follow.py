@@ -45,7 +45,8 @@ class Shell:
         print(f"$ {command}", flush=True)
         if command == SERVE:
             self.stop_server()
-            self._ask(f"{SERVE} > {self.log} 2>&1 < /dev/null & server=$!")
+            # Disowned, as one of another terminal: ``wait`` does not wait for it.
+            self._ask(f"{SERVE} > {self.log} 2>&1 & server=$!; disown")
             self._wait_for_server()
             return ""
         code, printed = self._ask(command)
@@ -56,7 +57,8 @@ class Shell:
 
     def stop_server(self) -> None:
         """Press Ctrl-C, where a server runs."""
-        self._ask('[ -z "$server" ] || { kill -INT "$server"; wait "$server"; server=; }')
+        self._ask('[ -z "$server" ] || kill -INT "$server"')
+        self._ask('while kill -0 "$server"; do sleep 0.1; done; server=')
 
     def logged(self) -> str:
         """What the server has logged."""
@@ -72,9 +74,8 @@ class Shell:
     def _ask(self, command: str) -> tuple[int, str]:
         """The exit code of a command, and what it has printed."""
         assert self.process.stdin is not None and self.process.stdout is not None
-        background = "" if command.endswith("&") else "\n"
-        wrapped = f"{{ {command}{background or ' '}\n}} < /dev/null"
-        self.process.stdin.write(f"{wrapped}\nprintf '\\n{END} %s\\n' $?\n")
+        self.process.stdin.write(f"{{ {command}\n}} < /dev/null\n")
+        self.process.stdin.write(f"printf '\\n{END} %s\\n' $?\n")
         self.process.stdin.flush()
         printed = ""
         for line in self.process.stdout:
@@ -124,6 +125,7 @@ def main(folder: Path) -> None:
         raise SystemExit("port 8080 is taken; the tutorial needs it")
     for name in "VIRTUAL_ENV", "PYTHONPATH", "PIP_REQUIRE_VIRTUALENV":
         os.environ.pop(name, None)
+    os.environ["PIP_QUIET"] = "2"  # or most of what one reads here were pip's
     begun = time.monotonic()
     steps = blocks(TUTORIAL.read_text())
     shell = Shell(folder)
