@@ -144,6 +144,7 @@ class Stack:
     """A running application: its folder, its server, and its client."""
 
     def __init__(self, app: Path, name: str, folder: Path) -> None:
+        self.name = name
         server, self.kind, _, debug = name.split("-")
         self.debug = debug == "true"
         self.folder = folder / "myapp"
@@ -176,7 +177,7 @@ class Stack:
         form = {"login": name, "password": password}
         answer = self.client.post("/login_handler", data=form, follow_redirects=True)
         assert f"Welcome back, {name}!" in answer.text or self.kind == "minimal"
-        assert "authtkt" in self.client.cookies
+        assert "authtkt" in {cookie.name for cookie in self.client.cookies.jar}
 
     def stop(self) -> None:
         self.client.close()

@@ -4,11 +4,11 @@ import logging
 from collections.abc import Iterator
 
 import tg
+from myapp.lib.base import BaseController
+from myapp.model import DBSession, User
 from tg import abort, expose, flash, request, require
 from tg.predicates import not_anonymous
 
-from myapp.lib.base import BaseController
-from myapp.model import DBSession, User
 from tgstream import CSV, stream
 
 

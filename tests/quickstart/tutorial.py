@@ -1,9 +1,9 @@
 """``docs/tutorial.rst`` as a program reads it: its blocks, and what is done with each.
 
-A block of ``sh`` is commands, a line each. One of ``text`` is what the commands before it
-print, where ``...`` stands for anything. Any other block is for the file that its caption
-names: a new file, or lines for the end of one (``FILE, at its end``), or a ``diff``, each
-of whose hunks fits once.
+A block of ``sh`` is commands, a line each. One of ``text`` is what the commands before
+it print, where ``...`` stands for anything; with a caption, what the server logs. Any
+other block is for the file that its caption names: a new file, or lines for the end of
+one (``FILE, at its end``), or a ``diff``, each of whose hunks fits once.
 
 Rule: it needs the standard library alone, for it also runs where nothing is installed.
 """
@@ -76,7 +76,9 @@ def patched(text: str, diff: Block) -> str:
         before = "".join(line[1:] for line in lines if line[0] in " -")
         after = "".join(line[1:] for line in lines if line[0] in " +")
         if text.count(before) != 1:
-            raise ValueError(f"{diff.caption} has {text.count(before)} times:\n{before}")
+            raise ValueError(
+                f"{diff.caption} has {text.count(before)} times:\n{before}"
+            )
         text = text.replace(before, after)
     return text
 
