@@ -28,6 +28,14 @@ PROBE = Block(
     "     live = LiveController()\n"
     "+    probe = ProbeController()\n",
 )
+PLUG = Block(  # the other way to enable it
+    "diff",
+    "myapp/config/app_cfg.py",
+    "-import tgstream\n"
+    "-tgstream.plugme(base_config)\n"
+    "+from tgext.pluggable import plug\n"
+    "+plug(base_config, 'tgstream')\n",
+)
 LOGGED = """
 [logger_tgstream]
 level = DEBUG
@@ -153,6 +161,8 @@ class Stack:
             Path(__file__).with_name("probe.py"), self.folder / "myapp/controllers"
         )
         apply(PROBE, self.folder)
+        if self.kind == "minimal":
+            apply(PLUG, self.folder)
         self.server = SERVERS[server](self._config(debug))
         self.client = httpx.Client(base_url=f"http://127.0.0.1:{self.server.port}")
 

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from textwrap import indent
 
 from tests.quickstart.tutorial import TUTORIAL, Block, apply, blocks, is_logged, matches
 
@@ -107,16 +108,22 @@ def follow(shell: Shell, folder: Path, steps: list[Block]) -> None:
             print("", flush=True)
             printed = "".join(map(shell.run, step.text.splitlines()))
         elif step.is_for_a_file:
-            print(f"\n# {step.caption}", flush=True)
+            print(f"\n# {step.caption}\n{indented(step.text)}", end="", flush=True)
             apply(step, folder)
         elif step.caption:
             if not is_logged(step.text, shell.logged()):
                 raise SystemExit(f"the page has\n{step.text}\nbut {shell.logged()}")
-            print(f"\n# {step.caption}, as the page shows it:\n{step.text}", flush=True)
+            print(f"\n# {step.caption}, as the page shows it", flush=True)
+            print(indented(step.text), end="", flush=True)
         else:
             if not matches(step.text, printed):
                 raise SystemExit(f"the page shows another output:\n{step.text}")
             print("# as the page shows it", flush=True)
+
+
+def indented(text: str) -> str:
+    """The text of a block, as the page shows it."""
+    return indent(text, "    ")
 
 
 def main(folder: Path) -> None:
