@@ -68,9 +68,10 @@ class Shell:
     def end(self) -> None:
         """Leave the shell."""
         self.stop_server()
-        assert self.process.stdin is not None
+        assert self.process.stdin is not None and self.process.stdout is not None
         self.process.stdin.close()
         self.process.wait()
+        self.process.stdout.close()
 
     def _ask(self, command: str) -> tuple[int, str]:
         """The exit code of a command, and what it has printed."""

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.quickstart.conftest import QUICKSTARTS, Quickstart, run
+from tests.quickstart.follow import Shell, follow
 from tests.quickstart.tutorial import TUTORIAL, Block, apply, blocks, matches
 
 
@@ -38,6 +39,41 @@ def test_block_that_does_not_fit_is_refused(tmp_path: Path) -> None:
             apply(Block("diff", "there", diff), tmp_path)
     with pytest.raises(ValueError, match="is there already"):
         apply(Block("python", "there", "x = 1\n"), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        [Block("sh", "", "false\n")],
+        [Block("sh", "", "echo one\n"), Block("text", "", "two\n")],
+        [Block("text", "where gearbox serve runs", "what is not logged\n")],
+    ],
+    ids=["command fails", "other output", "not logged"],
+)
+def test_who_follows_stops_at_a_surprise(tmp_path: Path, steps: list[Block]) -> None:
+    """What is not as the page says ends the newcomer's command with an error."""
+    shell = Shell(tmp_path)
+    try:
+        with pytest.raises(SystemExit):
+            follow(shell, tmp_path, steps)
+    finally:
+        shell.end()
+
+
+def test_who_follows_has_one_shell(tmp_path: Path) -> None:
+    """Folder, variables and what runs in the background last from block to block."""
+    shell = Shell(tmp_path)
+    words = "mkdir there\ncd there\nname=ada\nsleep 0 &\n"
+    steps = [
+        Block("sh", "", words),
+        Block("python", "there/said", "hello\n"),
+        Block("sh", "", 'wait\necho "$(cat said) $name"\n'),
+        Block("text", "", "hello ...a\n"),
+    ]
+    try:
+        follow(shell, tmp_path, steps)
+    finally:
+        shell.end()
 
 
 def test_output_is_compared_to_its_end() -> None:
