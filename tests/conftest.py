@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -246,20 +247,34 @@ class LiveServer:
 
     def __init__(self, server: str, app: str, *options: str) -> None:
         self.name = server
-        self.process = subprocess.Popen(
+        self.start(
             [sys.executable, "-m", "tests.live_apps.run", server, app, *options],
+            r"port (\d+)",
+        )
+
+    def start(self, command: list[str], says: str, **options: Any) -> None:
+        """Run a command, until it says on which port it listens.
+
+        :param says: what a line begins with, and where the port stands in it.
+        :param options: of the process.
+        """
+        self.process = subprocess.Popen(
+            command,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            **options,
         )
         assert self.process.stdout is not None
         self.log: list[str] = []
         for line in self.process.stdout:
             self.log.append(line)
-            if line.startswith("port "):
-                self.port = int(line.split()[1])
+            if listens := re.match(says, line):
+                self.port = int(listens[1])
                 break
         else:
+            self.process.wait()
+            self.process.stdout.close()
             raise RuntimeError("".join(self.log))
         # A pipe that nobody reads stops who writes to it.
         self._reader = threading.Thread(

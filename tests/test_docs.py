@@ -381,7 +381,7 @@ def test_chart_says_what_the_page_says() -> None:
     "path",
     [
         *(".ci/run", ".ci/matrix", ".ci/mariadb", ".ci/browser"),
-        *(".ci/proxies", ".ci/network"),
+        *(".ci/proxies", ".ci/network", ".ci/newcomer"),
     ],
 )
 def test_command_of_contributors_exists(path: str) -> None:

@@ -1,0 +1,207 @@
+"""Applications that ``gearbox quickstart`` makes, with the tutorial done to them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+
+import httpx
+import pytest
+
+import tgstream
+from tests.conftest import LiveServer
+from tests.quickstart.tutorial import TUTORIAL, Block, apply, blocks
+
+QUICKSTARTS = {"full": ["quickstart"], "minimal": ["quickstart", "--minimal"]}
+PROBE = Block(
+    "diff",
+    "myapp/controllers/root.py",
+    " from myapp.controllers.live import LiveController\n"
+    "+from myapp.controllers.probe import ProbeController\n"
+    "@@\n"
+    "     live = LiveController()\n"
+    "+    probe = ProbeController()\n",
+)
+PLUG = Block(  # the other way to enable it
+    "diff",
+    "myapp/config/app_cfg.py",
+    "-import tgstream\n"
+    "-tgstream.plugme(base_config)\n"
+    "+from tgext.pluggable import plug\n"
+    "+plug(base_config, 'tgstream')\n",
+)
+LOGGED = """
+[logger_tgstream]
+level = DEBUG
+handlers =
+qualname = tgstream
+
+"""
+
+Quickstart = Callable[[str], Path]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What older versions of tg.devtools make is another application."""
+    if version("tg.devtools") < "2.5.1":
+        older = pytest.mark.skip(reason="the tutorial is about tg.devtools 2.5.1")
+        for item in items:
+            if Path(__file__).parent in item.path.parents:
+                item.add_marker(older)
+
+
+def run(folder: Path, *words: str) -> str:
+    """What a command of Python prints, in a folder."""
+    done = subprocess.run(
+        [sys.executable, *words],
+        cwd=folder,
+        env=environment(),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+def environment() -> dict[str, str]:
+    """What processes get to know: where tgstream is, and nothing of these tests."""
+    kept = {key: os.environ[key] for key in os.environ if not key.startswith("PYTEST")}
+    return {**kept, "PYTHONPATH": str(Path(tgstream.__file__).parents[1])}
+
+
+def gearbox(folder: Path, *words: str) -> str:
+    """What a command of gearbox prints."""
+    return run(folder, "-c", "from gearbox.main import main; main()", *words)
+
+
+@pytest.fixture(scope="session")
+def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Quickstart:
+    """Makes an application of each kind once, with the tutorial's blocks applied."""
+    made: dict[str, Path] = {}
+
+    def make(kind: str) -> Path:
+        if kind not in made:
+            base = tmp_path_factory.mktemp(kind)
+            gearbox(base, *QUICKSTARTS[kind], "myapp")
+            made[kind] = base / "myapp"
+            # What pip install -e does as well: PasteDeploy finds it by its entry point.
+            run(made[kind], "-c", "import setuptools; setuptools.setup()", "egg_info")
+            for block in blocks(TUTORIAL.read_text()):
+                if block.is_for_a_file:
+                    apply(block, made[kind])
+            gearbox(made[kind], "setup-app")
+        return made[kind]
+
+    return make
+
+
+class GearboxServe(LiveServer):
+    """The application of an ``.ini`` file, by ``gearbox serve``."""
+
+    def __init__(self, config: Path) -> None:
+        self.start(
+            [
+                *(sys.executable, "-c", "from gearbox.main import main; main()"),
+                *("serve", "-c", config.name),
+            ],
+            r".*Starting Threaded HTTP server on http://127.0.0.1:(\d+)",
+            cwd=config.parent,
+            env=environment(),
+        )
+
+
+def serve_with_gearbox(config: Path) -> LiveServer:
+    """By the server that a quickstarted application has, on a port that is free."""
+    ini = config.read_text()
+    for attempt in range(5):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        config.write_text(ini.replace("port = 8080", f"port = {port}"))
+        try:
+            return GearboxServe(config)
+        except RuntimeError as error:  # somebody else was quicker
+            if attempt == 4 or "already in use" not in str(error):
+                raise
+    raise AssertionError
+
+
+def serve_with_waitress(config: Path) -> LiveServer:
+    """By waitress, as in production."""
+    return LiveServer("waitress", "quickstarted", f"config={config}")
+
+
+SERVERS = {"gearbox": serve_with_gearbox, "waitress": serve_with_waitress}
+STACKS = [
+    f"{server}-{kind}-debug-{debug}"
+    for server in SERVERS
+    for kind in QUICKSTARTS
+    for debug in ("true", "false")
+]
+
+
+class Stack:
+    """A running application: its folder, its server, and its client."""
+
+    def __init__(self, app: Path, name: str, folder: Path) -> None:
+        self.name = name
+        server, self.kind, _, debug = name.split("-")
+        self.debug = debug == "true"
+        self.folder = folder / "myapp"
+        shutil.copytree(app, self.folder)
+        shutil.copy(
+            Path(__file__).with_name("probe.py"), self.folder / "myapp/controllers"
+        )
+        apply(PROBE, self.folder)
+        if self.kind == "minimal":
+            apply(PLUG, self.folder)
+        self.server = SERVERS[server](self._config(debug))
+        self.client = httpx.Client(base_url=f"http://127.0.0.1:{self.server.port}")
+
+    def _config(self, debug: str) -> Path:
+        ini = (self.folder / "development.ini").read_text()
+        for old, new in {
+            "\ndebug = true": f"\ndebug = {debug}",
+            "use = egg:waitress#main\n": "use = egg:gearbox#wsgiref\n",
+            "threads = 32\n": "wsgiref.threaded = true\n",
+            "[app:main]\n": "[app:main]\ntgstream.chunk_size = 1000\n",
+            "[loggers]\nkeys = root,": "[loggers]\nkeys = root, tgstream,",
+            "[logger_root]\n": LOGGED + "[logger_root]\n",
+        }.items():
+            assert ini.count(old) == 1
+            ini = ini.replace(old, new)
+        config = self.folder / "served.ini"
+        config.write_text(ini)
+        return config
+
+    def log_in(self, name: str, password: str) -> None:
+        """Send the form of the login page; the client has the cookies then."""
+        form = {"login": name, "password": password}
+        answer = self.client.post("/login_handler", data=form, follow_redirects=True)
+        assert f"Welcome back, {name}!" in answer.text or self.kind == "minimal"
+        assert "authtkt" in {cookie.name for cookie in self.client.cookies.jar}
+
+    def stop(self) -> None:
+        self.client.close()
+        self.server.stop()
+
+
+@pytest.fixture(scope="session", params=STACKS)
+def stack(
+    request: pytest.FixtureRequest,
+    quickstart: Quickstart,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Stack]:
+    """Each application on each server, with debug on and off."""
+    kind = request.param.split("-")[1]
+    stack = Stack(quickstart(kind), request.param, tmp_path_factory.mktemp("stack"))
+    yield stack
+    stack.stop()

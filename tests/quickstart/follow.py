@@ -1,0 +1,150 @@
+"""Follows ``docs/tutorial.rst`` to the letter, and says what it does and sees.
+
+    python3 -m tests.quickstart.follow FOLDER
+
+In FOLDER, which is empty but for the clone of tgstream. It ends with exit code 1 at the
+first command that fails, and at the first output that is not what the page shows.
+
+Rule: it needs the standard library alone, for it also runs where nothing is installed.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from textwrap import indent
+
+from tests.quickstart.tutorial import TUTORIAL, Block, apply, blocks, is_logged, matches
+
+SERVE = "gearbox serve"
+ADDRESS = ("127.0.0.1", 8080)
+LOG = "server.log"
+END = "end of command"
+
+
+class Shell:
+    """A shell that lives as long as the tutorial, as the reader's does."""
+
+    def __init__(self, folder: Path) -> None:
+        self.log = folder / LOG
+        self.process = subprocess.Popen(
+            ["bash", "--norc", "--noprofile"],
+            cwd=folder,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        self._ask("set -m")  # so that what runs in the background hears Ctrl-C
+
+    def run(self, command: str) -> str:
+        """Run one command, show it and what it prints, and return that."""
+        print(f"$ {command}", flush=True)
+        if command == SERVE:
+            self.stop_server()
+            # Disowned, as one of another terminal: ``wait`` does not wait for it.
+            self._ask(f"{SERVE} > {self.log} 2>&1 & server=$!; disown")
+            self._wait_for_server()
+            return ""
+        code, printed = self._ask(command)
+        print(printed, end="", flush=True)
+        if code:
+            raise SystemExit(f"exit code {code}\n{self.logged()}")
+        return printed
+
+    def stop_server(self) -> None:
+        """Press Ctrl-C, where a server runs."""
+        self._ask('[ -z "$server" ] || kill -INT "$server"')
+        self._ask('while kill -0 "$server"; do sleep 0.1; done; server=')
+
+    def logged(self) -> str:
+        """What the server has logged."""
+        return self.log.read_text() if self.log.exists() else ""
+
+    def end(self) -> None:
+        """Leave the shell."""
+        self.stop_server()
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.close()
+        self.process.wait()
+        self.process.stdout.close()
+
+    def _ask(self, command: str) -> tuple[int, str]:
+        """The exit code of a command, and what it has printed."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.write(f"{{ {command}\n}} < /dev/null\n")
+        self.process.stdin.write(f"printf '\\n{END} %s\\n' $?\n")
+        self.process.stdin.flush()
+        printed = ""
+        for line in self.process.stdout:
+            if line.startswith(END):
+                return int(line.removeprefix(END)), printed.removesuffix("\n")
+            printed += line
+        raise SystemExit(f"the shell has ended\n{printed}")
+
+    def _wait_for_server(self) -> None:
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            if is_served():
+                return
+            time.sleep(0.1)
+        raise SystemExit(f"the server does not answer\n{self.logged()}")
+
+
+def is_served() -> bool:
+    """Whether somebody listens where the application is to be."""
+    with socket.socket() as client:
+        return client.connect_ex(ADDRESS) == 0
+
+
+def follow(shell: Shell, folder: Path, steps: list[Block]) -> None:
+    """Do each step, and compare what is seen with what is shown."""
+    printed = ""
+    for step in steps:
+        if step.language == "sh":
+            print("", flush=True)
+            printed = "".join(map(shell.run, step.text.splitlines()))
+        elif step.is_for_a_file:
+            print(f"\n# {step.caption}\n{indented(step.text)}", end="", flush=True)
+            apply(step, folder)
+        elif step.caption:
+            if not is_logged(step.text, shell.logged()):
+                raise SystemExit(f"the page has\n{step.text}\nbut {shell.logged()}")
+            print(f"\n# {step.caption}, as the page shows it", flush=True)
+            print(indented(step.text), end="", flush=True)
+        else:
+            if not matches(step.text, printed):
+                raise SystemExit(f"the page shows another output:\n{step.text}")
+            print("# as the page shows it", flush=True)
+
+
+def indented(text: str) -> str:
+    """The text of a block, as the page shows it."""
+    return indent(text, "    ")
+
+
+def main(folder: Path) -> None:
+    """Follow the tutorial in a folder."""
+    if is_served():
+        raise SystemExit("port 8080 is taken; the tutorial needs it")
+    for name in "VIRTUAL_ENV", "PYTHONPATH", "PIP_REQUIRE_VIRTUALENV":
+        os.environ.pop(name, None)
+    os.environ["PIP_QUIET"] = "2"  # or most of what one reads here were pip's
+    begun = time.monotonic()
+    steps = blocks(TUTORIAL.read_text())
+    shell = Shell(folder)
+    try:
+        follow(shell, folder / "myapp", steps)
+        print(f"\nthe server's log\n\n{shell.logged()}", flush=True)
+    finally:
+        shell.end()
+    seconds = time.monotonic() - begun
+    print(f"the tutorial was followed: {len(steps)} blocks in {seconds:.0f} s")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]).resolve())

@@ -1,0 +1,54 @@
+"""A controller that the tests put beside those of the tutorial, in the application."""
+
+import logging
+from collections.abc import Iterator
+
+import tg
+from myapp.lib.base import BaseController
+from myapp.model import DBSession, User
+from tg import abort, expose, flash, request, require
+from tg.predicates import not_anonymous
+
+from tgstream import CSV, stream
+
+
+class ProbeController(BaseController):
+    @expose(content_type="text/plain")
+    @require(not_anonymous())
+    @stream
+    def who(self) -> Iterator[str]:
+        """Who is logged in, by an object that the request has loaded."""
+        for number in range(3):
+            user = request.identity["user"]
+            groups = [group.group_name for group in user.groups]
+            yield f"{number} {user.user_name} {groups}\n"
+
+    @expose(content_type="text/plain")
+    @stream
+    def welcome(self) -> Iterator[str]:
+        flash("They are on their way")
+        tg.session["seen"] = tg.session.get("seen", 0) + 1
+        tg.session.save()
+        yield f"{tg.session['seen']}\n"
+        yield f"{DBSession.query(User).count() > 0}\n"
+
+    @expose(content_type="text/plain")
+    @stream
+    def missing(self) -> Iterator[str]:
+        abort(404, "There is no such export")
+        yield ""
+
+    @expose(content_type="text/plain")
+    @stream
+    def fails(self) -> Iterator[str]:
+        if request.params.get("at") == "once":
+            raise RuntimeError("it fails at once")
+        yield "the first half\n"
+        raise RuntimeError("it fails half-way")
+
+    @expose()
+    @stream(CSV(header=["number"]))
+    def chunks(self) -> Iterator[list[str]]:
+        logging.getLogger("myapp").info("chunks are made")
+        for _ in range(100):
+            yield ["x" * 98]
