@@ -238,9 +238,11 @@ def nothing_is_left() -> Iterator[None]:
 class LiveServer:
     """A real server, in a process of its own, on a port of its own."""
 
-    def __init__(self, server: str, app: str, *options: str) -> None:
+    def __init__(
+        self, server: str, app: str, *options: str, run: str = "tests.live_apps.run"
+    ) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.live_apps.run", server, app, *options],
+            [sys.executable, "-m", run, server, app, *options],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
