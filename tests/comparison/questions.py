@@ -172,9 +172,10 @@ def failure(stand: Stand) -> str:
 
 def leaves(stand: Stand) -> str:
     """What a client that leaves ends: the generator, its transaction, its rows."""
-    bare = leave(stand, "paced")
     helper = stand.framework.helpers.get("leaves")
-    return f"{bare}; {helper}: {leave(stand, 'paced_helped')}" if helper else bare
+    # First: what the other may keep is kept until Python collects its garbage.
+    helped = f"; {helper}: {leave(stand, 'paced_helped')}" if helper else ""
+    return leave(stand, "paced") + helped
 
 
 def leave(stand: Stand, name: str) -> str:
