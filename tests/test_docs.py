@@ -348,7 +348,7 @@ def anchors(path: str) -> set[str]:
 def test_readme_links_to_sections_that_exist() -> None:
     """A title that changes takes its links with it."""
     assert "a-failure-half-way" in anchors("docs/comparison.rst")
-    for path, anchor in re.findall(r"\]\(([^)#]+\.rst)#([^)]+)\)", README):
+    for path, anchor in re.findall(r"\](?:\(|: )([\w/]+\.rst)#([\w-]+)", README):
         assert anchor in anchors(path)
 
 

@@ -62,7 +62,7 @@ EXPECTED: Answers = {
         "A failure half-way": "breaks",
         "A client that leaves": f"closed, released, row stays; ``atomic()``: {LEFT}",
         "Two streams in turn": "own request, one connection",
-        "Streams that wait": "6 of 20",
+        "Streams that wait": "6 of 20; ``async`` on uvicorn: 20 of 20",
         "Server-Sent Events": "not in the box",
     },
     "Starlette": {

@@ -52,6 +52,7 @@ FRAMEWORKS = {
             "request": "by argument",
             "added": "``atomic()``",
             "leaves": "``atomic()``",
+            "waiting": "``async`` on uvicorn",
         },
         ["Django", "gunicorn"],
     ),

@@ -228,15 +228,31 @@ def in_turn(ada: list[str], bob: list[str], eve: list[str] | None = None) -> str
 
 
 def waiting(stand: Stand) -> str:
-    """How many streams get their first chunk while all others wait."""
+    """How many streams get their first chunk while all others wait.
+
+    The helper is another server.
+    """
+    first = f"{wait(stand.live, 'waits')} of {AT_ONCE}"
+    if "waiting" not in stand.framework.helpers:
+        return first
+    url = stand.model.url.render_as_string(hide_password=False)
+    options = [word.format(url=url) for word in stand.framework.options]
+    live = LiveServer("uvicorn", *options, "asgi=yes", run="tests.comparison.serve")
+    try:
+        helped = wait(live, "waits_helped")
+    finally:
+        live.stop()
+    return f"{first}; {stand.framework.helpers['waiting']}: {helped} of {AT_ONCE}"
+
+
+def wait(live: LiveServer, name: str) -> int:
+    """How many have their first chunk before any has its second."""
     with tempfile.TemporaryDirectory() as folder:
         gate = Path(folder, "gate")
         connections = []
         for _ in range(AT_ONCE):
-            connection = http.client.HTTPConnection(
-                "127.0.0.1", stand.live.port, SECONDS
-            )
-            connection.request("GET", f"/waits?gate={gate}")
+            connection = http.client.HTTPConnection("127.0.0.1", live.port, SECONDS)
+            connection.request("GET", f"/{name}?gate={gate}")
             connections.append(connection)
         pending = {connection.sock for connection in connections}
         # Until there is none for a second; and those who have none get theirs later.
@@ -248,7 +264,7 @@ def waiting(stand: Stand) -> str:
         assert bodies == {b"first\nsecond\n"}
         for connection in connections:
             connection.close()
-    return f"{first} of {AT_ONCE}"
+    return first
 
 
 def events(stand: Stand) -> str:

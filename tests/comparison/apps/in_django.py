@@ -6,18 +6,19 @@ It has no ``request`` but the view's argument, and no exception that redirects.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import django
 import sqlalchemy as sa
 from django.conf import settings
+from django.core.asgi import get_asgi_application
 from django.core.wsgi import get_wsgi_application
 from django.db import connection, transaction
 from django.http import Http404, HttpResponse, StreamingHttpResponse
 from django.urls import path
 
-from tests.comparison.apps.outside import PACE, PACES, hear, tell, wait_for
+from tests.comparison.apps.outside import PACE, PACES, hear, tell, until, wait_for
 
 urlpatterns: list[Any] = []
 
@@ -32,10 +33,11 @@ def handler500(request: Any) -> Any:
     return HttpResponse("our page for 500", status=500)
 
 
-def make_app(url: str) -> Any:
+def make_app(url: str, asgi: str = "") -> Any:
     """The application.
 
     :param url: of a database that has its tables.
+    :param asgi: anything for one that a server for ASGI serves.
     """
     where = sa.make_url(url)
     settings.configure(
@@ -54,10 +56,10 @@ def make_app(url: str) -> Any:
     )
     django.setup()
     urlpatterns[:] = make_views()
-    return get_wsgi_application()
+    return get_asgi_application() if asgi else get_wsgi_application()
 
 
-def plain(generator: Iterator[str]) -> Any:
+def plain(generator: Iterator[str] | AsyncIterator[str]) -> Any:
     """What all views return."""
     return StreamingHttpResponse(generator, content_type="text/plain")
 
@@ -170,6 +172,14 @@ def make_views() -> list[Any]:
 
         return plain(generate())
 
+    def waits_helped(request: Any) -> Any:
+        async def generate() -> AsyncIterator[str]:
+            yield "first\n"
+            await until(request.GET["gate"])
+            yield "second\n"
+
+        return plain(generate())
+
     def turn(request: Any) -> Iterator[str]:
         for _ in range(3):
             with connection.cursor() as cursor:
@@ -181,5 +191,5 @@ def make_views() -> list[Any]:
         return plain(turn(request))
 
     views = [text, request_helped, loaded, adds, adds_helped, early, fails]
-    views += [paced, paced_helped, waits, turns]
+    views += [paced, paced_helped, waits, waits_helped, turns]
     return [path(view.__name__, view) for view in views]
