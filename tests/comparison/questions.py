@@ -53,7 +53,10 @@ def opened(stand: Stand, path: str) -> http.client.HTTPResponse:
 
 
 def ask(stand: Stand, path: str) -> Answer:
-    """One request, read to its end as far as that comes."""
+    """One request, read to its end as far as that comes.
+
+    :raises TimeoutError: where a server hangs, for which there is no word here.
+    """
     try:
         response = opened(stand, path)
     except http.client.HTTPException:
@@ -62,7 +65,7 @@ def ask(stand: Stand, path: str) -> Answer:
     try:
         while chunk := response.read1():
             body += chunk
-    except (http.client.HTTPException, OSError):
+    except (http.client.HTTPException, ConnectionError):
         whole = False
     response.close()
     return Answer(response.status, dict(response.headers), body.decode(), whole)
@@ -87,7 +90,9 @@ def with_and_without(stand: Stand, question: str, path: str, body: str) -> str:
     if bare == "works" or helper is None:
         return bare
     helped = seen(ask(stand, f"{name}_helped?{query}"), body)
-    return helper if bare == "none" else f"{bare}; {helper}: {helped}"
+    if bare == "none":
+        return helper if helped == "works" else f"{helper}: {helped}"
+    return f"{bare}; {helper}: {helped}"
 
 
 # The questions.
