@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 from tests.comparison.table import Answers
 
 LEFT = "closed, released, row undone"
@@ -85,7 +87,15 @@ EXPECTED: Answers = {
 }
 
 
+BEFORE_PYTHON_311 = {
+    # There an ordinary generator is let go of, and so closed, at once.
+    "Starlette": {"A client that leaves": f"{LEFT}; ``async``: {LEFT}"},
+}
+
+
 def unexpected(name: str, seen: dict[str, str]) -> dict[str, str]:
     """The answers that are not as they were."""
-    pinned = EXPECTED[name]
+    pinned = dict(EXPECTED[name])
+    if sys.version_info < (3, 11):
+        pinned |= BEFORE_PYTHON_311.get(name, {})
     return {of: answer for of, answer in seen.items() if answer != pinned.get(of)}

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from platform import python_version
 
-VERSIONS = "Seen with"
-"""The last row, which is not pinned."""
+VERSIONS = "Seen with Python"
+"""How the last row begins, which is not pinned."""
 
 Answers = dict[str, dict[str, str]]
 
@@ -21,7 +22,7 @@ def table(seen: Answers, versions: dict[str, str]) -> str:
     lines += row("In the generator", [*seen])
     for of in questions:
         lines += row(of, [answers[of] for answers in seen.values()])
-    lines += row(VERSIONS, [*versions.values()])
+    lines += row(f"{VERSIONS} {python_version()}", [*versions.values()])
     return "\n".join(lines) + "\n"
 
 
