@@ -245,10 +245,12 @@ def nothing_is_left() -> Iterator[None]:
 class LiveServer:
     """A real server, in a process of its own, on a port of its own."""
 
-    def __init__(self, server: str, app: str, *options: str) -> None:
+    def __init__(
+        self, server: str, app: str, *options: str, run: str = "tests.live_apps.run"
+    ) -> None:
         self.name = server
         self.start(
-            [sys.executable, "-m", "tests.live_apps.run", server, app, *options],
+            [sys.executable, "-m", run, server, app, *options],
             r"port (\d+)",
         )
 

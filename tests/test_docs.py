@@ -18,6 +18,10 @@ from tg.configuration.auth import TGAuthMetadata
 
 import tgstream
 from examples import cookbook
+from tests.comparison.expected import EXPECTED
+from tests.comparison.frameworks import FRAMEWORKS
+from tests.comparison.questions import QUESTIONS
+from tests.comparison.table import VERSIONS, table
 from tests.conftest import MakeApp
 from tests.live_apps.run import SERVERS
 from tests.pages import blocks, commands
@@ -375,6 +379,39 @@ def test_chart_says_what_the_page_says() -> None:
     told = [pytest.approx(float(last), abs=0.051) for last in rows]
     assert [float(last) for last in drawn if "." in last] == told
     assert len(told) == 4
+
+
+def test_table_of_frameworks_is_what_is_pinned() -> None:
+    """All were asked all; and the page has what was seen, whichever the versions."""
+    assert [*EXPECTED] == [*FRAMEWORKS]
+    assert all([*answers] == [*QUESTIONS] for answers in EXPECTED.values())
+    head, versions = f"    * - {VERSIONS} ", dict.fromkeys(EXPECTED, "")
+    shown, _, last = (ROOT / "docs/comparison.txt").read_text().partition(head)
+    assert shown == table(EXPECTED, versions).partition(head)[0]
+    assert len(last.splitlines()) == 1 + len(EXPECTED)
+
+
+@pytest.mark.parametrize("question", QUESTIONS)
+def test_comparison_has_a_section_with_the_answers_to(question: str) -> None:
+    """What README links to says what was seen, of each framework."""
+    page = (ROOT / "docs/comparison.rst").read_text()
+    section = re.split(r"\n(?=.+\n-{3,}\n)", page.partition(f"\n{question}\n-")[2])[0]
+    answers = re.findall(r"^:([\w ]+): ((?:.|\n {4})+)", section, re.M)
+    seen = {name: re.sub(r"\s+", " ", answer) for name, answer in answers}
+    assert seen == {name: cells[question] for name, cells in EXPECTED.items()}
+
+
+def anchors(path: str) -> set[str]:
+    """What GitHub makes of the titles of a page."""
+    titles = re.findall(r"^(\S.*)\n[-=~]{3,}$", (ROOT / path).read_text(), re.M)
+    return {re.sub(r"[^\w-]", "", title.lower().replace(" ", "-")) for title in titles}
+
+
+def test_readme_links_to_sections_that_exist() -> None:
+    """A title that changes takes its links with it."""
+    assert "a-failure-half-way" in anchors("docs/comparison.rst")
+    for path, anchor in re.findall(r"\](?:\(|: )([\w/]+\.rst)#([\w-]+)", README):
+        assert anchor in anchors(path)
 
 
 @pytest.mark.parametrize(
