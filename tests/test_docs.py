@@ -316,7 +316,7 @@ def test_table_of_servers_is_what_is_pinned() -> None:
 
 
 @pytest.mark.parametrize(
-    "path", [".ci/run", ".ci/matrix", ".ci/mariadb", ".ci/browser"]
+    "path", [".ci/run", ".ci/matrix", ".ci/mariadb", ".ci/browser", ".ci/network"]
 )
 def test_command_of_contributors_exists(path: str) -> None:
     """What they are told to run can be run."""

@@ -67,8 +67,9 @@ class Channel:
         """Send an event to all who listen, when the transaction commits.
 
         In a request of TurboGears with ``tm.enabled``, and in a running stream, it goes
-        out when the transaction commits, and only then; elsewhere at once. It is
-        encoded here, so that what cannot be sent is refused here.
+        out when the transaction commits, and only then; elsewhere at once, also in the
+        hook ``tgstream.finished``. It is encoded here, so that what cannot be sent is
+        refused here.
 
         :param data: what the event says: a ``str`` as it is, anything else as JSON.
         :param event: its type, which listeners are registered for; None for

@@ -173,17 +173,23 @@ def test_clients_that_take_nothing_expire_and_hold_up_nobody(
 
 
 def test_listener_that_never_reads_is_cut_off(server: LiveServer) -> None:
-    """Others get every event meanwhile and the server's memory is bounded; where it
-    reads on, it gets what buffers held and an end, and is told of the gap."""
+    """Others get every event meanwhile and the server's memory is bounded; ended or
+    not, its stream is held by the server's write, until it reads on: then it gets what
+    buffers held and an end, and is told of the gap."""
     before = ask(server, "/vitals")["memory"]
     with ExitStack() as stack:
         never = stack.enter_context(stuck(server, "/memory/feed?name=never"))
+        stack.enter_context(stuck(server, "/memory/feed?name=never&seconds=1"))
         reader = Listener(server, "/memory/feed?name=never")
         stack.callback(reader.close)
         for first in range(0, 400, 8):
             publish(server, "never", first, 8, BLOCK)
             assert reader.numbers(8) == [*range(first, first + 8)]
         assert ask(server, "/vitals")["memory"] - before < 64 * MEBIBYTE
+        if server.name != "waitress":  # which has buffers enough for the end to come
+            wait_until(lambda: ended(server, "never", "expired"), "it does not expire")
+            # Both are held by a write that blocks, which nothing here can end.
+            assert ask(server, "/vitals")["alive"] == 3
         never.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, MEBIBYTE)
         rest = b""
         while not rest.endswith(b"0\r\n\r\n"):  # the end of a body in chunks
@@ -197,7 +203,7 @@ def test_listener_that_never_reads_is_cut_off(server: LiveServer) -> None:
         publish(server, "never", 400)
         assert again.numbers(1) == reader.numbers(1) == [400]
     wait_until(lambda: ask(server, "/vitals")["alive"] == 0, "streams are left")
-    assert ended(server, "never", "completed") == 1
+    assert ended(server, "never", "completed") >= 1
 
 
 # Where clients say that they were.
@@ -375,7 +381,11 @@ def test_listener_that_takes_nothing_is_given_up_by_the_kernel(few: LiveServer) 
 
 def test_threads_are_as_many_streams(few: LiveServer) -> None:
     """Of sixteen the seventeenth request waits, until one of the listeners leaves."""
-    listeners = [Listener(few, "/memory/feed?name=full") for _ in range(16)]
+    before = ask(few, "/vitals")["memory"]
+    listeners = [Listener(few, "/memory/feed?name=full")]
+    listeners += [Listener(few, "/memory/feed?name=full") for _ in range(14)]
+    assert (ask(few, "/vitals")["memory"] - before) / 15 < MEBIBYTE / 4
+    listeners.append(Listener(few, "/memory/feed?name=full"))
     with socket.create_connection(address(few), 20) as waiting:
         waiting.sendall(b"GET /vitals HTTP/1.1\r\nHost: x\r\n\r\n")
         for each in listeners:  # two beats each, in which nobody else was served
@@ -385,3 +395,4 @@ def test_threads_are_as_many_streams(few: LiveServer) -> None:
         assert waiting.recv(15) == b"HTTP/1.1 200 OK"
     for each in listeners:
         each.close()
+    wait_until(lambda: ask(few, "/vitals")["alive"] == 0, "streams are left")
