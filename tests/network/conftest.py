@@ -10,8 +10,6 @@ from pathlib import Path
 
 import pytest
 
-HERE, THERE = "10.213.0.1", "10.213.0.2"
-
 
 class Network:
     """A namespace of the kernel's, and a pair of interfaces between it and this one."""
@@ -19,12 +17,14 @@ class Network:
     def __init__(self) -> None:
         self.name = f"tgstream{os.getpid()}"
         self.link = f"tgs{os.getpid()}"
+        high, low = divmod(os.getpid(), 250)  # of another run beside this one, others
+        self.here, there = (f"10.{high % 250}.{low}.{host}" for host in (1, 2))
         self.ip("netns", "add", self.name)
-        there = "peer", "name", "eth0", "netns", self.name
-        self.ip("link", "add", self.link, "type", "veth", *there)
-        self.ip("addr", "add", f"{HERE}/24", "dev", self.link)
+        peer = "peer", "name", "eth0", "netns", self.name
+        self.ip("link", "add", self.link, "type", "veth", *peer)
+        self.ip("addr", "add", f"{self.here}/24", "dev", self.link)
         self.ip("link", "set", self.link, "up")
-        self.ip("-n", self.name, "addr", "add", f"{THERE}/24", "dev", "eth0")
+        self.ip("-n", self.name, "addr", "add", f"{there}/24", "dev", "eth0")
         self.ip("-n", self.name, "link", "set", "eth0", "up")
 
     def ip(self, *words: str) -> None:
