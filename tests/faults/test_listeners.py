@@ -37,7 +37,7 @@ def valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 @pytest.fixture(scope="module", params=SEVERAL)
 def server(request: pytest.FixtureRequest, valkey: Server) -> Iterator[LiveServer]:
-    """A server with threads for all, that keeps 20 events of a channel."""
+    """A server with threads for all, that keeps 40 events of a channel."""
     server = LiveServer(
         request.param, "listening", f"redis={valkey.url}", "threads=64", "beat=0.1"
     )
@@ -235,16 +235,16 @@ def test_id_is_answered_with_all_that_came_after_it_or_with_a_reset(
         listener.close()
         return ids
 
-    ids = told("ids", 0, 40)
+    ids = told("ids", 0, 60)
     (foreign,) = told("other", 0, 1)
-    ids += told("ids", 40, 5)
+    ids += told("ids", 60, 5)
     memory = back_end == "memory"
     newest, low = ids[-1].split("-")
     future = f"{newest}-{int(low) + 1000}", f"{int(newest, 16) + 1000}-0", f"{2**63}-0"
     forged = "7", "1-1", "00000000-1", "-", "9" * 256, "é-1"
-    rest = [str(number) for number in range(39, 45)]
+    rest = [str(number) for number in range(59, 65)]
     # In the order of the process, or of the clock: a place among all events.
-    expected = {ids[38]: rest, foreign: rest[1:] if memory else ["reset"]}
+    expected = {ids[58]: rest, foreign: rest[1:] if memory else ["reset"]}
     expected |= {id: ["reset"] for id in (ids[0], *future, *forged)}
     for id, events in expected.items():
         escaped = id.encode().decode("latin-1")

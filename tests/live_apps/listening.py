@@ -66,7 +66,7 @@ def count(report: Report) -> None:
     ended[f"{tg.request.params['name']} {report.reason}"] += 1
 
 
-def make_app(redis: str = "", beat: str = "15", history: str = "20", **_: str) -> Any:
+def make_app(redis: str = "", beat: str = "15", history: str = "40", **_: str) -> Any:
     """The application, once for each back end: ``/memory`` and ``/redis``.
 
     :param redis: the URL of a server; none, and there is but ``/memory``.
