@@ -86,11 +86,12 @@ def waitress(make_app: MakeApp) -> None:
     """Threads of one process."""
     from waitress.server import create_server
 
-    server = create_server(make_app(), host=host(), port=0, threads=threads())
-    set_patience(server.socket)
+    listener = socket.create_server((host(), 0))
+    set_patience(listener)
+    server = create_server(make_app(), sockets=[listener], threads=threads())
     if DRAINS in os.environ[APP]:
         signal.signal(signal.SIGTERM, lambda *_: _thread.start_new_thread(end, ()))
-    say_port(server.effective_port)
+    say_port(listener.getsockname()[1])
     server.run()
 
 
