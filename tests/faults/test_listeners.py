@@ -47,8 +47,8 @@ def server(request: pytest.FixtureRequest, valkey: Server) -> Iterator[LiveServe
 
 @pytest.fixture(scope="module", params=["waitress", "gunicorn-gthread"])
 def few(request: pytest.FixtureRequest) -> Iterator[LiveServer]:
-    """A server of sixteen threads, whose kernel gives a client up after 0.5 s."""
-    options = "threads=16", "beat=0.1", "patience=500"
+    """A server of sixteen threads, whose kernel gives a client up after 0.3 s."""
+    options = "threads=16", "beat=0.05", "patience=300"
     server = LiveServer(request.param, "listening", *options)
     yield server
     server.stop()
@@ -130,6 +130,14 @@ class Listener:
         self.connection.close()
 
 
+def request(target: bytes, header: bytes = b"x: y") -> bytes:
+    """What a client sends, with a header of its own."""
+    return b"GET %s HTTP/1.1\r\nHost: x\r\nConnection: close\r\n%s\r\n\r\n" % (
+        target,
+        header,
+    )
+
+
 def stuck(server: LiveServer, path: str) -> socket.socket:
     """A client whose stream has begun, and that reads no more: to the server it is as
     one that has vanished, for its window is full and nobody answers."""
@@ -179,7 +187,7 @@ def test_listener_that_never_reads_is_cut_off(server: LiveServer) -> None:
     before = ask(server, "/vitals")["memory"]
     with ExitStack() as stack:
         never = stack.enter_context(stuck(server, "/memory/feed?name=never"))
-        stack.enter_context(stuck(server, "/memory/feed?name=never&seconds=1"))
+        stack.enter_context(stuck(server, "/memory/feed?name=never&seconds=0.4"))
         reader = Listener(server, "/memory/feed?name=never")
         stack.callback(reader.close)
         for first in range(0, 400, 8):
@@ -282,8 +290,7 @@ def said_raw(
 ) -> tuple[int, bytes]:
     """The status and body for these very bytes; of a stream, up to its first beat."""
     with socket.create_connection(address(server), 3) as connection:
-        request = b"GET %s HTTP/1.1\r\nHost: x\r\nConnection: close\r\n%s\r\n\r\n"
-        connection.sendall(request % (target, header))
+        connection.sendall(request(target, header))
         answer = b""
         with suppress(ConnectionResetError):  # of a server that refuses to read on
             while not answer.rstrip().endswith(b"\n:"):
@@ -371,7 +378,7 @@ def wait_for_lines(server: LiveServer, begun: int, text: str) -> list[str]:
 def test_listener_that_takes_nothing_is_given_up_by_the_kernel(few: LiveServer) -> None:
     """With ``TCP_USER_TIMEOUT`` a write that blocks fails, and the thread is back."""
     with stuck(few, "/memory/feed?name=given"):
-        for first in range(0, 400, 8):
+        for first in range(0, 80, 8):
             publish(few, "given", first, 8, BLOCK)
         wait_until(lambda: ask(few, "/vitals")["alive"] == 0, "a stream is left")
         listeners = [Listener(few, "/memory/feed?name=x") for _ in range(16)]
@@ -387,7 +394,7 @@ def test_threads_are_as_many_streams(few: LiveServer) -> None:
     assert (ask(few, "/vitals")["memory"] - before) / 15 < MEBIBYTE / 4
     listeners.append(Listener(few, "/memory/feed?name=full"))
     with socket.create_connection(address(few), 20) as waiting:
-        waiting.sendall(b"GET /vitals HTTP/1.1\r\nHost: x\r\n\r\n")
+        waiting.sendall(request(b"/vitals"))
         for each in listeners:  # two beats each, in which nobody else was served
             assert [each.response.readline() for _ in range(4)][::2] == [b":\n"] * 2
         assert not select.select([waiting], [], [], 0)[0]

@@ -87,17 +87,17 @@ def waitress(make_app: MakeApp) -> None:
     """Threads of one process."""
     from waitress.server import create_server
 
+    listener = socket.create_server((host(), 0))
+    set_patience(listener)
     server = create_server(
         make_app(),
-        host=host(),
-        port=0,
+        sockets=[listener],
         threads=threads(),
         channel_request_lookahead=int(LOOKS in os.environ[APP]),
     )
-    set_patience(server.socket)
     if DRAINS in os.environ[APP]:
         signal.signal(signal.SIGTERM, lambda *_: _thread.start_new_thread(end, ()))
-    say_port(server.effective_port)
+    say_port(listener.getsockname()[1])
     server.run()
 
 
