@@ -171,9 +171,9 @@ def test_disposition_cuts_a_long_name(filename: str, name: str) -> None:
 
 
 def test_disposition_looks_at_a_hostile_name_once() -> None:
-    """A million characters of a kind that could be trimmed take no time to speak of."""
+    """Many characters of a kind that could be trimmed take no time to speak of."""
     for part in (" ", ".", "a ", ". ", "a:", "\u202e", "/", "数"):
-        assert len(disposition("a" + part * 500_000 + "b")) < 1000
+        assert len(disposition("a" + part * 100_000 + "b")) < 1000
 
 
 @pytest.mark.parametrize(
