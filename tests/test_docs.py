@@ -178,6 +178,24 @@ def test_streams_page_runs(
         tg.config["tg.app_globals"].sa_engine.dispose()
 
 
+def test_hook_of_the_reference_is_told(
+    make_app: MakeApp, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It prints which controller has streamed, how that ended, and how much."""
+
+    class Root(tg.TGController):
+        @expose(content_type="text/plain")
+        @stream
+        def words(self) -> list[str]:
+            return ["one", "two"]
+
+    app = make_app(Root())
+    [block] = blocks(REFERENCE)
+    exec(block, {})
+    assert get(app, "/words").text == "onetwo"
+    assert capsys.readouterr().out == "Root.words completed 6\n"
+
+
 EXPORTED = {
     "users": "user_id,user_name\r\n1,manager\r\n2,editor\r\n",
     "all": "user_id,user_name,display_name\r\n",
