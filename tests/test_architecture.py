@@ -92,7 +92,7 @@ LADDER = {
     "pytest_plugin": {"testing"},
     "_findings": set(),
     "_loading": set(),  # and nothing ever
-    "_layers": set(),
+    "_layers": {"_advice"},
     "_probe": {"_advice", "_controller", "_layers"},
     "_exchange": {"_cleanup", "_layers", "_probe"},
     "_proofs": {"_exchange", "_findings", "_layers", "_probe"},

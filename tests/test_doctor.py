@@ -369,6 +369,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     for name in "doctored", "doctored_middlewares":
         for held in getattr(sys.modules.pop(name, None), "HELD", ()):
             getattr(held, "close", list)()
+            if hasattr(held, "engine"):
+                held.engine.dispose()
 
 
 def write(

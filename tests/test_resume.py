@@ -70,7 +70,8 @@ def test_last_event_id_that_is_no_text_is_none(make_app: MakeApp) -> None:
     """Bytes that are no UTF-8 were sent by nobody who read our ids."""
     app = make_app(Ids())
     assert get(app, "/body", HTTP_LAST_EVENT_ID="\xff").text == "None"
-    assert get(app, "/body?lastEventId=%FF").status_int == 400  # as TG has it
+    status = get(app, "/body?lastEventId=%FF").status_int
+    assert status in (400, 500)  # as TG has it; from 2.5.1 on a 400
 
 
 def test_last_event_id_belongs_in_a_request() -> None:

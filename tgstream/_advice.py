@@ -127,13 +127,25 @@ def _reader(frame: FrameType | None) -> str | None:
         if package in _SERVERS:
             return None
         if reader is None and package not in _PASSING:
-            reader = f"{module}.{getattr(code, 'co_qualname', code.co_name)}"
+            reader = name_of(frame)
         names = code.co_varnames[: code.co_argcount]
         called = "start_response" in names or module == "webob.dec"
         if called and not code.co_flags & inspect.CO_GENERATOR:
             return reader or f"{module}.{code.co_name}"
         frame = frame.f_back
     return None
+
+
+def name_of(frame: FrameType) -> str:
+    """The name of what runs there, with its module."""
+    code = frame.f_code
+    name: str | None = getattr(code, "co_qualname", None)
+    if name is None:  # Python 3.10
+        owner = frame.f_locals.get("self")
+        name = code.co_name
+        if owner is not None:
+            name = f"{type(owner).__qualname__}.{name}"
+    return f"{frame.f_globals.get('__name__', '')}.{name}"
 
 
 # While it runs, by the watch.

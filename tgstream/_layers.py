@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from types import FrameType, FunctionType
 from typing import Any, NamedTuple
 
+from ._advice import name_of
+
 KEY = "tgstream.doctor"
 """Where a request carries its probe, in the environ."""
 
@@ -81,8 +83,9 @@ def _layer(frame: FrameType) -> Layer | None:
         return Layer(_name(type(values[0])), values[0], is_wrapper)
     if is_wrapper:
         return None
-    name = f"{module}.{getattr(code, 'co_qualname', code.co_name)}"
-    return Layer(short(name), _function(frame), False)
+    function = _function(frame)
+    name = short(name_of(frame)) if function is None else _name(function)
+    return Layer(name, function, False)
 
 
 def _arguments(frame: FrameType) -> list[Any]:

