@@ -308,6 +308,29 @@ def test_listener_that_has_heard_an_event_is_not_woken_for_it(
     assert heard_by == [Event("one"), Event("two")]
 
 
+def test_channels_may_be_opened_while_all_are_woken() -> None:
+    """Whoever drains is not disturbed by requests that still come in."""
+    over, interval = threading.Event(), sys.getswitchinterval()
+
+    def open_channels() -> None:
+        while not over.is_set():
+            for _ in [Feed((0, 0), 1) for _ in range(20)]:
+                pass
+
+    kept = [Feed((0, 0), 1) for _ in range(500)]
+    opening = threading.Thread(target=open_channels)
+    sys.setswitchinterval(1e-6)
+    try:
+        opening.start()
+        for _ in range(200):
+            _feed.wake()
+    finally:
+        sys.setswitchinterval(interval)
+        over.set()
+        opening.join(10)
+    assert len(kept) == 500
+
+
 def test_killed_listener_lets_the_others_go_on() -> None:
     """It may be the one that looks at the clock: another one does, from then on."""
     command = [sys.executable, "-c", KILLED]

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import NamedTuple
-from weakref import WeakSet
+from weakref import WeakValueDictionary
 
 from ._sse import Event
 
@@ -59,7 +59,7 @@ class Feed:
         self._lock = threading.Lock()
         # Ended once, for all who wait, and replaced; read without the lock.
         self._change = _Change(0, ())
-        _feeds.add(self)
+        _feeds[id(self)] = self
 
     @property
     def end(self) -> int:
@@ -157,13 +157,14 @@ class Feed:
         change.come.set()
 
 
-_feeds: WeakSet[Feed] = WeakSet()
+_feeds: WeakValueDictionary[int, Feed] = WeakValueDictionary()
 
 
 def wake() -> None:
     """Wake all who wait for an event in this process: their streams are to end."""
-    for feed in list(_feeds):
-        feed.wake()
+    for known in _feeds.valuerefs():  # a list: channels may be opened meanwhile
+        if (feed := known()) is not None:
+            feed.wake()
 
 
 def follow(start: Start, beat: float) -> Iterator[Event]:
