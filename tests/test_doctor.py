@@ -322,6 +322,20 @@ class Raising(Middleware):
         raise LookupError("no way")
 
 
+class Lazy:
+    @property
+    def __class__(self):
+        raise LookupError("not within a request")
+
+
+class Lending(Middleware):
+    def __call__(self, environ, start_response):
+        return self.lend(Lazy(), environ, start_response)
+
+    def lend(self, lazy, environ, start_response):
+        return self.app(environ, start_response)
+
+
 class Asking(Middleware):
     def __call__(self, environ, start_response):
         if environ["PATH_INFO"].startswith("/open"):
@@ -456,6 +470,12 @@ def test_layer_may_take_its_arguments_as_it_likes(run: Run) -> None:
     code, text = run(middleware="Anything")
     layers = checks(text)["middlewares"][1].split(", ")
     assert (code, layers[0]) == (0, "doctored_middlewares.Anything")
+
+
+def test_proxy_of_an_application_is_not_asked_for_what_it_stands_for(run: Run) -> None:
+    """It might make a query, or raise outside of a request."""
+    code, text = run(middleware="Lending")
+    assert (code, failed(text)) == (0, [])
 
 
 @pytest.mark.parametrize("debug", ["false", "true"])
