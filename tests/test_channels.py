@@ -26,11 +26,12 @@ from tgstream import (
     Event,
     Report,
     Stream,
+    _feed,
     last_event_id,
     rollback,
     stream,
 )
-from tgstream._feed import Feed
+from tgstream._feed import Feed, Start, follow
 from tgstream._memory import KEPT
 from tgstream._outbox import send
 from tgstream.testing import OpenStream, open_stream
@@ -263,13 +264,71 @@ def test_shorter_beat_is_kept_beside_a_longer_one() -> None:
 KILLED = """
 from gevent import monkey; monkey.patch_all()
 import gevent
-from tgstream._feed import Feed
+from tgstream._feed import Feed, Start, follow
 feed = Feed((1, 0), 10)
 looks, waits = (gevent.spawn(feed.take, 0, 600.0) for _ in range(2))
 gevent.sleep(0)
 looks.kill()
 print(waits.get(timeout=10))
 """
+
+
+def test_listener_that_has_heard_an_event_is_not_woken_for_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """However early it hears it: it waits for the next, and beats when that is late."""
+    waits, heard_by = threading.Semaphore(0), list[Event]()
+
+    class Told(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            waits.release()
+            return super().wait(timeout)
+
+    class Change(_feed._Change):
+        def __init__(self, *args: Any) -> None:
+            if listener.ident is None:
+                listener.start()
+                assert waits.acquire(timeout=10)
+            super().__init__(*args)
+            self.come = Told()
+
+    def hear() -> None:
+        for event in follow(Start(feed, 0, []), 600.0):
+            heard_by.append(event)
+            if event.data == "two":
+                return
+
+    feed, listener = Feed((0, 0), 10), threading.Thread(target=hear)
+    feed._change.come = Told()
+    monkeypatch.setattr(_feed, "_Change", Change)
+    feed.append((1, 0), Event("one"))
+    assert waits.acquire(timeout=10)
+    feed.append((2, 0), Event("two"))
+    listener.join(10)
+    assert heard_by == [Event("one"), Event("two")]
+
+
+def test_channels_may_be_opened_while_all_are_woken() -> None:
+    """Whoever drains is not disturbed by requests that still come in."""
+    over, interval = threading.Event(), sys.getswitchinterval()
+
+    def open_channels() -> None:
+        while not over.is_set():
+            for _ in [Feed((0, 0), 1) for _ in range(20)]:
+                pass
+
+    kept = [Feed((0, 0), 1) for _ in range(500)]
+    opening = threading.Thread(target=open_channels)
+    sys.setswitchinterval(1e-6)
+    try:
+        opening.start()
+        for _ in range(200):
+            _feed.wake()
+    finally:
+        sys.setswitchinterval(interval)
+        over.set()
+        opening.join(10)
+    assert len(kept) == 500
 
 
 def test_killed_listener_lets_the_others_go_on() -> None:

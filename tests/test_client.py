@@ -69,3 +69,9 @@ def test_nobody_knows_of_a_client_elsewhere() -> None:
         environs: list[dict[str, Any]] = [{}, {"gunicorn.socket": one}]
         assert not any(map(has_left, environs))
     assert not has_left({"gunicorn.socket": one})
+
+
+def test_who_cannot_be_asked_ends_no_watch() -> None:
+    """What a middleware has put there may raise anything; nobody has left then."""
+    assert not has_left({"waitress.client_disconnected": lambda: 1 / 0})
+    assert not has_left({"gunicorn.socket": object()})

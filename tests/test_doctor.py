@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import re
 import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tg
+from sqlalchemy import create_engine
+from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
 from tests.conftest import MakeApp, assert_thread_clean
 from tests.servers.expected import EXPECTED
@@ -318,6 +322,20 @@ class Raising(Middleware):
         raise LookupError("no way")
 
 
+class Lazy:
+    @property
+    def __class__(self):
+        raise LookupError("not within a request")
+
+
+class Lending(Middleware):
+    def __call__(self, environ, start_response):
+        return self.lend(Lazy(), environ, start_response)
+
+    def lend(self, lazy, environ, start_response):
+        return self.app(environ, start_response)
+
+
 class Asking(Middleware):
     def __call__(self, environ, start_response):
         if environ["PATH_INFO"].startswith("/open"):
@@ -454,6 +472,12 @@ def test_layer_may_take_its_arguments_as_it_likes(run: Run) -> None:
     code, text = run(middleware="Anything")
     layers = checks(text)["middlewares"][1].split(", ")
     assert (code, layers[0]) == (0, "doctored_middlewares.Anything")
+
+
+def test_proxy_of_an_application_is_not_asked_for_what_it_stands_for(run: Run) -> None:
+    """It might make a query, or raise outside of a request."""
+    code, text = run(middleware="Lending")
+    assert (code, failed(text)) == (0, [])
 
 
 @pytest.mark.parametrize("debug", ["false", "true"])
@@ -712,7 +736,36 @@ def test_channels_that_cannot_be_reached_fail() -> None:
     assert found.mark == "FAIL"
     assert f"redis://127.0.0.1:{port}/0 cannot be reached" in found.found
     assert "secret" not in found.found
-    assert channels("amqp://there").mark == "FAIL"
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("redis://user:secret@127.0.0.1:1/0", "redis://127.0.0.1:1/0"),
+        ("redis://127.0.0.1:1/0?password=secret", "redis://127.0.0.1:1/0"),
+        ("redis://user:sec/secret@127.0.0.1:1/0", "redis://..."),
+        ("redis://user:sec#secret@127.0.0.1:1/0", "redis://..."),
+        ("amqp://user:secret@there/", "amqp://there/"),
+    ],
+)
+def test_no_password_is_told(url: str, shown: str) -> None:
+    """Neither with the options, nor where they cannot be used, or not be read."""
+    found = [*settings({"tgstream.channels": url})]
+    assert found[0].found == f"tgstream.channels = {shown}"
+    assert shown in found[1].found
+    assert found[1].mark == "FAIL"
+    assert not re.search("secret|sec/|sec#|'sec'", text_of(found))
+
+
+def test_no_query_of_a_database_is_told_and_any_factory_is_fine() -> None:
+    """Drivers take passwords there; and a factory of sessions may be a function."""
+    engine = create_engine("sqlite:///some.db?timeout=7")
+    factories: list[Any] = [sessionmaker(engine), sessionmaker(), Session]
+    for factory in factories:
+        found = settings({"DBSession": scoped_session(factory)})
+        [database] = [each for each in found if each.name == "database"]
+        assert database.mark == "ok"
+        assert "timeout" not in database.found
 
 
 def test_missing_package_redis_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -752,6 +805,16 @@ def test_file_that_cannot_be_read_is_told(
     assert main(["doctor", "test.ini"]) == 1
     said = checks(capsys.readouterr().out)["application"][1]
     assert "it raises MissingSectionHeaderError: " in said
+
+
+def test_file_that_is_no_text_is_told(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As one that is no configuration."""
+    (folder / "test.ini").write_bytes(b"[app:main]\nname = \xff\n")
+    assert main(["doctor", "test.ini"]) == 1
+    said = checks(capsys.readouterr().out)["application"][1]
+    assert "it raises UnicodeDecodeError: " in said
 
 
 def test_missing_paste_deploy_is_told(
@@ -863,6 +926,21 @@ def test_command_has_exit_statuses_for_scripts(folder: Path) -> None:
     code, text = command(folder, "doctor", "test.ini#main")
     assert (code, failed(text)) == (1, ["first chunk"])
     assert "Traceback" not in text
+
+
+def test_reader_that_has_had_enough_is_no_error() -> None:
+    """As ``head -1`` is; the exit status is what it would have been."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "wb") as output:
+        ran = subprocess.run(
+            [sys.executable, "-m", "tgstream", "doctor"],
+            cwd=Path(__file__).parents[1],
+            stdout=output,
+            stderr=subprocess.PIPE,
+            timeout=60,
+        )
+    assert (ran.returncode, ran.stderr) == (0, b"")
 
 
 def test_wrong_command_is_told_how_it_is_used(

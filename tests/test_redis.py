@@ -20,6 +20,7 @@ from tests.test_channels import Live, assert_reset, heard, id_of
 from tests.valkey import Valkey
 from tests.wsgi import get
 from tgstream import Channel, Event
+from tgstream._feed import Feed
 from tgstream._redis import Redis
 from tgstream._settings import settings
 from tgstream.testing import open_stream
@@ -442,3 +443,23 @@ def test_publish_fails_while_redis_is_away(
     ]
     with pytest.raises(redis.ConnectionError):
         Channel(name).publish("lost", now=True)
+
+
+def test_listeners_may_leave_while_it_is_looked_who_is_there() -> None:
+    """The thread that reads goes on without those, and ends with the last."""
+
+    class Name(str):
+        def __hash__(self) -> int:
+            if len(held) == 2:
+                held.pop()
+            return super().__hash__()
+
+    hub, held = Redis("redis://127.0.0.1:1/0", 10), list[Feed]()
+    for name in "stays", "leaves":
+        feed = hub._feeds[Name(name)] = Feed((0, 0), 10)
+        held.append(feed)
+        del feed
+    assert hub._listened_to().keys() <= {"stays", "leaves"}
+    assert hub._listened_to().keys() == {"stays"}
+    held.clear()
+    assert hub._listened_to() == {}

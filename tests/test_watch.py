@@ -169,6 +169,37 @@ def test_expired_stream_is_waited_for_until_its_pull_returns(
     assert ended().reason == "completed"
 
 
+@pytest.mark.parametrize("expires", [True, False])
+def test_stream_that_ends_slowly_is_waited_for(
+    make_app: MakeApp, sqlite_model: Model, ended: Callable[[], Report], expires: bool
+) -> None:
+    """Who drains is not told that it has ended, though it was looked at meanwhile."""
+    ending, go = threading.Event(), threading.Event()
+
+    class Root(TGController):
+        @expose(content_type="text/plain")
+        @stream(max_seconds=SHORT if expires else 600)
+        def words(self) -> Iterator[str]:
+            try:
+                yield "one"
+                yield "two"
+            finally:
+                ending.set()
+                assert go.wait(10)
+
+    app = make_app(Root(), sqlite_model, tgstream__idle_seconds=str(SHORT))
+    call = Call(app, "/words")
+    assert next(call) == b"one"
+    with ThreadPoolExecutor(1) as thread:
+        closed = thread.submit(call.close)
+        assert ending.wait(10)
+        assert not drain(timeout=4 * SHORT)
+        go.set()
+        closed.result()
+    assert drain(timeout=10)
+    assert ended().reason in ("disconnected", "expired")
+
+
 def test_expired_stream_closes_its_generator_with_its_request(
     make_app: MakeApp, model: Model, ended: Callable[[], Report]
 ) -> None:

@@ -10,8 +10,12 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from . import _loading
+
+if TYPE_CHECKING:
+    from ._findings import Finding
 
 EXAMINE = """\
 Say, check by check, whether an application's stack streams, by streams that are sent
@@ -53,42 +57,44 @@ def main(arguments: Sequence[str] | None = None, is_alone: bool = False) -> int:
         parser.print_usage()
         return 2
     if given.config is None:
-        return _show_environment()
-    if not os.path.isfile(given.config.partition("#")[0]):
-        doctor.error(f"there is no file {given.config.partition('#')[0]}")
+        return _environment()
+    file = given.config.partition("#")[0]
+    if not os.path.isfile(file):
+        doctor.error(f"there is no file {file}")
     if not given.path.startswith("/"):
         doctor.error("--path begins with a slash")
     return _examine(given.config, given.path, is_alone)
 
 
-def _show_environment() -> int:
-    from ._doctor import summary
+def _environment() -> int:
     from ._environment import environment
-    from ._findings import text_of
 
-    findings = environment()
-    print(text_of(findings))
-    print(summary(findings))
-    return int(any(each.mark == "FAIL" for each in findings))
+    return _tell(environment())
 
 
 def _examine(config: str, path: str, is_alone: bool) -> int:
     if is_alone:
         _loading.forget()
     try:
-        loaded, error = _loading.load(config), None
-    except _loading.LoadError as raised:
-        loaded, error = None, raised
-    from tgstream._doctor import examine, refused, summary
+        loaded = _loading.load(config)
+    except _loading.LoadError as error:
+        from tgstream._doctor import refused
+
+        return _tell(refused(config, error))
+    from tgstream._doctor import examine
+
+    return _tell(examine(config, loaded, path))
+
+
+def _tell(findings: list[Finding]) -> int:
+    """Print what was found; what is to be the exit status."""
+    from tgstream._doctor import summary
     from tgstream._findings import text_of
 
-    if loaded is None:
-        assert error is not None
-        findings = refused(config, error)
-    else:
-        findings = examine(config, loaded, path)
-    print(text_of(findings))
-    print(summary(findings))
+    try:
+        print(text_of(findings), summary(findings), sep="\n", flush=True)
+    except BrokenPipeError:  # head has had enough; Python's own flush is not to fail
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return int(any(each.mark == "FAIL" for each in findings))
 
 

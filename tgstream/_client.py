@@ -24,13 +24,13 @@ def has_left(environ: Mapping[str, Any]) -> bool:
     socket, whose state is asked: to read from it would be to wait for it, with gevent.
     """
     told: Callable[[], bool] | None = environ.get("waitress.client_disconnected")
-    if told is not None:
-        return told()
     connection = environ.get("gunicorn.socket")
-    if connection is None or _STATE is None:
-        return False
     try:
+        if told is not None:
+            return told()
+        if connection is None or _STATE is None:
+            return False
         state: bytes = connection.getsockopt(socket.IPPROTO_TCP, _STATE, 1)
-    except OSError:  # no TCP, as a proxy's Unix socket; or closed by the server
+    except Exception:  # no TCP, as a proxy's Unix socket; closed; or another's object
         return False
     return state == bytes([_CLOSED])

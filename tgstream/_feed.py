@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import NamedTuple
-from weakref import WeakSet
+from weakref import WeakValueDictionary
 
 from ._sse import Event
 
@@ -32,11 +32,16 @@ class Start(NamedTuple):
 
 
 class _Change:
-    """What those who have heard everything wait for, until it comes."""
+    """What those who have heard everything wait for, until it comes.
 
-    __slots__ = ("beat", "come")
+    :param end: the number of the event that is next, until then.
+    :param newest: the one before it.
+    """
 
-    def __init__(self) -> None:
+    __slots__ = ("beat", "come", "end", "newest")
+
+    def __init__(self, end: int, newest: Sequence[Event]) -> None:
+        self.end, self.newest = end, newest
         self.come = threading.Event()
         self.beat = float("inf")  # seconds until who looks at the clock ends it
 
@@ -50,17 +55,16 @@ class Feed:
 
     def __init__(self, floor: Key, history: int) -> None:
         self.floor = self.last = floor
-        # The number of the next event, and the one before it; read without the lock.
-        self._newest: tuple[int, Sequence[Event]] = (0, ())
         self._events: deque[tuple[Key, Event]] = deque(maxlen=history)
         self._lock = threading.Lock()
-        self._change = _Change()  # ended once, for all who wait, and replaced
-        _feeds.add(self)
+        # Ended once, for all who wait, and replaced; read without the lock.
+        self._change = _Change(0, ())
+        _feeds[id(self)] = self
 
     @property
     def end(self) -> int:
         """The number of the next event."""
-        return self._newest[0]
+        return self._change.end
 
     def append(self, key: Key, event: Event) -> None:
         """Keep an event, unless it is there, and wake those who wait for it."""
@@ -81,8 +85,7 @@ class Feed:
     def _add(self, key: Key, event: Event) -> None:
         self._events.append((key, event))
         self.last = key
-        self._newest = self.end + 1, (event,)
-        self._tell()
+        self._tell(_Change(self.end + 1, (event,)))
 
     def now(self) -> tuple[int, Key]:
         """The number of the next event, and the place before it."""
@@ -110,12 +113,12 @@ class Feed:
 
         Or when it was woken. None where the first of them is kept no more.
         """
-        change = self._change  # before the number: what comes after ends this one
-        if self._newest[0] == number:
+        change = self._change
+        if change.end == number:
             self._wait(change, seconds)
-        end, newest = self._newest
-        if end == number + 1:  # as a rule: all listeners have had what came before
-            return newest
+            change = self._change
+        if change.end == number + 1:  # as a rule: all have had what came before
+            return change.newest
         with self._lock:
             missed = self.end - number
             if missed > len(self._events):
@@ -132,35 +135,36 @@ class Feed:
         if change.beat <= seconds:
             change.come.wait()
             return
-        change.beat = seconds
         come = False
         try:
+            change.beat = seconds
             come = change.come.wait(seconds)
         finally:  # a greenlet may be killed while it waits, and others rely on it
             if not come:
                 with self._lock:
                     if self._change is change:
-                        self._tell()
+                        self._tell(_Change(change.end, change.newest))
 
     def wake(self) -> None:
         """Let all who wait go on, with an event or without, as after a silence."""
         with self._lock:
-            self._tell()
+            self._tell(_Change(self.end, self._change.newest))
 
-    def _tell(self) -> None:
-        # Not a Condition: it makes a lock for each who waits, each time. Under the lock
-        # of what has changed: who has seen that already is not woken for it.
-        change, self._change = self._change, _Change()
+    def _tell(self, next: _Change) -> None:
+        # Not a Condition: it makes a lock for each who waits, each time. What has come
+        # and what comes next are one: who has seen the one is not woken for it.
+        change, self._change = self._change, next
         change.come.set()
 
 
-_feeds: WeakSet[Feed] = WeakSet()
+_feeds: WeakValueDictionary[int, Feed] = WeakValueDictionary()
 
 
 def wake() -> None:
     """Wake all who wait for an event in this process: their streams are to end."""
-    for feed in list(_feeds):
-        feed.wake()
+    for known in _feeds.valuerefs():  # a list: channels may be opened meanwhile
+        if (feed := known()) is not None:
+            feed.wake()
 
 
 def follow(start: Start, beat: float) -> Iterator[Event]:

@@ -70,7 +70,7 @@ def options(config: str) -> dict[str, str]:
     parser.optionxform = str  # type: ignore[assignment, method-assign]
     try:
         parser.read(config.partition("#")[0])
-    except configparser.Error:
+    except (configparser.Error, UnicodeDecodeError):
         return {}
     found: dict[str, str] = {}
     for section in parser.values():

@@ -171,7 +171,8 @@ class Redis:
     def _listened_to(self) -> dict[str, Feed]:
         """The channels that somebody listens to; none, and the thread is to end."""
         with self._lock:
-            feeds = dict(self._feeds)
+            known = self._feeds.valuerefs()  # a list: listeners may leave meanwhile
+            feeds = {each.key: feed for each in known if (feed := each()) is not None}
             self._reading = bool(feeds)
             return feeds
 

@@ -6,9 +6,10 @@ Rule: each check reads the configuration of the application, and changes nothing
 from __future__ import annotations
 
 import importlib.util
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 from tg.support.converters import asbool
 
@@ -62,26 +63,37 @@ def options(config: Config) -> list[Finding]:
                 )
             )
     changed = [
-        f"{name} = {config[name]}"
+        f"{name} = {_shown(config[name])}"
         for name in sorted(given & OPTIONS.keys())
         if config[name] != OPTIONS[name].default
     ]
     return found or [Finding(OK, "options", ", ".join(changed) or "all by default")]
 
 
+def _shown(value: Any) -> str:
+    """A value; of a URL what names its server, and no password."""
+    scheme, mark, rest = str(value).partition("://")
+    if not mark:
+        return scheme
+    netloc = re.split("[/?#]", rest)[0]
+    place = rest.removeprefix(netloc)
+    if "@" in place:  # a password that should have been percent-encoded
+        return f"{scheme}://..."
+    return f"{scheme}://{netloc.rpartition('@')[2]}{place.partition('?')[0]}"
+
+
 def _channels(config: Config) -> Finding:
     url = str(config.get("tgstream.channels", OPTIONS["tgstream.channels"].default))
     if url == "memory://":
         return Finding(OK, "channels", "memory://, for a server of one process")
+    shown = _shown(url)
     if not url.startswith(REDIS):
         return Finding(
             FAIL,
             "channels",
-            f"tgstream.channels is {url!r}, which is none of its kinds",
+            f"tgstream.channels is {shown!r}, which is none of its kinds",
             "Write memory://, or redis://host:port/db for a Redis or a Valkey.",
         )
-    parts = urlsplit(url)  # without its password
-    shown = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
     try:
         from ._redis import reach
 
@@ -92,6 +104,13 @@ def _channels(config: Config) -> Finding:
             "channels",
             f"{shown}, and the package redis is not installed",
             "pip install 'tgstream[redis]'",
+        )
+    except ValueError:  # which tells parts of it
+        return Finding(
+            FAIL,
+            "channels",
+            f"{shown} cannot be read",
+            "Write redis://host:port/db, and percent-encode what is in a password.",
         )
     except Exception as error:
         return Finding(
@@ -109,10 +128,13 @@ def _database(config: Config) -> Iterator[Finding]:
     except ValueError as error:
         yield Finding(FAIL, "database", str(error))
         return
-    engines = [scoped.session_factory.kw.get("bind") for scoped in found]
+    binds = [getattr(each.session_factory, "kw", {}).get("bind") for each in found]
+    engines = [getattr(bind, "engine", None) for bind in binds]
     names = [_name_of(config, scoped) for scoped in found]
     places = [
-        name if engine is None else f"{name} on {unquote(str(engine.url))}"
+        name
+        if engine is None
+        else f"{name} on {unquote(str(engine.url.set(query={})))}"
         for name, engine in zip(names, engines, strict=True)
     ]
     alone = [not (hasattr(engine, "pool") and is_shared(engine)) for engine in engines]

@@ -92,7 +92,7 @@ class Watch:
 
     def _look(self, entry: _Entry) -> None:
         body = entry.body()
-        if body is None or body.reason is not None:
+        if body is None:
             return
         now = clock()
         if now >= body.expires:
@@ -101,7 +101,7 @@ class Watch:
             body.close()
         if body.ended:
             return
-        if body.closing is not None:  # its pull runs; whoever drains waits for that
+        if body.closing or body.reason:  # a pull or its end runs; who drains waits
             self.add(body, now + LONG)
             return
         try:
