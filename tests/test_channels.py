@@ -411,17 +411,23 @@ def test_publish_refuses_what_cannot_be_sent(
 
 
 @pytest.mark.parametrize(
-    ("name", "value"),
-    [("channel_history", "0"), ("heartbeat_seconds", "-1"), ("channels", "nats://x")],
+    ("name", "value", "said"),
+    [
+        ("channel_history", "0", "is '0'"),
+        ("heartbeat_seconds", "-1", "is '-1'"),
+        ("channels", "nats://:secret@x", "begins with 'nats', which"),
+    ],
 )
 def test_option_of_channels_that_makes_no_sense_is_refused(
-    make_app: MakeApp, channel: Channel, name: str, value: str
+    make_app: MakeApp, channel: Channel, name: str, value: str, said: str
 ) -> None:
-    """With its name, and what it may be."""
+    """With its name, and what it may be, but without a password."""
     make_app(TGController())
     tg.config[f"tgstream.{name}"] = value
-    with pytest.raises(ValueError, match=rf"the option tgstream\.{name} is '{value}'"):
+    match = rf"the option tgstream\.{name} {said}"
+    with pytest.raises(ValueError, match=match) as raised:
         channel.listen()
+    assert "secret" not in str(raised.value)
 
 
 def test_forked_process_has_channels_of_its_own(channel: Channel) -> None:

@@ -145,9 +145,9 @@ def _made(url: str, history: int) -> Hub:
 
         return Redis(url, history)
     raise ValueError(
-        f"the option tgstream.channels is {url!r}, which is none of its kinds: "
-        "memory://, or redis://host:port/db, rediss:// or unix:// for a Redis or a "
-        "Valkey"
+        f"the option tgstream.channels begins with {url.partition(':')[0]!r}, which is "
+        "none of its kinds: memory://, or redis://host:port/db, rediss:// or unix:// "
+        "for a Redis or a Valkey"  # and not all of it: there may be a password in it
     )
 
 
