@@ -208,6 +208,25 @@ def test_channels_that_nobody_listens_to_are_bounded(make_app: MakeApp) -> None:
     assert_reset(other, old)
 
 
+SCRIPT = """
+import logging
+from tgstream import Channel
+logging.basicConfig(format="%(levelname)s %(message)s")
+for text in "one", "two":
+    Channel("users").publish(text)
+"""
+
+
+def test_script_without_an_application_is_warned() -> None:
+    """Once: it publishes to itself, whatever the option of the application is."""
+    said = subprocess.run(
+        [sys.executable, "-c", SCRIPT], capture_output=True, text=True
+    )
+    [line] = said.stderr.splitlines()
+    assert line.startswith("WARNING publish() was called where no application is loade")
+    assert "paste.deploy.loadapp()" in line
+
+
 def test_listener_hears_a_beat_when_nothing_was_sent(
     make_app: MakeApp, channel: Channel
 ) -> None:

@@ -55,6 +55,27 @@ def test_plugme_returns_its_appid_and_may_come_twice() -> None:
     assert configurator.get_blueprint_value("tgstream.chunk_size") == 32768
 
 
+def test_option_that_is_none_is_told_of(
+    make_app: MakeApp, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In an .ini file it is misspelt where nobody can refuse it, but in the log."""
+    make_app(root(), plug=plugme, tgstream__chunksize="1", tgstream__chunk_size="2")
+    [record] = [each for each in caplog.records if each.name == "tgstream"]
+    assert record.levelname == "WARNING"
+    assert record.getMessage().startswith(
+        "tgstream has no option tgstream.chunksize; its options are tgstream.channel_"
+    )
+
+
+def test_application_with_an_option_that_cannot_be_read_is_not_made(
+    make_app: MakeApp,
+) -> None:
+    """And the error names the option."""
+    match = r"^the option tgstream.chunk_size is 'big', which cannot be read: "
+    with pytest.raises(ValueError, match=match):
+        make_app(root(), plug=plugme, tgstream__chunk_size="big")
+
+
 def test_plugme_refuses_an_option_that_is_none() -> None:
     """A misspelt option is named, with those that are."""
     with pytest.raises(ValueError, match=r"no option tgstream.chunksize; .*chunk_size"):

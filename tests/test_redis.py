@@ -16,6 +16,7 @@ import redis
 from tg import TGController
 
 from tests.conftest import MakeApp
+from tests.pages import DOCS, blocks
 from tests.test_channels import Live, assert_reset, heard, id_of
 from tests.valkey import Valkey
 from tests.wsgi import get
@@ -285,6 +286,36 @@ def test_redis_ends_its_thread_when_nobody_listens(
         del events
         thread.join(10)
         assert not thread.is_alive()
+
+
+SCRIPTED = """
+from tg import MinimalApplicationConfigurator, TGController
+import tgstream
+
+
+def main(global_conf, **app_conf):
+    config = MinimalApplicationConfigurator()
+    config.update_blueprint({"root_controller": TGController()})
+    tgstream.plugme(config)
+    return config.make_wsgi_app(global_conf, app_conf)
+"""
+
+
+def test_script_that_loads_its_application_publishes_to_all(
+    make_app: MakeApp, server: Server, tmp_path: Path
+) -> None:
+    """As the page on live streams shows it: the option is the application's."""
+    make_app(TGController(), tgstream__channels=server.url)
+    events = Channel("users").listen()
+    assert heard(events, 1) == ["open"]
+    ini = f"[app:main]\nuse = call:scripted:main\ntgstream.channels = {server.url}\n"
+    (tmp_path / "development.ini").write_text(ini)
+    (tmp_path / "scripted.py").write_text(SCRIPTED)
+    script = blocks((DOCS / "live.rst").read_text())[-1]
+    (tmp_path / "script.py").write_text(f"from tgstream import Channel\n{script}")
+    environ = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    subprocess.run([sys.executable, "script.py"], cwd=tmp_path, env=environ, check=True)
+    assert heard(events, 1) == ['{"name":"ada"}']
 
 
 def test_redis_is_another_in_a_forked_process(

@@ -7,15 +7,20 @@ configuration, never at import.
 from __future__ import annotations
 
 import importlib
+import logging
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple, TypeVar
 
-from tg.configurator.base import ConfigurationComponent
+from tg.configurator.base import (
+    ConfigReadyConfigurationAction,
+    ConfigurationComponent,
+)
 from tg.support.converters import asbool, asint, aslist
 
+log = logging.getLogger("tgstream")
 T = TypeVar("T", int, float)
 
 
@@ -135,7 +140,25 @@ class StreamConfigurationComponent(ConfigurationComponent):  # type: ignore[misc
 
     def get_coercion(self) -> dict[str, Callable[[Any], Any]]:
         """What TG reads the text of an ``.ini`` file with."""
-        return {name: row.coerce for name, row in OPTIONS.items()}
+        return {name: partial(_coerced, name) for name in OPTIONS}
+
+    def get_actions(self) -> tuple[Any, ...]:
+        """What is done when the application's configuration is there."""
+        return (ConfigReadyConfigurationAction(_warn_of_unknown),)
+
+
+def _coerced(name: str, value: Any) -> Any:
+    return option({name: value}, name)
+
+
+def _warn_of_unknown(config: Mapping[str, Any], app: Any) -> None:
+    names = {name for name in config if name.startswith("tgstream.")}
+    for name in sorted(names - OPTIONS.keys()):
+        log.warning(
+            "tgstream has no option %s; its options are %s",
+            name,
+            ", ".join(sorted(OPTIONS)),
+        )
 
 
 def plugme(

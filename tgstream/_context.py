@@ -83,7 +83,8 @@ def check_locals() -> None:
         raise StreamError(
             "gevent has patched threads after TurboGears was imported, so that all "
             "requests share one tg.request: patch before it is imported (uWSGI: "
-            "--gevent-early-monkey-patch in place of --gevent-monkey-patch)"
+            "--gevent-early-monkey-patch in place of --gevent-monkey-patch; gunicorn: "
+            "import neither tg nor tgstream at the top of its configuration file)"
         )
 
 

@@ -47,7 +47,7 @@ def take(controller: Any, limit: int | None) -> Seat | None:
         free.pop()
     except IndexError:
         raise HTTPServiceUnavailable(
-            f"{limit} streams of this kind are open already; come back later",
+            f"all seats for streams of this kind are taken ({limit}); come back later",
             headers=[("Retry-After", str(RETRY_SECONDS))],
         ) from None
     return Seat(free)

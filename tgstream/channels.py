@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from functools import partial
+from functools import cache, partial
 from typing import Any, Protocol
 
 import tg
@@ -83,6 +83,7 @@ class Channel:
         """
         text = encoded_text(data, f"what is published to {self!r}")
         Event(text, event=event)  # which looks at both
+        _warn_of_script()
         publish = partial(_hub().publish, self.name, text, event)
         if now:
             publish()
@@ -149,6 +150,17 @@ def _made(url: str, history: int) -> Hub:
         "none of its kinds: memory://, or redis://host:port/db, rediss:// or unix:// "
         "for a Redis or a Valkey"  # and not all of it: there may be a password in it
     )
+
+
+@cache
+def _warn_of_script() -> None:
+    """Warn, once a process, that only this process hears what it publishes."""
+    if "tg.configurator" not in tg.config and "tgstream.channels" not in tg.config:
+        log.warning(
+            "publish() was called where no application is loaded: tgstream.channels is "
+            "memory:// there, and no other process hears it. Load the application "
+            "before, as paste.deploy.loadapp() does"
+        )
 
 
 def _warn_of_processes(url: str) -> None:

@@ -7,7 +7,6 @@ It prints ``port N`` when it listens, and serves until it is terminated.
 
 from __future__ import annotations
 
-import _thread
 import asyncio
 import os
 import re
@@ -20,6 +19,8 @@ from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
+
+from tests.pages import DOCS, blocks
 
 MakeApp = Callable[[], Any]
 Serve = Callable[[MakeApp], None]
@@ -95,18 +96,9 @@ def waitress(make_app: MakeApp) -> None:
         threads=threads(),
         channel_request_lookahead=int(LOOKS in os.environ[APP]),
     )
-    if DRAINS in os.environ[APP]:
-        signal.signal(signal.SIGTERM, lambda *_: _thread.start_new_thread(end, ()))
+    drains("os.kill(os.getpid(), signal.SIGINT)")
     say_port(listener.getsockname()[1])
     server.run()
-
-
-def end() -> None:
-    """Drain, and then end as by Ctrl-C."""
-    import tgstream
-
-    tgstream.drain()
-    os.kill(os.getpid(), signal.SIGINT)
 
 
 def cheroot(make_app: MakeApp) -> None:
@@ -119,20 +111,13 @@ def cheroot(make_app: MakeApp) -> None:
     server.serve()
 
 
-def drain_when_told(worker: Any) -> None:
-    """Drain when the worker is told to end; it then ends by itself."""
-    if DRAINS not in os.environ[APP]:
-        return
-    import tgstream
-
-    before: Any = signal.getsignal(signal.SIGTERM)
-
-    def terminate(number: int, frame: Any) -> None:
-        # Not a Thread, whose start() waits: a signal may come to gevent's hub.
-        _thread.start_new_thread(tgstream.drain, ())
-        before(number, frame)
-
-    signal.signal(signal.SIGTERM, terminate)
+def drains(word: str) -> dict[str, Any]:
+    """What the block of ``docs/servers.rst`` with this word sets, if asked for."""
+    found: dict[str, Any] = {}
+    if DRAINS in os.environ[APP]:
+        shown = blocks((DOCS / "servers.rst").read_text())
+        exec(next(each for each in shown if word in each), found)
+    return found
 
 
 def ready(arbiter: Any) -> None:
@@ -155,11 +140,13 @@ def gunicorn(worker_class: str) -> Serve:
                     "worker_class": worker_class,
                     "threads": threads() if worker_class == "gthread" else 1,
                     "loglevel": "warning",
-                    "post_worker_init": drain_when_told,
                     "graceful_timeout": 1,
                     "when_ready": ready,
                 }.items():
                     self.cfg.set(name, value)
+                hook = "post_worker_init"
+                if hook in (file := drains(f"def {hook}")):
+                    self.cfg.set(hook, file[hook])
 
             def load(self) -> Any:
                 return make_app()
