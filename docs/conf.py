@@ -11,6 +11,8 @@ extensions = ["sphinx.ext.autodoc"]
 exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = f"tgstream {release}"
+html_static_path = ["_static"]
+html_css_files = ["wide.css"]
 
 autodoc_typehints = "none"  # the docstrings name what each parameter is
 autodoc_member_order = "bysource"
