@@ -934,7 +934,7 @@ def test_reader_that_has_had_enough_is_no_error() -> None:
     os.close(reader)
     with open(writer, "wb") as output:
         ran = subprocess.run(
-            [sys.executable, "-m", "tgstream", "doctor"],
+            [sys.executable, "-W", "ignore", "-m", "tgstream", "doctor"],
             cwd=Path(__file__).parents[1],
             stdout=output,
             stderr=subprocess.PIPE,
