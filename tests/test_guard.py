@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import tg
+import webob
 from tg import TGController, abort, expose, flash, redirect
 from tg.appwrappers.base import ApplicationWrapper
 
@@ -382,6 +383,42 @@ def test_guard_lets_a_correct_middleware_be(make_app: MakeApp) -> None:
             next(call)
     finally:
         tg.hooks.disconnect("before_wsgi_middlewares", Forwarding)
+
+
+class Collecting:
+    """A middleware that has all of a response before it sends any of it."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    def __call__(self, environ: Any, start_response: Any) -> Any:
+        response = webob.Request(environ).get_response(self.app)
+        response.body = response.body.upper()
+        return response(environ, start_response)
+
+
+@pytest.mark.parametrize("wiring", WIRINGS)
+@pytest.mark.parametrize("hook", ["before_wsgi_middlewares", "after_wsgi_middlewares"])
+def test_guard_lets_a_middleware_that_collects_be(
+    make_app: MakeApp, sqlite_model: Model, wiring: dict[str, Any], hook: str
+) -> None:
+    """It is no stream then, and its response whole; one that failed is no 200."""
+    tg.hooks.register(hook, Collecting)
+    try:
+        app = make_app(root(), sqlite_model, **wiring)
+    finally:
+        tg.hooks.disconnect(hook, Collecting)
+    call = Call(app, "/words", checked=False)
+    assert (call.read(), call.status, call.starts) == (b"ONETWO", "200 OK", 1)
+    call.close()
+    try:
+        failed = Call(app, "/fail", checked=False)
+        failed.read()
+        assert failed.status.startswith("500")
+        failed.close()
+    except LookupError as error:
+        assert str(error) == "no third"
+    assert_clean(sqlite_model)
 
 
 def test_guard_lets_an_error_in_close_be(

@@ -36,11 +36,13 @@ class Guard:
         def start_once(status: str, headers: Any, exc_info: Any = None) -> Any:
             if exc_info is not None:
                 return start_response(status, headers, exc_info)
-            if outcome.started:
+            if outcome.started and outcome.responded:
                 raise AssertionError(
                     "start_response was called again, without exc_info, after the "
                     "stream's first chunk (PEP 3333 forbids it)"
                 )
+            if status.startswith("2"):  # of a middleware that has read all of it
+                outcome.raise_error()
             outcome.responded = True
             return start_response(status, headers)
 
