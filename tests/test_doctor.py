@@ -139,6 +139,7 @@ import threading
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 
+import webob
 import webob.dec
 
 HELD = []
@@ -156,6 +157,16 @@ class Joining(Middleware):
             return [b"".join(body)]
         finally:
             body.close()
+
+
+class Packing(Middleware):
+    def __call__(self, environ, start_response):
+        response = webob.Request(environ).get_response(self.app)
+        if "gzip" in environ.get("HTTP_ACCEPT_ENCODING", ""):
+            response.encode_content()
+        response.body  # all of it
+        del response.content_length
+        return response(environ, start_response)
 
 
 class JoiningPages(Middleware):
@@ -546,6 +557,14 @@ def test_middleware_that_refuses_streams_is_told_of(run: Run) -> None:
     found = checks(text)
     assert "a stream of text/html raises ValueError: no page" in found["first chunk"][1]
     assert "stream of text/plain is answered 406 Not Acceptable" in found["gzip"][1]
+
+
+def test_middleware_that_packs_what_it_holds_back_anyway_is_told_of(run: Run) -> None:
+    """It is no fault of the compression, and none of its merits."""
+    code, text = run(middleware="Packing")
+    assert code == 1
+    assert failed(text) == ["first chunk"]
+    assert checks(text)["gzip"] == ("ok", "gzip, held back as without it")
 
 
 def test_middleware_of_webob_is_named(run: Run) -> None:

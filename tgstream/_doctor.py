@@ -153,11 +153,13 @@ class _Asked:
         exchange = Exchange(self.app, self.path, Probe(TYPES[1]), GZIP)
         exchange.read()
         encoding = exchange.headers.get("Content-Encoding")
+        held = False
         for content_type in TYPES:
             if what := _proofs.refused(self.app, self.path, content_type, GZIP):
                 return Finding(FAIL, "gzip", what)
             plain, packed = of_type(content_type), of_type(content_type, GZIP)
             what = packed(self.app, self.path)
+            held = held or bool(what)
             if what and not plain(self.app, self.path):
                 return Finding(
                     FAIL,
@@ -168,7 +170,8 @@ class _Asked:
                     "the proxy.",
                 )
         if encoding:
-            return Finding(OK, "gzip", f"{encoding}, a chunk at a time")
+            how = "held back as without it" if held else "a chunk at a time"
+            return Finding(OK, "gzip", f"{encoding}, {how}")
         return Finding(OK, "gzip", "nothing compresses")
 
     def close(self) -> Finding:
