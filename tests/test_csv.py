@@ -39,7 +39,7 @@ from tests.model import Note, User
 from tests.wsgi import Call, get
 from tgstream import CSV, Stream, stream
 
-quick = settings(deadline=None, database=None, max_examples=150)
+quick = settings(deadline=None, database=None, max_examples=100)
 
 
 class Batches:

@@ -38,7 +38,7 @@ from tgstream import NDJSON, JSONArray, Report, Stream, stream
 from tgstream._encoder import Encoder
 from tgstream._encoder import document as document_of
 
-often = settings(deadline=None, database=None, max_examples=150)
+often = settings(deadline=None, database=None, max_examples=100)
 
 # Values.
 
@@ -240,7 +240,7 @@ COLUMNS: list[Any] = [
 Wide = namedtuple("Wide", "a b c d")
 
 
-@settings(often, max_examples=200)
+@settings(often, max_examples=120)
 @given(
     st.lists(st.sampled_from(COLUMNS), min_size=4, max_size=4).flatmap(
         lambda columns: st.lists(st.builds(Wide, *columns), max_size=12)

@@ -13,7 +13,7 @@ from tests.soak.plans import Plan, visits
 from tests.soak.run import SERVERS, Soaked, soak
 from tests.soak.vitals import Vitals
 
-STREAMS = 100
+STREAMS = 60
 REST = Vitals(memory=90.0, threads=8, connections=0, idle=0, contexts=0, alive=0)
 
 

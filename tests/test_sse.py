@@ -468,7 +468,7 @@ def refused(fields: dict[str, Any]) -> bool:
     )
 
 
-@settings(deadline=None, max_examples=400, derandomize=True, database=None)
+@settings(deadline=None, max_examples=150, derandomize=True, database=None)
 @given(st.lists(fields, max_size=4), st.lists(st.integers(0, 200), max_size=8))
 def test_any_text_is_refused_or_arrives(
     wanted: list[dict[str, Any]], cuts: list[int]
@@ -502,7 +502,7 @@ json_values = st.recursive(
 ).filter(lambda value: not isinstance(value, str))
 
 
-@settings(deadline=None, max_examples=200, derandomize=True, database=None)
+@settings(deadline=None, max_examples=150, derandomize=True, database=None)
 @given(st.lists(json_values, max_size=4))
 def test_any_json_arrives(values: list[Any]) -> None:
     """A document an event, equal to what was yielded."""
