@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 from types import ModuleType
@@ -157,14 +157,7 @@ def test_streams_page_runs(
     exec(imports, shown)
     exec(first + second + third, shown)
 
-    def plug(base_config: Any) -> None:
-        url = f"sqlite:///{tmp_path}/streams.db"
-        base_config.update_blueprint(
-            {"use_sqlalchemy": True, "sqlalchemy.url": url, "model": cookbook}
-        )
-        tgstream.plugme(base_config)
-
-    app = make_app(shown["Reports"](), plug=plug)
+    app = make_app(shown["Reports"](), plug=storing(tmp_path))
     try:
         assert get(app, "/names").text == "manager\neditor\n"
         download = get(app, "/download?year=2026")
@@ -200,6 +193,18 @@ def test_hook_of_the_reference_is_told(
     assert capsys.readouterr().out == "Root.words completed 6\n"
 
 
+def storing(folder: Path, **options: Any) -> Callable[[Any], None]:
+    """Plugs tgstream into an application with the cookbook's model, on a file."""
+    url = f"sqlite:///{folder}/pages.db"
+    database = {"use_sqlalchemy": True, "sqlalchemy.url": url, "model": cookbook}
+
+    def plug(base_config: Any) -> None:
+        base_config.update_blueprint(database | options)
+        tgstream.plugme(base_config)
+
+    return plug
+
+
 HEAD = "user_id,user_name"
 EXPORTED = {
     "users": "user_id,user_name\r\n1,manager\r\n2,editor\r\n",
@@ -230,16 +235,9 @@ def test_exports_page_runs(
         stream(shown["Lines"])(lambda self: ["one", "two"])
     )
 
-    def plug(base_config: Any) -> None:
-        url = f"sqlite:///{tmp_path}/exports.db"
-        base_config.update_blueprint(
-            {"use_sqlalchemy": True, "sqlalchemy.url": url, "model": cookbook}
-        )
-        tgstream.plugme(base_config)
-
     monkeypatch.chdir(tmp_path)
     (tmp_path / "backup.tar").write_text("the backup")
-    app = make_app(shown["Exports"](), plug=plug)
+    app = make_app(shown["Exports"](), plug=storing(tmp_path))
     try:
         for path, beginning in EXPORTED.items():
             assert get(app, f"/{path}").text.startswith(beginning), path
@@ -260,14 +258,7 @@ def test_live_page_runs(
     exec(imports, shown)
     exec("".join(methods), shown)
 
-    def plug(base_config: Any) -> None:
-        url = f"sqlite:///{tmp_path}/live.db"
-        base_config.update_blueprint(
-            {"use_sqlalchemy": True, "sqlalchemy.url": url, "model": cookbook}
-        )
-        base_config.update_blueprint({"sa_auth.authmetadata": Users()})
-        tgstream.plugme(base_config)
-
+    plug = storing(tmp_path, **{"sa_auth.authmetadata": Users()})
     app = make_app(shown["Live"](), plug=plug)
     try:
         check_feeds(app)

@@ -17,6 +17,7 @@ import pytest
 import tgstream
 from tests.conftest import LiveServer
 from tests.quickstart.tutorial import TUTORIAL, Block, apply, blocks
+from tgstream._environment import is_below
 
 QUICKSTARTS = {"full": ["quickstart"], "minimal": ["quickstart", "--minimal"]}
 PROBE = Block(
@@ -49,7 +50,7 @@ Quickstart = Callable[[str], Path]
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What older versions of tg.devtools make is another application."""
-    if version("tg.devtools") < "2.5.1":
+    if is_below(version("tg.devtools"), "2.5.1"):
         older = pytest.mark.skip(reason="the tutorial is about tg.devtools 2.5.1")
         for item in items:
             if Path(__file__).parent in item.path.parents:
