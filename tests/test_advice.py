@@ -66,8 +66,8 @@ def advice(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
 
 
 @pytest.fixture
-def watched() -> Iterator[Callable[[], str]]:
-    """Waits for the next warning, and returns it."""
+def warnings() -> Iterator[queue.Queue[str]]:
+    """Those of the watch as well, whose thread is another, to be waited for."""
     lines: queue.Queue[str] = queue.Queue()
 
     class Handler(logging.Handler):
@@ -77,7 +77,7 @@ def watched() -> Iterator[Callable[[], str]]:
 
     handler = Handler()
     logging.getLogger("tgstream").addHandler(handler)
-    yield lambda: lines.get(timeout=10)
+    yield lines
     logging.getLogger("tgstream").removeHandler(handler)
 
 
@@ -215,8 +215,7 @@ def test_debugbar_is_told_of(tmp_path: Path) -> None:
 def test_transaction_that_is_open_while_the_client_waits_is_told_of(
     make_app: MakeApp,
     model: Model,
-    advice: Callable[[], list[str]],
-    watched: Callable[[], str],
+    warnings: queue.Queue[str],
 ) -> None:
     """A connection is pinned, whatever the generator did."""
 
@@ -229,14 +228,14 @@ def test_transaction_that_is_open_while_the_client_waits_is_told_of(
 
     call = Call(make_app(Root(), model, tgstream__idle_seconds=0.05), "/names")
     assert next(call) == b"0"
-    line = watched()
+    line = warnings.get(timeout=10)
     assert "Root.names has not been asked for more for 0.05 s with a tran" in line
     call.close()
-    assert len(advice()) == 1
+    assert warnings.empty()
 
 
 def test_transaction_that_is_open_while_the_generator_waits_is_told_of(
-    make_app: MakeApp, model: Model, watched: Callable[[], str]
+    make_app: MakeApp, model: Model, warnings: queue.Queue[str]
 ) -> None:
     """While it is inside a pull."""
     go = threading.Event()
@@ -254,7 +253,9 @@ def test_transaction_that_is_open_while_the_generator_waits_is_told_of(
     assert next(call) == b"first"
     puller = threading.Thread(target=call.read)
     puller.start()
-    assert "Root.names has yielded nothing for 0.05 s with a tran" in watched()
+    assert "Root.names has yielded nothing for 0.05 s with a tran" in warnings.get(
+        timeout=10
+    )
     go.set()
     puller.join()
 
@@ -262,8 +263,7 @@ def test_transaction_that_is_open_while_the_generator_waits_is_told_of(
 def test_stream_that_waits_without_a_transaction_is_not_told_of(
     make_app: MakeApp,
     model: Model,
-    advice: Callable[[], list[str]],
-    watched: Callable[[], str],
+    warnings: queue.Queue[str],
 ) -> None:
     """Nor one that goes on, nor one that was asked not to be."""
 
@@ -282,14 +282,14 @@ def test_stream_that_waits_without_a_transaction_is_not_told_of(
 
     app = make_app(Root(), model, tgstream__idle_seconds=0.05)
     free, held = Call(app, "/free"), Call(app, "/held")
-    assert "Root.held" in watched()
+    assert "Root.held" in warnings.get(timeout=10)
     for call in free, held:
         call.close()
-    assert len(advice()) == 1
+    assert warnings.empty()
 
 
 def test_worker_for_one_request_at_a_time_is_told_of(
-    make_app: MakeApp, monkeypatch: pytest.MonkeyPatch, watched: Callable[[], str]
+    make_app: MakeApp, monkeypatch: pytest.MonkeyPatch, warnings: queue.Queue[str]
 ) -> None:
     """When a stream has held it for long; that is ten seconds, here less."""
     monkeypatch.setattr(tgstream._watch, "LONG", 0.05)
@@ -299,6 +299,9 @@ def test_worker_for_one_request_at_a_time_is_told_of(
     app = make_app(Words(), **options)
     several = Call(app, "/more", **{**environ, "wsgi.multiprocess": True})
     call = Call(app, "/words", **environ)
-    assert "Words.words has streamed for 0 s on a worker that serves one" in watched()
+    assert (
+        "Words.words has streamed for 0 s on a worker that serves one"
+        in warnings.get(timeout=10)
+    )
     call.close()
     several.close()

@@ -362,7 +362,18 @@ def test_object_with_other_fields_than_the_header_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "item", ["text", Text("text"), 1, None, object(), Spot, Point, User], ids=repr
+    "item",
+    [
+        "text",
+        Text("text"),
+        1,
+        None,
+        pytest.param(object(), id="object"),
+        Spot,
+        Point,
+        User,
+    ],
+    ids=repr,
 )
 def test_item_that_is_no_row_is_named(item: Any) -> None:
     """A ``str`` is one above all: its letters would be the cells."""
@@ -490,7 +501,7 @@ def test_text_that_a_spreadsheet_would_run_is_guarded(cell: str) -> None:
 @pytest.mark.parametrize(
     ("cell", "text"),
     [
-        (Formula(), "'=formula()"),
+        pytest.param(Formula(), "'=formula()", id="Formula"),
         (datetime.timedelta(seconds=-1), "'-1 day, 23:59:59"),
         (Signed(3), "'=1+1"),
         (Colour.RED, "Colour.RED"),

@@ -129,6 +129,9 @@ class Thing:
     def __json__(self) -> Any:
         return self.value
 
+    def __repr__(self) -> str:  # names a test: no address in it
+        return f"Thing({self.value!r})"
+
 
 offsets = st.timedeltas(
     datetime.timedelta(hours=-23), datetime.timedelta(hours=23)
@@ -432,7 +435,7 @@ def test_first_item_that_fails_is_the_one_named() -> None:
 @pytest.mark.parametrize(
     ("value", "error", "told"),
     [
-        (object(), TypeError, "not JSON serializable"),
+        pytest.param(object(), TypeError, "not JSON serializable", id="object"),
         (datetime.timedelta(1), TypeError, "not JSON serializable"),
         (b"bytes", TypeError, "not JSON serializable"),
         ({1, 2}, TypeError, "not JSON serializable"),
