@@ -224,16 +224,10 @@ def frozen_in_the_end() -> Iterator[None]:
     gc.unfreeze()
 
 
-@pytest.fixture(scope="module", autouse=True)
-def old_objects_are_frozen(frozen_in_the_end: None) -> None:
-    """Modules are no garbage: to look through them after every test takes minutes."""
-    gc.collect()
-    gc.freeze()
-
-
 @pytest.fixture(autouse=True)
-def nothing_is_left() -> Iterator[None]:
+def nothing_is_left(frozen_in_the_end: None) -> Iterator[None]:
     """After every test, this thread carries nothing; cyclic garbage is no excuse."""
+    gc.freeze()  # what is there already is no garbage: to look through it takes minutes
     yield
     gc.collect()
     try:
