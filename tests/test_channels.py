@@ -341,7 +341,7 @@ def test_channels_may_be_opened_while_all_are_woken() -> None:
     sys.setswitchinterval(1e-5)
     try:
         opening.start()
-        for _ in range(20):
+        for _ in range(3):
             _feed.wake()
     finally:
         sys.setswitchinterval(interval)

@@ -74,7 +74,8 @@ def run(folder: Path, *words: str) -> str:
 
 def environment() -> dict[str, str]:
     """What processes get to know: where tgstream is, and nothing of these tests."""
-    kept = {key: os.environ[key] for key in os.environ if not key.startswith("PYTEST")}
+    ours = "PYTEST", "PYTHONDEVMODE"
+    kept = {key: os.environ[key] for key in os.environ if not key.startswith(ours)}
     return {**kept, "PYTHONPATH": str(Path(tgstream.__file__).parents[1])}
 
 
