@@ -359,7 +359,7 @@ def test_readme_has_its_two_commands() -> None:
     example, tests = (line.strip() for line in snippets("sh")[:2])
     begin = "python3 -m venv .venv && .venv/bin/pip install -q '.[{}]' && .venv/bin/{}"
     assert example == begin.format("examples", "python examples/cookbook.py")
-    assert tests == begin.format("test", "python -m pytest")
+    assert tests == begin.format("test", "python -m pytest -n 2")
 
 
 @pytest.mark.parametrize(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import codecs
+import copy
 import dataclasses
 import enum
 import json
 import os
+import pickle
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,7 +26,8 @@ from tg import TGController, abort, expose
 from tests.conftest import LiveServer, MakeApp, assert_clean
 from tests.model import Model, User
 from tests.wsgi import Call, get
-from tgstream import SSE, Event, Report, Stream, stream
+from tgstream import CSV, NDJSON, SSE, Event, Report, Stream, stream
+from tgstream._sse import sealed
 
 
 class Message(NamedTuple):
@@ -113,12 +116,40 @@ def messages(*items: Any) -> list[Message]:
     return parsed(encoded(*items)).messages
 
 
+def pickled(event: Event) -> Event:
+    """What another process is given."""
+    made: Event = pickle.loads(pickle.dumps(event))
+    return made
+
+
 def data(*items: Any) -> list[str]:
     """The data of what a listener hears."""
     return [message.data for message in messages(*items)]
 
 
 # What is sent.
+
+
+MADE = [Event("x", id="3"), sealed("x", None, "3")]
+
+
+@pytest.mark.parametrize("event", MADE, ids=["an item", "of a channel"])
+def test_event_is_its_fields_in_other_formats(event: Event) -> None:
+    """A feed may be NDJSON: what is made of an event for SSE is none of its fields."""
+    fields = {"data": "x", "event": None, "id": "3", "retry": None, "comment": None}
+    line = b"".join(NDJSON().encode([event]))
+    assert json.loads(line) == fields
+    assert [*CSV().encode([event])] == [",".join(fields) + "\r\nx,,3,,\r\n"]
+
+
+@pytest.mark.parametrize("event", MADE, ids=["an item", "of a channel"])
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickled])
+def test_copy_of_an_event_is_sent_as_the_event(
+    event: Event, copied: Callable[[Event], Event]
+) -> None:
+    """It may come out of a cache, or from another process."""
+    assert copied(event) == event
+    assert encoded(copied(event)) == encoded(event)
 
 
 def test_sse_sends_the_fields_that_are_there() -> None:

@@ -7,15 +7,23 @@ that could begin a line of its own is split there, or refused.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
 from ._encoder import Encoder, document
 
 
+class _Made:
+    """What is made of an event, and is no field of it: other formats write fields."""
+
+    __slots__ = "_head", "_piece"
+    _head: bytes
+    _piece: bytes | None
+
+
 @dataclass(frozen=True, slots=True)
-class Event:
+class Event(_Made):
     """An event of an event stream, as :class:`SSE` sends it.
 
     The fields are those of the WHATWG's HTML standard, section 9.2. Browsers dispatch
@@ -43,8 +51,6 @@ class Event:
     id: str | int | None = None
     retry: int | None = None
     comment: str | None = None
-    _head: bytes = field(init=False, repr=False, compare=False)
-    _piece: bytes | None = field(init=False, repr=False, compare=False, default=None)
 
     def __post_init__(self) -> None:
         id: Any = self.id
@@ -63,6 +69,11 @@ class Event:
         else:
             _refuse_bytes("Event: data", self.data)
         object.__setattr__(self, "_head", head)
+        object.__setattr__(self, "_piece", None)
+
+    def __reduce__(self) -> Any:
+        """A copy is made as the original was, by its fields."""
+        return type(self), (self.data, self.event, self.id, self.retry, self.comment)
 
 
 class SSE:
