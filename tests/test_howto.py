@@ -150,9 +150,13 @@ def test_upload_of_a_wrong_file_is_an_error_page(writing: Site) -> None:
 def test_upload_that_fails_keeps_full_hundreds(writing: Site) -> None:
     """The rows since the last hundred are gone, and the client can tell."""
     short = csv_of(*people("twice", 250), "twice1")
-    with writing.send("/imports/upload", short) as response:
-        assert response.status == 500  # nothing had left
     long = csv_of(*people("again", 3050), "again1")
+    with writing.send("/imports/upload", short) as response:
+        if response.status == 200:  # on a machine so slow that lines had left
+            with pytest.raises(BROKEN):
+                response.read()
+        else:
+            assert response.status == 500
     with writing.send("/imports/upload", long) as response, pytest.raises(BROKEN):
         assert response.status == 200
         response.read()
