@@ -27,7 +27,7 @@ from tests.live_apps.run import SERVERS
 from tests.pages import blocks, commands
 from tests.servers.expected import unexpected
 from tests.wsgi import get
-from tgstream import stream
+from tgstream import Event, stream
 from tgstream._config import OPTIONS
 from tgstream.testing import open_stream
 
@@ -290,6 +290,10 @@ def check_feeds(app: Any) -> None:
         assert (events[0].event, events[0].data) == ("count", "5")
         assert events[1].comment == "open"
         assert events[2] == ada
+    with open_stream(app, f"/lines?lastEventId={opened.id}") as response:
+        lines = list(islice(response.json(), 2))
+        assert [line["comment"] for line in lines] == ["open", None]
+        assert Event(**lines[1]) == ada
 
 
 def check_bounds(app: Any) -> None:
