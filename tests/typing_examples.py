@@ -151,6 +151,8 @@ Stream([1, 2], Wordless)  # type: ignore[arg-type]
 
 def told(report: Report) -> None:
     assert_type(report.error, BaseException | None)
+    if report.reason == "complete":  # type: ignore[comparison-overlap]
+        print("it is 'completed'")
     assert_type(report.first_chunk_seconds, float | None)
 
 

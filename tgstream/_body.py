@@ -20,7 +20,7 @@ from ._cleanup import close, first_error
 from ._context import Context
 from ._options import StreamError
 from ._plan import Plan, clock
-from ._report import Outcome
+from ._report import Outcome, Reason
 from ._watch import watch
 
 if TYPE_CHECKING:
@@ -48,12 +48,12 @@ class Body:
         self.late: Callable[[], list[str]] | None = None
         self.seat: Seat | None = None
         self.chunks = self.bytes = 0
-        self.reason: str | None = None
+        self.reason: Reason | None = None
         self.running = self.left = self.ended = self._priming = False
         self._source = source
         self._chunks: Iterator[bytes] = iter(())
         self._first: bytes | None = None
-        self.closing: str | None = None
+        self.closing: Reason | None = None
         self._ending = threading.Lock()
         self.started = clock()
         self.expires = self.started + plan.lifetime()
@@ -154,7 +154,7 @@ class Body:
         if error is not None:
             raise error
 
-    def close(self, reason: str = "disconnected") -> None:
+    def close(self, reason: Reason = "disconnected") -> None:
         """End the stream; while a pull runs elsewhere, when that pull returns."""
         self.closing = self.closing or reason  # the first to ask is the one told
         if not self.running:
@@ -211,13 +211,13 @@ class Body:
         raise error
 
     def _end(
-        self, reason: str, error: BaseException | None = None, silent: bool = False
+        self, reason: Reason, error: BaseException | None = None, silent: bool = False
     ) -> None:
         if self._ending.acquire(blocking=False):
             self._finish(reason, error, silent)
 
     def _finish(
-        self, reason: str, error: BaseException | None = None, silent: bool = False
+        self, reason: Reason, error: BaseException | None = None, silent: bool = False
     ) -> None:
         """End, by the one who has ``_ending``."""
         self.reason = reason

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 from weakref import WeakSet
 
 import tg
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("tgstream")
 
+Reason: TypeAlias = Literal["completed", "failed", "disconnected", "expired", "drained"]
+
 
 class Report(NamedTuple):
     """How a stream ended: the argument of the hook ``tgstream.finished``.
@@ -33,7 +35,7 @@ class Report(NamedTuple):
     latter is None where no chunk was made. ``commits`` counts committed transactions.
     """
 
-    reason: str
+    reason: Reason
     error: BaseException | None
     controller: str
     path: str
@@ -47,8 +49,9 @@ class Report(NamedTuple):
 
 def tell(body: Body, error: BaseException | None) -> None:
     """Log how ``body`` ended, and tell those who registered for the hook."""
+    assert body.reason is not None
     report = Report(
-        reason=body.reason or "",
+        reason=body.reason,
         error=error,
         controller=body.plan.controller,
         path=body.context.tg_locals.request.path,
