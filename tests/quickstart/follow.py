@@ -11,6 +11,7 @@ Rule: it needs the standard library alone, for it also runs where nothing is ins
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -131,6 +132,8 @@ def main(folder: Path) -> None:
     """Follow the tutorial in a folder."""
     if is_served():
         raise SystemExit("port 8080 is taken; the tutorial needs it")
+    # A script that runs this with & has Ctrl-C ignored, by the servers as well.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     for name in "VIRTUAL_ENV", "PYTHONPATH", "PIP_REQUIRE_VIRTUALENV":
         os.environ.pop(name, None)
     os.environ["PIP_QUIET"] = "2"  # or most of what one reads here were pip's
