@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import tg
 from tg import (
+    AppConfig,
     FullStackApplicationConfigurator,
     MinimalApplicationConfigurator,
     TGController,
@@ -118,6 +119,26 @@ def test_option_that_cannot_be_read_is_named(make_app: MakeApp) -> None:
         option({"tgstream.chunk_seconds": "soon"}, "tgstream.chunk_seconds")
     with pytest.raises(ValueError, match="'many'"):
         make_app(root(), tgstream__chunk_size="many")
+
+
+NUMBERS = [name for name, row in OPTIONS.items() if type(row.default) in (int, float)]
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+@pytest.mark.parametrize("value", ["-4", "nan"])
+def test_number_out_of_range_is_named(name: str, value: str) -> None:
+    """No size and no time is negative, and ``nan`` would be taken for one."""
+    with pytest.raises(ValueError, match=rf"option {name} is '{value}'"):
+        option({name: value}, name)
+
+
+def test_old_app_config_may_be_plugged(make_app: MakeApp) -> None:
+    """What applications had before TurboGears 2.4 is a shell around a configurator."""
+    with pytest.warns(DeprecationWarning, match="AppConfig"):
+        base_config = AppConfig(minimal=True, root_controller=root())
+        plugme(base_config, {"chunk_size": 6})
+        app = base_config.make_wsgi_app()
+    assert chunks(app) == [b"abcabc", b"abcabc"]
 
 
 def test_option_defaults_are_of_their_kind() -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 import tg
 from tg import (
     RestController,
@@ -21,9 +22,10 @@ from tg import (
 from tg.decorators import Decoration, paginate
 from webtest import TestApp
 
-from tests.conftest import MakeApp
+from tests.conftest import MakeApp, assert_clean
+from tests.model import Model, User
 from tests.wsgi import Call, get
-from tgstream import Report, Stream, StreamError, stream
+from tgstream import NDJSON, Report, Stream, StreamError, copy, rows, stream
 from tgstream._source import BLOCK
 
 
@@ -284,6 +286,47 @@ def test_stream_passes_on_what_is_no_stream(make_app: MakeApp, kind: str) -> Non
     assert plain.status == decorated.status
     assert plain.headers == decorated.headers
     assert plain.text == decorated.text
+
+
+@pytest.mark.parametrize("value", [42, object, numbers, User(name="ada")], ids=type)
+@pytest.mark.parametrize("format", [None, NDJSON])
+def test_what_nobody_can_send_is_named(
+    make_app: MakeApp, value: Any, format: Any
+) -> None:
+    """TurboGears would make an empty page of it, which looks like an answer."""
+
+    class Root(TGController):
+        @expose()
+        @stream(format)
+        def decorated(self) -> Any:
+            return value
+
+    with pytest.raises(TypeError, match=r"^Root.decorated returned .* a generator"):
+        get(make_app(Root(), trace_errors__enable=False), "/decorated")
+
+
+@pytest.mark.parametrize("returned", ["select", "Query", "rows", "copy"])
+def test_forgotten_decorator_is_told_of(
+    make_app: MakeApp, sqlite_model: Model, returned: str
+) -> None:
+    """A statement would run when the request is over, and never end its transaction."""
+    selected = sa.select(User.name)
+    kinds: dict[str, Callable[[], Any]] = {
+        "select": lambda: selected,
+        "Query": lambda: sqlite_model.DBSession.query(User),
+        "rows": lambda: rows(selected),
+        "copy": lambda: copy(selected),
+    }
+
+    class Root(TGController):
+        @expose()
+        def plain(self) -> Any:
+            return kinds[returned]()
+
+    app = make_app(Root(), sqlite_model, trace_errors__enable=False)
+    with pytest.raises(StreamError, match=r"^Root.plain returned a .* put @stream on"):
+        get(app, "/plain")
+    assert_clean(sqlite_model)
 
 
 def test_file_is_read_in_blocks_and_closed(make_app: MakeApp) -> None:

@@ -24,6 +24,12 @@ log = logging.getLogger("tgstream")
 T = TypeVar("T", int, float)
 
 
+def _from_0(number: T) -> T:
+    if not number >= 0:
+        raise ValueError("it must be 0 or above")
+    return number
+
+
 def _above_0(number: T) -> T:
     if not number > 0:
         raise ValueError("it must be above 0")
@@ -38,9 +44,9 @@ class Option(NamedTuple):
 
 
 OPTIONS: dict[str, Option] = {
-    "tgstream.chunk_size": Option(32768, asint),
-    "tgstream.chunk_seconds": Option(0.05, float),
-    "tgstream.idle_seconds": Option(10.0, float),
+    "tgstream.chunk_size": Option(32768, lambda value: _from_0(asint(value))),
+    "tgstream.chunk_seconds": Option(0.05, lambda value: _from_0(float(value))),
+    "tgstream.idle_seconds": Option(10.0, lambda value: _from_0(float(value))),
     "tgstream.sessions": Option((), aslist),
     "tgstream.channels": Option("memory://", str),
     "tgstream.channel_history": Option(1000, lambda value: _above_0(asint(value))),
@@ -184,6 +190,8 @@ def plugme(
             f"tgstream has no option {', '.join(unknown)}; "
             f"its options are {', '.join(sorted(OPTIONS))}"
         )
+    # The AppConfig of older applications is a shell around one.
+    configurator = getattr(configurator, "_configurator", configurator)
     configurator.update_blueprint(defaults)
     with suppress(KeyError):  # TG's word for a component that is registered already
         configurator.register(StreamConfigurationComponent)

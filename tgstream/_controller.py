@@ -27,7 +27,7 @@ from ._options import Commit, Format, Options, check
 from ._plan import Plan
 from ._registry import registry
 from ._seats import take
-from ._source import is_iterable
+from ._source import is_for_a_stream, is_streamed, not_streamed
 from ._stream import Stream
 
 if TYPE_CHECKING:
@@ -65,10 +65,9 @@ def stream(
     """Send what the controller yields to the client while it is made.
 
     The controller may be a generator function, or return any iterable or an open binary
-    file; anything else it returns goes to TG untouched. Do not decorate an
+    file; a text, a dict, a response and None go to TG untouched. Do not decorate an
     ``async def``. Bare or called, above or below ``@expose``; the function itself is
-    returned unchanged. The parameters, and what commits when, are those of
-    :class:`Stream`.
+    returned unchanged. Parameters, and what commits when, are those of :class:`Stream`.
 
     :raises TypeError: for an ``async def``, and when an option is of a wrong type.
     :raises ValueError: when an option makes no sense.
@@ -106,7 +105,8 @@ def _streaming(caller: Any, function: Any, options: Options) -> Callable[..., An
     def call(*args: Any) -> Any:
         seat = take(function, options.limit)
         output = caller(*args)
-        if isinstance(output, Stream | Response) or not is_iterable(output):
+        given = isinstance(output, Stream | Response)
+        if given or not is_streamed(output, name_of(function)):
             return output
         stream = Stream._of(output, options, function)
         stream._seat = seat
@@ -135,6 +135,8 @@ def install() -> None:
 def _before_render(remainder: Any, params: Any, output: Any) -> None:
     if isinstance(output, Stream):
         _start(output, _context.current())
+    elif is_for_a_stream(output):
+        raise not_streamed(output, name_of(_dispatched(_context.current().request)))
 
 
 def _start(stream: Stream, tg_locals: Any) -> None:

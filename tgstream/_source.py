@@ -14,7 +14,7 @@ from types import GeneratorType
 from typing import Any
 from weakref import ref
 
-from ._options import StreamError
+from ._options import Batched, StreamError
 
 
 def is_iterable(value: Any) -> bool:
@@ -29,12 +29,47 @@ def is_iterable(value: Any) -> bool:
     return hasattr(value, "__iter__") or _is_statement(value)
 
 
+def is_for_a_stream(value: Any) -> bool:
+    """True for what TurboGears cannot send: a statement, ``rows()`` and ``copy()``.
+
+    They would run when the request and its session are over.
+    """
+    if isinstance(value, dict | str | GeneratorType):
+        return False  # as mostly: each page is looked at
+    return isinstance(value, Batched) or _is_statement(value)
+
+
 def _is_statement(value: Any) -> bool:
     """True for what ``rows()`` takes; nothing is imported to find out."""
     if "sqlalchemy.orm" not in sys.modules:
         return False
     kinds: tuple[type, ...] = importlib.import_module("tgstream._statement").KINDS
     return isinstance(value, kinds)
+
+
+def not_streamed(value: Any, where: str) -> StreamError:
+    """The error of a controller, ``where``, that lacks its ``@stream``."""
+    return StreamError(
+        f"{where} returned a {type(value).__name__}, which only a stream can send; put "
+        "@stream on it, or return Stream(...)"
+    )
+
+
+def is_streamed(value: Any, where: str) -> bool:
+    """Whether a controller's output is a stream; False for what TG sends as it is.
+
+    :param where: the controller.
+    :raises TypeError: when TG would make an empty page of it.
+    """
+    if is_iterable(value):
+        return True
+    if value is None or isinstance(value, str | bytes | bytearray | Mapping):
+        return False
+    raise TypeError(
+        f"{where} returned {value!r:.80}, which can neither be streamed nor sent by "
+        "TurboGears; return a generator, another iterable or a statement, or else a "
+        "text, a dict or a response"
+    )
 
 
 BLOCK = 65536
