@@ -647,7 +647,9 @@ def test_request_that_does_not_reach_turbogears_is_told(run: Run) -> None:
     assert code == 0
     code, text = run(middleware="Raising")
     assert code == 1
-    assert "raises LookupError: no way, so" in checks(text)["middlewares"][1]
+    said = checks(text)["middlewares"][1]
+    assert "raises LookupError: no way, in doctored_middlewares.py, line " in said
+    assert said.endswith("Mend this first.")
 
 
 # What is set.
@@ -802,14 +804,14 @@ def test_missing_package_redis_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("factory", "error"),
     [
-        ("broken", "it raises LookupError: no such thing"),
+        ("broken", "it raises LookupError: no such thing, in doctored.py, line "),
         ("missing", "it raises AttributeError: module 'doctored' has no attribute"),
     ],
 )
 def test_application_that_cannot_be_loaded_is_told_in_a_sentence(
     run: Run, factory: str, error: str
 ) -> None:
-    """No traceback: gearbox has that."""
+    """No traceback, but where in the application it came from."""
     code, text = run(factory=factory)
     assert code == 1
     assert [*checks(text)] == ["application"]
@@ -969,7 +971,7 @@ def test_wrong_command_is_told_how_it_is_used(
     assert main([]) == 2
     assert capsys.readouterr().out.startswith("usage: python -m tgstream")
     (folder / "test.ini").touch()
-    for wrong in ["nothing.ini"], ["test.ini", "--path", "x"], ["--wrong"]:
+    for wrong in ["nothing.ini"], ["."], [""], ["test.ini", "--path", "x"], ["--wrong"]:
         with pytest.raises(SystemExit) as ended:
             main(["doctor", *wrong])
         assert ended.value.code == 2

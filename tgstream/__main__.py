@@ -7,6 +7,7 @@ has been taken away again, and what asks it is imported after that.
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -59,8 +60,10 @@ def main(arguments: Sequence[str] | None = None, is_alone: bool = False) -> int:
     if given.config is None:
         return _environment()
     file = given.config.partition("#")[0]
+    if os.path.isdir(file):
+        doctor.error(f"{file} is a directory; name the file, as {file}/config.ini")
     if not os.path.isfile(file):
-        doctor.error(f"there is no file {file}")
+        doctor.error(f"there is no file {file!r}")
     if not given.path.startswith("/"):
         doctor.error("--path begins with a slash")
     return _examine(given.config, given.path, is_alone)
@@ -91,6 +94,8 @@ def _tell(findings: list[Finding]) -> int:
     from tgstream._doctor import summary
     from tgstream._findings import text_of
 
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a path may have what it cannot say
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         print(text_of(findings), summary(findings), sep="\n", flush=True)
     except BrokenPipeError:  # head has had enough; Python's own flush is not to fail

@@ -10,7 +10,7 @@ from typing import Any
 
 from . import _proofs
 from ._exchange import Exchange
-from ._findings import FAIL, NOTE, OK, WARN, Finding, said
+from ._findings import FAIL, NOTE, OK, WARN, Finding, raised_at, said
 from ._layers import followed, short
 from ._leaks import assert_clean
 from ._loading import Loaded, LoadError, options
@@ -25,10 +25,11 @@ PLUG = "In config/app_cfg.py: import tgstream; tgstream.plugme(base_config)."
 def refused(config: str, error: LoadError) -> list[Finding]:
     """What is to say of an application that cannot be loaded."""
     cause = error.__cause__
-    why = str(error) if cause is None else f"{error} {said(cause)}"
-    advice = (
-        "" if cause is None else "Mend this first; gearbox serve has the traceback."
-    )
+    why = str(error)
+    advice = ""
+    if cause is not None:
+        why = f"{error} {said(cause)}{raised_at(cause)}"
+        advice = "Mend this first."
     found = [Finding(FAIL, "application", f"{config} cannot be loaded: {why}", advice)]
     bad = check_options(options(config))
     return found + [each for each in bad if each.mark == FAIL]
@@ -72,13 +73,15 @@ def _unreached(exchange: Exchange, path: str) -> Finding:
         return Finding(FAIL, "first chunk", f"a stream cannot begin: {why}")
     answer = exchange.status or "without a status"
     what = f"is answered {answer} before TurboGears has it"
+    advice = "Choose a path that everybody may ask TurboGears for, with --path."
     if exchange.error is not None:
-        what = f"raises {said(exchange.error)}"
+        what = f"raises {said(exchange.error)}{raised_at(exchange.error)}"
+        advice = "Mend this first."
     return Finding(
         FAIL,
         "middlewares",
         f"a request for {path} {what}, so that no stream can be sent",
-        "Choose a path that everybody may ask TurboGears for, with --path.",
+        advice,
     )
 
 

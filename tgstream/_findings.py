@@ -5,7 +5,10 @@ Rule: the text is plain, and the same for the same application; nothing here loo
 
 from __future__ import annotations
 
+import os
+import sysconfig
 import textwrap
+import traceback
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -51,3 +54,17 @@ def said(error: BaseException) -> str:
     if len(message) > 300:
         message = f"{message[:300]}..."
     return f"{type(error).__name__}: {message}" if message else type(error).__name__
+
+
+def raised_at(error: BaseException) -> str:
+    """Where in the application an error came from; nothing if it is not of its code."""
+    paths = sysconfig.get_paths()
+    installed = paths["stdlib"], paths["platstdlib"], paths["purelib"], paths["platlib"]
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        file = os.path.abspath(frame.filename)
+        if not frame.filename.startswith("<") and not file.startswith(
+            (*installed, os.path.dirname(__file__))
+        ):
+            here = os.path.join(os.getcwd(), "")
+            return f", in {file.removeprefix(here)}, line {frame.lineno}"
+    return ""
