@@ -12,6 +12,7 @@ from itertools import count, islice
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 import tg
 import transaction
 from tg import TGController, expose
@@ -435,6 +436,7 @@ def test_publish_refuses_what_cannot_be_sent(
         ("channel_history", "0", "is '0'"),
         ("heartbeat_seconds", "-1", "is '-1'"),
         ("channels", "nats://:secret@x", "begins with 'nats', which"),
+        ("channels", "redis://:secret@x?protocol=3&timeout=", "says protocol, timeout"),
     ],
 )
 def test_option_of_channels_that_makes_no_sense_is_refused(
@@ -504,6 +506,18 @@ class Live(TGController):
                 yield f"{number}\n"
 
         return Stream(items(), commit=commit)
+
+
+class Doing(TGController):
+    """A request that does what the test says."""
+
+    def __init__(self, do: Callable[[], object]) -> None:
+        self.do = do
+        expose()(Doing.now)
+
+    def now(self) -> str:
+        self.do()
+        return "done"
 
 
 def waiting(channel: Channel) -> Iterator[Event]:
@@ -622,6 +636,63 @@ def test_event_of_a_savepoint_that_is_rolled_back_never_goes_out(
     root.during = [part]
     get(app, "/post?text=before")
     assert heard(events, 2) == ["before", "after"]
+
+
+def test_event_after_a_savepoint_that_took_all_before_it_goes_out(
+    make_app: MakeApp, channel: Channel
+) -> None:
+    """Also where nothing had been published before the savepoint was made."""
+
+    def part() -> None:
+        savepoint = transaction.savepoint()
+        channel.publish("undone")
+        savepoint.rollback()
+        channel.publish("after")
+
+    app, events = make_app(Doing(part), tm__enabled=True), waiting(channel)
+    assert get(app, "/now").text == "done"
+    assert heard(events, 1) == ["after"]
+
+
+@pytest.mark.parametrize(
+    "moment", ["after_flush", "before_commit", "after_commit", "after_insert"]
+)
+@pytest.mark.parametrize("first", [[], ["first"]])
+def test_event_that_is_published_while_the_transaction_commits_goes_out(
+    make_app: MakeApp,
+    channel: Channel,
+    sqlite_model: Model,
+    moment: str,
+    first: list[str],
+) -> None:
+    """As handlers of SQLAlchemy do; where the commit then fails, nothing is heard."""
+    on: Any = User if moment == "after_insert" else sqlite_model.DBSession
+    fails: list[Any] = []
+
+    def publish(*_: Any) -> None:
+        channel.publish("committed")
+        for each in fails:
+            raise each
+
+    def add() -> None:
+        for text in first:
+            channel.publish(text)
+        sqlite_model.DBSession.add(User(name="ada"))
+
+    root = Doing(add)
+    app, events = make_app(root, sqlite_model, tm__enabled=True), waiting(channel)
+    sa.event.listen(on, moment, publish)
+    try:
+        assert get(app, "/now").text == "done"
+        if moment != "after_commit":
+            fails.append(LookupError("no commit"))
+            assert get(app, "/now").status_int == 500
+    finally:
+        sa.event.remove(on, moment, publish)
+    root.do = lambda: channel.publish("end")
+    get(app, "/now")
+    assert heard(events, 2 + len(first)) == [*first, "committed", "end"]
+    assert sqlite_model.names() == ["ada"]
 
 
 def test_event_goes_out_at_once_without_a_transaction(

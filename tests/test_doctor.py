@@ -789,6 +789,13 @@ def test_no_query_of_a_database_is_told_and_any_factory_is_fine() -> None:
         assert "timeout" not in database.found
 
 
+def test_query_of_a_redis_that_is_tgstreams_is_told() -> None:
+    """It would be heard by the package redis, and nothing by those who listen."""
+    found = channels("redis://127.0.0.1/0?protocol=3&db=1&decode_responses=true")
+    assert found.mark == "FAIL"
+    assert "says decode_responses, protocol, which tgstream sets itself" in found.found
+
+
 def test_missing_package_redis_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is an extra of tgstream."""
     monkeypatch.setitem(sys.modules, "redis", None)

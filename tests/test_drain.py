@@ -166,6 +166,32 @@ def test_drain_does_not_wait_for_ever(
     assert_clean(sqlite_model)
 
 
+def test_stream_that_makes_its_first_item_is_drained_after_it(
+    make_app: MakeApp, sqlite_model: Model, reports: list[Report]
+) -> None:
+    """Nothing of it runs yet that could be ended; but it is not to live on."""
+    begun, go = threading.Event(), threading.Event()
+
+    class Root(TGController):
+        @expose()
+        @stream(SSE)
+        def words(self) -> Iterator[str]:
+            begun.set()
+            assert go.wait(10)
+            while True:
+                yield "one"
+
+    app = make_app(Root(), sqlite_model)
+    with ThreadPoolExecutor(1) as thread:
+        body = thread.submit(lambda: Call(app, "/words").read())
+        assert begun.wait(10)
+        drain(timeout=0)
+        go.set()
+        assert body.result() == b"data: one\n\n"
+    assert [report.reason for report in reports] == ["drained"]
+    assert_clean(sqlite_model)
+
+
 @pytest.mark.parametrize(
     ("server", "count"),
     [("gunicorn-gevent", 100), ("gunicorn-gthread", 5), ("waitress", 5)],

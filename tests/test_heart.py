@@ -16,7 +16,7 @@ from tests.conftest import LiveServer, MakeApp, assert_clean
 from tests.model import Model, Note
 from tests.test_servers import Client, assert_settles
 from tests.wsgi import Call, get
-from tgstream import SSE, Event, Report, StreamError, current_stream, stream
+from tgstream import SSE, Event, Report, StreamError, current_stream, drain, stream
 from tgstream._heart import BEAT
 
 SHORT = 0.02
@@ -140,7 +140,7 @@ def test_bound_ends_a_generator_that_waits(
 
     class Root(TGController):
         @expose()
-        @stream(SSE(heartbeat=SHORT), max_seconds=0.1)
+        @stream(SSE(heartbeat=1), max_seconds=0.1)
         def events(self) -> Iterator[Event]:
             yield Event(comment="open")
             while not current_stream().ending:
@@ -155,6 +155,35 @@ def test_bound_ends_a_generator_that_waits(
     assert ended().reason == "expired"
     assert model.texts() == ["last"]
     assert_clean(model)
+
+
+@pytest.mark.parametrize("bound", ["expired", "drained"])
+def test_heartbeat_ends_a_stream_whose_generator_waits_on(
+    make_app: MakeApp,
+    sqlite_model: Model,
+    ended: Callable[[], Report],
+    bound: str,
+) -> None:
+    """The client has its end, and comes back; the generator ends at its next yield."""
+    go = threading.Event()
+
+    class Root(TGController):
+        @expose()
+        @stream(SSE(heartbeat=SHORT), max_seconds=0.1 if bound == "expired" else None)
+        def events(self) -> Iterator[Event]:
+            yield Event(comment="open")
+            assert go.wait(10)
+            yield Event("unheard")
+
+    call = Call(make_app(Root(), sqlite_model), "/events")
+    assert [next(call), next(call)] == [b": open\n\n", BEAT]
+    if bound == "drained":
+        assert not drain(timeout=0)
+    assert call.read().replace(BEAT, b"") == b""
+    go.set()
+    report = ended()
+    assert (report.reason, report.error) == (bound, None)
+    assert_clean(sqlite_model)
 
 
 @pytest.mark.parametrize("server", ["waitress", "gunicorn-gthread", "gunicorn-gevent"])

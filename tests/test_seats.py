@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from tg import TGController, expose
+from tg import TGController, abort, expose, redirect
 
 from tests.conftest import MakeApp, assert_clean
 from tests.model import Model, User
@@ -61,6 +62,34 @@ def test_stream_above_the_limit_is_answered_with_503(
     assert get(app, "/free").text == "onetwo"
     assert first.read() == second.read() == b"onetwo"
     assert get(app, path).text == "onetwo"
+    assert_clean(sqlite_model)
+
+
+@pytest.mark.parametrize("path", ["/refuse", "/send"])
+def test_answer_in_place_of_a_stream_leaves_its_seat(
+    make_app: MakeApp, sqlite_model: Model, path: str
+) -> None:
+    """At once: the traceback of ``abort()`` goes when the garbage is collected."""
+
+    class Root(TGController):
+        @expose()
+        @stream(limit=1)
+        def refuse(self) -> None:
+            abort(404)
+
+        @expose()
+        @stream(limit=1)
+        def send(self) -> None:
+            redirect("/elsewhere")
+
+    app = make_app(Root(), sqlite_model)
+    gc.disable()
+    try:
+        answers = [get(app, path).status_int for _ in range(3)]
+    finally:
+        gc.enable()
+    assert answers == [answers[0]] * 3
+    assert answers[0] in (302, 404)
     assert_clean(sqlite_model)
 
 

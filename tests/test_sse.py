@@ -142,6 +142,21 @@ def test_event_is_its_fields_in_other_formats(event: Event) -> None:
     assert [*CSV().encode([event])] == [",".join(fields) + "\r\nx,,3,,\r\n"]
 
 
+@dataclasses.dataclass(frozen=True)
+class Priced(Event):
+    price: int = 0
+
+
+def test_copy_of_an_own_event_has_its_own_fields() -> None:
+    """Whoever adds fields to an event keeps them."""
+    event = Priced("x", id="3", price=7)
+    for made in copy.copy(event), copy.deepcopy(event), pickled(event):
+        assert made == event
+        assert encoded(made) == encoded(event) == b"id: 3\ndata: x\n\n"
+    with pytest.raises(AttributeError, match="Priced has no attribute 'prices'"):
+        event.prices  # type: ignore[attr-defined]  # noqa: B018
+
+
 @pytest.mark.parametrize("event", MADE, ids=["an item", "of a channel"])
 @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickled])
 def test_copy_of_an_event_is_sent_as_the_event(

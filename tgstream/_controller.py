@@ -26,7 +26,7 @@ from ._headers import charset_in, set_headers
 from ._options import Commit, Format, Options, check
 from ._plan import Plan
 from ._registry import registry
-from ._seats import take
+from ._seats import held, take
 from ._source import is_for_a_stream, is_streamed, not_streamed
 from ._stream import Stream
 
@@ -103,12 +103,12 @@ def _streaming(caller: Any, function: Any, options: Options) -> Callable[..., An
     """TG's controller caller, with a stream made of what the controller returns."""
 
     def call(*args: Any) -> Any:
-        seat = take(function, options.limit)
-        output = caller(*args)
-        given = isinstance(output, Stream | Response)
-        if given or not is_streamed(output, name_of(function)):
-            return output
-        stream = Stream._of(output, options, function)
+        with held(function, options.limit) as seat:
+            output = caller(*args)
+            given = isinstance(output, Stream | Response)
+            if given or not is_streamed(output, name_of(function)):
+                return output
+            stream = Stream._of(output, options, function)
         stream._seat = seat
         return stream
 

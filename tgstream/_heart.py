@@ -64,11 +64,15 @@ class _Puller:
 
 
 def beating(
-    chunks: Iterator[bytes], seconds: float, close: Callable[[], None]
+    chunks: Iterator[bytes],
+    seconds: float,
+    close: Callable[[], None],
+    ending: Callable[[], bool],
 ) -> Iterator[bytes]:
     """The chunks, and a comment where none was made for so many seconds.
 
     :param chunks: the first of which is made.
+    :param ending: whether the stream is to end, be it at a comment.
     :param close: what ends the stream; called when this is closed, or dropped.
     """
     first = next(chunks, None)
@@ -81,6 +85,8 @@ def beating(
         while True:
             puller.ask()
             if not puller.is_ready(seconds):
+                if ending():
+                    return  # the generator ends at its next yield
                 yield BEAT
             elif (chunk := puller.take()) is None:
                 return

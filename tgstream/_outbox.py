@@ -7,6 +7,7 @@ that can still fail comes after it, and what fails here cannot undo them any mor
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from . import _context
@@ -15,6 +16,8 @@ from ._report import log
 from ._thread import thread
 
 Send = Callable[[], None]
+COMMITTING = "Committing"
+"""transaction's word for what it is while its data managers commit."""
 
 
 def send(what: str, send: Send) -> None:
@@ -26,12 +29,13 @@ def send(what: str, send: Send) -> None:
     if txn is None:
         send()
         return
-    try:
-        outbox: Outbox = txn.data(_KEY)
-    except KeyError:
+    outbox: Outbox | None = None
+    with suppress(KeyError):
+        outbox = txn.data(_KEY)
+    if outbox is None or outbox.left:
         outbox = Outbox()
+        outbox.join(txn)
         txn.set_data(_KEY, outbox)
-        txn.join(outbox)
     outbox.sends.append((what, send))
 
 
@@ -66,11 +70,26 @@ class Outbox:
 
     def __init__(self) -> None:
         self.sends: list[tuple[str, Send]] = []
+        self.left = False  # for good; a rollback to a savepoint before it takes it out
+
+    def join(self, txn: Any) -> None:
+        """Take part in a transaction; one that is committing takes nobody any more."""
+        if txn.status == COMMITTING:
+            txn.addAfterCommitHook(self._settle)
+        else:
+            txn.join(self)
+
+    def _settle(self, committed: bool) -> None:
+        if committed:
+            self.tpc_finish(None)
+        else:
+            self.abort(None)
 
     # The protocol of transaction's data managers.
 
     def abort(self, transaction: Any) -> None:
         self.sends.clear()
+        self.left = True
 
     def tpc_begin(self, transaction: Any) -> None:
         """Nothing."""
@@ -87,10 +106,9 @@ class Outbox:
                 send()
             except Exception:  # the others have committed: the transaction is no less
                 log.exception("%s was committed, and could not be sent", what)
-        self.sends.clear()
+        self.abort(transaction)
 
-    def tpc_abort(self, transaction: Any) -> None:
-        self.sends.clear()
+    tpc_abort = abort
 
     def sortKey(self) -> str:
         """Last: after ``~sqlalchemy``."""

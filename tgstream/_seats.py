@@ -7,6 +7,8 @@ Nothing here locks: a seat may be left by garbage collection, anywhere.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -51,3 +53,18 @@ def take(controller: Any, limit: int | None) -> Seat | None:
             headers=[("Retry-After", str(RETRY_SECONDS))],
         ) from None
     return Seat(free)
+
+
+@contextmanager
+def held(controller: Any, limit: int | None) -> Iterator[Seat | None]:
+    """A seat, left at once by an error: its traceback would keep it for a while.
+
+    :raises HTTPServiceUnavailable: as :func:`take`.
+    """
+    seat = take(controller, limit)
+    try:
+        yield seat
+    except BaseException:
+        if seat is not None:
+            seat.leave()
+        raise

@@ -16,7 +16,7 @@ from tg.support.converters import asbool
 from ._config import OPTIONS, option, scoped_sessions
 from ._findings import FAIL, NOTE, OK, WARN, Finding, said
 from ._report import is_shared
-from .channels import REDIS
+from .channels import REDIS, own_words
 
 Config = Mapping[str, Any]
 _OWN = {"tgstream.guard", "tgstream.said", "tgstream.looks", "tgstream.told_of_memory"}
@@ -94,17 +94,16 @@ def _channels(config: Config) -> Finding:
             f"tgstream.channels is {shown!r}, which is none of its kinds",
             "Write memory://, or redis://host:port/db for a Redis or a Valkey.",
         )
+    if own := own_words(url):
+        found = f"{shown} says {', '.join(own)}, which tgstream sets itself"
+        return Finding(FAIL, "channels", found, "Leave it out, behind the '?'.")
     try:
         from ._redis import reach
 
         reach(url)
     except ImportError:
-        return Finding(
-            FAIL,
-            "channels",
-            f"{shown}, and the package redis is not installed",
-            "pip install 'tgstream[redis]'",
-        )
+        found = f"{shown}, and the package redis is not installed"
+        return Finding(FAIL, "channels", found, "pip install 'tgstream[redis]'")
     except ValueError:  # which tells parts of it
         return Finding(
             FAIL,

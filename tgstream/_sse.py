@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ._encoder import Encoder, document
 
@@ -71,9 +71,13 @@ class Event(_Made):
         object.__setattr__(self, "_head", head)
         object.__setattr__(self, "_piece", None)
 
-    def __reduce__(self) -> Any:
-        """A copy is made as the original was, by its fields."""
-        return type(self), (self.data, self.event, self.id, self.retry, self.comment)
+    if not TYPE_CHECKING:  # which would take any name for one of its
+
+        def __getattr__(self, name: str) -> Any:
+            if name not in _Made.__slots__:
+                raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+            self.__post_init__()  # it is a copy, which is made of its fields alone
+            return getattr(self, name)
 
 
 class SSE:

@@ -126,9 +126,11 @@ class Stream:
     def __iter__(self) -> Iterator[builtins.bytes]:
         if self._body is None:
             return iter(())
-        chunks = self._body.serve(self)
+        body, chunks = self._body, self._body.serve(self)
         seconds = getattr(self._options.format, "heartbeat", None)
-        return beating(chunks, seconds, self._body.close) if seconds else chunks
+        if not seconds:
+            return chunks
+        return beating(chunks, seconds, body.close, lambda: body.closing is not None)
 
     def close(self) -> None:
         """End the stream, as a server does at its end or when the client has left.

@@ -116,6 +116,8 @@ def _due(body: Body, now: float) -> float:
 
 
 _watch: Watch | None = None
+_drained = float("-inf")
+"""When this process was last drained, by the clock."""
 
 
 def drain(timeout: float = 5.0) -> bool:
@@ -126,9 +128,13 @@ def drain(timeout: float = 5.0) -> bool:
     over: what is not committed is aborted, a format whose body may end anywhere
     (``SSE``) ends well, any other breaks. The report says ``drained``.
 
+    One whose first item is being made is not waited for: it ends after that.
+
     :param timeout: seconds to wait.
     :returns: whether all have ended by then.
     """
+    global _drained
+    _drained = clock()
     if _watch is None or _watch.pid != os.getpid():
         return True
     deadline = clock() + timeout
@@ -148,6 +154,8 @@ def watch(body: Body) -> None:
     global _watch
     if _watch is None or _watch.pid != os.getpid():  # a forked process has no threads
         _watch = Watch()
+    if body.started <= _drained:  # its first item was being made
+        body.close("drained")
     try:
         _watch.add(body, _due(body, clock()))
     except RuntimeError:  # without a thread there is no advice, but no bound either

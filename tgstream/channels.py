@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator
 from functools import cache, partial
 from typing import Any, Protocol
+from urllib.parse import parse_qs, urlsplit
 
 import tg
 
@@ -25,6 +26,11 @@ __all__ = ["Channel"]
 LONGEST = 256
 REDIS = "redis://", "rediss://", "unix://"
 """How a URL begins that names a Redis or a Valkey."""
+OWN = {"protocol", "decode_responses", "encoding", "encoding_errors"} | {
+    *("socket_timeout", "socket_connect_timeout", "max_connections", "timeout"),
+    *("retry_on_timeout", "retry_on_error", "single_connection_client"),
+}
+"""What a URL may not say behind its ``?``, for it is tgstream's to say."""
 _TOLD = "tgstream.told_of_memory"
 
 
@@ -137,10 +143,20 @@ def _hub() -> Hub:
     return _hubs.get(key) or _hubs.setdefault(key, _made(url, history))
 
 
+def own_words(url: str) -> list[str]:
+    """What the URL of a Redis says that is tgstream's to say."""
+    return sorted(OWN & parse_qs(urlsplit(url).query, keep_blank_values=True).keys())
+
+
 def _made(url: str, history: int) -> Hub:
     if url == "memory://":
         return Memory(history)
     if url.startswith(REDIS):
+        if own := own_words(url):
+            raise ValueError(
+                f"the option tgstream.channels says {', '.join(own)} behind its '?', "
+                "which tgstream sets itself; leave it out"
+            )
         # Imported where it is asked for: the package redis is an extra.
         from ._redis import Redis
 
