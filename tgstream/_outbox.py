@@ -70,7 +70,7 @@ class Outbox:
 
     def __init__(self) -> None:
         self.sends: list[tuple[str, Send]] = []
-        self.left = False  # for good; a rollback to a savepoint before it takes it out
+        self.left = False  # the transaction has ended, or taken it out for a savepoint
 
     def join(self, txn: Any) -> None:
         """Take part in a transaction; one that is committing takes nobody any more."""

@@ -154,10 +154,11 @@ def watch(body: Body) -> None:
     global _watch
     if _watch is None or _watch.pid != os.getpid():  # a forked process has no threads
         _watch = Watch()
-    if body.started <= _drained:  # its first item was being made
-        body.close("drained")
     try:
         _watch.add(body, _due(body, clock()))
     except RuntimeError:  # without a thread there is no advice, but no bound either
         if body.plan.max_seconds is not None:
             raise
+    # After: who drains meanwhile either finds it here, or has said so before.
+    if body.started <= _drained:  # its first item was being made
+        body.close("drained")
