@@ -178,11 +178,9 @@ def test_all_is_a_literal_of_what_can_be_imported() -> None:
 
 
 @pytest.mark.parametrize("module", LADDER)
-def test_module_opens_with_its_rule(module: str) -> None:
-    """A module says what it is, and its rule; and neither it nor a function is long."""
-    docstring = ast.get_docstring(tree(module)) or ""
-    assert module == "__init__" or "\n\nRule: " in docstring
-    assert len((FOLDER / f"{module}.py").read_text().splitlines()) <= 250
+def test_module_has_a_docstring_and_no_long_function(module: str) -> None:
+    """A module says what it is for, and no function has more than 40 lines."""
+    assert ast.get_docstring(tree(module))
     for node in ast.walk(tree(module)):
         if isinstance(node, ast.FunctionDef):
             length = (node.end_lineno or 0) - node.lineno + 1
