@@ -24,7 +24,7 @@ LADDER = {
     "_config": set(),
     "_headers": {"_options"},
     "_source": {"_options"},
-    "_thread": {"_database", "_registry"},  # for their types alone
+    "_thread": {"_body", "_database", "_registry"},  # for their types alone
     "_cleanup": set(),
     "_seats": set(),
     "_heart": set(),
@@ -32,21 +32,22 @@ LADDER = {
     "_report": {"_body", "_options", "_plan"},  # the body for a type alone
     "_advice": {"_body"},  # for a type alone
     "_client": set(),
-    # The body for a type alone.
-    "_watch": {"_advice", "_body", "_client", "_feed", "_plan"},
+    # The body and the report for types alone.
+    "_watch": {"_advice", "_body", "_client", "_feed", "_plan", "_report"},
     "_postgresql": {"_options"},
     "_transaction": {"_postgresql", "_report"},
-    "_context": {"_database", "_options", "_thread"},  # the first for a type alone
+    # The first two for types alone.
+    "_context": {"_body", "_database", "_options", "_thread"},
     "_registry": {"_thread"},
     "_objects": set(),
     "_database": {"_cleanup", "_objects", "_registry", "_report", "_transaction"},
     "_chunks": {"_batches", "_cleanup", "_options", "_plan"},
     "_body": {
-        *("_advice", "_chunks", "_cleanup", "_context", "_database"),
-        *("_options", "_plan", "_report", "_seats", "_watch"),
+        *("_advice", "_chunks", "_cleanup", "_client", "_context", "_database"),
+        *("_options", "_plan", "_report", "_seats", "_stream", "_watch"),
     },
     "_stream": {
-        *("_body", "_cleanup", "_context", "_heart", "_plan"),
+        *("_body", "_cleanup", "_heart", "_plan", "_thread"),
         *("_database", "_options", "_seats", "_source"),
     },
     "_guard": {

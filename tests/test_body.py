@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
+import os
 import random
 import sys
 import threading
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +26,16 @@ from tests.conftest import MakeApp, assert_clean, assert_thread_clean
 from tests.model import MakeModel, Model, User
 from tests.test_guard import WIRINGS, unplugged
 from tests.wsgi import Call, get
-from tgstream import Report, Stream, StreamError, commit, current_stream, flush, stream
+from tgstream import (
+    Report,
+    Stream,
+    StreamError,
+    commit,
+    current_stream,
+    drain,
+    flush,
+    stream,
+)
 
 
 def pull(call: Call) -> bytes:
@@ -1001,3 +1012,240 @@ def test_keyboard_interrupt_in_the_main_thread_is_for_the_process(
     call.close()
     assert reasons(reports) == ["failed"]
     assert_clean(sqlite_model)
+
+
+# One thread pulls while another ends.
+
+
+@pytest.mark.parametrize("end", ["expired", "drained", "disconnected"])
+def test_generator_can_commit_in_its_finally_while_the_server_pulls(
+    make_app: MakeApp, model: Model, ended: Callable[[], Report], end: str
+) -> None:
+    """The thread of the generator is in the stream, whatever another thread does."""
+    ending, pulled = threading.Event(), threading.Event()
+    streams: list[Stream] = []
+
+    class Root(TGController):
+        @expose(content_type="text/plain")
+        @stream(max_seconds=0.1 if end == "expired" else None)
+        def words(self) -> Iterator[str]:
+            streams.append(current_stream())
+            try:
+                yield "one"
+                yield "two"
+            finally:
+                ending.set()
+                assert pulled.wait(10)
+                assert current_stream().items == 1
+                model.DBSession.add(User(name="ada"))
+                commit()
+
+    call = Call(make_app(Root(), model), "/words", checked=False)
+    assert pull(call) == b"one"
+    with ThreadPoolExecutor(1) as other:
+        if end == "drained":
+            other.submit(drain)
+        elif end == "disconnected":
+            other.submit(streams[0].close)
+        assert ending.wait(10)
+        with pytest.raises(StreamError, match="before its end"):
+            pull(call)
+        pulled.set()
+        report = ended()
+    assert (report.reason, report.error, report.commits) == (end, None, 1)
+    streams.clear()
+    call.close()
+    assert model.names() == ["ada"]
+    assert_clean(model)
+
+
+def test_stream_of_another_thread_is_not_running_here(
+    make_app: MakeApp, model: Model
+) -> None:
+    """While a generator runs on one thread, the hooks are refused on another."""
+    refused: list[BaseException] = []
+
+    def commit_elsewhere() -> None:
+        try:
+            commit()
+        except StreamError as error:
+            refused.append(error)
+
+    class Root(TGController):
+        @expose(content_type="text/plain")
+        @stream
+        def words(self) -> Iterator[str]:
+            model.DBSession.add(User(name="ada"))
+            thread = threading.Thread(target=commit_elsewhere)
+            thread.start()
+            thread.join()
+            yield "one"
+
+    assert get(make_app(Root(), model), "/words").text == "one"
+    assert "no stream is running here" in str(refused[0])
+    assert model.names() == ["ada"]
+
+
+# Clients that disconnect, and generators that raise because of it.
+
+
+@pytest.mark.parametrize("wiring", WIRINGS)
+def test_error_after_the_client_has_left_is_a_disconnect(
+    make_app: MakeApp,
+    model: Model,
+    reports: list[Report],
+    caplog: pytest.LogCaptureFixture,
+    wiring: dict[str, Any],
+) -> None:
+    """Nothing is stored, nothing is logged above DEBUG, and the transfer is aborted."""
+    caplog.set_level(logging.DEBUG, "tgstream")
+    left = threading.Event()
+
+    class Root(TGController):
+        @expose(content_type="text/plain")
+        @stream
+        def relay(self) -> Iterator[str]:
+            model.DBSession.add(User(name="ada"))
+            yield "one"
+            left.set()
+            raise TimeoutError("the upstream was cut")
+
+    app = make_app(Root(), model, **wiring)
+    asked: dict[str, Any] = {"waitress.client_disconnected": left.is_set}
+    call = Call(app, "/relay", checked=False, **asked)
+    with pytest.raises(ConnectionResetError, match="relay has disconnected"):
+        call.read()
+    assert [(r.reason, r.error) for r in reports] == [("disconnected", None)]
+    assert {r.levelname for r in caplog.records if r.name == "tgstream"} == {"DEBUG"}
+    assert model.names() == []
+    assert_clean(model)
+
+
+def test_error_before_the_first_chunk_and_after_the_client_has_left(
+    make_app: MakeApp, reports: list[Report], caplog: pytest.LogCaptureFixture
+) -> None:
+    """The application makes its error page, and the stream is reported disconnected."""
+    caplog.set_level(logging.DEBUG, "tgstream")
+
+    class Root(TGController):
+        @expose(content_type="text/plain")
+        @stream
+        def upload(self) -> Iterator[str]:
+            yield tg.request.body_file.read(100).decode()
+
+    call = Call(
+        make_app(Root()),
+        "/upload",
+        "POST",
+        checked=False,
+        CONTENT_LENGTH="100",
+        CONTENT_TYPE="application/octet-stream",
+    )
+    call.read()
+    assert call.status_int == 500
+    assert [(r.reason, r.error) for r in reports] == [("disconnected", None)]
+    assert {r.levelname for r in caplog.records if r.name == "tgstream"} == {"DEBUG"}
+
+
+def test_error_while_the_client_is_there_is_a_failure(
+    make_app: MakeApp, reports: list[Report]
+) -> None:
+    """Also a connection that was reset, if it was not the client's."""
+
+    class Root(TGController):
+        @expose(content_type="text/plain")
+        @stream
+        def relay(self) -> Iterator[str]:
+            yield "one"
+            raise ConnectionResetError("the upstream was cut")
+
+    asked: dict[str, Any] = {"waitress.client_disconnected": lambda: False}
+    call = Call(make_app(Root()), "/relay", **asked)
+    with pytest.raises(ConnectionResetError, match="upstream"):
+        call.read()
+    assert [report.reason for report in reports] == ["failed"]
+
+
+# A process that forks.
+
+
+@pytest.mark.parametrize("comes_out", ["raises", "exits", "returns", "yields"])
+@pytest.mark.parametrize("pulls", [0, 1])
+def test_forked_process_ends_nothing_of_its_parent(
+    make_app: MakeApp,
+    make_model: MakeModel,
+    postgresql: str,
+    reports: list[Report],
+    comes_out: str,
+    pulls: int,
+) -> None:
+    """A child that comes out of the generator exits. The parent's stream is whole."""
+    model = make_model(postgresql)
+    codes: list[int] = []
+
+    class Root(TGController):
+        @expose(content_type="text/plain")
+        @stream
+        def words(self) -> Iterator[str]:
+            yield from ["one"] * pulls
+            model.DBSession.add(User(name="ada"))
+            flush()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", DeprecationWarning)  # 3.12: of threads
+                child = os.fork()
+            if child:
+                codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+            elif comes_out == "raises":
+                raise LookupError
+            elif comes_out == "exits":
+                sys.exit(7)
+            elif comes_out == "returns":
+                return
+            yield "two"
+
+    parent = os.getpid()
+    try:
+        call = Call(make_app(Root(), model), "/words")
+        assert call.read() == b"one" * pulls + b"two"
+    finally:
+        if os.getpid() != parent:
+            os._exit(99)
+    assert codes == [7 if comes_out == "exits" else 1]
+    assert [(r.reason, r.error) for r in reports] == [("completed", None)]
+    assert model.names() == ["ada"]
+    assert_clean(model)
+
+
+def test_forked_process_that_drops_a_stream_ends_nothing_of_its_parent(
+    make_app: MakeApp, make_model: MakeModel, postgresql: str, reports: list[Report]
+) -> None:
+    """Between two pulls, too: the parent's transaction goes on."""
+    model = make_model(postgresql)
+
+    class Root(TGController):
+        @expose(content_type="text/plain")
+        @stream
+        def words(self) -> Iterator[str]:
+            model.DBSession.add(User(name="ada"))
+            flush()
+            yield "one"
+            yield "two"
+
+    call = Call(make_app(Root(), model), "/words", checked=False)
+    assert next(call) == b"one"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # 3.12: of the threads
+        child = os.fork()
+    if not child:
+        try:
+            call.close()
+            call.drop()
+            gc.collect()
+            os._exit(len(reports))
+        finally:
+            os._exit(99)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert call.read() == b"two"
+    assert reasons(reports) == ["completed"]
+    assert model.names() == ["ada"]
+    assert_clean(model)

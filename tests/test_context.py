@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from tg.request_local import context
 from tests.conftest import MakeApp, assert_clean, assert_thread_clean
 from tests.model import Model, User
 from tests.wsgi import Call
-from tgstream import current_stream, stream
+from tgstream import SSE, Report, current_stream, stream
 from tgstream._context import Context
 
 STACKS = [(True, False), (True, True), (False, False), (False, True)]
@@ -255,20 +256,85 @@ def test_late_patching_by_gevent_is_refused() -> None:
     assert "--gevent-early-monkey-patch" in ran.stdout
 
 
-def test_context_variable_is_that_of_the_pulling_thread(make_app: MakeApp) -> None:
-    """Unlike the request; a copy of the context brings it along."""
-    variable = contextvars.ContextVar("variable", default="nothing")
+variable: contextvars.ContextVar[str] = contextvars.ContextVar("variable")
+
+
+class Variables(TGController):
+    """A stream that sets a context variable, and resets it when it ends."""
+
+    def __init__(self, seen: list[Any]) -> None:
+        self.seen = seen
+        expose(content_type="text/plain")(
+            Variables.index
+        )  # TG forgets it between tests
+
+    @stream(max_seconds=0.2)
+    def index(self, name: str) -> Iterator[str]:
+        token = variable.set(name)
+        try:
+            while True:
+                yield variable.get()
+        finally:
+            self.seen.append(variable.get())
+            variable.reset(token)
+            self.seen.append(variable.get("none"))
+
+
+@pytest.mark.parametrize("threads", [True, False], ids=["threads", "thread"])
+def test_context_variable_of_a_stream_stays_in_that_stream(
+    make_app: MakeApp, reports: list[Report], threads: bool
+) -> None:
+    """Streams that are pulled in turn read their own, and the thread reads none."""
+    seen: list[Any] = []
+    app = make_app(Variables(seen))
+    calls = [Call(app, f"/index?name={name}") for name in ("ada", "bob")]
+    pull = on_another_thread if threads else lambda function: function()
+    for _round in range(3):
+        assert [pull(partial(next, call)) for call in calls] == [b"ada", b"bob"]
+        assert pull(lambda: variable.get("none")) == "none"
+    for call in calls:
+        pull(call.close)
+    assert seen == ["ada", "none", "bob", "none"]
+    assert [report.error for report in reports] == [None, None]
+    assert variable.get("none") == "none"
+
+
+def test_context_variable_is_there_when_another_thread_ends_the_stream(
+    make_app: MakeApp, ended: Callable[[], Report]
+) -> None:
+    """The generator's ``finally`` can reset what its first pull has set."""
+    seen: list[Any] = []
+    call = Call(make_app(Variables(seen)), "/index?name=ada")
+    assert next(call) == b"ada"
+    report = ended()
+    assert (report.reason, report.error) == ("expired", None)
+    assert seen == ["ada", "none"]
+    call.close()
+
+
+def test_context_variable_of_the_controller_is_seen_by_its_generator(
+    make_app: MakeApp, ended: Callable[[], Report]
+) -> None:
+    """Also on another thread, by a hook, and under a heartbeat."""
+    hooked: list[str] = []
+
+    def items() -> Iterator[str]:
+        yield variable.get("none")
+        yield variable.get("none")
 
     class Root(TGController):
         @expose(content_type="text/plain")
-        @stream
+        @stream(SSE(heartbeat=20))
         def index(self) -> Iterator[str]:
             variable.set("set")
-            copied = contextvars.copy_context()
-            yield variable.get()
-            yield f"{tg.request.path} {variable.get()} {copied.run(variable.get)}"
+            return items()
 
-    call = Call(make_app(Root()), "/index")
-    assert contextvars.copy_context().run(next, call) == b"set"
-    assert on_another_thread(lambda: next(call)) == b"/index nothing set"
-    call.close()
+    app = make_app(Root())
+    hook = lambda report: hooked.append(variable.get("none"))  # noqa: E731
+    tg.hooks.register("tgstream.finished", hook)
+    call = contextvars.copy_context().run(Call, app, "/index")
+    body = on_another_thread(call.read)
+    ended()
+    tg.hooks.disconnect("tgstream.finished", hook)
+    assert body == b"data: set\n\n" * 2
+    assert hooked == ["set"]

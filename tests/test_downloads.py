@@ -489,3 +489,61 @@ def test_fast_items_go_out_in_blocks(
     assert len(sizes) > 3
     assert min(sizes[:-1]) >= 32768
     assert max(sizes) < 2 * 32768 + 100 * 256
+
+
+# A length that the application sets as a header.
+
+
+@pytest.mark.parametrize("where", ["controller", "generator"])
+@pytest.mark.parametrize("made", [9, 10, 11])
+@pytest.mark.parametrize("chunk_size", [0, 100])
+def test_content_length_of_the_response_is_the_length_of_the_stream(
+    make_app: MakeApp, where: str, made: int, chunk_size: int
+) -> None:
+    """Set before the first item it is sent, and a body of another size is aborted."""
+
+    def set_length() -> None:
+        tg.response.content_length = 10
+
+    def items() -> Iterator[str]:
+        if where == "generator":
+            set_length()
+        yield "x" * 4
+        yield "x" * (made - 4)
+
+    def make() -> Stream:
+        if where == "controller":
+            set_length()
+        return Stream(items(), chunk_size=chunk_size)
+
+    app = app_of(make_app, make, trace_errors__enable=False)
+    if made == 10:
+        call = Call(app)
+        assert call.read() == b"x" * 10
+        assert call.headers["Content-Length"] == "10"
+        return
+    with pytest.raises(StreamError, match="10 bytes that length= had announced"):
+        Call(app, checked=False).read()
+
+
+def test_content_length_of_the_controller_is_that_of_head(make_app: MakeApp) -> None:
+    """The headers are those of GET, and the generator does not run."""
+
+    def make() -> Stream:
+        tg.response.content_length = 10
+        return Stream(map(int, ["never"]))
+
+    call = Call(app_of(make_app, make), method="HEAD")
+    assert call.read() == b""
+    assert call.headers["Content-Length"] == "10"
+
+
+def test_option_length_outranks_the_header(make_app: MakeApp) -> None:
+    """The option is what the controller says of the stream itself."""
+
+    def make() -> Stream:
+        tg.response.content_length = 10
+        return Stream(iter(["xx"]), length=2)
+
+    call = get(app_of(make_app, make))
+    assert (call.text, call.headers["Content-Length"]) == ("xx", "2")

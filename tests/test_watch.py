@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -10,11 +11,12 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 import tg
 from tg import TGController, expose
 
 from tests.conftest import MakeApp, assert_clean
-from tests.model import Model, User
+from tests.model import MakeModel, Model, User
 from tests.wsgi import Call
 from tgstream import (
     CSV,
@@ -29,6 +31,8 @@ from tgstream import (
     flush,
     stream,
 )
+from tgstream._client import has_left
+from tgstream._config import option
 
 SHORT = 0.1
 
@@ -203,7 +207,7 @@ def test_stream_that_ends_slowly_is_waited_for(
 def test_expired_stream_closes_its_generator_with_its_request(
     make_app: MakeApp, model: Model, ended: Callable[[], Report]
 ) -> None:
-    """On the watch's thread, ``finally`` has the context and the session as ever."""
+    """On another thread, its ``finally`` has the context and the session as usual."""
     seen: list[Any] = []
 
     class Root(TGController):
@@ -221,7 +225,7 @@ def test_expired_stream_closes_its_generator_with_its_request(
     call = Call(make_app(Root(), model), "/words")
     assert next(call) == b"one"
     assert ended().reason == "expired"
-    assert seen == ["tgstream-watch", "/words", 0]
+    assert seen == ["tgstream-end", "/words", 0]
     assert_clean(model)
     call.close()
 
@@ -332,7 +336,7 @@ def test_forked_process_has_a_watch_of_its_own(
 def no_more_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], int]]:
     """No thread can be started, until this is called: no stack of this size is to be
     had. And none watches yet."""
-    monkeypatch.setattr(_watch, "_watch", None)
+    monkeypatch.setattr(_watch, "_monitor", _watch.Monitor())
     threading.stack_size(1 << 46)
     yield lambda: threading.stack_size(0)
     threading.stack_size(0)
@@ -401,3 +405,279 @@ def test_expired_stream_is_one_line_of_the_log(
     [record] = caplog.records
     assert record.levelname == "WARNING"
     assert "words at /words expired: 1 items, 1 chunks, 2 bytes" in record.getMessage()
+
+
+# What takes long, and what goes wrong, beside others.
+
+
+class Slow(TGController):
+    """Streams of which one does not come to its end before it is let go."""
+
+    def __init__(self) -> None:
+        self.go, self.ending = threading.Event(), threading.Event()
+        for name in ("slow", "quick"):  # TG forgets it between tests
+            expose(content_type="text/plain")(getattr(Slow, name))
+
+    @stream(max_seconds=SHORT)
+    def slow(self) -> Iterator[str]:
+        try:
+            yield "one"
+            yield "two"
+        finally:
+            self.ending.set()
+            assert self.go.wait(20)
+
+    @stream(max_seconds=SHORT)
+    def quick(self) -> Iterator[str]:
+        yield "one"
+        yield "two"
+
+
+def test_stream_that_ends_slowly_delays_no_other(
+    make_app: MakeApp, sqlite_model: Model, ended: Callable[[], Report]
+) -> None:
+    """While the ``finally`` of five streams waits, five others expire in time."""
+    root = Slow()
+    app = make_app(root, sqlite_model)
+    slow = [Call(app, "/slow") for _ in range(5)]
+    assert root.ending.wait(10)
+    quick = [Call(app, "/quick") for _ in range(5)]
+    try:
+        assert [ended().controller for _ in quick] == ["Slow.quick"] * 5
+    finally:
+        root.go.set()
+    assert [ended().controller for _ in slow] == ["Slow.slow"] * 5
+    for call in slow + quick:
+        call.close()
+
+
+def test_report_hook_that_waits_delays_no_other(
+    make_app: MakeApp, sqlite_model: Model, ended: Callable[[], Report]
+) -> None:
+    """A hook of one stream waits until the other stream has ended."""
+    others = threading.Semaphore(0)
+
+    def wait(report: Report) -> None:
+        if tg.request.params.get("waits"):
+            assert others.acquire(timeout=10)
+        else:
+            others.release()
+
+    app = make_app(Slow(), sqlite_model)
+    tg.hooks.register("tgstream.finished", wait)
+    calls = [Call(app, "/quick?waits=yes"), Call(app, "/quick")]
+    assert [ended().reason for _ in calls] == ["expired"] * 2
+    tg.hooks.disconnect("tgstream.finished", wait)
+    for call in calls:
+        call.close()
+
+
+def test_rollback_on_a_frozen_database_delays_no_other(
+    make_app: MakeApp,
+    make_model: MakeModel,
+    postgresql: str,
+    ended: Callable[[], Report],
+) -> None:
+    """A stopped PostgreSQL backend holds up its own stream alone."""
+    model = make_model(postgresql)
+
+    class Root(TGController):
+        @expose(content_type="text/plain")
+        @stream(max_seconds=SHORT)
+        def backend(self) -> Iterator[str]:
+            yield str(model.DBSession.scalar(sa.text("SELECT pg_backend_pid()")))
+            yield "more"
+
+    app = make_app(Root(), model)
+    frozen = Call(app, "/backend")
+    pid = int(next(frozen))
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        call = Call(app, "/backend")
+        assert ended().reason == "expired"
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    assert ended().reason == "expired"
+    call.close()
+    frozen.close()
+    assert_clean(model)
+
+
+def test_drain_returns_in_time_while_a_stream_ends_slowly(
+    make_app: MakeApp, sqlite_model: Model, ended: Callable[[], Report]
+) -> None:
+    """``drain()`` runs no user code on the thread that calls it."""
+    root = Slow()
+    call = Call(make_app(root, sqlite_model), "/slow")
+    assert next(call) == b"one"
+    try:
+        assert not drain(timeout=0.05)
+        assert not root.go.is_set()
+    finally:
+        root.go.set()
+    assert ended().error is None
+    call.close()
+
+
+@pytest.mark.parametrize(
+    "name", ["idle_seconds", "chunk_seconds", "heartbeat_seconds", "channel_history"]
+)
+@pytest.mark.parametrize("value", ["inf", "nan", "1e12"])
+def test_option_that_is_not_a_possible_time_is_rejected(name: str, value: str) -> None:
+    """It is an error where the option is read, and not later on some thread."""
+    with pytest.raises(ValueError, match=rf"tgstream\.{name} is '{value}'"):
+        option({f"tgstream.{name}": value}, f"tgstream.{name}")
+
+
+@pytest.mark.parametrize("heartbeat", [float("inf"), 1e12])
+def test_heartbeat_longer_than_a_thread_can_wait_is_rejected(heartbeat: float) -> None:
+    """It is an error where the format is made."""
+    with pytest.raises(ValueError, match="heartbeat="):
+        SSE(heartbeat=heartbeat)
+
+
+class Words(TGController):
+    """A stream of two words, which lives as long as it is asked to."""
+
+    def __init__(self) -> None:
+        expose(content_type="text/plain")(Words.words)  # TG forgets it between tests
+
+    def words(self, seconds: str = str(SHORT)) -> Stream:
+        return Stream(iter(["one", "two"]), max_seconds=float(seconds))
+
+
+def test_very_long_duration_is_watched_like_any_other(
+    make_app: MakeApp, sqlite_model: Model, ended: Callable[[], Report]
+) -> None:
+    """A wait of the monitor never overflows, so that the next stream expires."""
+    app = make_app(Words(), sqlite_model, tgstream__idle_seconds="9e9")
+    long = Call(app, "/words?seconds=1e300")
+    short = Call(app, "/words")
+    assert ended().reason == "expired"
+    long.close()
+    short.close()
+
+
+def test_monitor_that_fails_is_logged_and_goes_on(
+    make_app: MakeApp,
+    sqlite_model: Model,
+    ended: Callable[[], Report],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The stream of the next look expires as usual."""
+    looks = iter([ZeroDivisionError])
+
+    def fail_once(environ: Any) -> bool:
+        for error in looks:
+            raise error
+        return has_left(environ)
+
+    monkeypatch.setattr(_watch, "has_left", fail_once)
+    app = make_app(Words(), sqlite_model, tgstream__idle_seconds="0.01")
+    first = Call(app, "/words?seconds=3600")
+    second = Call(app, "/words")
+    assert ended().reason == "expired"
+    assert "monitor" in next(r for r in caplog.records if r.exc_info).getMessage()
+    first.close()
+    second.close()
+
+
+# Items of which no chunk comes.
+
+
+class Empty:
+    """A format that makes nothing of its items but empty pieces."""
+
+    content_type = "text/plain"
+
+    def encode(self, items: Any) -> Iterator[str]:
+        for _ in items:
+            yield ""
+
+
+class Filter:
+    """A format that makes nothing of its items, not even empty pieces."""
+
+    content_type = "text/plain"
+
+    def encode(self, items: Any) -> Iterator[str]:
+        for item in items:
+            if item:
+                yield item
+
+
+class EmptyBatches(list[str]):
+    """A source whose batches are empty, for ever."""
+
+    fields = ()
+
+    def __init__(self, items: Iterator[Any]) -> None:
+        super().__init__([""])
+        self.items = items
+
+    def batches(self) -> Iterator[list[Any]]:
+        return ([item] if item else [] for item in self.items)
+
+    def __iter__(self) -> Iterator[str]:
+        return self.items
+
+
+MUTE: dict[str, dict[str, Any]] = {
+    "raw": {},
+    "gathered": {"chunk_size": 1000},
+    "empty": {"format": Empty()},
+    "empty-each": {"format": Empty(), "commit": "each"},
+    "filter": {"format": Filter()},
+    "batches": {"format": CSV()},
+}
+
+
+@pytest.mark.parametrize("kind", MUTE)
+@pytest.mark.parametrize("first", [True, False], ids=["first", "later"])
+@pytest.mark.parametrize("how", ["expired", "drained", "disconnected"])
+def test_stream_that_makes_items_but_no_bytes_can_be_ended(
+    make_app: MakeApp,
+    sqlite_model: Model,
+    ended: Callable[[], Report],
+    kind: str,
+    first: bool,
+    how: str,
+) -> None:
+    """In its first pull and in a later one, at the next item."""
+    makes, stop = threading.Event(), threading.Event()
+    streams: list[Stream] = []
+
+    def items() -> Iterator[Any]:
+        if not first:
+            yield ["one"] if kind == "batches" else "one"
+        streams.append(current_stream())
+        while not stop.wait(0.001):
+            makes.set()
+            yield ""
+        raise AssertionError("it was not ended")
+
+    class Root(TGController):
+        @expose(content_type="text/plain")
+        def words(self) -> Stream:
+            source = EmptyBatches(items()) if kind == "batches" else items()
+            seconds = 0.2 if how == "expired" else None
+            return Stream(source, max_seconds=seconds, **MUTE[kind])
+
+    app = make_app(Root(), sqlite_model, trace_errors__enable=False)
+    with ThreadPoolExecutor(1) as thread:
+        body = thread.submit(lambda: Call(app, "/words", checked=False).read())
+        try:
+            assert makes.wait(10)
+            if how == "drained":
+                assert drain(timeout=10)
+            elif how == "disconnected":
+                streams[0].close()
+            report = ended()
+        finally:
+            stop.set()
+        assert (report.reason, report.error) == (how, None)
+        with pytest.raises(StreamError, match="before its end"):
+            body.result()
+    streams.clear()
+    assert_clean(sqlite_model)

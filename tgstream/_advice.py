@@ -181,7 +181,7 @@ def look(body: Body, now: float, seen: tuple[int, ...] | None) -> tuple[int, ...
             "whatever it has locked. Commit before it waits (commit='each', or "
             "tgstream.commit()), read with rows(..., key=...), or raise "
             "tgstream.idle_seconds",
-            "yielded nothing" if body.running else "not been asked for more",
+            "not been asked for more" if body.idle else "yielded nothing",
             body.plan.idle_seconds,
         )
     return where

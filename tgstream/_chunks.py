@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Iterator, Sequence
+from itertools import chain, islice
 from typing import Any, Protocol
 
 from ._batches import Passed, batches_of, encoder_of, is_batched
@@ -15,14 +16,35 @@ from ._options import StreamError
 from ._plan import Plan, clock
 
 
+class StreamEnding(BaseException):
+    """Raised between two items, through the format, when the stream is to end.
+
+    Not an ``Exception``: a format that catches those must not catch it.
+    """
+
+
 class Store(Protocol):
     """What is told while the chunks are made."""
+
+    @property
+    def closing(self) -> str | None:
+        """Why the stream is to end; None while it is not."""
+
+    def checkpoint(self) -> None:
+        """No chunk was made yet, and another item is about to be asked for.
+
+        :raises StreamEnding: when the stream is to end.
+        """
 
     def settle(self) -> None:
         """Items are encoded and due to be committed; their chunk has not left."""
 
     def exhaust(self) -> None:
         """The items have run out; what the format adds has not left."""
+
+
+_BEFORE_CHECKPOINT = 64
+"""Items that a format may take before the stream is watched: few streams have more."""
 
 
 class Chunks:
@@ -56,10 +78,19 @@ class Chunks:
         plan = self._plan
         pieces = self._pieces(source)
         if self._raw and not plan.chunk_size:
-            chunks = self._single(pieces)
-        else:
-            chunks = self._gathered(self._stored(pieces) if plan.every else pieces)
-        return chunks if plan.length is None else self._measured(chunks, plan.length)
+            return self._single(pieces)
+        return self._gathered(self._stored(pieces) if plan.every else pieces)
+
+    def measured(
+        self, first: bytes | None, rest: Iterator[bytes], length: int
+    ) -> Iterator[bytes]:
+        """The chunks of a body whose length is known.
+
+        :param first: the first chunk, which is made; None if there is none.
+        :param rest: the other chunks.
+        :raises StreamError: when they have more bytes than ``length``, or fewer.
+        """
+        return self._measured(chain([] if first is None else [first], rest), length)
 
     def _pieces(self, source: Any) -> Iterator[Any]:
         """The items as they are, or what the format makes of them."""
@@ -84,9 +115,19 @@ class Chunks:
         return ([item] for item in self.iterator)
 
     def _counted(self, items: Any) -> Iterator[Any]:
+        store = self._store
+        assert store is not None
+        for item in islice(items, _BEFORE_CHECKPOINT):
+            self._items += 1
+            yield item
+            if store.closing is not None:
+                store.checkpoint()
+        store.checkpoint()  # the format may make nothing of all items
         for item in items:
             self._items += 1
             yield item
+            if store.closing is not None:
+                store.checkpoint()
         self._exhaust()
 
     def _counted_batches(
@@ -96,6 +137,8 @@ class Chunks:
             if batch:
                 self._items += len(batch)
                 yield batch
+            else:
+                self._checkpoint()
         self._exhaust()
 
     def _exhaust(self) -> None:
@@ -109,6 +152,10 @@ class Chunks:
         if self._store is not None:
             self._store.settle()
 
+    def _checkpoint(self) -> None:
+        if self._store is not None:
+            self._store.checkpoint()
+
     def _single(self, items: Iterator[Any]) -> Iterator[bytes]:
         """A chunk an item, each stored before it is handed on."""
         every = self._plan.every
@@ -119,6 +166,8 @@ class Chunks:
                 self._settle()
             if data:
                 yield data
+            else:
+                self._checkpoint()
         self._exhaust()
         if tail := self._tail():
             yield tail
@@ -153,9 +202,12 @@ class Chunks:
             length += len(piece)
             if length >= size or now() >= due:
                 if not (self._exhausted or self.items):
+                    self._checkpoint()
                     continue  # a header alone does not leave: an error may come yet
                 if chunk := self._joined():
                     yield chunk
+                else:
+                    self._checkpoint()
                 length, due = 0, now() + seconds
         if not self._exhausted:  # without a format, or one that has stopped early
             self._exhaust()

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import lru_cache, partial
+from threading import TIMEOUT_MAX  # seconds: a longer wait is an OverflowError
 from typing import Any, NamedTuple, TypeVar
 
 from tg.configurator.base import (
@@ -25,14 +26,14 @@ T = TypeVar("T", int, float)
 
 
 def _from_0(number: T) -> T:
-    if not number >= 0:
-        raise ValueError("it must be 0 or above")
+    if not 0 <= number <= TIMEOUT_MAX:
+        raise ValueError("it must be a finite number, 0 or above")
     return number
 
 
 def _above_0(number: T) -> T:
-    if not number > 0:
-        raise ValueError("it must be above 0")
+    if not 0 < number <= TIMEOUT_MAX:
+        raise ValueError("it must be a finite number above 0")
     return number
 
 

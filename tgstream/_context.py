@@ -1,12 +1,15 @@
-"""TG's request context, bound around one call and off the thread in between.
+"""The context of a stream, bound around one call and off the thread in between.
 
-Rule: beside the record of a thread, only this file touches the stacks of
-``tg.request_local``. A stream's database goes on and off with it, for each call more
-around a pull is a tenth of its cost.
+It has three parts: TG's request context, the stream's database, and a copy of the
+request's context variables (:mod:`contextvars`), in which every call of the generator
+runs. Beside the record of a thread, only this file touches the stacks of
+``tg.request_local``. The database is swapped here too: an extra call per pull costs
+about 10 %.
 """
 
 from __future__ import annotations
 
+import contextvars
 import threading
 from typing import TYPE_CHECKING, Any
 
@@ -16,17 +19,25 @@ from ._options import StreamError
 from ._thread import Record, thread
 
 if TYPE_CHECKING:
+    from ._body import Body
     from ._database import Database
 
 
 class Context:
-    """The context of one request, to be bound on any thread, as often as needed.
+    """The context of one stream, which can be bound on any thread, as often as needed.
+
+    ``run`` calls a function in the stream's own copy of the context variables. The
+    generator's variables stay there, so that the thread does not see them between two
+    calls.
 
     :param tg_locals: TG's ``RequestLocals`` of the request.
     :param database: what goes in place of the thread's sessions and transaction.
     """
 
-    __slots__ = ("_config", "_context", "_database", "environ", "tg_locals")
+    __slots__ = (
+        *("_config", "_context", "_database", "_outer"),
+        *("environ", "run", "tg_locals"),
+    )
 
     def __init__(self, tg_locals: Any, database: Database | None) -> None:
         self.tg_locals = tg_locals
@@ -34,31 +45,34 @@ class Context:
         self.environ: dict[str, Any] = tg_locals.request.environ
         self._config = (tg_locals.config, False)
         self._context = (tg_locals, False)
+        self._outer: Body | None = None
+        self.run = contextvars.copy_context().run
 
-    def bind(self) -> Record:
+    def bind(self, body: Body) -> Record:
         """Make this the context of the current thread, above what is bound there.
 
+        :param body: the body that runs here until :meth:`unbind`.
         :returns: the thread's record, for :meth:`unbind`.
         """
         record = thread.record
         record.config.append(self._config)
         record.context.append(self._context)
+        self._outer = record.body
+        record.body = body
         database = self._database
         if database is not None:
             managers = record.managers
             if managers is None:
                 managers = record.managers = database.managers_of_thread()
-            database.outer = record.database
             database.outer_manager = managers["manager"]
-            record.database = database
             managers["manager"] = database.manager
         return record
 
     def unbind(self, record: Record) -> None:
         """Take the context off the thread again, and what was left above it."""
+        record.body = self._outer
         database = self._database
         if database is not None:
-            record.database = database.outer
             record.managers["manager"] = database.outer_manager  # type: ignore[index]
         if record.context.pop()[0] is not self._context[0]:
             _remove(record.context, self._context[0])

@@ -162,17 +162,22 @@ def _start(stream: Stream, tg_locals: Any) -> None:
         return asked or charset_in(exposed()[0]) or "utf-8"
 
     if tg_locals.request.method == "HEAD":
+        stream._length = _declared_length(options, tg_locals.response)
         stream._discard()
         set_headers(tg_locals.response, exposed, options)
         send_off(tg_locals.response, stream)
         return
     database = _database_of(tg_locals)
-    plan = _plan(options, name_of(function), charset, tg_locals.config)
+
+    def length() -> int | None:
+        return _declared_length(options, tg_locals.response)
+
+    plan = _plan(options, name_of(function), charset, length, tg_locals.config)
     body = stream._open(plan, tg_locals, database)
     watch_exit(tg_locals.request.environ, body)
     if database is not None:
         _take_over(database, body, tg_locals)
-    body.prime(lambda answer: _vetoed(tg_locals, answer))
+    body.start(lambda answer: _vetoed(tg_locals, answer))
     set_headers(tg_locals.response, exposed, options)
     send_off(tg_locals.response, stream)
 
@@ -183,8 +188,19 @@ def _dispatched(request: Any) -> Any:
     return getattr(action, "__func__", action)
 
 
+def _declared_length(options: Options, response: Any) -> int | None:
+    """The bytes of the whole body, as an option or the response's headers have them."""
+    if options.length is not None:
+        return options.length
+    return response.content_length or None  # TG's own is 0, which nobody meant
+
+
 def _plan(
-    options: Options, controller: str, charset: Callable[[], str], config: Any
+    options: Options,
+    controller: str,
+    charset: Callable[[], str],
+    length: Callable[[], int | None],
+    config: Any,
 ) -> Plan:
     """The options: what was asked, else the format's, else the application's."""
     format, commit, size = options.format, options.commit, options.chunk_size
@@ -198,7 +214,7 @@ def _plan(
     seconds = option(config, "tgstream.chunk_seconds") if size else 0.0
     return Plan(
         *(controller, format, every, commit == "manual", size, seconds, charset),
-        *(options.length, options.max_seconds),
+        *(length, options.max_seconds),
         option(config, "tgstream.idle_seconds"),
     )
 
@@ -220,7 +236,7 @@ def _take_over(database: Database, body: Body, tg_locals: Any) -> None:
             tm_enabled(tg_locals), lambda: _vetoed(tg_locals, tg_locals.response)
         )
     except BaseException:
-        body.abandon()
+        body.cancel()
         raise
 
 

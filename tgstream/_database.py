@@ -34,7 +34,6 @@ class Database:
         self._removed = removed
         self.members: dict[Registry, Member] = {}
         self.manager = Manager(self.members.values())
-        self.outer: Database | None = None
         self.outer_manager: Any = None
         self.over = False  # its stream has ended, and its report is being told
 

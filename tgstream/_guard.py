@@ -71,7 +71,7 @@ class _Guarded:
             raise StreamError("the stream was closed before its end, and pulled again")
 
     def close(self) -> None:
-        self._closed = True
+        self._closed = self._outcome.closing = True
         try:
             close(self._body)
         except ValueError as error:  # TG's generators refuse while another thread pulls
@@ -119,6 +119,7 @@ def outcome_of(environ: dict[str, Any]) -> Outcome:
     if outcome is not None:
         return outcome
     environ[KEY] = outcome = Outcome()
+    outcome.closing = True
     alarm = _Alarm(outcome)
     environ["paste.registry"].register(alarm, outcome)
     environ["wsgi.errors"] = _Errors(environ["wsgi.errors"], outcome)
@@ -158,7 +159,7 @@ class _Leaving:
             return response._plain(environ, start_response)  # another body took over
         body = stream._body
         if app_iter is stream:  # WebOb forgot the length when TG set that
-            response.content_length = stream._length
+            response.content_length = stream._length if body is None else body.length
         if body is None:  # for HEAD; some servers answer 500 where there is no chunk
             close(response._plain(environ, start_response))
             return [b""]

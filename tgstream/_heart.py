@@ -73,7 +73,7 @@ def beating(
 
     :param chunks: the first of which is made.
     :param ending: whether the stream is to end, be it at a comment.
-    :param close: what ends the stream; called when this is closed, or dropped.
+    :param close: ends the stream; called when this is closed, or dropped.
     """
     first = next(chunks, None)
     if first is None:

@@ -25,7 +25,7 @@ class Plan(NamedTuple):
     chunk_size: int  # bytes, 0: a chunk an item
     chunk_seconds: float
     charset: Callable[[], str]
-    length: int | None = None  # bytes of the whole body, where it is known
+    length: Callable[[], int | None]  # bytes of the whole body, where they are known
     max_seconds: float | None = None  # of its life
     idle_seconds: float = 0.0  # with a transaction open, to be told of; 0: never
 

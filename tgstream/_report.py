@@ -6,8 +6,11 @@ Rule: to tell it never changes how it ended.
 from __future__ import annotations
 
 import logging
+import os
+import sys
 import threading
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn, TypeAlias
 from weakref import WeakSet
 
 import tg
@@ -81,6 +84,36 @@ def tell(body: Body, error: BaseException | None) -> None:
         log.exception("%s: a hook of tgstream.finished failed", report.controller)
 
 
+def log_disconnect(controller: str, error: BaseException) -> None:
+    """Log the error that a generator raised after its client had disconnected."""
+    log.debug(
+        "%s: the client has disconnected, and then the generator raised %s",
+        controller,
+        type(error).__name__,
+        exc_info=(type(error), error, error.__traceback__),
+    )
+
+
+def leave_child(controller: str, error: BaseException | None) -> NoReturn:
+    """Exit a forked process that comes out of its parent's generator.
+
+    Its database connection and its client are the parent's. Whatever else it did would
+    roll back the parent's transaction, or write into the parent's response.
+    """
+    code = error.code if isinstance(error, SystemExit) else 1
+    if error is None or not isinstance(error, SystemExit):
+        log.error(
+            "%s: a process that was forked in the generator has come out of it, and "
+            "exits. End it with os._exit() in the generator",
+            controller,
+            exc_info=error and (type(error), error, error.__traceback__),
+        )
+    with suppress(Exception):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code if isinstance(code, int) else int(code is not None))
+
+
 def _level(body: Body, error: BaseException | None) -> int:
     if error is not None:
         return logging.ERROR
@@ -96,6 +129,7 @@ class Outcome:
     """What the outside of the application must know of the stream that left it."""
 
     started = responded = cut = False
+    closing = False  # the server has closed the response, or nobody can tell
     body: Body | None = None
     error: BaseException | None = None
 
@@ -187,11 +221,16 @@ def as_error(controller: str, error: BaseException) -> BaseException:
     """What a server takes for an error: some exceptions would end its thread instead.
 
     The client would then wait for ever, or every other one lose its stream. In the main
-    thread a KeyboardInterrupt is what it says.
+    thread a KeyboardInterrupt is what it says. A kill or a timeout of gevent is for the
+    greenlet, and reaches whoever started it.
     """
-    if isinstance(error, Exception) or (
-        isinstance(error, KeyboardInterrupt)
-        and threading.current_thread() is threading.main_thread()
+    if (
+        isinstance(error, Exception)
+        or is_of_gevent(error)
+        or (
+            isinstance(error, KeyboardInterrupt)
+            and threading.current_thread() is threading.main_thread()
+        )
     ):
         return error
     kind = type(error).__name__
@@ -201,6 +240,14 @@ def as_error(controller: str, error: BaseException) -> BaseException:
     )
     raised.__cause__ = error
     return raised
+
+
+def is_of_gevent(error: BaseException | None) -> bool:
+    """True for a kill or a timeout, which gevent raises in a greenlet that switches."""
+    gevent: Any = sys.modules.get("gevent")
+    return gevent is not None and isinstance(
+        error, gevent.GreenletExit | gevent.Timeout
+    )
 
 
 def cursor_open(where: str = "") -> StreamError:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from threading import TIMEOUT_MAX
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -117,7 +118,7 @@ class SSE:
         self, heartbeat: float | None = None, retry: int | None = None
     ) -> None:
         if heartbeat is not None and not (
-            isinstance(heartbeat, int | float) and 0 < heartbeat < float("inf")
+            isinstance(heartbeat, int | float) and 0 < heartbeat <= TIMEOUT_MAX
         ):
             raise ValueError(
                 f"SSE: heartbeat={heartbeat!r} makes no sense; it is a number of "

@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import builtins
 import threading
-import weakref
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from . import _context
 from ._body import Body
 from ._cleanup import close
 from ._heart import beating
@@ -19,12 +17,10 @@ from ._options import Commit, Format, Options, StreamError, check
 from ._plan import Plan
 from ._seats import Seat
 from ._source import claim, is_iterable, source_of
+from ._thread import thread
 
 if TYPE_CHECKING:
     from ._database import Database
-
-
-_KEY = "tgstream.stream"
 
 
 class Stream:
@@ -98,6 +94,7 @@ class Stream:
         self._options = options
         self._controller = controller
         self._seat: Seat | None = None
+        self._length: int | None = None  # bytes of the whole body, for HEAD
 
     @property
     def items(self) -> int:
@@ -126,7 +123,7 @@ class Stream:
     def __iter__(self) -> Iterator[builtins.bytes]:
         if self._body is None:
             return iter(())
-        body, chunks = self._body, self._body.serve(self)
+        body, chunks = self._body, self._body.iterate(self)
         seconds = getattr(self._options.format, "heartbeat", None)
         if not seconds:
             return chunks
@@ -138,12 +135,12 @@ class Stream:
         It does not raise, and may be called twice, from any thread.
         """
         if self._body is not None:
-            self._body.close()
+            self._body.close_as_wrapper()
 
     def __del__(self) -> None:
         body = getattr(self, "_body", None)
         if body is not None:
-            body.close()
+            body.drop()
 
     def _claim(self) -> None:
         """Take the stream for one request; the second to ask gets an error."""
@@ -154,18 +151,10 @@ class Stream:
             )
 
     def _open(self, plan: Plan, tg_locals: Any, database: Database | None) -> Body:
-        self._body = body = Body(self._source, plan, tg_locals, database)
+        self._body = body = Body(self._source, plan, tg_locals, database, self)
         body.seat, self._seat = self._seat, None
-        # Weak: a stream that is dropped must end at once, not with the next collection.
-        body.context.environ[_KEY] = weakref.ref(self)
         self._source = None
-        return self._body
-
-    @property
-    def _length(self) -> int | None:
-        """The bytes of the whole body, where they are known when its headers leave."""
-        whole = None if self._body is None else self._body.complete
-        return self._options.length if whole is None else len(whole)
+        return body
 
     def _discard(self) -> None:
         """Run nothing, but close what is open, for a request without a body."""
@@ -181,7 +170,13 @@ def current_stream() -> Stream:
     :returns: the :class:`Stream`, which counts ``items``, ``chunks`` and ``bytes``.
     :raises StreamError: when no stream's generator is running.
     """
-    return _running("current_stream")
+    body = _running("current_stream")
+    stream = body.stream()
+    if stream is None:  # dropped: the generator is being closed, and may still look
+        stream = Stream.__new__(Stream)
+        stream._hold((), Options(*[None] * 8), None)
+        stream._body = body
+    return stream
 
 
 def flush() -> None:
@@ -211,23 +206,20 @@ def rollback() -> None:
     _database("rollback").rollback()
 
 
-def _running(hook: str) -> Stream:
-    try:
-        reference = _context.current().request.environ.get(_KEY)
-    except TypeError:  # no request at all
-        reference = None
-    stream: Stream | None = reference and reference()
-    if stream is None or stream._body is None or not stream._body.running:
+def _running(hook: str) -> Body:
+    record = thread.record
+    body = record.body
+    # A request that is made inside of a generator has its own context above it.
+    if body is None or record.context[-1][0] is not body.context.tg_locals:
         raise StreamError(
             f"{hook}() belongs in the generator of a running stream, or in what it "
             "calls on its own thread; no stream is running here"
         )
-    return stream
+    return body
 
 
 def _database(hook: str) -> Database:
-    body = _running(hook)._body
-    assert body is not None
+    body = _running(hook)
     if body.database is None or not body.database.registries:
         raise StreamError(
             f"{body.plan.controller} called {hook}(), and its application has no "

@@ -1,6 +1,6 @@
-"""What tgstream keeps of a thread: one record, for one look-up a pull.
+"""The record that tgstream keeps for each thread: one look-up a pull.
 
-Rule: a slot belongs to the module that is named beside it; nobody else touches it.
+Each slot names the module that changes it. No other module does.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from tg import request_local
 
 if TYPE_CHECKING:
+    from ._body import Body
     from ._database import Database
     from ._registry import Registry
 
@@ -18,18 +19,24 @@ if TYPE_CHECKING:
 class Record:
     """The record of one thread (with gevent: of one greenlet, as TG's own stacks)."""
 
-    __slots__ = ("config", "context", "database", "managers", "shielded")
+    __slots__ = ("body", "config", "context", "managers", "shielded")
 
     def __init__(self) -> None:
         # _context: TG's stacks of this thread, which are made once and never replaced.
         self.config = _stack(request_local.config)
         self.context = _stack(request_local.context)
-        # _database: the running stream's database, if any; the dict of the thread-local
-        # transaction manager, once needed; the registries, and how many removals
-        # each is kept over.
-        self.database: Database | None = None
+        # _context: the body whose generator runs on this thread, if any.
+        self.body: Body | None = None
+        # _database: the dict of the thread-local transaction manager, once needed; the
+        # registries, and how many removals each is kept over.
         self.managers: dict[str, Any] | None = None
         self.shielded: dict[Registry, int] = {}
+
+    @property
+    def database(self) -> Database | None:
+        """The sessions and the transaction of the stream that runs on this thread."""
+        body = self.body
+        return None if body is None else body.database
 
 
 def _stack(proxy: Any) -> list[tuple[Any, bool]]:

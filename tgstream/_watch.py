@@ -1,18 +1,32 @@
-"""The watch over running streams: one thread in a process, while there are any.
+"""The monitor of the running streams: one thread of a process, while there are any.
 
-Rule: a stream is looked at when it is due, whether it is pulled or not; the watch holds
-none, and costs a pull nothing.
+It ends streams from outside: those whose ``max_seconds`` are over, whose client has
+disconnected, that :func:`drain` ends, and those that Python's cyclic garbage collector
+has dropped. It also gives advice about streams that wait.
+
+- The monitor looks at a stream when a look is due, whether a server pulls the stream or
+  not. A pull pays nothing for it.
+- The monitor's thread runs no code of a user and no call of a database. An end may run
+  both, so that each end that the monitor begins has a short-lived thread of its own.
+- A finaliser may run on any thread, between any two byte codes, also while that thread
+  is in this module. It only calls ``SimpleQueue.put()``, which is re-entrant and does
+  not wait.
 """
 
 from __future__ import annotations
 
+import gc
 import heapq
 import itertools
+import logging
 import os
+import queue
+import sys
 import threading
 import time
 import weakref
-from typing import TYPE_CHECKING, NamedTuple
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ._advice import LONG, look
 from ._client import has_left
@@ -21,103 +35,181 @@ from ._plan import clock
 
 if TYPE_CHECKING:
     from ._body import Body
+    from ._report import Reason
+
+log = logging.getLogger("tgstream")
 
 PAUSE = 0.05
-"""Seconds between two looks at least: many streams that are due are one look."""
+"""Minimum seconds between two looks: many streams that are due share one look."""
+
+LONGEST = 3600.0
+"""Maximum seconds of one wait. A longer timeout can overflow."""
 
 
 class _Entry(NamedTuple):
     due: float  # by the clock
-    number: int  # so that two are never compared further
+    number: int  # so that two entries never compare further
     body: weakref.ref[Body]
-    seen: tuple[int, ...] | None  # how far it was at its last look
+    seen: tuple[int, ...] | None  # the stream's progress at its last look
 
 
-class Watch:
-    """The thread of one process, begun with its first stream and ended after its last.
+class Monitor:
+    """The monitor of one process. Its thread starts with the first stream to watch.
 
-    A forked process begins its own.
+    A forked process has a monitor of its own.
     """
 
     def __init__(self) -> None:
-        self.pid = os.getpid()
+        self._bodies: dict[int, weakref.ref[Body]] = {}
         self._entries: list[_Entry] = []
-        self._looking: list[_Entry] = []  # at these, which are in no heap meanwhile
         self._numbers = itertools.count()
-        self._changed = threading.Condition()
+        # Re-entrant: a finaliser that calls drain() may interrupt who holds it.
+        self._lock = threading.RLock()
         self._running = False
+        # Dropped bodies that are to be ended, and None to wake the thread.
+        self._queue: queue.SimpleQueue[Body | None] = queue.SimpleQueue()
 
-    def add(self, body: Body, due: float, seen: tuple[int, ...] | None = None) -> None:
-        """Look at ``body`` when it is due."""
-        entry = _Entry(due, next(self._numbers), weakref.ref(body), seen)
-        with self._changed:
-            heapq.heappush(self._entries, entry)
-            if not self._running:
-                threading.Thread(
-                    target=self._run, name="tgstream-watch", daemon=True
-                ).start()
-                self._running = True  # after: it may be that no thread is to be had
-            elif self._entries[0] is entry:
-                self._changed.notify()
+    def register(self, body: Body) -> None:
+        """Count ``body`` among the running streams, until it has ended."""
+        self._bodies[id(body)] = weakref.ref(body)
+
+    def forget(self, body: Body) -> None:
+        """Count ``body`` no longer. It may be called from a finaliser."""
+        self._bodies.pop(id(body), None)
 
     def running(self) -> list[Body]:
         """The streams of this process that have not ended."""
-        with self._changed:
-            bodies = [entry.body() for entry in [*self._entries, *self._looking]]
+        bodies = [reference() for reference in self._references()]
         return [body for body in bodies if body is not None and not body.ended]
 
-    def _run(self) -> None:
-        while (due := self._wait()) is not None:
-            for entry in due:
-                self._look(entry)
+    def _references(self) -> list[weakref.ref[Body]]:
+        while True:
+            with suppress(RuntimeError):  # another thread has registered one meanwhile
+                return list(self._bodies.values())
 
-    def _wait(self) -> list[_Entry] | None:
-        """The entries that are due, once some are; None when there are none at all."""
-        with self._changed:
-            self._looking = []
-            while self._entries:
-                left = self._entries[0].due - clock()
-                if left <= 0:
-                    return self._take_due()
-                self._changed.wait(max(left, PAUSE))
-            self._running = False
-            return None
+    def watch(self, body: Body) -> None:
+        """Look at ``body`` from now on, when a look is due.
+
+        :raises RuntimeError: when no thread can be started.
+        """
+        with self._lock:
+            is_next = self._add(body, clock(), None)
+            if not self._running:
+                _start_thread("tgstream-watch", self._run)
+                self._running = True
+            elif is_next:
+                self._queue.put(None)
+
+    def _add(self, body: Body, now: float, seen: tuple[int, ...] | None) -> bool:
+        """Look at ``body`` later. True if it is the next to look at."""
+        due = min(now + (body.plan.idle_seconds or LONG), body.expires)
+        entry = _Entry(due, next(self._numbers), weakref.ref(body), seen)
+        with self._lock:
+            heapq.heappush(self._entries, entry)
+            return self._entries[0] is entry
+
+    def hand_over(self, body: Body) -> bool:
+        """Have the monitor end ``body``, for who must not. False if nobody could."""
+        if self._running:
+            self._queue.put(body)
+        return self._running
+
+    def _run(self) -> None:
+        while True:
+            try:
+                if not self._step():
+                    return
+            except Exception:
+                _log_failure()
+                time.sleep(PAUSE)
+
+    def _step(self) -> bool:
+        """Wait for the next look that is due, and look. False when no stream runs."""
+        with self._lock:
+            if not (self._bodies or self._entries):
+                self._running = False
+                return False
+            left = self._entries[0].due - clock() if self._entries else LONG
+        if left > 0:
+            self._wait(min(max(left, PAUSE), LONGEST))
+        for entry in self._take_due():
+            try:
+                self._look(entry)
+            except Exception:
+                _log_failure()
+                if (body := entry.body()) is not None:
+                    self._add(body, clock(), None)
+        return True
+
+    def _wait(self, seconds: float) -> None:
+        try:
+            dropped = self._queue.get(timeout=seconds)
+            while True:
+                if dropped is not None:
+                    dropped.ask_to_end("disconnected")
+                    _end_on_a_thread(dropped)
+                dropped = self._queue.get_nowait()
+        except queue.Empty:
+            pass
 
     def _take_due(self) -> list[_Entry]:
         now, due = clock(), []
-        while self._entries and self._entries[0].due <= now:
-            due.append(heapq.heappop(self._entries))
-        self._looking = due
+        with self._lock:
+            while self._entries and self._entries[0].due <= now:
+                due.append(heapq.heappop(self._entries))
         return due
 
     def _look(self, entry: _Entry) -> None:
         body = entry.body()
-        if body is None:
+        if body is None or body.ended:
             return
         now = clock()
         if now >= body.expires:
-            body.close("expired")
+            end_soon(body, "expired")
         elif has_left(body.context.environ):
-            body.close()
-        if body.ended:
-            return
-        if body.closing or body.reason:  # a pull or its end runs; who drains waits
-            self.add(body, now + LONG)
-            return
+            end_soon(body, "disconnected")
+        if body.closing is not None:
+            return  # whoever runs it ends it
         try:
             seen = look(body, now, entry.seen)
-        except Exception:  # it looks at what another thread is changing
+        except Exception:  # it looks at values that another thread is changing
             seen = None
-        self.add(body, _due(body, now), seen)
+        self._add(body, now, seen)
 
 
-def _due(body: Body, now: float) -> float:
-    return min(now + (body.plan.idle_seconds or LONG), body.expires)
+def _log_failure() -> None:
+    log.exception("The monitor of streams failed. It goes on")
 
 
-_watch: Watch | None = None
-_drained = float("-inf")
-"""When this process was last drained, by the clock."""
+def _start_thread(name: str, target: Any, *args: Any) -> None:
+    threading.Thread(target=target, args=args, name=name, daemon=True).start()
+
+
+def end_soon(body: Body, reason: Reason) -> None:
+    """Ask ``body`` to end, and do not wait for it. A second call does nothing.
+
+    If a pull runs, the thread that pulls ends the stream when the pull returns.
+    Otherwise a thread of its own ends it, because an end may take long.
+    """
+    if body.ask_to_end(reason):
+        _end_on_a_thread(body)
+
+
+def _end_on_a_thread(body: Body) -> None:
+    if not body.idle:
+        return  # its owner reads the note
+    try:
+        _start_thread("tgstream-end", body.close)
+    except RuntimeError:  # no thread can be started: late is better than never
+        body.close()
+
+
+_monitor = Monitor()
+
+
+def monitor() -> Monitor:
+    """The monitor of this process."""
+    return _monitor
 
 
 def drain(timeout: float = 5.0) -> bool:
@@ -128,37 +220,65 @@ def drain(timeout: float = 5.0) -> bool:
     over: what is not committed is aborted, a format whose body may end anywhere
     (``SSE``) ends well, any other breaks. The report says ``drained``.
 
-    One whose first item is being made is not waited for: it ends after that.
+    A stream whose generator is still making its first item ends after that item.
 
-    :param timeout: seconds to wait.
+    :param timeout: the longest time to wait, in seconds.
     :returns: whether all have ended by then.
     """
-    global _drained
-    _drained = clock()
-    if _watch is None or _watch.pid != os.getpid():
-        return True
     deadline = clock() + timeout
-    while bodies := _watch.running():
+    while bodies := monitor().running():
         for body in bodies:
-            body.close("drained")
+            end_soon(body, "drained")
         wake()
         left = deadline - clock()
         if left <= 0:
-            return not _watch.running()
+            return not monitor().running()
         time.sleep(min(left, PAUSE / 5))
     return True
 
 
-def watch(body: Body) -> None:
-    """From now on look at ``body``, until it has ended."""
-    global _watch
-    if _watch is None or _watch.pid != os.getpid():  # a forked process has no threads
-        _watch = Watch()
-    try:
-        _watch.add(body, _due(body, clock()))
-    except RuntimeError:  # without a thread there is no advice, but no bound either
-        if body.plan.max_seconds is not None:
-            raise
-    # After: who drains meanwhile either finds it here, or has said so before.
-    if body.started <= _drained:  # its first item was being made
-        body.close("drained")
+# Who drops a stream.
+
+_collecting: set[int] = set()
+"""The threads in which the cyclic garbage collector runs now."""
+
+
+def _note_collection(phase: str, info: dict[str, int]) -> None:
+    if phase == "start":
+        _collecting.add(threading.get_ident())
+    else:
+        _collecting.discard(threading.get_ident())
+
+
+def is_collecting() -> bool:
+    """True in a finaliser that the cyclic garbage collector has called.
+
+    The thread may hold any lock, and the end of a stream waits for locks. TG's
+    middlewares are generators, whose ``finally`` closes a stream there, too.
+    """
+    return threading.get_ident() in _collecting
+
+
+gc.callbacks.append(_note_collection)
+
+
+def has_greenlets() -> bool:
+    """True where gevent has made greenlets of threads."""
+    patched: Any = sys.modules.get("gevent.monkey")
+    return patched is not None and bool(patched.is_module_patched("threading"))
+
+
+def _disown() -> None:
+    """In a forked process: its parent's streams are not its own."""
+    global _monitor
+    bodies, _monitor = _monitor.running(), Monitor()
+    for body in bodies:
+        body.disown()
+    _parents.extend(bodies)  # to free a generator would run its finally
+
+
+_parents: list[Body] = []
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_disown)
