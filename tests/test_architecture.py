@@ -52,7 +52,7 @@ LADDER = {
     },
     "_guard": {
         *("_advice", "_body", "_cleanup", "_database"),
-        *("_options", "_report", "_stream"),
+        *("_headers", "_options", "_report", "_stream"),
     },
     "_controller": {
         *("_body", "_config", "_context", "_database", "_plan"),

@@ -252,8 +252,9 @@ def test_late_patching_by_gevent_is_refused() -> None:
     """All greenlets would share one request; the sentence says what to do."""
     command = [sys.executable, "-c", LATE]
     ran = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert ran.stdout.startswith("StreamError gevent has patched threads after")
+    assert ran.stdout.startswith("StreamError gevent patched threads after")
     assert "--gevent-early-monkey-patch" in ran.stdout
+    assert "--preload" in ran.stdout
 
 
 variable: contextvars.ContextVar[str] = contextvars.ContextVar("variable")

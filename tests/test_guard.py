@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import gzip
 import io
 import itertools
 import logging
@@ -9,18 +12,23 @@ import sys
 import threading
 from collections.abc import Iterable, Iterator
 from typing import Any
+from wsgiref.handlers import SimpleHandler
+from wsgiref.util import setup_testing_defaults
 
 import pytest
 import tg
+import transaction
 import webob
 from tg import TGController, abort, expose, flash, redirect
 from tg.appwrappers.base import ApplicationWrapper
+from transaction.interfaces import TransientError
 
 import tgstream
 from tests.conftest import MakeApp, assert_clean, assert_thread_clean
-from tests.model import Model
+from tests.model import Model, User
 from tests.wsgi import Call, get
-from tgstream import Report, StreamError, current_stream, stream
+from tgstream import Report, Stream, StreamError, current_stream, stream
+from tgstream._guard import Guard
 
 TRACED = {"debug": False, "trace_errors__enable": True}
 UNTRACED = {"debug": False, "trace_errors__enable": False}
@@ -747,3 +755,537 @@ def test_not_modified_stream_ends_as_it_should(
     call = get(app if plugged else app.app, "/tagged", HTTP_IF_NONE_MATCH='"one"')
     assert (call.status, call.text) == ("304 Not Modified", "")
     assert get(app, "/tagged", HTTP_IF_NONE_MATCH='"two"').text == "ab"
+
+
+# Headers and statuses that cannot be sent.
+
+
+def served(app: Any, path: str) -> tuple[str, str, str]:
+    """What wsgiref, which is strict, makes of a GET: status, the rest, and its log."""
+    out, errors = io.BytesIO(), io.StringIO()
+    environ: dict[str, Any] = {"PATH_INFO": path, "SCRIPT_NAME": ""}
+    setup_testing_defaults(environ)
+    SimpleHandler(io.BytesIO(), out, errors, environ).run(app)
+    status, _, rest = out.getvalue().decode("latin-1").partition("\r\n")
+    return status.partition(" ")[2], rest, errors.getvalue()
+
+
+def headed() -> TGController:
+    """Streams that set a header or a status, in the controller or the generator."""
+
+    class ErrorController(TGController):
+        @expose()
+        def document(self) -> str:
+            return f"page {tg.response.status_int}"
+
+    class Root(TGController):
+        error = ErrorController()
+        header: tuple[Any, Any] = ("X-Answer", "42")
+        ran = 0
+
+        def set(self) -> None:
+            tg.response.headerlist.append(self.header)
+
+        def items(self, count: int) -> Iterator[str]:
+            type(self).ran += 1
+            for number in range(count):
+                yield str(number)
+
+        @expose()
+        @stream
+        def controller(self, count: str = "2") -> Iterator[str]:
+            self.set()
+            return self.items(int(count))
+
+        @expose()
+        @stream
+        def generator(self, count: str = "2") -> Iterator[str]:
+            self.set()
+            yield from self.items(int(count))
+
+        @expose()
+        @stream(chunk_size=1000)
+        def small(self) -> Iterator[str]:
+            self.set()
+            yield from self.items(2)
+
+        @expose()
+        @stream
+        def status(self, status: str, count: str = "0") -> Iterator[str]:
+            tg.response.status = status
+            yield from self.items(int(count))
+
+        @expose()
+        @stream(length=5)
+        def measured(self) -> Iterator[str]:
+            yield "12345"
+
+    return Root()
+
+
+HEADED = ["/controller", "/generator", "/small"]
+
+
+@pytest.mark.parametrize("wiring", WIRINGS)
+@pytest.mark.parametrize("plugged", [True, False], ids=["plugged", "unplugged"])
+def test_hop_by_hop_header_of_a_stream_is_dropped_with_one_warning(
+    make_app: MakeApp,
+    caplog: pytest.LogCaptureFixture,
+    wiring: dict[str, Any],
+    plugged: bool,
+) -> None:
+    """The stream is sent without it, and the log names it once for each controller."""
+    root = headed()
+    type(root).header = ("Connection", "keep-alive")
+    app = make_app(root, **wiring)
+    app = app if plugged else unplugged(app)
+    for path in HEADED * 2:
+        status, rest, _ = served(app, path)
+        assert status == "200 OK"
+        assert rest.endswith("\r\n\r\n01")
+        assert "Connection" not in rest
+    lines = [line for line in caplog.messages if "Connection" in line]
+    assert [line.partition(" ")[0] for line in lines] == [
+        f"Root.{path[1:]}" for path in HEADED
+    ]
+
+
+UNSENDABLE: list[tuple[Any, Any]] = [
+    ("X-Answer", "a\nX-Evil: 1"),
+    ("X-Answer", "a\0"),
+    ("X-Answer", "\u20ac"),
+    ("X-Answer", 42),
+    ("X-Answer", b"42"),
+    ("X-Answer", None),
+    ("X Answer\r\n", "42"),
+    ("X-\u20ac", "42"),
+    (b"X-Answer", "42"),
+]
+
+
+@pytest.mark.parametrize("header", UNSENDABLE, ids=ascii)
+@pytest.mark.parametrize("plugged", [True, False], ids=["plugged", "unplugged"])
+def test_header_that_cannot_be_sent_is_a_server_error(
+    make_app: MakeApp,
+    sqlite_model: Model,
+    reports: list[Report],
+    header: Any,
+    plugged: bool,
+) -> None:
+    """In every wiring; a stream that was not complete ends as failed."""
+    root = headed()
+    type(root).header = header
+    for wiring in TRACED, UNTRACED, DEBUGGED:
+        app = make_app(root, sqlite_model, **wiring)
+        app = app if plugged else unplugged(app)
+        for path in HEADED:
+            status, rest, _ = served(app, path)
+            assert status.upper() == "500 INTERNAL SERVER ERROR"
+            assert "X-Evil" not in rest.partition("\r\n\r\n")[0]
+        get(app, "/measured")  # TG's debug mode keeps a context until the next request
+    assert [(each.controller, each.reason) for each in reports] == [
+        ("Root.generator", "failed"),
+        ("Root.small", "completed"),
+        ("Root.measured", "completed"),
+    ] * 3
+    assert_clean(sqlite_model)
+
+
+def test_header_that_cannot_be_sent_shows_the_error_page(make_app: MakeApp) -> None:
+    """The error has the application's own page, and says which header it is."""
+    root = headed()
+    type(root).header = ("X-Answer", "a\nb")
+    app = make_app(root, **PAGES, errorpage__handle_exceptions=True)
+    for path in HEADED:
+        call = get(app, path)
+        assert (call.status, call.text) == ("500 Internal Server Error", "page 500")
+        name = f"Root.{path[1:]}"
+        assert f"{name}: the value of the header X-Answer contains '\\n'" in (
+            call.errors.getvalue()
+        )
+
+
+def test_header_that_cannot_be_sent_fails_before_the_generator_runs(
+    make_app: MakeApp, reports: list[Report]
+) -> None:
+    """What the controller set is looked at first; a slot is free again."""
+    root = headed()
+    type(root).header = ("X-Answer", 42)
+    app = make_app(root, **UNTRACED)
+    for _ in range(2):
+        with pytest.raises(StreamError, match="X-Answer is int"):
+            Call(app, "/controller", checked=False)
+    assert type(root).ran == 0
+    assert reports == []
+
+
+@pytest.mark.parametrize("plugged", [True, False], ids=["plugged", "unplugged"])
+def test_header_of_an_application_wrapper_that_cannot_be_sent_is_a_server_error(
+    make_app: MakeApp, reports: list[Report], plugged: bool
+) -> None:
+    """It is set when the stream has begun, which then fails, also when wrapped."""
+
+    class Heading(Shouting):
+        def __call__(self, controller: Any, environ: Any, context: Any) -> Any:
+            response = super().__call__(controller, environ, context)
+            response.headers["X-Answer"] = 42
+            return response
+
+    app = make_app(root(), plug=wrapping(Heading), **TRACED)
+    status, _, _ = served(app if plugged else unplugged(app), "/words")
+    assert status == "500 INTERNAL SERVER ERROR"
+    assert [report.reason for report in reports] == ["failed"]
+    assert isinstance(reports[0].error, StreamError)
+
+
+class Keeping:
+    """A middleware that adds a header which a WSGI server refuses."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    def __call__(self, environ: Any, start_response: Any) -> Any:
+        def start(status: str, headers: Any, exc_info: Any = None) -> Any:
+            return start_response(
+                status, [*headers, ("Connection", "close")], *filter(None, [exc_info])
+            )
+
+        return self.app(environ, start)
+
+
+@pytest.mark.parametrize("wiring", WIRINGS)
+@pytest.mark.parametrize("plugged", [True, False], ids=["plugged", "unplugged"])
+def test_response_that_the_server_refuses_is_a_server_error(
+    make_app: MakeApp, reports: list[Report], wiring: dict[str, Any], plugged: bool
+) -> None:
+    """backlash swallows the server's exception, which is raised all the same."""
+    tg.hooks.register("before_wsgi_middlewares", Keeping)
+    try:
+        app = make_app(root(), **wiring)
+    finally:
+        tg.hooks.disconnect("before_wsgi_middlewares", Keeping)
+    app = app if plugged else unplugged(app)
+    status, _, _ = served(app, "/words")
+    assert status == "500 Internal Server Error"
+    assert [report.reason for report in reports] == ["failed"]
+    assert isinstance(reports[0].error, AssertionError)
+    if plugged:
+        assert served(app, "/plain")[0] == "500 Internal Server Error"
+    get(make_app(root()), "/plain")  # TG's debug mode keeps a context until then
+
+
+@pytest.mark.parametrize("status", ["204 No Content", "205 Reset Content", "304 No"])
+@pytest.mark.parametrize("count", [1, 2])
+def test_status_without_a_body_refuses_items(
+    make_app: MakeApp, sqlite_model: Model, status: str, count: int
+) -> None:
+    """An error before anything is sent, which says what to do."""
+    app = make_app(headed(), sqlite_model, **UNTRACED)
+    with pytest.raises(StreamError, match=f"{status[:3]}.*has no body"):
+        Call(app, f"/status?status={status}&count={count}", checked=False)
+    assert_clean(sqlite_model)
+
+
+def test_status_of_an_application_wrapper_without_a_body_refuses_items(
+    make_app: MakeApp, reports: list[Report]
+) -> None:
+    """Whoever sets it: items of a response without a body are an error."""
+
+    class Emptying(ApplicationWrapper):
+        def __call__(self, controller: Any, environ: Any, context: Any) -> Any:
+            response = self.next_handler(controller, environ, context)
+            response.status = 101
+            return response
+
+    app = make_app(root(), plug=wrapping(Emptying), **UNTRACED)
+    with pytest.raises(StreamError, match="101"):
+        Call(app, "/words", checked=False)
+    assert [report.reason for report in reports] == ["failed"]
+
+
+@pytest.mark.parametrize("wiring", WIRINGS)
+@pytest.mark.parametrize("status", ["204 No Content", "304 Not Modified"])
+def test_status_without_a_body_is_sent_without_items(
+    make_app: MakeApp, wiring: dict[str, Any], status: str
+) -> None:
+    """Neither a byte nor a Content-Length comes with it."""
+    app = make_app(headed(), **wiring)
+    call = get(app, f"/status?status={status}", checked=False)
+    assert (call.status, call.text) == (status, "")
+    assert "Content-Length" not in call.headers
+
+
+def test_reset_content_has_a_length_of_zero(make_app: MakeApp) -> None:
+    """A 205 is a response whose body is empty, which its length says."""
+    call = get(make_app(headed()), "/status?status=205 Reset Content", checked=False)
+    assert (call.text, call.headers["Content-Length"]) == ("", "0")
+
+
+# Middlewares inside the guard.
+
+
+class Reading:
+    """Reads a body within its own call, in several ways."""
+
+    how = "all"
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    def __call__(self, environ: Any, start_response: Any) -> Any:
+        if self.how == "write":
+            return self.write(environ, start_response)
+        body = self.app(environ, start_response)
+        try:
+            if self.how == "all":
+                return [b"".join(body)]
+            chunks = iter(body)
+            return itertools.chain([next(chunks)], list(chunks))
+        finally:
+            if hasattr(body, "close"):
+                body.close()
+
+    def write(self, environ: Any, start_response: Any) -> list[bytes]:
+        writes: list[Any] = []
+
+        def start(*args: Any) -> Any:
+            writes.append(start_response(*args))
+            return writes[-1]
+
+        body = self.app(environ, start)
+        try:
+            for chunk in body:
+                writes[-1](chunk)
+        finally:
+            if hasattr(body, "close"):
+                body.close()
+        return []
+
+
+def ending_at(where: str, drainers: list[threading.Thread]) -> TGController:
+    """A stream that ends early at a certain place.
+
+    :param drainers: gets the threads that drain it.
+    """
+
+    class Root(TGController):
+        @expose(content_type="text/plain")
+        @stream(max_seconds=0.2 if where == "expired" else None)
+        def index(self) -> Iterator[str]:
+            for number in range(3):
+                if where == str(number):
+                    raise LookupError("no more")
+                yield "x"
+            while where == "expired":
+                yield "x"
+            if where == "drained":
+                drainers.append(threading.Thread(target=tgstream.drain))
+                drainers[-1].start()
+            while where == "drained":
+                yield "x"
+            if where == "end":
+                raise LookupError("no end")
+
+        @expose(content_type="text/plain")
+        @stream
+        def words(self) -> Iterator[str]:
+            yield "one"
+            yield "two"
+
+    return Root()
+
+
+@contextlib.contextmanager
+def inside(middleware: Any, hook: str) -> Iterator[None]:
+    """Applications that are made here have the middleware inside the guard."""
+    tg.hooks.register(hook, middleware)
+    try:
+        yield
+    finally:
+        tg.hooks.disconnect(hook, middleware)
+
+
+PLACES = ["before_wsgi_middlewares", "after_wsgi_middlewares"]
+
+
+@pytest.mark.parametrize("hook", PLACES)
+@pytest.mark.parametrize(
+    "wiring",
+    [
+        pytest.param(TRACED, id="traced"),
+        pytest.param(UNTRACED, id="untraced"),
+        pytest.param(DEBUGGED, id="debugged"),
+    ],
+)
+@pytest.mark.parametrize("how", ["all", "list", "write"])
+@pytest.mark.parametrize("where", ["0", "1", "2", "end", "expired", "drained"])
+def test_failure_reaches_the_server_though_a_middleware_has_read_the_body(
+    make_app: MakeApp, wiring: dict[str, Any], how: str, where: str, hook: str
+) -> None:
+    """A 500 if nothing was sent, else an exception, which aborts the transfer."""
+    drainers: list[threading.Thread] = []
+    with inside(type("", (Reading,), {"how": how}), hook):
+        app = make_app(ending_at(where, drainers), **wiring)
+    status, _, errors = served(app, "/")
+    if how == "write" and where != "0":
+        assert status == "200 OK"
+        assert "Traceback" in errors
+    else:
+        assert status.upper() == "500 INTERNAL SERVER ERROR"
+    if how != "write":
+        with contextlib.suppress(LookupError, StreamError):
+            call = Call(app, checked=False, lenient=True)
+            call.read()
+            assert call.status.upper() == "500 INTERNAL SERVER ERROR"
+    for drainer in drainers:
+        drainer.join()
+    assert served(app, "/words")[1].endswith("onetwo")
+
+
+def test_error_page_of_a_middleware_that_has_read_the_body_is_sent(
+    make_app: MakeApp,
+) -> None:
+    """A middleware that tells of the failure itself is let be."""
+
+    class Telling:
+        def __init__(self, app: Any) -> None:
+            self.app = app
+
+        def __call__(self, environ: Any, start_response: Any) -> list[bytes]:
+            try:
+                return [b"".join(self.app(environ, start_response))]
+            except LookupError:
+                start_response("502 Oh", [], sys.exc_info())
+                return [b"an error page"]
+
+    with inside(Telling, "before_wsgi_middlewares"):
+        app = make_app(ending_at("1", []), **UNTRACED)
+    status, rest, _ = served(app, "/")
+    assert status == "502 Oh"
+    assert rest.endswith("an error page")
+
+
+# The wrapped application, and HEAD.
+
+
+def test_guard_has_the_attributes_of_what_it_wraps(make_app: MakeApp) -> None:
+    """Code that walks from one middleware to the next finds its way."""
+    app = make_app(root())
+    assert app.application is app.app.application
+    assert not hasattr(app, "no_such")
+    assert copy.copy(app).app is app.app
+    assert not hasattr(Guard.__new__(Guard), "app")
+
+
+class Gzip:
+    """Compresses what comes, as middlewares do that do not look at the method."""
+
+    lazy = False
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    def __call__(self, environ: Any, start_response: Any) -> Any:
+        if self.lazy:
+            return self.packed(environ, start_response)
+        return list(self.packed(environ, start_response))
+
+    def packed(self, environ: Any, start_response: Any) -> Iterator[bytes]:
+        started: list[Any] = []
+        body = self.app(environ, lambda *args: started.append(args))
+        data = gzip.compress(b"".join(body))
+        if hasattr(body, "close"):
+            body.close()
+        status, headers = started[-1][:2]
+        headers = [each for each in headers if each[0] != "Content-Length"]
+        headers += [("Content-Encoding", "gzip"), ("Content-Length", str(len(data)))]
+        start_response(status, headers)
+        yield data[:10]
+        yield data[10:]
+
+
+@pytest.mark.parametrize(
+    ("hook", "lazy"),
+    [(PLACES[0], False), (PLACES[1], False), (PLACES[1], True)],
+    ids=["inner", "outer", "lazy"],
+)
+@pytest.mark.parametrize("wiring", WIRINGS)
+def test_head_has_no_body_whatever_a_middleware_makes_of_it(
+    make_app: MakeApp, wiring: dict[str, Any], hook: str, lazy: bool
+) -> None:
+    """Neither the bytes of a compressor, nor their number as Content-Length."""
+    with inside(type("", (Gzip,), {"lazy": lazy}), hook):
+        app = make_app(headed(), **wiring)
+    for path in "/controller", "/measured":
+        call = get(app, path, method="HEAD", checked=False)
+        assert (call.status, call.text) == ("200 OK", "")
+        assert "Content-Length" not in call.headers
+    call = get(app, "/status?status=204 No Content", checked=False)
+    assert (call.status, call.text) == ("204 No Content", "")
+    assert "Content-Length" not in call.headers
+    call = Call(app, "/measured", checked=False)
+    assert gzip.decompress(call.read()) == b"12345"
+
+
+def test_head_keeps_a_declared_length(make_app: MakeApp) -> None:
+    """HEAD tells the length that GET has."""
+    call = get(make_app(headed()), "/measured", method="HEAD")
+    assert (call.text, call.headers["Content-Length"]) == ("", "5")
+
+
+# A request that runs again.
+
+
+@pytest.mark.parametrize("inner", [True, False], ids=["after", "wrapper"])
+@pytest.mark.parametrize("decorated", [True, False])
+def test_request_that_is_retried_sends_its_second_stream_whole(
+    make_app: MakeApp,
+    sqlite_model: Model,
+    reports: list[Report],
+    inner: bool,
+    decorated: bool,
+) -> None:
+    """The first attempt's stream has ended by then, with its slot and its session."""
+    runs: list[int] = []
+
+    def retry_once() -> None:
+        if len(runs) == 1:
+            transaction.abort()
+            raise TransientError("again")
+
+    class Root(TGController):
+        @expose(content_type="text/plain")
+        def index(self) -> Any:
+            return items() if decorated else Stream(items(), limit=1)
+
+        def _after(self, *args: Any, **params: Any) -> None:
+            if inner:
+                retry_once()
+
+    def items() -> Iterator[str]:
+        runs.append(sqlite_model.DBSession.query(User).count())
+        yield "one"
+        yield f"two {len(runs)}"
+
+    if decorated:
+        stream(limit=1)(Root.index)
+
+    class Retrying(ApplicationWrapper):
+        def __call__(self, controller: Any, environ: Any, context: Any) -> Any:
+            response = self.next_handler(controller, environ, context)
+            if not inner:
+                retry_once()
+            return response
+
+    def plug(base_config: Any) -> None:
+        tgstream.plugme(base_config)
+        base_config.register_application_wrapper(Retrying, after=False)
+
+    app = make_app(Root(), sqlite_model, plug=plug, tm__attempts=2)
+    call = Call(app)
+    assert [report.reason for report in reports] == ["disconnected"]
+    assert call.read() == b"onetwo 2"
+    assert runs == [0, 0]
+    assert [report.reason for report in reports] == ["disconnected", "completed"]
+    assert_clean(sqlite_model)
+    assert get(app).text == "onetwo 3"

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 import pytest
 
@@ -168,6 +169,68 @@ def test_abort_before_the_first_chunk_is_a_missing_page(server: LiveServer) -> N
 def test_whole_stream_arrives_whole(server: LiveServer, wiring: str) -> None:
     """What is not broken is complete."""
     assert curl(server, f"/{wiring}/words") == (0, b"one\ntwo\n")
+
+
+REFUSED = [("X-Answer", "a\nb"), ("X-Answer", "42"), ("X-Answer", "\u20ac")]
+
+
+def assert_headers_are_handled(server: LiveServer) -> None:
+    """A hop-by-hop header is dropped, any other that is refused is a server error."""
+    for wiring in WIRINGS:
+        late = "yes" if wiring.endswith("buffered") else ""
+
+        def path(name: str, value: str, wiring: str = wiring, late: str = late) -> str:
+            query = urlencode({"name": name, "value": value, "late": late})
+            return f"/{wiring}/header?{query}"
+
+        got = curl(server, path("Connection", "keep-alive"))
+        assert got == (0, b"one\ntwo\n")
+        for name, value in REFUSED:
+            client = Client(server, path(name, value))
+            assert client.response.status == 500
+            client.close()
+
+
+def test_header_that_the_server_refuses_is_no_empty_page(server: LiveServer) -> None:
+    """In any wiring, whether the controller or the generator has set it."""
+    assert_headers_are_handled(server)
+
+
+def test_header_that_the_server_refuses_is_no_empty_page_without_the_plug(
+    unplugged: LiveServer,
+) -> None:
+    """Without the error guard it is the same."""
+    assert_headers_are_handled(unplugged)
+
+
+@pytest.mark.parametrize("plugged", ["yes", "no"])
+def test_header_that_wsgiref_refuses_is_no_empty_page(
+    start: Start, plugged: str
+) -> None:
+    """wsgiref is as strict as PEP 3333 allows."""
+    assert_headers_are_handled(start("wsgiref", plugged))
+
+
+def test_status_without_a_body_keeps_the_connection_intact(server: LiveServer) -> None:
+    """Two requests are pipelined, and the second response is its own."""
+    for status in "204 No Content", "304 Not Modified":
+        for items, expected in ("0", status[:3]), ("1", "500"):
+            query = urlencode({"status": status, "items": items})
+            requests = [
+                f"GET /traced/status?{query} HTTP/1.1\r\nHost: a\r\n\r\n",
+                "GET /traced/words HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n",
+            ]
+            with socket.create_connection(("127.0.0.1", server.port), 20) as client:
+                client.sendall("".join(requests).encode())
+                received = b""
+                while data := client.recv(65536):
+                    received += data
+            head, _, rest = received.decode("latin-1").partition("\r\n\r\n")
+            assert head.startswith(f"HTTP/1.1 {expected}")
+            if expected != "500" and "Connection: close" not in head:
+                assert rest.startswith("HTTP/1.1 200 OK")
+                assert "one\n" in rest
+            assert "one\n" not in rest.partition("HTTP/1.1 200")[0]
 
 
 @pytest.mark.parametrize("wiring", WIRINGS)

@@ -93,6 +93,18 @@ def advise(body: Body) -> None:
         )
 
 
+def advise_of_dropped(body: Body, names: list[str]) -> None:
+    """Warn that headers were dropped which only the server may set."""
+    _tell(
+        body,
+        "hop-by-hop",
+        "%s set a header that only the server may set (PEP 3333). It was dropped, "
+        "because some servers refuse the whole response: %s. Remove it from the "
+        "controller",
+        ", ".join(names),
+    )
+
+
 # At the second pull.
 
 

@@ -37,8 +37,8 @@ runs even if the step before failed. The first error is the one reported.
   connections to the database and to the client are its parent's.
 
 The token is an item of a ``deque``, not a lock. To take and return it costs a third of
-a lock's time (27 and 100 ns). A finaliser can take it, and under gevent a failed attempt
-does not switch to another greenlet, as a lock's does.
+a lock's time (27 and 100 ns). A finaliser can take it, and under gevent a failed
+attempt does not switch to another greenlet, as a lock's does.
 """
 
 from __future__ import annotations
@@ -374,6 +374,22 @@ class Body:
             self.close()
         else:
             self.drop()
+
+    def fail(self, error: BaseException, in_request: bool = False) -> None:
+        """End an idle stream whose response cannot be sent, unless it has ended.
+
+        :param error: the reason; it is not raised.
+        :param in_request: whether an error page may still use the request's objects.
+        """
+        if not self._acquire():
+            return
+        if in_request:
+            self._state = State.STARTING
+        record = self.context.bind(self)
+        try:
+            self._finish("failed", error)
+        finally:
+            self.context.unbind(record)
 
     def cancel(self) -> None:
         """End a stream whose request failed before it began, without a report."""

@@ -95,10 +95,11 @@ def check_locals() -> None:
     """
     if not isinstance(request_local.context.____local__, threading.local):
         raise StreamError(
-            "gevent has patched threads after TurboGears was imported, so that all "
-            "requests share one tg.request: patch before it is imported (uWSGI: "
-            "--gevent-early-monkey-patch in place of --gevent-monkey-patch; gunicorn: "
-            "import neither tg nor tgstream at the top of its configuration file)"
+            "gevent patched threads after TurboGears was imported, so all requests "
+            "share one tg.request. Patch before TurboGears is imported. uWSGI: use "
+            "--gevent-early-monkey-patch instead of --gevent-monkey-patch. gunicorn: "
+            "do not use --preload, or begin gunicorn.conf.py with 'from gevent import "
+            "monkey; monkey.patch_all()', and import neither tg nor tgstream above it"
         )
 
 

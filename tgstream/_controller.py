@@ -21,7 +21,7 @@ from webob.exc import HTTPException
 
 from . import _context
 from ._config import option, scoped_sessions, tm_enabled
-from ._guard import Guard, send_off, watch_exit
+from ._guard import Guard, check_headers, end_previous, send_off, watch_exit
 from ._headers import charset_in, set_headers
 from ._options import Commit, Format, Options, check
 from ._plan import Plan
@@ -103,6 +103,7 @@ def _streaming(caller: Any, function: Any, options: Options) -> Callable[..., An
     """TG's controller caller, with a stream made of what the controller returns."""
 
     def call(*args: Any) -> Any:
+        end_previous(_context.current().request.environ)
         with held(function, options.limit) as seat:
             output = caller(*args)
             given = isinstance(output, Stream | Response)
@@ -125,11 +126,14 @@ def name_of(function: Any) -> str:
 # What TG calls.
 
 
-def install() -> None:
-    """Register the hooks with TG, once, however often its milestones are reset."""
-    for name, hook in HOOKS.items():
-        tg.hooks.disconnect(name, hook)
-        tg.hooks.register(name, hook)
+class _Hooks(dict[str, Any]):
+    """The hooks by name."""
+
+    def install(self) -> None:
+        """Register the hooks with TG, once, however often its milestones are reset."""
+        for name, hook in self.items():
+            tg.hooks.disconnect(name, hook)
+            tg.hooks.register(name, hook)
 
 
 def _before_render(remainder: Any, params: Any, output: Any) -> None:
@@ -147,11 +151,13 @@ def _start(stream: Stream, tg_locals: Any) -> None:
     function = stream._controller or _dispatched(tg_locals.request)
 
     if stream._seat is None:
+        end_previous(tg_locals.request.environ)
         try:
             stream._seat = take(function, options.limit)
         except HTTPException:
             stream._discard()
             raise
+    check_headers(tg_locals.response, stream, name_of(function))
 
     def exposed() -> Any:
         return Decoration.get_decoration(function).lookup_template_engine(tg_locals)
@@ -258,9 +264,7 @@ def _database_class() -> Any:
     return importlib.import_module("tgstream._database").Database
 
 
-HOOKS: dict[str, Any] = {
-    "before_render": _before_render,
-    "after_wsgi_middlewares": Guard,
-}
-# At the end: where TG has reached the milestone already, it calls at once.
-milestones.config_ready.register(install, persist_on_reset=True)
+HOOKS = _Hooks(before_render=_before_render, after_wsgi_middlewares=Guard)
+# At the end: where TG has reached the milestone already, it calls at once. A bound
+# method: TG's own tests read __self__ of what a milestone keeps.
+milestones.config_ready.register(HOOKS.install, persist_on_reset=True)

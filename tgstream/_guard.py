@@ -12,9 +12,10 @@ from collections.abc import Iterator
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from ._advice import KEY, advise, advise_if_unguarded
+from ._advice import KEY, advise, advise_if_unguarded, advise_of_dropped
 from ._body import Body
-from ._cleanup import close
+from ._cleanup import close, first_error
+from ._headers import check_sendable, drop_hop_by_hop, has_no_body
 from ._options import StreamError
 from ._report import Outcome
 from ._stream import Stream
@@ -23,37 +24,72 @@ if TYPE_CHECKING:
     from ._database import Database
 
 
+_ATTEMPT = "tgstream.attempt"
+
+
 class Guard:
     """WSGI middleware outside everything of TG: a stream's failure gets through it."""
 
     def __init__(self, app: Any) -> None:
         self.app = app
 
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "app":  # copy and pickle look before it is
+            raise AttributeError(name)
+        return getattr(self.app, name)
+
     def __call__(self, environ: dict[str, Any], start_response: Any) -> Any:
         # The outcome does not hold start_response, which on most servers holds environ.
         environ[KEY] = outcome = Outcome()
 
         def start_once(status: str, headers: Any, exc_info: Any = None) -> Any:
-            if exc_info is not None:
-                return start_response(status, headers, exc_info)
-            if outcome.started and outcome.responded:
-                raise AssertionError(
-                    "start_response was called again, without exc_info, after the "
-                    "stream's first chunk (PEP 3333 forbids it)"
-                )
-            if status.startswith("2"):  # of a middleware that has read all of it
-                outcome.raise_error()
+            if exc_info is None:
+                _check_second(outcome, status)
+            if outcome.bodiless:
+                headers = _without_foreign_length(headers, outcome.length)
+            try:
+                write = start_response(status, headers, *filter(None, [exc_info]))
+            except BaseException as error:
+                outcome.refusal = outcome.refusal or error
+                raise
+            outcome.refusal = None
+            outcome.answered = outcome.error is not None
             outcome.responded = True
-            return start_response(status, headers)
+            return write
 
         # No variable for the body: an error's traceback holds this frame, and a body
         # that is dropped must end at once.
         return _guarded(self.app(environ, start_once), outcome)
 
 
+def _check_second(outcome: Outcome, status: str) -> None:
+    """Raise where a call of ``start_response`` would hide how the stream ended."""
+    if outcome.started and outcome.responded:
+        raise AssertionError(
+            "start_response was called again, without exc_info, after the "
+            "stream's first chunk (PEP 3333 forbids it)"
+        )
+    if status.startswith("2"):  # of a middleware that has read all of it
+        outcome.raise_error()
+
+
+def _without_foreign_length(headers: Any, length: int | None) -> Any:
+    """The headers, without the length that a middleware has counted of no body."""
+    own = None if length is None else str(length)
+    return [
+        (name, value)
+        for name, value in headers
+        if name.lower() != "content-length" or value == own
+    ]
+
+
 def _guarded(body: Any, outcome: Outcome) -> Any:
-    if outcome.body is not None or not outcome.responded:
-        return _Guarded(body, outcome)  # the debugger begins only with its body
+    if outcome.lost:  # a middleware has read the stream before it returned
+        first_error([lambda: close(body)])
+        outcome.raise_error()
+    # A debugger begins, and responds, only when its body is iterated.
+    if outcome.body is not None or outcome.bodiless or not outcome.responded:
+        return _Guarded(body, outcome)
     return body
 
 
@@ -64,7 +100,16 @@ class _Guarded:
         self._closed = False
 
     def __iter__(self) -> Iterator[bytes]:
-        yield from self._body
+        chunks = iter(self._body)
+        first = next(chunks, None)  # a debugger responds with it
+        if self._outcome.bodiless:
+            for _ in chunks:
+                pass
+            yield b""  # some servers answer 500 where there is no chunk
+        elif first is not None:
+            yield first
+            del first
+            yield from chunks
         self._outcome.raise_error()
         # Closed from inside, it may be a 304: then nobody has pulled for more.
         if self._closed and self._outcome.cut:
@@ -145,6 +190,16 @@ class _Closer:
 def watch_exit(environ: dict[str, Any], body: Body) -> None:
     """From now on end the stream with the request, unless its response leaves."""
     environ["paste.registry"].register(_Closer(), body)
+    environ[_ATTEMPT] = weakref.ref(body)
+
+
+def end_previous(environ: dict[str, Any]) -> None:
+    """End the stream of an earlier attempt of ``tm.attempts``, which holds a slot."""
+    attempt = environ.get(_ATTEMPT)
+    body = attempt and attempt()
+    # It runs if its generator has sent a request with this environ into an application.
+    if body is not None and body.idle and not body.left:
+        body.close()
 
 
 class _Leaving:
@@ -160,15 +215,58 @@ class _Leaving:
         body = stream._body
         if app_iter is stream:  # WebOb forgot the length when TG set that
             response.content_length = stream._length if body is None else body.length
-        if body is None:  # for HEAD; some servers answer 500 where there is no chunk
-            close(response._plain(environ, start_response))
-            return [b""]
-        app_iter = response._plain(environ, start_response)
+        try:
+            _check_response(response, body)
+            if body is None or has_no_body(response.status_int):
+                _tell_bodiless(response, environ)
+            app_iter = response._plain(environ, start_response)
+        except BaseException as error:
+            if body is not None:
+                body.fail(error)
+            _remember(error, environ)
+            raise
+        if body is None:  # for HEAD
+            close(app_iter)
+            return [b""]  # some servers answer 500 where there is no chunk
         # The request keeps its response, and must not keep the stream: it must end at
         # once when it is dropped.
         del response.app_iter
         _depart(body, environ)
         return app_iter if body.database is None else _Departed(app_iter, body.database)
+
+
+def _check_response(response: Any, body: Body | None) -> None:
+    """Check that status and headers can be sent, and go with the stream.
+
+    :raises StreamError: when they cannot, or do not.
+    """
+    where = "the response to HEAD" if body is None else body.plan.controller
+    if (names := drop_hop_by_hop(response)) and body is not None:
+        advise_of_dropped(body, names)
+    check_sendable(where, response)
+    if body is not None and has_no_body(response.status_int) and body.complete != b"":
+        raise StreamError(
+            f"{where} yielded items, but a response with status {response.status_int} "
+            "has no body. Set another status, or return before the first yield"
+        )
+
+
+def _tell_bodiless(response: Any, environ: dict[str, Any]) -> None:
+    """Have the guard send no byte, whatever middlewares make of none."""
+    if response.status_int != 205 and has_no_body(response.status_int):
+        response.content_length = None  # RFC 9110 forbids it, or it would be wrong
+    outcome: Outcome | None = environ.get(KEY)
+    if outcome is not None:
+        outcome.bodiless = True
+        outcome.length = response.content_length
+
+
+def _remember(error: BaseException, environ: dict[str, Any]) -> None:
+    """Have backlash raise the error of ``start_response`` again, like the guard."""
+    if KEY not in environ:
+        outcome = Outcome()
+        outcome.error = error
+        environ["wsgi.errors"] = _Errors(environ["wsgi.errors"], outcome)
 
 
 class _Departed:
@@ -188,12 +286,36 @@ class _Departed:
 
 @cache
 def _leaving(kind: Any) -> Any:
+    if hasattr(kind, "_plain"):  # tm.attempts runs again with the same response
+        return kind
     members = {"_plain": kind.__call__, "__call__": _Leaving.__call__}
     return type(f"Streamed{kind.__name__}", (kind,), members)
 
 
+def check_headers(response: Any, stream: Stream, controller: str) -> None:
+    """Check the headers that the controller has set, before anything runs.
+
+    :raises StreamError: when no server could send them; the stream is then discarded.
+    """
+    try:
+        check_sendable(controller, response)
+    except StreamError:
+        stream._discard()
+        raise
+
+
 def send_off(response: Any, stream: Stream) -> None:
-    """Let ``response`` take ``stream`` along when it leaves the application."""
+    """Let ``response`` take ``stream`` along when it leaves the application.
+
+    :raises StreamError: when it cannot be sent; the stream has then ended.
+    """
+    body = stream._body
+    try:
+        _check_response(response, body)
+    except StreamError as error:
+        if body is not None:
+            body.fail(error, in_request=True)
+        raise
     response.__class__ = _leaving(response.__class__)
     response.tgstream = weakref.ref(stream)
 

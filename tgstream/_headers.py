@@ -9,8 +9,9 @@ import re
 import unicodedata
 from typing import Any
 from urllib.parse import quote
+from wsgiref.util import is_hop_by_hop
 
-from ._options import Format, Options
+from ._options import Format, Options, StreamError
 
 
 def charset_in(content_type: str | None) -> str | None:
@@ -42,6 +43,63 @@ def _set_content_type(response: Any, exposed: Any, format: Format | None) -> Non
     response.headers["Content-Type"] = content_type
     if content_type.startswith("text/") and charset_in(content_type) is None:
         response.charset = "utf-8"
+
+
+_TOKEN = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
+"""The name of a header, by RFC 9110."""
+
+_FORBIDDEN = re.compile(r"[^\t\x20-\x7e\x80-\xff]")
+"""Characters that neither a header's value nor a status line can hold."""
+
+
+def drop_hop_by_hop(response: Any) -> list[str]:
+    """Remove the headers that PEP 3333 leaves to the server, such as ``Connection``.
+
+    :returns: their names.
+    """
+    headers = response.headerlist
+    names = [n for n, _ in headers if isinstance(n, str) and is_hop_by_hop(n)]
+    if names:
+        headers[:] = [(n, value) for n, value in headers if n not in names]
+    return names
+
+
+def check_sendable(where: str, response: Any) -> None:
+    """Check that any server can send the status line and the headers.
+
+    :param where: the controller.
+    :raises StreamError: when one cannot be sent. The response has lost that header, so
+        that an error page can be sent with the others.
+    """
+    if problem := _problem("the status", response.status):
+        raise StreamError(f"{where}: {problem}")
+    headers = response.headerlist
+    for index, (name, value) in enumerate(headers):
+        problem = f"the header name {name!r} is not valid. Use letters, digits and '-'"
+        if isinstance(name, str) and _TOKEN.fullmatch(name):
+            problem = _problem(f"the value of the header {name}", value)
+        if problem:
+            del headers[index]
+            raise StreamError(f"{where}: {problem}")
+
+
+def _problem(what: str, value: Any) -> str:
+    """Why a text cannot be sent; empty if it can."""
+    if not isinstance(value, str):
+        return f"{what} is {type(value).__name__}: {value!r}. Convert it to a str"
+    found = _FORBIDDEN.search(value)
+    if found is None:
+        return ""
+    return (
+        f"{what} contains {found[0]!a} at position {found.start()}. It must be "
+        "Latin-1 without line breaks and control characters. Remove the character, or "
+        "quote the text with urllib.parse.quote()"
+    )
+
+
+def has_no_body(status: int) -> bool:
+    """Whether HTTP allows no body in a response with this status."""
+    return status < 200 or status in (204, 205, 304)
 
 
 _LONGEST = 200

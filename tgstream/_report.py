@@ -129,14 +129,30 @@ class Outcome:
     """What the outside of the application must know of the stream that left it."""
 
     started = responded = cut = False
-    closing = False  # the server has closed the response, or nobody can tell
+    closing = False
+    """Whether the server closes the response, also where nobody can tell."""
+    answered = False
+    """Whether a middleware has begun another response because the stream failed."""
+    bodiless = False
+    """Whether the response to this request has no body, and no bytes are sent."""
+    length: int | None = None
+    """The Content-Length of a response without a body, if it was declared."""
     body: Body | None = None
     error: BaseException | None = None
+    refusal: BaseException | None = None
+    """What the server's ``start_response`` raised, and no later call made good."""
+
+    @property
+    def lost(self) -> bool:
+        """Whether the stream failed and no middleware has answered for it."""
+        return self.error is not None and not self.answered
 
     def raise_error(self) -> None:
-        """Raise the stream's error again, where it was swallowed on the way out."""
-        if self.error is not None:
-            raise self.error
+        """Raise the error again, where it was swallowed on the way out."""
+        if self.lost:
+            raise self.error  # type: ignore[misc]
+        if self.refusal is not None:
+            raise self.refusal
 
     def close(self) -> None:
         """Close the stream, if it has not ended."""

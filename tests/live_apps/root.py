@@ -6,6 +6,7 @@ import json
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import tg
 from tg import TGController, abort, expose
@@ -35,6 +36,28 @@ class RootController(TGController):
     def words(self) -> Iterator[str]:
         yield "one\n"
         yield "two\n"
+
+    @expose(content_type="text/plain")
+    @stream
+    def header(self, name: str, value: str, late: str = "") -> Iterator[str]:
+        """Sets a header that some server refuses, in the generator or outside of it."""
+        given: Any = int(value) if value.isdigit() else value
+        if not late:
+            tg.response.headers[name] = given
+        return self._words(name, given, late)
+
+    def _words(self, name: str, value: Any, late: str) -> Iterator[str]:
+        if late:
+            tg.response.headers[name] = value
+        yield "one\n"
+        yield "two\n"
+
+    @expose(content_type="text/plain")
+    @stream
+    def status(self, status: str, items: str = "0") -> Iterator[str]:
+        tg.response.status = status
+        for _ in range(int(items)):
+            yield "one\n"
 
     @expose(content_type="text/plain")
     @stream
