@@ -27,7 +27,7 @@ from ._options import Commit, Format, Options, check
 from ._plan import Plan
 from ._registry import registry
 from ._seats import held, take
-from ._source import is_for_a_stream, is_streamed, not_streamed
+from ._source import is_for_a_stream, is_streamed, not_streamed, resolve_proxy
 from ._stream import Stream
 
 if TYPE_CHECKING:
@@ -73,7 +73,14 @@ def stream(
     :raises ValueError: when an option makes no sense.
     """
 
+    function = None
+    if _is_meant_as_function(format):
+        function, format = format, None
+    elif format is not None:
+        format = check("@stream", format).format
+
     def decorate(function: F) -> F:
+        _check_function(function)
         where = f"@stream on {name_of(function)}"
         if _is_async(function):
             raise TypeError(
@@ -84,15 +91,47 @@ def stream(
             *(where, format, commit, chunk_size, filename, charset, length),
             *(max_seconds, limit),
         )
-        Decoration.get_decoration(function)._register_controller_wrapper(
-            lambda caller: _streaming(caller, function, options)
+        method = getattr(function, "__func__", function)  # of a bound method
+        Decoration.get_decoration(method)._register_controller_wrapper(
+            lambda caller: _streaming(caller, method, options)
         )
         return function
 
-    if inspect.isfunction(format):
-        function, format = format, None
-        return decorate(function)
-    return decorate
+    return decorate if function is None else decorate(function)
+
+
+def _is_meant_as_function(value: Any) -> bool:
+    """True for the argument of a bare ``@stream``, also if it cannot be a controller.
+
+    A format may be a class, or have a ``__call__``, but has an ``encode``.
+    """
+    if hasattr(value, "encode"):
+        return False
+    return callable(value) or _is_descriptor(value)
+
+
+def _is_descriptor(value: Any) -> bool:
+    return isinstance(value, staticmethod | classmethod)
+
+
+def _check_function(value: Any) -> None:
+    """Refuse all that TurboGears does not call as a controller, for no reason told.
+
+    :raises TypeError: when ``value`` is not a function; compiled by Cython is fine.
+    """
+    if hasattr(value, "__code__"):
+        return
+    kind = type(value).__name__
+    if _is_descriptor(value):
+        raise TypeError(
+            f"@stream must stand below @{kind}, on the function itself, got {kind}: "
+            f"{value!r:.80}. Swap the two lines"
+        )
+    raise TypeError(
+        f"@stream must decorate a function, because TurboGears calls nothing else as a "
+        f"controller, got {kind}: {value!r:.80}. Write a method that calls it, and put "
+        "@stream on that method"
+    )
 
 
 def _is_async(function: Any) -> bool:
@@ -104,8 +143,11 @@ def _streaming(caller: Any, function: Any, options: Options) -> Callable[..., An
 
     def call(*args: Any) -> Any:
         with held(function, options.limit) as seat:
-            output = caller(*args)
-            given = isinstance(output, Stream | Response)
+            output = resolve_proxy(caller(*args))
+            if isinstance(output, Stream):
+                output._adopt(options, function, seat, _context.current().request)
+                return output
+            given = isinstance(output, Response)
             if given or not is_streamed(output, name_of(function)):
                 return output
             stream = Stream._of(output, options, function)
@@ -133,6 +175,7 @@ def install() -> None:
 
 
 def _before_render(remainder: Any, params: Any, output: Any) -> None:
+    output = resolve_proxy(output)
     if isinstance(output, Stream):
         _start(output, _context.current())
     elif is_for_a_stream(output):
@@ -142,7 +185,7 @@ def _before_render(remainder: Any, params: Any, output: Any) -> None:
 def _start(stream: Stream, tg_locals: Any) -> None:
     """Start the stream inside the request, up to its first chunk."""
     _context.check_locals()
-    stream._claim()
+    stream._prepare(tg_locals.request)
     options = stream._options
     function = stream._controller or _dispatched(tg_locals.request)
 
@@ -161,10 +204,8 @@ def _start(stream: Stream, tg_locals: Any) -> None:
         asked = getattr(options.format, "charset", None) or asked
         return asked or charset_in(exposed()[0]) or "utf-8"
 
-    if tg_locals.request.method == "HEAD":
-        stream._discard()
-        set_headers(tg_locals.response, exposed, options)
-        send_off(tg_locals.response, stream)
+    if tg_locals.request.method in _RUN_NOTHING:
+        _answer_without_body(stream, tg_locals, exposed)
         return
     database = _database_of(tg_locals)
     plan = _plan(options, name_of(function), charset, tg_locals.config)
@@ -175,6 +216,23 @@ def _start(stream: Stream, tg_locals: Any) -> None:
     body.prime(lambda answer: _vetoed(tg_locals, answer))
     set_headers(tg_locals.response, exposed, options)
     send_off(tg_locals.response, stream)
+
+
+_RUN_NOTHING = {"HEAD", "OPTIONS", "TRACE", "CONNECT"}
+"""Methods that do not ask for the resource's content, so no generator runs."""
+
+
+def _answer_without_body(stream: Stream, tg_locals: Any, exposed: Any) -> None:
+    """Answer with the headers alone: those of the stream for HEAD, else no content."""
+    response = tg_locals.response
+    stream._discard()
+    if tg_locals.request.method == "HEAD":
+        set_headers(response, exposed, stream._options)
+    else:
+        no_length = response.status_int < 200 or response.status_int in (204, 304)
+        length = None if no_length else 0
+        stream._options = stream._options._replace(length=length)
+    send_off(response, stream)
 
 
 def _dispatched(request: Any) -> Any:

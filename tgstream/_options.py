@@ -64,6 +64,11 @@ class Options(NamedTuple):
     max_seconds: float | None
     limit: int | None
 
+    def or_else(self, others: Options) -> Options:
+        """These options, and where one was left open, that of ``others``."""
+        pairs = zip(self, others, strict=True)
+        return Options(*(other if own is None else own for own, other in pairs))
+
 
 def check(
     where: str,
