@@ -800,7 +800,7 @@ def test_bound_method_is_decorated(make_app: MakeApp) -> None:
 @pytest.mark.parametrize("value", [5, "csv", b"csv", object()])
 def test_invalid_format_is_refused_before_anything_is_decorated(value: Any) -> None:
     """The error names the line with the mistake."""
-    with pytest.raises(TypeError, match="^@stream: .* is no format"):
+    with pytest.raises(TypeError, match=r"^@stream: .* is no format"):
         stream(value)
 
 

@@ -51,7 +51,7 @@ def first(call: Call) -> bytes:
 
 def test_pipe_is_sent_as_it_is_written(make_app: MakeApp) -> None:
     """A program's output is sent before the program has ended."""
-    script = "import sys; print('one', flush=True); sys.stdin.read(); print('two')"
+    script = "import os; os.write(1, b'one\\n'); os.read(0, 1); os.write(1, b'two\\n')"
     process = subprocess.Popen(
         [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
@@ -72,7 +72,7 @@ def test_nonblocking_pipe_without_data_has_not_ended(
     reader, writer = os.pipe()
     os.set_blocking(reader, False)
     os.write(writer, b"one")
-    call = Call(app_of(make_app, lambda: open(reader, "rb", buffering)))
+    call = Call(app_of(make_app, lambda: os.fdopen(reader, "rb", buffering)))
     assert first(call) == b"one"
 
     def write_late() -> None:
@@ -120,14 +120,14 @@ class Buffered(io.BufferedIOBase):
 
 
 def spooled(mode: str, data: Any) -> Any:
-    file = tempfile.SpooledTemporaryFile(mode=mode)
+    file = tempfile.SpooledTemporaryFile(mode=mode)  # noqa: SIM115
     file.write(data)
     file.seek(0)
     return file
 
 
 def named(data: bytes) -> Any:
-    file = tempfile.NamedTemporaryFile()
+    file = tempfile.NamedTemporaryFile()  # noqa: SIM115
     file.write(data)
     file.seek(0)
     return file
@@ -142,14 +142,19 @@ def zipped(data: bytes) -> Any:
 
 def of_a_socket(data: bytes) -> Any:
     ours, theirs = socket.socketpair()
-    threading.Thread(target=lambda: (theirs.sendall(data), theirs.close())).start()
+
+    def send() -> None:
+        with theirs:
+            theirs.sendall(data)
+
+    threading.Thread(target=send).start()
     with ours:
         return ours.makefile("rb")
 
 
 FILES: dict[str, Callable[[bytes], Any]] = {
     "BytesIO": io.BytesIO,
-    "GzipFile": lambda data: gzip.open(io.BytesIO(gzip.compress(data))),
+    "GzipFile": lambda data: gzip.GzipFile(fileobj=io.BytesIO(gzip.compress(data))),
     "SpooledTemporaryFile": lambda data: spooled("w+b", data),
     "spooled text": lambda data: spooled("w+", data.decode()),
     "NamedTemporaryFile": named,
@@ -253,6 +258,16 @@ def test_response_is_sent_whole_and_closed(make_app: MakeApp, framing: str) -> N
 # The request's own body.
 
 
+def post(app: Any, file: io.BytesIO, length: int) -> Call:
+    """A request whose body is in a file of the server's."""
+    environ: dict[str, Any] = {
+        "wsgi.input": file,
+        "CONTENT_LENGTH": str(length),
+        "CONTENT_TYPE": "application/octet-stream",
+    }
+    return Call(app, method="POST", checked=False, **environ)
+
+
 class Socket(io.BytesIO):
     """What a server reads a connection from: more than one request."""
 
@@ -271,14 +286,7 @@ def test_request_body_ends_at_its_length(make_app: MakeApp, name: str) -> None:
     )
     file = Socket(b"x" * BLOCK + b"body" + b"GET /next HTTP/1.1")
     for data in (b"x" * BLOCK, b"body"):
-        call = Call(
-            *(app, "/", "POST", False),
-            **{
-                "wsgi.input": file,
-                "CONTENT_LENGTH": str(len(data)),
-                "CONTENT_TYPE": "application/octet-stream",
-            },
-        )
+        call = post(app, file, len(data))
         assert call.read() == data
         assert not file.closed
     assert file.read() == b"GET /next HTTP/1.1"
@@ -289,14 +297,7 @@ def test_request_body_that_was_cut_fails_the_stream(make_app: MakeApp) -> None:
 
     app = app_of(make_app, lambda: tg.request.environ["wsgi.input"])
     with pytest.raises(ConnectionResetError, match="6 bytes of the request body"):
-        Call(
-            *(app, "/", "POST", False),
-            **{
-                "wsgi.input": Socket(b"half"),
-                "CONTENT_LENGTH": "10",
-                "CONTENT_TYPE": "application/octet-stream",
-            },
-        ).read()
+        post(app, Socket(b"half"), 10).read()
 
 
 HEAD = (

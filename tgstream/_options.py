@@ -66,8 +66,8 @@ class Options(NamedTuple):
 
     def or_else(self, others: Options) -> Options:
         """These options, and where one was left open, that of ``others``."""
-        pairs = zip(self, others, strict=True)
-        return Options(*(other if own is None else own for own, other in pairs))
+        own = {name: v for name, v in self._asdict().items() if v is not None}
+        return others._replace(**own)
 
 
 def check(
