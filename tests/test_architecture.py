@@ -23,7 +23,7 @@ LADDER = {
     "_sse": {"_encoder"},
     "_config": set(),
     "_headers": {"_options"},
-    "_source": {"_options"},
+    "_source": {"_cleanup", "_options"},
     "_thread": {"_body", "_database", "_registry"},  # for their types alone
     "_cleanup": set(),
     "_seats": set(),

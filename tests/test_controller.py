@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 from collections.abc import Callable, Iterable, Iterator
@@ -25,7 +26,7 @@ from webtest import TestApp
 from tests.conftest import MakeApp, assert_clean
 from tests.model import Model, User
 from tests.wsgi import Call, get
-from tgstream import NDJSON, Report, Stream, StreamError, copy, rows, stream
+from tgstream import CSV, NDJSON, Report, Stream, StreamError, copy, rows, stream
 from tgstream._source import BLOCK
 
 
@@ -686,7 +687,9 @@ def test_options_that_make_no_sense_are_refused(
     def controller(self: Any) -> Iterator[str]:
         yield "x"
 
-    with pytest.raises((TypeError, ValueError), match=r"^@stream on controller: ") as a:
+    with pytest.raises(
+        (TypeError, ValueError), match=r"^@stream( on controller)?: "
+    ) as a:
         stream(**options)(controller)
     with pytest.raises((TypeError, ValueError), match=r"^Stream: ") as b:
         Stream([], **options)
@@ -712,3 +715,218 @@ def test_controller_without_stream_is_as_ever(make_app: MakeApp) -> None:
     call = get(make_app(Root()), "/plain")
     assert json.loads(call.text) == {"a": 1}
     assert Decoration.get_decoration(Root.plain).hooks["before_render"] == []
+
+
+# Proxies of TG's.
+
+
+@pytest.mark.parametrize("format", [None, NDJSON])
+def test_response_proxy_is_a_response(make_app: MakeApp, format: Any) -> None:
+    """A controller may set up ``tg.response``, and return it."""
+
+    class Root(TGController):
+        @expose(content_type="text/plain")
+        @stream(format)
+        def proxy(self) -> Any:
+            tg.response.text = "hello"
+            return tg.response
+
+    call = get(make_app(Root()), "/proxy")
+    assert (call.status, call.text) == ("200 OK", "hello")
+
+
+@pytest.mark.parametrize("name", ["tmpl_context", "app_globals"])
+def test_other_proxy_is_the_object_behind_it(make_app: MakeApp, name: str) -> None:
+    """It can be iterated only where that object can."""
+
+    class Root(TGController):
+        @expose()
+        @stream
+        def decorated(self) -> Any:
+            return getattr(tg, name)
+
+        @expose()
+        def helped(self) -> Any:
+            return Stream(tg.response)
+
+    app = make_app(Root(), trace_errors__enable=False)
+    with pytest.raises(TypeError, match=r"^Root.decorated returned .* a generator"):
+        get(app, "/decorated")
+    with pytest.raises(TypeError, match="not of Response"):
+        get(app, "/helped")
+
+
+# Things that cannot be decorated.
+
+
+class Called:
+    def __call__(self) -> Any:
+        return numbers()
+
+
+NO_FUNCTIONS: dict[str, Any] = {
+    "partial": functools.partial(numbers),
+    "object": Called(),
+    "class": Called,
+    "builtin": len,
+    "staticmethod": staticmethod(numbers),
+    "classmethod": classmethod(numbers),  # type: ignore[arg-type]
+}
+
+
+@pytest.mark.parametrize("kind", NO_FUNCTIONS)
+@pytest.mark.parametrize("options", [None, {}, {"format": NDJSON}])
+def test_decorating_no_function_is_refused(kind: str, options: Any) -> None:
+    """TurboGears would find no controller there, and answer with 404."""
+    value = NO_FUNCTIONS[kind]
+    decorate: Any = stream if options is None else stream(**options)
+    with pytest.raises(TypeError, match=r"^@stream must .* got \w+: "):
+        decorate(value)
+
+
+def test_bound_method_is_decorated(make_app: MakeApp) -> None:
+    """Its function is what TurboGears calls."""
+
+    class Root(TGController):
+        @expose(content_type="text/plain")
+        def page(self) -> Any:
+            return numbers()
+
+    root = Root()
+    assert stream(root.page) == root.page
+    assert get(make_app(root), "/page").text == "12"
+
+
+@pytest.mark.parametrize("value", [5, "csv", b"csv", object()])
+def test_invalid_format_is_refused_before_anything_is_decorated(value: Any) -> None:
+    """The error names the line with the mistake."""
+    with pytest.raises(TypeError, match=r"^@stream: .* is no format"):
+        stream(value)
+
+
+# A decorator above a Stream.
+
+
+def test_options_of_the_decorator_apply_where_the_stream_has_none(
+    make_app: MakeApp,
+) -> None:
+    """The format, the name and all others; those of the Stream win."""
+
+    class Root(TGController):
+        @expose()
+        @stream(CSV(header=["n"]), filename="a.csv", charset="latin-1")
+        def merged(self) -> Stream:
+            return Stream([["\u00e9"]])
+
+        @expose()
+        @stream(CSV(header=["n"]), filename="a.csv")
+        def own(self) -> Stream:
+            return Stream([1], Words(), filename="b.txt")
+
+        @expose(content_type="text/plain")
+        @stream(Words)
+        def file(self) -> Stream:
+            return Stream(io.BytesIO(b"a\nb\n"))
+
+        @expose(content_type="text/plain")
+        @stream(chunk_size=3, length=4)
+        def sized(self) -> Stream:
+            return Stream(iter(["a", "b", "c", "d"]))
+
+    app = make_app(Root())
+    call = Call(app, "/merged")
+    assert call.read() == "n\r\n\u00e9\r\n".encode("latin-1")
+    assert 'filename="a.csv"' in call.headers["Content-Disposition"]
+    call = get(app, "/own")
+    assert call.text == "#\n1\n."
+    assert 'filename="b.txt"' in call.headers["Content-Disposition"]
+    assert get(app, "/file").text == "#\nb'a\\n'\nb'b\\n'\n."
+    assert chunks(app, "/sized") == [b"abc", b"d"]
+
+
+def test_commit_of_the_decorator_applies_to_a_stream(
+    make_app: MakeApp, model: Model
+) -> None:
+    """Each item is stored before the next, although the stream is not read on."""
+
+    def items() -> Iterator[str]:
+        for name in ("ada", "bob", "eve"):
+            model.DBSession.add(User(name=name))
+            yield name
+
+    class Root(TGController):
+        @expose(content_type="text/plain")
+        @stream(commit="each")
+        def each(self) -> Stream:
+            return Stream(items())
+
+    call = Call(make_app(Root(), model), "/each")
+    assert [next(call), next(call)] == [b"ada", b"bob"]
+    call.close()
+    assert model.names() == ["ada", "bob"]
+    assert_clean(model)
+
+
+def test_stream_of_a_decorated_controller_serves_one_request(
+    make_app: MakeApp,
+) -> None:
+    """The second request is refused, and changes nothing of the first's stream."""
+    shared: list[Stream] = []
+
+    class Root(TGController):
+        @expose(content_type="text/plain")
+        @stream(limit=5)
+        def same(self) -> Stream:
+            if not shared:
+                shared.append(Stream(numbers()))
+            return shared[0]
+
+    app = make_app(Root(), trace_errors__enable=False)
+    call = Call(app, "/same")
+    with pytest.raises(StreamError, match="was given to a second"):
+        get(app, "/same")
+    assert call.read() == b"12"
+
+
+# Methods without content.
+
+
+@pytest.mark.parametrize("method", ["OPTIONS", "TRACE", "CONNECT"])
+@pytest.mark.parametrize("path", ["/generator", "/returned", "/helped"])
+def test_method_without_content_runs_no_generator(
+    make_app: MakeApp, reports: list[Report], method: str, path: str
+) -> None:
+    """The controller's own headers and status stay, and there is no body."""
+    ran = []
+
+    def items() -> Iterator[str]:
+        ran.append(1)
+        yield "x"
+
+    class Root(TGController):
+        @expose()
+        @stream(Words, length=3, limit=1)
+        def generator(self) -> Iterator[str]:
+            yield from items()
+
+        @expose()
+        @stream(Words, limit=1)
+        def returned(self) -> Any:
+            tg.response.headers["Access-Control-Allow-Origin"] = "*"
+            return items()
+
+        @expose()
+        def helped(self) -> Any:
+            tg.response.status = 202
+            tg.response.headers["Access-Control-Allow-Origin"] = "*"
+            return Stream(items(), Words, length=3, limit=1)
+
+    app = make_app(Root())
+    for _ in range(2):  # its slot is free again
+        call = Call(app, path, method=method, checked=False)
+        assert call.read() == b""
+        assert call.headers["Content-Length"] == "0"
+        assert call.status_int == (202 if path == "/helped" else 200)
+        allowed = call.headers.get("Access-Control-Allow-Origin")
+        assert allowed == (None if path == "/generator" else "*")
+    assert (ran, reports) == ([], [])

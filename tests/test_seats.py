@@ -127,3 +127,26 @@ def test_limit_that_makes_no_sense_is_refused(limit: Any) -> None:
     """At decoration, in one sentence."""
     with pytest.raises(ValueError, match=r"limit=.*from 1 on, or None"):
         stream(limit=limit)(lambda: None)
+
+
+@pytest.mark.parametrize("own", [None, 1])
+def test_limit_of_the_decorator_applies_to_a_stream(
+    make_app: MakeApp, sqlite_model: Model, own: int | None
+) -> None:
+    """Its slot is the stream's, or is released at once where that has its own limit."""
+
+    class Root(TGController):
+        @expose(content_type="text/plain")
+        @stream(limit=2 if own else 1)
+        def returned(self, fail: str = "") -> Stream:
+            if fail:
+                abort(404)
+            return Stream(iter(["one", "two"]), limit=own)
+
+    app = make_app(Root(), sqlite_model)
+    for _ in range(3):
+        assert get(app, "/returned?fail=1").status_int == 404
+        call = Call(app, "/returned")
+        assert get(app, "/returned").status_int == 503
+        assert call.read() == b"onetwo"
+    assert get(app, "/returned").text == "onetwo"

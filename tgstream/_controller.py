@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import tg
@@ -22,12 +22,12 @@ from webob.exc import HTTPException
 from . import _context
 from ._config import option, scoped_sessions, tm_enabled
 from ._guard import Guard, check_headers, end_previous, send_off, watch_exit
-from ._headers import charset_in, set_headers
+from ._headers import charset_in, has_no_body, set_headers
 from ._options import Commit, Format, Options, check
 from ._plan import Plan
 from ._registry import registry
 from ._seats import held, take
-from ._source import is_for_a_stream, is_streamed, not_streamed
+from ._source import is_for_a_stream, is_streamed, not_streamed, resolve_proxy
 from ._stream import Stream
 
 if TYPE_CHECKING:
@@ -73,7 +73,14 @@ def stream(
     :raises ValueError: when an option makes no sense.
     """
 
+    function = None
+    if _is_meant_as_function(format):
+        function, format = format, None
+    elif format is not None:
+        format = check("@stream", format).format
+
     def decorate(function: F) -> F:
+        _check_function(function)
         where = f"@stream on {name_of(function)}"
         if _is_async(function):
             raise TypeError(
@@ -84,15 +91,47 @@ def stream(
             *(where, format, commit, chunk_size, filename, charset, length),
             *(max_seconds, limit),
         )
-        Decoration.get_decoration(function)._register_controller_wrapper(
-            lambda caller: _streaming(caller, function, options)
+        method = getattr(function, "__func__", function)  # of a bound method
+        Decoration.get_decoration(method)._register_controller_wrapper(
+            lambda caller: _streaming(caller, method, options)
         )
         return function
 
-    if inspect.isfunction(format):
-        function, format = format, None
-        return decorate(function)
-    return decorate
+    return decorate if function is None else decorate(function)
+
+
+def _is_meant_as_function(value: Any) -> bool:
+    """True for the argument of a bare ``@stream``, also if it cannot be a controller.
+
+    A format may be a class, or have a ``__call__``, but has an ``encode``.
+    """
+    if hasattr(value, "encode"):
+        return False
+    return callable(value) or _is_descriptor(value)
+
+
+def _is_descriptor(value: Any) -> bool:
+    return isinstance(value, staticmethod | classmethod)
+
+
+def _check_function(value: Any) -> None:
+    """Refuse all that TurboGears does not call as a controller, for no reason told.
+
+    :raises TypeError: when ``value`` is not a function; compiled by Cython is fine.
+    """
+    if hasattr(value, "__code__"):
+        return
+    kind = type(value).__name__
+    if _is_descriptor(value):
+        raise TypeError(
+            f"@stream must stand below @{kind}, on the function itself, got {kind}: "
+            f"{value!r:.80}. Swap the two lines"
+        )
+    raise TypeError(
+        f"@stream must decorate a function, because TurboGears calls nothing else as a "
+        f"controller, got {kind}: {value!r:.80}. Write a method that calls it, and put "
+        "@stream on that method"
+    )
 
 
 def _is_async(function: Any) -> bool:
@@ -105,8 +144,11 @@ def _streaming(caller: Any, function: Any, options: Options) -> Callable[..., An
     def call(*args: Any) -> Any:
         end_previous(_context.current().request.environ)
         with held(function, options.limit) as seat:
-            output = caller(*args)
-            given = isinstance(output, Stream | Response)
+            output = resolve_proxy(caller(*args))
+            if isinstance(output, Stream):
+                output._adopt(options, function, seat, _context.current().request)
+                return output
+            given = isinstance(output, Response)
             if given or not is_streamed(output, name_of(function)):
                 return output
             stream = Stream._of(output, options, function)
@@ -137,6 +179,7 @@ class _Hooks(dict[str, Any]):
 
 
 def _before_render(remainder: Any, params: Any, output: Any) -> None:
+    output = resolve_proxy(output)
     if isinstance(output, Stream):
         _start(output, _context.current())
     elif is_for_a_stream(output):
@@ -146,7 +189,7 @@ def _before_render(remainder: Any, params: Any, output: Any) -> None:
 def _start(stream: Stream, tg_locals: Any) -> None:
     """Start the stream inside the request, up to its first chunk."""
     _context.check_locals()
-    stream._claim()
+    stream._prepare(tg_locals.request)
     options = stream._options
     function = stream._controller or _dispatched(tg_locals.request)
 
@@ -167,17 +210,11 @@ def _start(stream: Stream, tg_locals: Any) -> None:
         asked = getattr(options.format, "charset", None) or asked
         return asked or charset_in(exposed()[0]) or "utf-8"
 
-    if tg_locals.request.method == "HEAD":
-        stream._length = _declared_length(options, tg_locals.response)
-        stream._discard()
-        set_headers(tg_locals.response, exposed, options)
-        send_off(tg_locals.response, stream)
+    if tg_locals.request.method in _RUN_NOTHING:
+        _answer_without_body(stream, tg_locals, exposed)
         return
     database = _database_of(tg_locals)
-
-    def length() -> int | None:
-        return _declared_length(options, tg_locals.response)
-
+    length = partial(_declared_length, options, tg_locals.response)
     plan = _plan(options, name_of(function), charset, length, tg_locals.config)
     body = stream._open(plan, tg_locals, database)
     watch_exit(tg_locals.request.environ, body)
@@ -186,6 +223,22 @@ def _start(stream: Stream, tg_locals: Any) -> None:
     body.start(lambda answer: _vetoed(tg_locals, answer))
     set_headers(tg_locals.response, exposed, options)
     send_off(tg_locals.response, stream)
+
+
+_RUN_NOTHING = {"HEAD", "OPTIONS", "TRACE", "CONNECT"}
+"""Methods that do not ask for the resource's content, so no generator runs."""
+
+
+def _answer_without_body(stream: Stream, tg_locals: Any, exposed: Any) -> None:
+    """Answer with the headers alone: those of the stream for HEAD, else no content."""
+    response = tg_locals.response
+    stream._discard()
+    if tg_locals.request.method == "HEAD":
+        stream._length = _declared_length(stream._options, response)
+        set_headers(response, exposed, stream._options)
+    else:
+        stream._length = None if has_no_body(response.status_int) else 0
+    send_off(response, stream)
 
 
 def _dispatched(request: Any) -> Any:

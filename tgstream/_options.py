@@ -64,6 +64,11 @@ class Options(NamedTuple):
     max_seconds: float | None
     limit: int | None
 
+    def or_else(self, others: Options) -> Options:
+        """These options, and where one was left open, that of ``others``."""
+        own = {name: v for name, v in self._asdict().items() if v is not None}
+        return others._replace(**own)
+
 
 def check(
     where: str,

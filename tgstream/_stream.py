@@ -16,7 +16,7 @@ from ._heart import beating
 from ._options import Commit, Format, Options, StreamError, check
 from ._plan import Plan
 from ._seats import Seat
-from ._source import claim, is_iterable, source_of
+from ._source import claim, is_iterable, open_source, resolve_proxy, source_of
 from ._thread import thread
 
 if TYPE_CHECKING:
@@ -74,6 +74,7 @@ class Stream:
             *("Stream", format, commit, chunk_size, filename, charset, length),
             *(max_seconds, limit),
         )
+        items = resolve_proxy(items)
         if not is_iterable(items):
             raise TypeError(
                 f"a Stream is made of an iterable, not of {type(items).__name__}; "
@@ -90,11 +91,35 @@ class Stream:
     def _hold(self, items: Any, options: Options, controller: Any) -> None:
         self._body: Body | None = None
         self._claimed = threading.Lock()
-        self._source = source_of(items, options.format is None)
+        self._claimant: Any = None
+        self._source = source_of(items)
         self._options = options
         self._controller = controller
         self._seat: Seat | None = None
         self._length: int | None = None  # bytes of the whole body, for HEAD
+
+    def _adopt(
+        self, options: Options, controller: Any, seat: Seat | None, request: Any
+    ) -> None:
+        """Apply the decorator's options where this stream, which it got, has none."""
+        if self._claimant is not request:
+            self._claim(request)
+            self._claimant = request
+        if seat is not None:
+            if self._options.limit is None:
+                self._seat = seat
+            else:
+                seat.leave()
+        self._options = self._options.or_else(options)
+        self._controller = controller
+
+    def _prepare(self, request: Any) -> None:
+        """Take the stream for its request, and its source as the options mean it."""
+        if self._claimant is not request:
+            self._claim(request)
+        self._claimant = None  # to start it twice is an error again
+        raw = self._options.format is None
+        self._source = open_source(self._source, raw, request.environ)
 
     @property
     def items(self) -> int:
@@ -142,9 +167,11 @@ class Stream:
         if body is not None:
             body.drop()
 
-    def _claim(self) -> None:
+    def _claim(self, request: Any) -> None:
         """Take the stream for one request; the second to ask gets an error."""
-        if not self._claimed.acquire(blocking=False) or not claim(self._source):
+        if not self._claimed.acquire(blocking=False) or not claim(
+            self._source, request.environ
+        ):
             raise StreamError(
                 "a Stream, and the generator in it, serves one request and was given "
                 "to a second; make it anew in each, and no @cached on its controller"
