@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from itertools import count, islice
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -95,6 +96,28 @@ def test_event_is_encoded_once_for_all_who_listen(channel: Channel) -> None:
     fields = Event("a\r\nb", event="x", id=events[0].id)
     assert pieces[0] == encoded(fields)
     assert parsed(pieces[0]).messages[0].data == "a\nb"
+
+
+@pytest.mark.parametrize("text", ["a\r\nb", "é", ""])
+def test_publish_of_text_encodes_it_once(channel: Channel, text: str) -> None:
+    """It makes no JSON encoder, and no event that is thrown away."""
+    events, calls = waiting(channel), list[str]()
+
+    def note(frame: Any, what: str, argument: Any) -> None:
+        if what == "call" and "tgstream" in frame.f_code.co_filename:
+            file = Path(frame.f_code.co_filename).stem
+            calls.append(f"{file}.{frame.f_code.co_name}")
+
+    channel.publish("before")
+    sys.setprofile(note)
+    try:
+        channel.publish(text)
+    finally:
+        sys.setprofile(None)
+    assert calls.count("_sse._utf8") == calls.count("_memory._append") == 1
+    assert "_sse.__post_init__" not in calls
+    assert not [each for each in calls if each.startswith("_encoder.")]
+    assert heard(events, 2) == ["before", text]
 
 
 @pytest.mark.parametrize("said", ["all", "some", "none"])
@@ -276,21 +299,155 @@ def test_shorter_beat_is_kept_beside_a_longer_one() -> None:
     patient = threading.Thread(target=lambda: found.append(feed.take(0, 600.0)))
     found: list[Any] = []
     patient.start()
-    assert list(feed.take(0, 0.01) or ()) == []
+    assert feed.take(0, 0.01) == Event()
     patient.join(10)
-    assert [list(each) for each in found] == [[]]
+    assert found == [Event()]
 
 
 KILLED = """
 from gevent import monkey; monkey.patch_all()
 import gevent
-from tgstream._feed import Feed, Start, follow
+from tgstream._feed import BEAT, Feed
 feed = Feed((1, 0), 10)
 looks, waits = (gevent.spawn(feed.take, 0, 600.0) for _ in range(2))
 gevent.sleep(0)
 looks.kill()
-print(waits.get(timeout=10))
+print(waits.get(timeout=10) is BEAT)
 """
+
+
+COLLECTED = """
+import gc, sys, threading
+if sys.argv[1] == "gevent":
+    from gevent import monkey; monkey.patch_all()
+import faulthandler; faulthandler.dump_traceback_later(50, exit=True)
+from itertools import islice
+from tgstream import Channel, _feed
+
+ROUNDS = 1000
+channel, other = Channel("one"), Channel("two")
+
+
+def body(number):
+    try:
+        yield b""
+    finally:
+        channel.publish(f"end {number}")
+        other.publish("elsewhere")
+        listeners.append(channel.listen())
+        _feed.wake()
+
+
+def hear(events, into):
+    for event in events:
+        if event.data is not None:
+            into.append(event)
+        if len(into) == 2 * ROUNDS:
+            return
+
+
+listeners, heard = [channel.listen() for _ in range(3)], [[], [], []]
+threads = [
+    threading.Thread(target=hear, args=each)
+    for each in zip(listeners, heard, strict=True)
+]
+for thread in threads:
+    thread.start()
+for number in range(ROUNDS):
+    cycle = [body(number)]
+    next(cycle[0])
+    cycle.append(cycle)
+    del cycle
+    channel.publish(f"round {number}")
+    if number % 100 == 0:
+        threading.Event().wait(0)
+gc.collect()
+for thread in threads:
+    thread.join()
+assert heard[0] == heard[1] == heard[2]
+expected = {f"{what} {number}" for what in ("round", "end") for number in range(ROUNDS)}
+assert {event.data for event in heard[0]} == expected
+numbers = [int(event.id.split("-")[1]) for event in heard[0]]
+assert numbers == sorted(numbers) and len(set(numbers)) == 2 * ROUNDS
+rounds = [event.data for event in heard[0] if "round" in event.data]
+assert rounds == [f"round {number}" for number in range(ROUNDS)]
+assert len(listeners) == 3 + ROUNDS
+assert all(next(each).comment == "open" for each in listeners[3:])
+print(max(numbers) >= 3 * ROUNDS - 1)
+"""
+
+
+@pytest.mark.parametrize("kind", ["threads", "gevent"])
+def test_finaliser_that_the_collector_runs_anywhere_may_publish(
+    make_app: MakeApp, kind: str
+) -> None:
+    """Also to the channel that its thread is publishing to; every event is heard."""
+    command = [sys.executable, "-W", "ignore", "-c", COLLECTED, kind]
+    said = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert said.stdout == "True\n", said.stderr[-3000:]
+
+
+INTERRUPTED = """
+import faulthandler, sys
+faulthandler.dump_traceback_later(50, exit=True)
+from itertools import islice
+from tgstream import Channel, _feed
+
+ACTIONS = {
+    "publish": lambda: channel.publish("before"),
+    "listen": lambda: next(channel.listen()),
+    "resume": lambda: list(islice(channel.listen(after=id), 2)),
+    "wake": _feed.wake,
+    "beat": lambda: _feed.Feed((0, 0), 9).take(0, 0.0),
+}
+channel = Channel("one")
+id = next(channel.listen()).id
+channel.publish("first")
+
+
+def heard(events):
+    assert next(events).comment == "open"
+    return list(iter(lambda: next(events).data, "after"))
+
+
+for name, act in ACTIONS.items():
+    at = 0
+    while True:
+        seen, inside, late = 0, [], channel.listen()
+
+        def interrupt(frame, what, argument):
+            global seen
+            if not frame.f_code.co_filename.endswith(("_feed.py", "_memory.py")):
+                return None
+            frame.f_trace_opcodes = True
+            if what == "opcode":
+                if seen == at:
+                    sys.settrace(None)
+                    channel.publish("inside")
+                    _feed.wake()
+                    inside.append(channel.listen())
+                seen += 1
+            return interrupt
+
+        sys.settrace(interrupt)
+        act()
+        sys.settrace(None)
+        if not inside:
+            break
+        at += 1
+        channel.publish("after")
+        assert heard(late).count("inside") == 1, (name, at)
+        assert "inside" not in heard(inside[0]), (name, at)
+    assert at > 20, (name, at)
+print("all of it")
+"""
+
+
+def test_finaliser_may_publish_at_every_byte_code(make_app: MakeApp) -> None:
+    """As it may listen and wake: its event is heard before the next, and once."""
+    command = [sys.executable, "-W", "ignore", "-c", INTERRUPTED]
+    said = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert said.stdout == "all of it\n", said.stderr[-3000:]
 
 
 def test_listener_that_has_heard_an_event_is_not_woken_for_it(
@@ -299,18 +456,18 @@ def test_listener_that_has_heard_an_event_is_not_woken_for_it(
     """However early it hears it: it waits for the next, and beats when that is late."""
     waits, heard_by = threading.Semaphore(0), list[Event]()
 
-    class Told(threading.Event):
-        def wait(self, timeout: float | None = None) -> bool:
-            waits.release()
-            return super().wait(timeout)
-
     class Change(_feed._Change):
+        __slots__ = ()
+
         def __init__(self, *args: Any) -> None:
             if listener.ident is None:
                 listener.start()
                 assert waits.acquire(timeout=10)
             super().__init__(*args)
-            self.come = Told()
+
+        def wait(self, seconds: float) -> bool:
+            waits.release()
+            return super().wait(seconds)
 
     def hear() -> None:
         for event in follow(Start(feed, 0, []), 600.0):
@@ -319,7 +476,7 @@ def test_listener_that_has_heard_an_event_is_not_woken_for_it(
                 return
 
     feed, listener = Feed((0, 0), 10), threading.Thread(target=hear)
-    feed._change.come = Told()
+    feed._change.__class__ = Change
     monkeypatch.setattr(_feed, "_Change", Change)
     feed.append((1, 0), Event("one"))
     assert waits.acquire(timeout=10)
@@ -354,7 +511,7 @@ def test_channels_may_be_opened_while_all_are_woken() -> None:
 def test_killed_listener_lets_the_others_go_on() -> None:
     """It may be the one that looks at the clock: another one does, from then on."""
     command = [sys.executable, "-c", KILLED]
-    assert subprocess.check_output(command, text=True) == "[]\n"
+    assert subprocess.check_output(command, text=True) == "True\n"
 
 
 def test_feed_keeps_an_event_once() -> None:
@@ -363,7 +520,7 @@ def test_feed_keeps_an_event_once() -> None:
     events = {place: Event(str(place)) for place in [(1, 1), (2, 0), (2, 1)]}
     for place in [(1, 1), (1, 1), (2, 0), (1, 1), (2, 0), (2, 1)]:
         feed.append(place, events[place])
-    assert feed.take(0, 1.0) == list(events.values())
+    assert [feed.take(number, 1.0) for number in range(3)] == list(events.values())
     assert feed.now() == (3, (2, 1))
 
 

@@ -60,9 +60,12 @@ class Redis:
         self._reading = self._lost = False
         self._client_id: int | None = None  # of the connection that reads
 
-    def publish(self, channel: str, text: str, event: str | None) -> None:
+    def publish(
+        self, channel: str, text: str, event: str | None, data: bytes | None = None
+    ) -> None:
         """Hand an event to all who listen, in whatever process."""
-        self._streams.add(channel, text, event, self._history)
+        said = text if data is None else data
+        self._streams.add(channel, said, event, self._history)
 
     # Listeners.
 

@@ -31,7 +31,9 @@ class Streams:
     def __init__(self, client: Any) -> None:
         self.client = client
 
-    def add(self, channel: str, text: str, event: str | None, history: int) -> None:
+    def add(
+        self, channel: str, text: str | bytes, event: str | None, history: int
+    ) -> None:
         """Append an event, and let the server trim what is older than history."""
         fields = {"data": text} if event is None else {"data": text, "event": event}
         # One more: the place before the oldest, which proves that it is the next.
