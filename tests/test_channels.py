@@ -19,7 +19,7 @@ import transaction
 from tg import TGController, expose
 
 from tests.conftest import MakeApp
-from tests.model import Model, User
+from tests.model import MakeModel, Model, User
 from tests.test_sse import encoded, parsed
 from tests.wsgi import Call, get
 from tgstream import (
@@ -850,6 +850,387 @@ def test_event_that_is_published_while_the_transaction_commits_goes_out(
     get(app, "/now")
     assert heard(events, 2 + len(first)) == [*first, "committed", "end"]
     assert sqlite_model.names() == ["ada"]
+
+
+# SQLAlchemy's own savepoints and rollbacks.
+
+
+def add(model: Model, channel: Channel, name: str) -> None:
+    """A row that is written, and the event that tells of it."""
+    model.DBSession.add(User(name=name))
+    model.DBSession.flush()
+    channel.publish(name)
+
+
+def undo_savepoint(model: Model, channel: Channel) -> None:
+    add(model, channel, "before")
+    with pytest.raises(LookupError), model.DBSession.begin_nested():
+        add(model, channel, "undone")
+        raise LookupError
+    add(model, channel, "after")
+
+
+def release_savepoint(model: Model, channel: Channel) -> None:
+    add(model, channel, "before")
+    with model.DBSession.begin_nested():
+        add(model, channel, "after")
+
+
+def undo_inner_savepoint(model: Model, channel: Channel) -> None:
+    with model.DBSession.begin_nested():
+        add(model, channel, "before")
+        with model.DBSession.begin_nested() as inner:
+            add(model, channel, "undone")
+            inner.rollback()
+        add(model, channel, "after")
+
+
+def undo_outer_savepoint(model: Model, channel: Channel) -> None:
+    add(model, channel, "before")
+    outer = model.DBSession.begin_nested()
+    with model.DBSession.begin_nested():
+        add(model, channel, "undone")
+    model.DBSession.begin_nested()
+    add(model, channel, "undone, too")
+    outer.rollback()
+    add(model, channel, "after")
+
+
+def fail_to_flush(model: Model, channel: Channel) -> None:
+    add(model, channel, "before")
+    with model.DBSession.begin_nested():
+        add(model, channel, "undone")
+        model.DBSession.add(User(name="before"))  # which is there
+        with pytest.raises(sa.exc.IntegrityError):
+            model.DBSession.flush()
+    add(model, channel, "after")
+
+
+def undo_savepoint_of_transaction(model: Model, channel: Channel) -> None:
+    add(model, channel, "before")
+    savepoint = transaction.savepoint()
+    add(model, channel, "undone")
+    savepoint.rollback()
+    add(model, channel, "after")
+
+
+def keep_savepoint_of_transaction(model: Model, channel: Channel) -> None:
+    add(model, channel, "before")
+    transaction.savepoint()
+    add(model, channel, "after")
+
+
+def roll_back(model: Model, channel: Channel) -> None:
+    add(model, channel, "undone")
+    model.DBSession.rollback()
+    add(model, channel, "before")
+    add(model, channel, "after")
+
+
+def close(model: Model, channel: Channel) -> None:
+    add(model, channel, "undone")
+    model.DBSession.close()
+    add(model, channel, "before")
+    add(model, channel, "after")
+
+
+def remove(model: Model, channel: Channel) -> None:
+    add(model, channel, "undone")
+    model.DBSession.remove()
+    add(model, channel, "before")
+    add(model, channel, "after")
+
+
+SAVEPOINTS = [
+    *(undo_savepoint, release_savepoint, undo_inner_savepoint, undo_outer_savepoint),
+    *(fail_to_flush, undo_savepoint_of_transaction, keep_savepoint_of_transaction),
+]
+
+
+@pytest.fixture
+def postgresql_model(make_model: MakeModel, postgresql: str) -> Model:
+    """The model of an application, where savepoints are all that SQL says."""
+    return make_model(postgresql)
+
+
+class Run(TGController):
+    """A request, and a stream, that do the same."""
+
+    def __init__(self, do: Callable[[], object]) -> None:
+        self.do = do
+        for each in Run.request, Run.items:  # TG forgets it between tests
+            expose(content_type="text/plain")(each)
+
+    def request(self) -> str:
+        self.do()
+        return "done"
+
+    def items(self, commit: Any) -> Stream:
+        def items() -> Iterator[str]:
+            self.do()
+            yield "done"
+
+        return Stream(items(), commit=commit)
+
+
+@pytest.mark.parametrize("how", SAVEPOINTS, ids=lambda each: each.__name__)
+@pytest.mark.parametrize("path", ["/request", "/items?commit=end"])
+def test_event_inside_an_sqlalchemy_savepoint_shares_its_fate(
+    make_app: MakeApp,
+    channel: Channel,
+    postgresql_model: Model,
+    how: Callable[[Model, Channel], None],
+    path: str,
+) -> None:
+    """It is sent if its savepoint, and all around that, are committed."""
+    model = postgresql_model
+    root = Run(lambda: how(model, channel))
+    app, events = make_app(root, model, tm__enabled=True), waiting(channel)
+    assert get(app, path).text == "done"
+    channel.publish("end")
+    assert heard(events, 3) == ["before", "after", "end"]
+    assert model.names() == ["before", "after"]
+
+
+@pytest.mark.parametrize("how", [roll_back, close, remove])
+@pytest.mark.parametrize("commit", ["end", "each"])
+def test_event_before_a_rollback_of_the_session_of_a_stream_is_never_sent(
+    make_app: MakeApp,
+    channel: Channel,
+    model: Model,
+    how: Callable[[Model, Channel], None],
+    commit: str,
+) -> None:
+    """Nor where the session is closed with its transaction open."""
+    root = Run(lambda: how(model, channel))
+    app, events = make_app(root, model, tm__enabled=True), waiting(channel)
+    assert get(app, f"/items?commit={commit}").text == "done"
+    channel.publish("end")
+    assert heard(events, 3) == ["before", "after", "end"]
+    assert model.names() == ["before", "after"]
+
+
+def test_event_before_a_rollback_of_the_session_of_a_request_is_never_sent(
+    make_app: MakeApp, channel: Channel, model: Model
+) -> None:
+    """Where the request then has nothing to commit."""
+
+    def do() -> None:
+        model.DBSession.add(User(name="undone"))
+        channel.publish("undone")
+        model.DBSession.rollback()
+        channel.publish("after")
+
+    app, events = make_app(Run(do), model, tm__enabled=True), waiting(channel)
+    assert get(app, "/request").text == "done"
+    assert heard(events, 1) == ["after"]
+    assert model.names() == []
+
+
+@pytest.mark.parametrize("path", ["/request", "/items?commit=end"])
+def test_event_of_a_request_that_only_reads_is_sent(
+    make_app: MakeApp, channel: Channel, model: Model, path: str
+) -> None:
+    """Its session is closed in the end, without a commit."""
+
+    def do() -> None:
+        model.DBSession.query(User).all()
+        channel.publish("read")
+
+    app, events = make_app(Run(do), model, tm__enabled=True), waiting(channel)
+    assert get(app, path).text == "done"
+    assert heard(events, 1) == ["read"]
+
+
+@pytest.mark.parametrize("zope", [True, False])
+@pytest.mark.parametrize("commit", ["end", "manual"])
+def test_event_before_a_commit_of_the_session_alone_is_sent(
+    make_app: MakeApp,
+    channel: Channel,
+    make_model: MakeModel,
+    tmp_path: Path,
+    zope: bool,
+    commit: str,
+) -> None:
+    """A later rollback of the session does not concern it."""
+    model = make_model(f"sqlite:///{tmp_path}/test.db", zope=zope)
+
+    def do() -> None:
+        add(model, channel, "committed")
+        transaction.commit() if zope else model.DBSession.commit()
+        add(model, channel, "undone")
+        model.DBSession.rollback()
+        transaction.commit()
+
+    app, events = make_app(Run(do), model, tm__enabled=True), waiting(channel)
+    assert get(app, f"/items?commit={commit}").text == "done"
+    channel.publish("end")
+    assert heard(events, 2) == ["committed", "end"]
+    assert model.names() == ["committed"]
+
+
+@pytest.mark.parametrize("path", ["/request", "/items?commit=end"])
+def test_event_belongs_to_the_savepoint_of_any_session(
+    make_app: MakeApp,
+    channel: Channel,
+    make_model: MakeModel,
+    postgresql: str,
+    path: str,
+) -> None:
+    """Of two, here the one of ``tgstream.sessions``; the rest is committed."""
+    model = make_model(postgresql)
+    other = make_model(postgresql, create=False)
+    other.init_model(model.outside)
+
+    def do() -> None:
+        add(model, channel, "before")
+        with other.DBSession.begin_nested() as savepoint:
+            add(other, channel, "undone")
+            savepoint.rollback()
+        add(other, channel, "after")
+
+    options = {"tm__enabled": True, "tgstream__sessions": [other.DBSession]}
+    app, events = make_app(Run(do), model, **options), waiting(channel)
+    assert get(app, path).text == "done"
+    channel.publish("end")
+    assert heard(events, 3) == ["before", "after", "end"]
+    assert sorted(model.names()) == ["after", "before"]
+
+
+# Hooks of the transaction.
+
+
+@pytest.mark.parametrize("path", ["/request", "/items?commit=end"])
+@pytest.mark.parametrize(
+    ("hook", "expected"),
+    [
+        ("addBeforeCommitHook", ["first", "hook"]),
+        ("addAfterCommitHook", ["first", "hook"]),
+        ("addBeforeAbortHook", ["first"]),
+        ("addAfterAbortHook", ["first"]),
+    ],
+)
+def test_event_of_a_hook_of_a_transaction_that_commits_is_sent(
+    make_app: MakeApp,
+    channel: Channel,
+    sqlite_model: Model,
+    hook: str,
+    expected: list[str],
+    path: str,
+) -> None:
+    """Once it has committed, and after those of the transaction."""
+
+    def do() -> None:
+        add(sqlite_model, channel, "first")
+        getattr(transaction.get(), hook)(lambda *_: channel.publish("hook"))
+
+    app, events = make_app(Run(do), sqlite_model, tm__enabled=True), waiting(channel)
+    assert get(app, path).text == "done"
+    channel.publish("end")
+    assert heard(events, len(expected) + 1) == [*expected, "end"]
+    assert sqlite_model.names() == ["first"]
+
+
+@pytest.mark.parametrize("path", ["/request", "/items?commit=end"])
+@pytest.mark.parametrize("first", [[], ["first"]])
+@pytest.mark.parametrize(
+    ("hook", "expected"),
+    [
+        ("addBeforeCommitHook", []),
+        ("addAfterCommitHook", []),
+        ("addBeforeAbortHook", []),
+        ("addAfterAbortHook", ["hook", "hook"]),
+    ],
+)
+def test_event_of_a_hook_of_a_transaction_that_aborts_is_sent_after_it(
+    make_app: MakeApp,
+    channel: Channel,
+    hook: str,
+    expected: list[str],
+    first: list[str],
+    path: str,
+) -> None:
+    """What is published before the abort is lost with it; two hooks are heard both."""
+
+    def do() -> None:
+        for text in first:
+            channel.publish(text)
+        for _ in range(2):
+            getattr(transaction.get(), hook)(lambda *_: channel.publish("hook"))
+        transaction.doom()
+
+    app, events = make_app(Run(do), tm__enabled=True), waiting(channel)
+    get(app, path)
+    channel.publish("end")
+    assert heard(events, len(expected) + 1) == [*expected, "end"]
+
+
+def test_event_of_a_hook_after_a_commit_that_failed_is_sent(
+    make_app: MakeApp, channel: Channel
+) -> None:
+    """It is what the hook says of the failure; nothing else of it is."""
+
+    def do() -> None:
+        channel.publish("lost")
+        transaction.get().join(Failing())
+        transaction.get().addAfterCommitHook(
+            lambda committed: channel.publish(f"committed: {committed}")
+        )
+
+    app, events = make_app(Run(do), tm__enabled=True), waiting(channel)
+    assert get(app, "/request").status_int == 500
+    channel.publish("end")
+    assert heard(events, 2) == ["committed: False", "end"]
+
+
+class Synchronizer:
+    """One that publishes when a transaction is over."""
+
+    def __init__(self, channel: Channel) -> None:
+        self.channel = channel
+
+    def newTransaction(self, transaction: Any) -> None:
+        """Nothing."""
+
+    def beforeCompletion(self, transaction: Any) -> None:
+        self.channel.publish("before completion")
+
+    def afterCompletion(self, transaction: Any) -> None:
+        self.channel.publish("after completion")
+
+
+@pytest.mark.parametrize("path", ["/request", "/items?commit=end"])
+def test_event_of_a_synchronizer_is_sent(
+    make_app: MakeApp, channel: Channel, path: str
+) -> None:
+    """Of a transaction that commits; those of an abort belong to the next."""
+    synchronizer = Synchronizer(channel)
+
+    def do() -> None:
+        transaction.manager.registerSynch(synchronizer)
+        transaction.commit()
+        transaction.manager.unregisterSynch(synchronizer)
+
+    app, events = make_app(Run(do), tm__enabled=True), waiting(channel)
+    assert get(app, path).text == "done"
+    channel.publish("end")
+    assert heard(events, 3) == ["before completion", "after completion", "end"]
+
+
+@pytest.mark.parametrize("path", ["/request", "/items?commit=end"])
+def test_event_of_after_is_sent(make_app: MakeApp, channel: Channel, path: str) -> None:
+    """TG's ``_after`` runs in the request's transaction, or in the one after it."""
+
+    class After(Run):
+        def _after(self, *_: Any, **__: Any) -> None:
+            channel.publish("after")
+
+    app = make_app(After(lambda: channel.publish("inside")), tm__enabled=True)
+    events = waiting(channel)
+    assert get(app, path).text == "done"
+    channel.publish("end")
+    found = heard(events, 3)
+    assert (sorted(found[:2]), found[2]) == (["after", "inside"], "end")
 
 
 def test_event_goes_out_at_once_without_a_transaction(
