@@ -184,6 +184,27 @@ class Feed:
 
         in_turn(change)
 
+    def extend_back(
+        self, floor: Key, until: Key, older: list[tuple[Key, Event]]
+    ) -> None:
+        """Keep what came before the oldest event that is here, as far as it fits.
+
+        :param floor: the place before the first of ``older``.
+        :param until: the floor of this feed that they go up to.
+        """
+
+        def change() -> None:
+            now, room = self._change, self._history - len(self._events)
+            if now.floor != until or room <= 0:
+                return
+            first = now.end - len(self._events)
+            for number, entry in enumerate(older[-room:], first - len(older[-room:])):
+                self._events[number] = entry
+            place = floor if len(older) <= room else older[-room - 1][0]
+            self._replace(_Change(now.end, place, now.last))
+
+        in_turn(change)
+
     def _add(self, key: Key, event: Event, floor: Key) -> None:
         """Keep an event; older ones go after that, so that readers see it."""
         end = self._change.end
