@@ -1183,6 +1183,26 @@ def test_event_of_a_hook_after_a_commit_that_failed_is_sent(
     assert heard(events, 2) == ["committed: False", "end"]
 
 
+def test_event_of_a_hook_that_cannot_be_sent_is_logged(
+    make_app: MakeApp, channel: Channel, caplog: pytest.LogCaptureFixture
+) -> None:
+    """After an abort too; the abort is none the worse, and the next event is sent."""
+
+    def hook() -> None:
+        send("a thing", lambda: channel.publish(b"", now=True))
+        channel.publish("hook")
+
+    def do() -> None:
+        transaction.get().addAfterAbortHook(hook)
+        transaction.abort()
+
+    app, events = make_app(Run(do), tm__enabled=True), waiting(channel)
+    assert get(app, "/request").text == "done"
+    assert heard(events, 1) == ["hook"]
+    (record,) = caplog.records
+    assert record.getMessage() == "a thing could not be sent after an abort"
+
+
 class Synchronizer:
     """One that publishes when a transaction is over."""
 

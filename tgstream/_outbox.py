@@ -163,9 +163,9 @@ class Outbox:
 
     def _after_abort(self) -> None:
         if not self.left:  # it was not there to be aborted: the transaction was over
-            self._send_all("%s could not be sent")
+            self._send_all(committed=False)
 
-    def _send_all(self, failed: str) -> None:
+    def _send_all(self, committed: bool) -> None:
         # First: what a finaliser publishes meanwhile must not come too late for this.
         self.left = True
         for each in self.sends:
@@ -174,7 +174,10 @@ class Outbox:
             try:
                 each.send()
             except Exception:
-                log.exception(failed, each.what)
+                if committed:
+                    log.exception("%s was committed, and could not be sent", each.what)
+                else:
+                    log.exception("%s could not be sent after an abort", each.what)
         self.sends.clear()
 
     # The protocol of transaction's data managers.
@@ -197,7 +200,7 @@ class Outbox:
 
     def tpc_finish(self, transaction: Any) -> None:
         # The others have committed: the transaction is no less, whatever fails here.
-        self._send_all("%s was committed, and could not be sent")
+        self._send_all(committed=True)
 
     tpc_abort = abort
 
