@@ -1027,6 +1027,34 @@ def test_event_before_a_rollback_of_the_session_of_a_request_is_never_sent(
     assert model.names() == []
 
 
+@pytest.mark.parametrize("used", [True, False])
+@pytest.mark.parametrize("commit", ["end", "each"])
+def test_event_before_all_that_a_rollback_undoes_is_never_sent(
+    make_app: MakeApp, channel: Channel, model: Model, used: bool, commit: str
+) -> None:
+    """It belongs to the transaction that the session begins next."""
+
+    def do() -> None:
+        if used:
+            model.DBSession.query(User).all()
+            transaction.commit()
+        channel.publish("undone")
+        channel.publish("undone, too")
+        model.DBSession.add(User(name="undone"))
+        model.DBSession.flush()
+        model.DBSession.rollback()
+        channel.publish("before")
+        add(model, channel, "after")
+        with pytest.raises(LookupError), model.DBSession.begin_nested():
+            raise LookupError
+
+    app, events = make_app(Run(do), model, tm__enabled=True), waiting(channel)
+    assert get(app, f"/items?commit={commit}").text == "done"
+    channel.publish("end")
+    assert heard(events, 3) == ["before", "after", "end"]
+    assert model.names() == ["after"]
+
+
 @pytest.mark.parametrize("path", ["/request", "/items?commit=end"])
 def test_event_of_a_request_that_only_reads_is_sent(
     make_app: MakeApp, channel: Channel, model: Model, path: str

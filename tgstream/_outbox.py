@@ -10,10 +10,11 @@ published, and it is not sent where one of them has ended by anything but a comm
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
-from weakref import WeakSet
+from weakref import WeakKeyDictionary, WeakSet
 
 from . import _context
 from ._config import scoped_sessions, tm_enabled
@@ -49,6 +50,8 @@ def send(what: str, send: Send) -> None:
         outbox.join(txn)
         txn.set_data(_KEY, outbox)
     outbox.sends.append(_Sending(what, send, _open_transactions()))
+    if not outbox.sends[-1].inside:
+        _note_next(outbox)
 
 
 def _transaction() -> Any:
@@ -106,7 +109,10 @@ def _sessions() -> list[Session]:
     database = thread.record.database
     if database is not None:
         return [member.session for member in database.members.values()]
-    known = scoped_sessions(_context.current().config)
+    try:
+        known = scoped_sessions(_context.current().config)
+    except TypeError:  # no request, or none any more
+        return []
     return [scoped() for scoped in known if scoped.registry.has()]
 
 
@@ -129,6 +135,39 @@ def _note_commit(session: Session) -> None:
     _committed.add(ending)
 
 
+_waiting: WeakKeyDictionary[Any, Outbox] = WeakKeyDictionary()
+"""By their managers, those with events from before any session's transaction."""
+
+
+def _note_next(outbox: Outbox) -> None:
+    """What was published before any, belongs to the transaction that begins next."""
+    orm = sys.modules.get("sqlalchemy.orm")
+    if orm is None or any(each.in_transaction() for each in _sessions()):
+        return
+    import transaction
+    from sqlalchemy import event
+
+    if not event.contains(orm.Session, "after_transaction_create", _note_begun):
+        event.listen(orm.Session, "after_transaction_create", _note_begun)
+    outbox.early.append(outbox.sends[-1].inside)
+    _waiting[transaction.manager.manager] = outbox
+
+
+def _note_begun(session: Session, begun: SessionTransaction) -> None:
+    if begun.parent is not None or not _waiting:
+        return
+    import transaction
+
+    manager = transaction.manager.manager
+    outbox = _waiting.get(manager)
+    if outbox is not None and session in _sessions():
+        del _waiting[manager]
+        _note_commits(session)
+        for inside in outbox.early:
+            inside.append(begun)
+        outbox.early.clear()
+
+
 class _Key:
     """What a transaction knows its outbox by."""
 
@@ -143,6 +182,7 @@ class Outbox:
 
     def __init__(self) -> None:
         self.sends: list[_Sending] = []
+        self.early: list[list[SessionTransaction]] = []  # of those from before any
         self.left = False  # the transaction has ended, or taken it out for a savepoint
 
     def join(self, txn: Any) -> None:
@@ -178,13 +218,14 @@ class Outbox:
                     log.exception("%s was committed, and could not be sent", each.what)
                 else:
                     log.exception("%s could not be sent after an abort", each.what)
-        self.sends.clear()
+        self.abort(None)
 
     # The protocol of transaction's data managers.
 
     def abort(self, transaction: Any) -> None:
         self.left = True
         self.sends.clear()
+        self.early.clear()
 
     def tpc_begin(self, transaction: Any) -> None:
         """Look what was rolled back: from here on sessions end, however they do."""
