@@ -114,7 +114,7 @@ MAY_TOUCH = {
     "transaction": {"_database", "_outbox", "_reading", "_transaction"},
     "sqlalchemy": {
         *("_copy", "_database", "_key", "_keyset", "_mysql", "_objects"),
-        *("_reading", "_registry", "_report", "_rows", "_statement"),
+        *("_outbox", "_reading", "_registry", "_report", "_rows", "_statement"),
         "_transaction",
     },
     "zope": set[str](),

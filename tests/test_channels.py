@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from itertools import count, islice
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ import transaction
 from tg import TGController, expose
 
 from tests.conftest import MakeApp
-from tests.model import Model, User
+from tests.model import MakeModel, Model, User
 from tests.test_sse import encoded, parsed
 from tests.wsgi import Call, get
 from tgstream import (
@@ -95,6 +96,28 @@ def test_event_is_encoded_once_for_all_who_listen(channel: Channel) -> None:
     fields = Event("a\r\nb", event="x", id=events[0].id)
     assert pieces[0] == encoded(fields)
     assert parsed(pieces[0]).messages[0].data == "a\nb"
+
+
+@pytest.mark.parametrize("text", ["a\r\nb", "é", ""])
+def test_publish_of_text_encodes_it_once(channel: Channel, text: str) -> None:
+    """It makes no JSON encoder, and no event that is thrown away."""
+    events, calls = waiting(channel), list[str]()
+
+    def note(frame: Any, what: str, argument: Any) -> None:
+        if what == "call" and "tgstream" in frame.f_code.co_filename:
+            file = Path(frame.f_code.co_filename).stem
+            calls.append(f"{file}.{frame.f_code.co_name}")
+
+    channel.publish("before")
+    sys.setprofile(note)
+    try:
+        channel.publish(text)
+    finally:
+        sys.setprofile(None)
+    assert calls.count("_sse._utf8") == calls.count("_memory._append") == 1
+    assert "_sse.__post_init__" not in calls
+    assert not [each for each in calls if each.startswith("_encoder.")]
+    assert heard(events, 2) == ["before", text]
 
 
 @pytest.mark.parametrize("said", ["all", "some", "none"])
@@ -276,21 +299,155 @@ def test_shorter_beat_is_kept_beside_a_longer_one() -> None:
     patient = threading.Thread(target=lambda: found.append(feed.take(0, 600.0)))
     found: list[Any] = []
     patient.start()
-    assert list(feed.take(0, 0.01) or ()) == []
+    assert feed.take(0, 0.01) == Event()
     patient.join(10)
-    assert [list(each) for each in found] == [[]]
+    assert found == [Event()]
 
 
 KILLED = """
 from gevent import monkey; monkey.patch_all()
 import gevent
-from tgstream._feed import Feed, Start, follow
+from tgstream._feed import BEAT, Feed
 feed = Feed((1, 0), 10)
 looks, waits = (gevent.spawn(feed.take, 0, 600.0) for _ in range(2))
 gevent.sleep(0)
 looks.kill()
-print(waits.get(timeout=10))
+print(waits.get(timeout=10) is BEAT)
 """
+
+
+COLLECTED = """
+import gc, sys, threading
+if sys.argv[1] == "gevent":
+    from gevent import monkey; monkey.patch_all()
+import faulthandler; faulthandler.dump_traceback_later(50, exit=True)
+from itertools import islice
+from tgstream import Channel, _feed
+
+ROUNDS = 1000
+channel, other = Channel("one"), Channel("two")
+
+
+def body(number):
+    try:
+        yield b""
+    finally:
+        channel.publish(f"end {number}")
+        other.publish("elsewhere")
+        listeners.append(channel.listen())
+        _feed.wake()
+
+
+def hear(events, into):
+    for event in events:
+        if event.data is not None:
+            into.append(event)
+        if len(into) == 2 * ROUNDS:
+            return
+
+
+listeners, heard = [channel.listen() for _ in range(3)], [[], [], []]
+threads = [
+    threading.Thread(target=hear, args=each)
+    for each in zip(listeners, heard, strict=True)
+]
+for thread in threads:
+    thread.start()
+for number in range(ROUNDS):
+    cycle = [body(number)]
+    next(cycle[0])
+    cycle.append(cycle)
+    del cycle
+    channel.publish(f"round {number}")
+    if number % 100 == 0:
+        threading.Event().wait(0)
+gc.collect()
+for thread in threads:
+    thread.join()
+assert heard[0] == heard[1] == heard[2]
+expected = {f"{what} {number}" for what in ("round", "end") for number in range(ROUNDS)}
+assert {event.data for event in heard[0]} == expected
+numbers = [int(event.id.split("-")[1]) for event in heard[0]]
+assert numbers == sorted(numbers) and len(set(numbers)) == 2 * ROUNDS
+rounds = [event.data for event in heard[0] if "round" in event.data]
+assert rounds == [f"round {number}" for number in range(ROUNDS)]
+assert len(listeners) == 3 + ROUNDS
+assert all(next(each).comment == "open" for each in listeners[3:])
+print(max(numbers) >= 3 * ROUNDS - 1)
+"""
+
+
+@pytest.mark.parametrize("kind", ["threads", "gevent"])
+def test_finaliser_that_the_collector_runs_anywhere_may_publish(
+    make_app: MakeApp, kind: str
+) -> None:
+    """Also to the channel that its thread is publishing to; every event is heard."""
+    command = [sys.executable, "-W", "ignore", "-c", COLLECTED, kind]
+    said = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert said.stdout == "True\n", said.stderr[-3000:]
+
+
+INTERRUPTED = """
+import faulthandler, sys
+faulthandler.dump_traceback_later(50, exit=True)
+from itertools import islice
+from tgstream import Channel, _feed
+
+ACTIONS = {
+    "publish": lambda: channel.publish("before"),
+    "listen": lambda: next(channel.listen()),
+    "resume": lambda: list(islice(channel.listen(after=id), 2)),
+    "wake": _feed.wake,
+    "beat": lambda: _feed.Feed((0, 0), 9).take(0, 0.0),
+}
+channel = Channel("one")
+id = next(channel.listen()).id
+channel.publish("first")
+
+
+def heard(events):
+    assert next(events).comment == "open"
+    return list(iter(lambda: next(events).data, "after"))
+
+
+for name, act in ACTIONS.items():
+    at = 0
+    while True:
+        seen, inside, late = 0, [], channel.listen()
+
+        def interrupt(frame, what, argument):
+            global seen
+            if not frame.f_code.co_filename.endswith(("_feed.py", "_memory.py")):
+                return None
+            frame.f_trace_opcodes = True
+            if what == "opcode":
+                if seen == at:
+                    sys.settrace(None)
+                    channel.publish("inside")
+                    _feed.wake()
+                    inside.append(channel.listen())
+                seen += 1
+            return interrupt
+
+        sys.settrace(interrupt)
+        act()
+        sys.settrace(None)
+        if not inside:
+            break
+        at += 1
+        channel.publish("after")
+        assert heard(late).count("inside") == 1, (name, at)
+        assert "inside" not in heard(inside[0]), (name, at)
+    assert at > 20, (name, at)
+print("all of it")
+"""
+
+
+def test_finaliser_may_publish_at_every_byte_code(make_app: MakeApp) -> None:
+    """As it may listen and wake: its event is heard before the next, and once."""
+    command = [sys.executable, "-W", "ignore", "-c", INTERRUPTED]
+    said = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert said.stdout == "all of it\n", said.stderr[-3000:]
 
 
 def test_listener_that_has_heard_an_event_is_not_woken_for_it(
@@ -299,18 +456,18 @@ def test_listener_that_has_heard_an_event_is_not_woken_for_it(
     """However early it hears it: it waits for the next, and beats when that is late."""
     waits, heard_by = threading.Semaphore(0), list[Event]()
 
-    class Told(threading.Event):
-        def wait(self, timeout: float | None = None) -> bool:
-            waits.release()
-            return super().wait(timeout)
-
     class Change(_feed._Change):
+        __slots__ = ()
+
         def __init__(self, *args: Any) -> None:
             if listener.ident is None:
                 listener.start()
                 assert waits.acquire(timeout=10)
             super().__init__(*args)
-            self.come = Told()
+
+        def wait(self, seconds: float) -> bool:
+            waits.release()
+            return super().wait(seconds)
 
     def hear() -> None:
         for event in follow(Start(feed, 0, []), 600.0):
@@ -319,7 +476,7 @@ def test_listener_that_has_heard_an_event_is_not_woken_for_it(
                 return
 
     feed, listener = Feed((0, 0), 10), threading.Thread(target=hear)
-    feed._change.come = Told()
+    feed._change.__class__ = Change
     monkeypatch.setattr(_feed, "_Change", Change)
     feed.append((1, 0), Event("one"))
     assert waits.acquire(timeout=10)
@@ -354,7 +511,7 @@ def test_channels_may_be_opened_while_all_are_woken() -> None:
 def test_killed_listener_lets_the_others_go_on() -> None:
     """It may be the one that looks at the clock: another one does, from then on."""
     command = [sys.executable, "-c", KILLED]
-    assert subprocess.check_output(command, text=True) == "[]\n"
+    assert subprocess.check_output(command, text=True) == "True\n"
 
 
 def test_feed_keeps_an_event_once() -> None:
@@ -363,7 +520,7 @@ def test_feed_keeps_an_event_once() -> None:
     events = {place: Event(str(place)) for place in [(1, 1), (2, 0), (2, 1)]}
     for place in [(1, 1), (1, 1), (2, 0), (1, 1), (2, 0), (2, 1)]:
         feed.append(place, events[place])
-    assert feed.take(0, 1.0) == list(events.values())
+    assert [feed.take(number, 1.0) for number in range(3)] == list(events.values())
     assert feed.now() == (3, (2, 1))
 
 
@@ -693,6 +850,435 @@ def test_event_that_is_published_while_the_transaction_commits_goes_out(
     get(app, "/now")
     assert heard(events, 2 + len(first)) == [*first, "committed", "end"]
     assert sqlite_model.names() == ["ada"]
+
+
+# SQLAlchemy's own savepoints and rollbacks.
+
+
+def add(model: Model, channel: Channel, name: str) -> None:
+    """A row that is written, and the event that tells of it."""
+    model.DBSession.add(User(name=name))
+    model.DBSession.flush()
+    channel.publish(name)
+
+
+def undo_savepoint(model: Model, channel: Channel) -> None:
+    add(model, channel, "before")
+    with pytest.raises(LookupError), model.DBSession.begin_nested():
+        add(model, channel, "undone")
+        raise LookupError
+    add(model, channel, "after")
+
+
+def release_savepoint(model: Model, channel: Channel) -> None:
+    add(model, channel, "before")
+    with model.DBSession.begin_nested():
+        add(model, channel, "after")
+
+
+def undo_inner_savepoint(model: Model, channel: Channel) -> None:
+    with model.DBSession.begin_nested():
+        add(model, channel, "before")
+        with model.DBSession.begin_nested() as inner:
+            add(model, channel, "undone")
+            inner.rollback()
+        add(model, channel, "after")
+
+
+def undo_outer_savepoint(model: Model, channel: Channel) -> None:
+    add(model, channel, "before")
+    outer = model.DBSession.begin_nested()
+    with model.DBSession.begin_nested():
+        add(model, channel, "undone")
+    model.DBSession.begin_nested()
+    add(model, channel, "undone, too")
+    outer.rollback()
+    add(model, channel, "after")
+
+
+def fail_to_flush(model: Model, channel: Channel) -> None:
+    add(model, channel, "before")
+    with model.DBSession.begin_nested():
+        add(model, channel, "undone")
+        model.DBSession.add(User(name="before"))  # which is there
+        with pytest.raises(sa.exc.IntegrityError):
+            model.DBSession.flush()
+    add(model, channel, "after")
+
+
+def undo_savepoint_of_transaction(model: Model, channel: Channel) -> None:
+    add(model, channel, "before")
+    savepoint = transaction.savepoint()
+    add(model, channel, "undone")
+    savepoint.rollback()
+    add(model, channel, "after")
+
+
+def keep_savepoint_of_transaction(model: Model, channel: Channel) -> None:
+    add(model, channel, "before")
+    transaction.savepoint()
+    add(model, channel, "after")
+
+
+def roll_back(model: Model, channel: Channel) -> None:
+    add(model, channel, "undone")
+    model.DBSession.rollback()
+    add(model, channel, "before")
+    add(model, channel, "after")
+
+
+def close(model: Model, channel: Channel) -> None:
+    add(model, channel, "undone")
+    model.DBSession.close()
+    add(model, channel, "before")
+    add(model, channel, "after")
+
+
+def remove(model: Model, channel: Channel) -> None:
+    add(model, channel, "undone")
+    model.DBSession.remove()
+    add(model, channel, "before")
+    add(model, channel, "after")
+
+
+SAVEPOINTS = [
+    *(undo_savepoint, release_savepoint, undo_inner_savepoint, undo_outer_savepoint),
+    *(fail_to_flush, undo_savepoint_of_transaction, keep_savepoint_of_transaction),
+]
+
+
+@pytest.fixture
+def postgresql_model(make_model: MakeModel, postgresql: str) -> Model:
+    """The model of an application, where savepoints are all that SQL says."""
+    return make_model(postgresql)
+
+
+class Run(TGController):
+    """A request, and a stream, that do the same."""
+
+    def __init__(self, do: Callable[[], object]) -> None:
+        self.do = do
+        for each in Run.request, Run.items:  # TG forgets it between tests
+            expose(content_type="text/plain")(each)
+
+    def request(self) -> str:
+        self.do()
+        return "done"
+
+    def items(self, commit: Any) -> Stream:
+        def items() -> Iterator[str]:
+            self.do()
+            yield "done"
+
+        return Stream(items(), commit=commit)
+
+
+@pytest.mark.parametrize("how", SAVEPOINTS, ids=lambda each: each.__name__)
+@pytest.mark.parametrize("path", ["/request", "/items?commit=end"])
+def test_event_inside_an_sqlalchemy_savepoint_shares_its_fate(
+    make_app: MakeApp,
+    channel: Channel,
+    postgresql_model: Model,
+    how: Callable[[Model, Channel], None],
+    path: str,
+) -> None:
+    """It is sent if its savepoint, and all around that, are committed."""
+    model = postgresql_model
+    root = Run(lambda: how(model, channel))
+    app, events = make_app(root, model, tm__enabled=True), waiting(channel)
+    assert get(app, path).text == "done"
+    channel.publish("end")
+    assert heard(events, 3) == ["before", "after", "end"]
+    assert model.names() == ["before", "after"]
+
+
+@pytest.mark.parametrize("how", [roll_back, close, remove])
+@pytest.mark.parametrize("commit", ["end", "each"])
+def test_event_before_a_rollback_of_the_session_of_a_stream_is_never_sent(
+    make_app: MakeApp,
+    channel: Channel,
+    model: Model,
+    how: Callable[[Model, Channel], None],
+    commit: str,
+) -> None:
+    """Nor where the session is closed with its transaction open."""
+    root = Run(lambda: how(model, channel))
+    app, events = make_app(root, model, tm__enabled=True), waiting(channel)
+    assert get(app, f"/items?commit={commit}").text == "done"
+    channel.publish("end")
+    assert heard(events, 3) == ["before", "after", "end"]
+    assert model.names() == ["before", "after"]
+
+
+def test_event_before_a_rollback_of_the_session_of_a_request_is_never_sent(
+    make_app: MakeApp, channel: Channel, model: Model
+) -> None:
+    """Where the request then has nothing to commit."""
+
+    def do() -> None:
+        model.DBSession.add(User(name="undone"))
+        channel.publish("undone")
+        model.DBSession.rollback()
+        channel.publish("after")
+
+    app, events = make_app(Run(do), model, tm__enabled=True), waiting(channel)
+    assert get(app, "/request").text == "done"
+    assert heard(events, 1) == ["after"]
+    assert model.names() == []
+
+
+@pytest.mark.parametrize("used", [True, False])
+@pytest.mark.parametrize("commit", ["end", "each"])
+def test_event_before_all_that_a_rollback_undoes_is_never_sent(
+    make_app: MakeApp, channel: Channel, model: Model, used: bool, commit: str
+) -> None:
+    """It belongs to the transaction that the session begins next."""
+
+    def do() -> None:
+        if used:
+            model.DBSession.query(User).all()
+            transaction.commit()
+        channel.publish("undone")
+        channel.publish("undone, too")
+        model.DBSession.add(User(name="undone"))
+        model.DBSession.flush()
+        model.DBSession.rollback()
+        channel.publish("before")
+        add(model, channel, "after")
+        with pytest.raises(LookupError), model.DBSession.begin_nested():
+            raise LookupError
+
+    app, events = make_app(Run(do), model, tm__enabled=True), waiting(channel)
+    assert get(app, f"/items?commit={commit}").text == "done"
+    channel.publish("end")
+    assert heard(events, 3) == ["before", "after", "end"]
+    assert model.names() == ["after"]
+
+
+@pytest.mark.parametrize("path", ["/request", "/items?commit=end"])
+def test_event_of_a_request_that_only_reads_is_sent(
+    make_app: MakeApp, channel: Channel, model: Model, path: str
+) -> None:
+    """Its session is closed in the end, without a commit."""
+
+    def do() -> None:
+        model.DBSession.query(User).all()
+        channel.publish("read")
+
+    app, events = make_app(Run(do), model, tm__enabled=True), waiting(channel)
+    assert get(app, path).text == "done"
+    assert heard(events, 1) == ["read"]
+
+
+@pytest.mark.parametrize("zope", [True, False])
+@pytest.mark.parametrize("commit", ["end", "manual"])
+def test_event_before_a_commit_of_the_session_alone_is_sent(
+    make_app: MakeApp,
+    channel: Channel,
+    make_model: MakeModel,
+    tmp_path: Path,
+    zope: bool,
+    commit: str,
+) -> None:
+    """A later rollback of the session does not concern it."""
+    model = make_model(f"sqlite:///{tmp_path}/test.db", zope=zope)
+
+    def do() -> None:
+        add(model, channel, "committed")
+        transaction.commit() if zope else model.DBSession.commit()
+        add(model, channel, "undone")
+        model.DBSession.rollback()
+        transaction.commit()
+
+    app, events = make_app(Run(do), model, tm__enabled=True), waiting(channel)
+    assert get(app, f"/items?commit={commit}").text == "done"
+    channel.publish("end")
+    assert heard(events, 2) == ["committed", "end"]
+    assert model.names() == ["committed"]
+
+
+@pytest.mark.parametrize("path", ["/request", "/items?commit=end"])
+def test_event_belongs_to_the_savepoint_of_any_session(
+    make_app: MakeApp,
+    channel: Channel,
+    make_model: MakeModel,
+    postgresql: str,
+    path: str,
+) -> None:
+    """Of two, here the one of ``tgstream.sessions``; the rest is committed."""
+    model = make_model(postgresql)
+    other = make_model(postgresql, create=False)
+    other.init_model(model.outside)
+
+    def do() -> None:
+        add(model, channel, "before")
+        with other.DBSession.begin_nested() as savepoint:
+            add(other, channel, "undone")
+            savepoint.rollback()
+        add(other, channel, "after")
+
+    options = {"tm__enabled": True, "tgstream__sessions": [other.DBSession]}
+    app, events = make_app(Run(do), model, **options), waiting(channel)
+    assert get(app, path).text == "done"
+    channel.publish("end")
+    assert heard(events, 3) == ["before", "after", "end"]
+    assert sorted(model.names()) == ["after", "before"]
+
+
+# Hooks of the transaction.
+
+
+@pytest.mark.parametrize("path", ["/request", "/items?commit=end"])
+@pytest.mark.parametrize(
+    ("hook", "expected"),
+    [
+        ("addBeforeCommitHook", ["first", "hook"]),
+        ("addAfterCommitHook", ["first", "hook"]),
+        ("addBeforeAbortHook", ["first"]),
+        ("addAfterAbortHook", ["first"]),
+    ],
+)
+def test_event_of_a_hook_of_a_transaction_that_commits_is_sent(
+    make_app: MakeApp,
+    channel: Channel,
+    sqlite_model: Model,
+    hook: str,
+    expected: list[str],
+    path: str,
+) -> None:
+    """Once it has committed, and after those of the transaction."""
+
+    def do() -> None:
+        add(sqlite_model, channel, "first")
+        getattr(transaction.get(), hook)(lambda *_: channel.publish("hook"))
+
+    app, events = make_app(Run(do), sqlite_model, tm__enabled=True), waiting(channel)
+    assert get(app, path).text == "done"
+    channel.publish("end")
+    assert heard(events, len(expected) + 1) == [*expected, "end"]
+    assert sqlite_model.names() == ["first"]
+
+
+@pytest.mark.parametrize("path", ["/request", "/items?commit=end"])
+@pytest.mark.parametrize("first", [[], ["first"]])
+@pytest.mark.parametrize(
+    ("hook", "expected"),
+    [
+        ("addBeforeCommitHook", []),
+        ("addAfterCommitHook", []),
+        ("addBeforeAbortHook", []),
+        ("addAfterAbortHook", ["hook", "hook"]),
+    ],
+)
+def test_event_of_a_hook_of_a_transaction_that_aborts_is_sent_after_it(
+    make_app: MakeApp,
+    channel: Channel,
+    hook: str,
+    expected: list[str],
+    first: list[str],
+    path: str,
+) -> None:
+    """What is published before the abort is lost with it; two hooks are heard both."""
+
+    def do() -> None:
+        for text in first:
+            channel.publish(text)
+        for _ in range(2):
+            getattr(transaction.get(), hook)(lambda *_: channel.publish("hook"))
+        transaction.doom()
+
+    app, events = make_app(Run(do), tm__enabled=True), waiting(channel)
+    get(app, path)
+    channel.publish("end")
+    assert heard(events, len(expected) + 1) == [*expected, "end"]
+
+
+def test_event_of_a_hook_after_a_commit_that_failed_is_sent(
+    make_app: MakeApp, channel: Channel
+) -> None:
+    """It is what the hook says of the failure; nothing else of it is."""
+
+    def do() -> None:
+        channel.publish("lost")
+        transaction.get().join(Failing())
+        transaction.get().addAfterCommitHook(
+            lambda committed: channel.publish(f"committed: {committed}")
+        )
+
+    app, events = make_app(Run(do), tm__enabled=True), waiting(channel)
+    assert get(app, "/request").status_int == 500
+    channel.publish("end")
+    assert heard(events, 2) == ["committed: False", "end"]
+
+
+def test_event_of_a_hook_that_cannot_be_sent_is_logged(
+    make_app: MakeApp, channel: Channel, caplog: pytest.LogCaptureFixture
+) -> None:
+    """After an abort too; the abort is none the worse, and the next event is sent."""
+
+    def hook() -> None:
+        send("a thing", lambda: channel.publish(b"", now=True))
+        channel.publish("hook")
+
+    def do() -> None:
+        transaction.get().addAfterAbortHook(hook)
+        transaction.abort()
+
+    app, events = make_app(Run(do), tm__enabled=True), waiting(channel)
+    assert get(app, "/request").text == "done"
+    assert heard(events, 1) == ["hook"]
+    (record,) = caplog.records
+    assert record.getMessage() == "a thing could not be sent after an abort"
+
+
+class Synchronizer:
+    """One that publishes when a transaction is over."""
+
+    def __init__(self, channel: Channel) -> None:
+        self.channel = channel
+
+    def newTransaction(self, transaction: Any) -> None:
+        """Nothing."""
+
+    def beforeCompletion(self, transaction: Any) -> None:
+        self.channel.publish("before completion")
+
+    def afterCompletion(self, transaction: Any) -> None:
+        self.channel.publish("after completion")
+
+
+@pytest.mark.parametrize("path", ["/request", "/items?commit=end"])
+def test_event_of_a_synchronizer_is_sent(
+    make_app: MakeApp, channel: Channel, path: str
+) -> None:
+    """Of a transaction that commits; those of an abort belong to the next."""
+    synchronizer = Synchronizer(channel)
+
+    def do() -> None:
+        transaction.manager.registerSynch(synchronizer)
+        transaction.commit()
+        transaction.manager.unregisterSynch(synchronizer)
+
+    app, events = make_app(Run(do), tm__enabled=True), waiting(channel)
+    assert get(app, path).text == "done"
+    channel.publish("end")
+    assert heard(events, 3) == ["before completion", "after completion", "end"]
+
+
+@pytest.mark.parametrize("path", ["/request", "/items?commit=end"])
+def test_event_of_after_is_sent(make_app: MakeApp, channel: Channel, path: str) -> None:
+    """TG's ``_after`` runs in the request's transaction, or in the one after it."""
+
+    class After(Run):
+        def _after(self, *_: Any, **__: Any) -> None:
+            channel.publish("after")
+
+    app = make_app(After(lambda: channel.publish("inside")), tm__enabled=True)
+    events = waiting(channel)
+    assert get(app, path).text == "done"
+    channel.publish("end")
+    found = heard(events, 3)
+    assert (sorted(found[:2]), found[2]) == (["after", "inside"], "end")
 
 
 def test_event_goes_out_at_once_without_a_transaction(

@@ -387,18 +387,61 @@ def test_nobody_hears_of_orders_of_another(secured: Secured) -> None:
                 assert response.status_int == (404 if user else 401)
 
 
-def test_stream_that_writes_is_not_for_other_sites(secured: Secured) -> None:
-    """Nothing is stored for a GET, nor for what another site's page sends."""
+HERE, ELSEWHERE = "http://localhost", "http://other.example.com"
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"Origin": HERE, "Sec-Fetch-Site": "same-origin"}, 200),
+        ({"Origin": HERE}, 200),  # over http://, where browsers send it alone
+        ({"Sec-Fetch-Site": "same-origin"}, 200),
+        ({"Origin": ELSEWHERE}, 403),
+        ({"Origin": f"{HERE}.example.com"}, 403),
+        ({"Origin": "https://localhost"}, 403),
+        ({"Origin": f"{HERE}:8080"}, 403),
+        ({"Origin": "null"}, 403),
+        ({"Origin": ""}, 403),
+        ({"Origin": ELSEWHERE, "Sec-Fetch-Site": "cross-site"}, 403),
+        ({"Origin": ELSEWHERE, "Sec-Fetch-Site": "same-origin"}, 403),
+        ({"Origin": HERE, "Sec-Fetch-Site": "cross-site"}, 403),
+        ({"Sec-Fetch-Site": "same-site"}, 403),
+        ({}, 403),
+    ],
+    ids=repr,
+)
+def test_stream_that_writes_is_not_for_other_sites(
+    secured: Secured, headers: dict[str, str], status: int
+) -> None:
+    """Nothing is stored for a POST that another site's page sends, also over http."""
     path = "/imports/users?names=eve"
-    for options, status in [
-        ({}, 405),
-        ({"method": "POST", "headers": {"Sec-Fetch-Site": "cross-site"}}, 403),
-        ({"method": "POST", "headers": {"Sec-Fetch-Site": "same-origin"}}, 200),
-    ]:
-        with secured.ask(path, "ada", **options) as response:
-            assert response.status_int == status
-            response.read()
-        assert ("eve" in secured.users()) == (status == 200)
+    with secured.ask(path, "ada", method="POST", headers=headers) as response:
+        assert response.status_int == status
+        response.read()
+    assert ("eve" in secured.users()) == (status == 200)
+
+
+def test_stream_that_writes_is_not_for_get(secured: Secured) -> None:
+    """A page of any site can send it, by an image."""
+    headers = {"Origin": HERE, "Sec-Fetch-Site": "same-origin"}
+    with secured.ask("/imports/users?names=eve", "ada", headers=headers) as response:
+        assert response.status_int == 405
+    assert "eve" not in secured.users()
+
+
+@pytest.mark.parametrize(("scheme", "status"), [("https", 200), ("http", 403)])
+def test_stream_that_writes_is_for_the_site_behind_a_proxy(
+    secured: Secured, scheme: str, status: int
+) -> None:
+    """Where the server knows from the proxy which scheme the browser uses."""
+    options = {"HTTP_HOST": "shop.example.com", "wsgi.url_scheme": scheme}
+    headers = {"Origin": "https://shop.example.com", "Sec-Fetch-Site": "same-origin"}
+    path = "/imports/users?names=eve"
+    with secured.ask(
+        path, "ada", method="POST", headers=headers, **options
+    ) as response:
+        assert response.status_int == status
+        response.read()
 
 
 def test_feed_is_for_the_origins_that_are_named(secured: Secured) -> None:

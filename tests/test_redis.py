@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+import tracemalloc
 from collections.abc import Callable, Iterator
 from itertools import count, islice
 from pathlib import Path
@@ -209,6 +210,57 @@ def test_redis_cuts_off_who_never_reads_and_it_resumes(
         next(quick)
     assert list(slow) == []
     assert heard(again(hub, name, id), 12) == ["open", *map(str, range(11))]
+
+
+def test_redis_reads_once_what_many_have_missed(
+    server: Server, make_hub: MakeHub, name: str
+) -> None:
+    """And a listener holds on to nothing of what it was sent."""
+    hub = make_hub()
+    id = id_of(next(hub.listen(name, None, 60.0)))
+    for number in range(1000):
+        hub.publish(name, f"{number}".rjust(1000), None)
+    process = make_hub()
+    sent = int(server.ask("INFO", "stats")["total_net_output_bytes"])
+    tracemalloc.start()
+    try:
+        listeners = [again(process, name, id) for _ in range(200)]
+        for events in listeners:
+            assert sum(1 for _ in islice(events, 1001)) == 1001
+        grown, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 16 * 2**20, (grown, peak)
+    read = int(server.ask("INFO", "stats")["total_net_output_bytes"]) - sent
+    assert 1_000_000 < read < 2_000_000
+    hub.publish(name, "next", None)
+    assert [next(events).data for events in listeners] == ["next"] * 200
+
+
+def test_redis_reads_a_long_backlog_a_few_at_a_time(
+    make_hub: MakeHub, name: str
+) -> None:
+    """Where the process keeps less than the client has missed."""
+    hub, process = make_hub(), make_hub(history=10)
+    id = id_of(next(hub.listen(name, None, 60.0)))
+    expected = [f"{number}".rjust(1000) for number in range(900)]
+    for text in expected:
+        hub.publish(name, text, None)
+    tracemalloc.start()
+    try:
+        listeners = [again(process, name, id) for _ in range(3)]
+        found = [[event.data for event in islice(each, 1)] for each in listeners]
+        for events in listeners:
+            for text in expected[:-1]:
+                assert next(events).data == text
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert found == [[None]] * 3
+    assert peak < 2**20
+    hub.publish(name, "next", None)
+    for events in listeners:
+        assert heard(events, 2) == [expected[-1], "next"]
 
 
 @pytest.mark.parametrize(

@@ -1,17 +1,29 @@
 """What a process has of one channel: its newest events, and who waits for the next.
 
-Rule: an event is kept once, however many listen, and for nobody in particular. A
-listener is a number, that of its next event; one whose next event is kept no more has
-been overtaken, and ends. One of those who wait looks at the clock, for all of them.
+An event is kept once, however many listen, and for nobody in particular. A listener is
+a number, that of its next event; one whose next event is kept no more has been
+overtaken, and ends. One of those who wait looks at the clock, for all of them.
+
+Python's collector runs finalisers (a generator's ``finally``, a ``__del__``) on the
+thread that happens to allocate, in the middle of whatever that thread does. A finaliser
+may publish, listen or wake. So nothing here waits for what its own thread holds:
+
+- All changes go through :func:`in_turn`: one at a time in a process, in the order in
+  which they were asked for. A finaliser that interrupts a change, or a thread that
+  waits for its turn, only leaves its own in the queue: the interrupted call makes it
+  before it returns.
+- Readers take no lock. What they need together is in one object, which is replaced and
+  never altered; an event is found by its number, or is kept no more.
+- Who waits does so at a raw lock. A ``Condition`` has a lock of its own inside, which a
+  finaliser that wakes others would wait for.
 """
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator
 from weakref import WeakValueDictionary
 
 from ._sse import Event
@@ -23,27 +35,97 @@ BEAT = Event()
 """A comment, so that proxies keep the connection and a client that left is noticed."""
 
 
-class Start(NamedTuple):
+LONGEST = 10_000_000.0
+"""Seconds that a lock can be waited for anywhere: some four months."""
+
+
+class _Turns:
+    """Changes that are made one at a time, on whichever thread has the lock."""
+
+    def __init__(self) -> None:
+        self._queue: deque[Callable[[], None]] = deque()
+        self._lock = threading.Lock()
+        # The threads (with gevent, greenlets) that hold the lock or wait for it.
+        self._inside: set[int] = set()
+
+    def make(self, change: Callable[[], None]) -> None:
+        """Make a change, and return when it is made, but see :func:`in_turn`."""
+        self._queue.append(change)
+        me = threading.get_ident()
+        if me in self._inside:
+            return
+        while True:
+            self._inside.add(me)
+            try:
+                with self._lock:  # also where another thread may have made it: it has
+                    self._drain()  # only then when it lets go of the lock
+            finally:
+                self._inside.discard(me)
+            if not self._queue:  # a finaliser may have left something since
+                return
+
+    def _drain(self) -> None:
+        while self._queue:
+            self._queue.popleft()()
+
+
+_turns = _Turns()
+
+
+def in_turn(change: Callable[[], None]) -> None:
+    """Make a change of the process's channels, alone and in order.
+
+    It is made when this returns; but where this is called in the middle of another
+    change on the same thread, by a finaliser, it is made when that one returns.
+
+    :param change: makes it; it neither waits nor raises.
+    """
+    _turns.make(change)
+
+
+def _forget_turns() -> None:
+    """Begin again in a forked process: a thread that it has not may hold the lock."""
+    global _turns
+    _turns = _Turns()
+
+
+os.register_at_fork(after_in_child=_forget_turns)
+
+
+class Start:
     """Where a listener begins."""
 
-    feed: Feed
-    number: int
-    opening: Iterable[Event]  # what it is sent before
+    __slots__ = ("feed", "number", "opening")
+
+    def __init__(
+        self, feed: Feed | None = None, number: int = 0, opening: Iterable[Event] = ()
+    ) -> None:
+        self.feed, self.number = feed, number
+        self.opening = opening  # what it is sent before
 
 
 class _Change:
     """What those who have heard everything wait for, until it comes.
 
     :param end: the number of the event that is next, until then.
-    :param newest: the one before it.
+    :param floor: the place after which no event is missing.
+    :param last: the place of the newest event.
     """
 
-    __slots__ = ("beat", "come", "end", "newest")
+    __slots__ = ("beat", "come", "end", "floor", "last")
 
-    def __init__(self, end: int, newest: Sequence[Event]) -> None:
-        self.end, self.newest = end, newest
-        self.come = threading.Event()
+    def __init__(self, end: int, floor: Key, last: Key) -> None:
+        self.end, self.floor, self.last = end, floor, last
+        self.come = threading.Lock()  # held until then
+        self.come.acquire()
         self.beat = float("inf")  # seconds until who looks at the clock ends it
+
+    def wait(self, seconds: float) -> bool:
+        """Whether it has come, once it has, or the time has passed."""
+        if not self.come.acquire(timeout=min(seconds, LONGEST)):
+            return False
+        self.come.release()  # for the next of those who wait
+        return True
 
 
 class Feed:
@@ -54,11 +136,10 @@ class Feed:
     """
 
     def __init__(self, floor: Key, history: int) -> None:
-        self.floor = self.last = floor
-        self._events: deque[tuple[Key, Event]] = deque(maxlen=history)
-        self._lock = threading.Lock()
-        # Ended once, for all who wait, and replaced; read without the lock.
-        self._change = _Change(0, ())
+        self._history = history
+        self._events: dict[int, tuple[Key, Event]] = {}  # by number, without a gap
+        # Ended once, for all who wait, and replaced.
+        self._change = _Change(0, floor, floor)
         _feeds[id(self)] = self
 
     @property
@@ -66,66 +147,119 @@ class Feed:
         """The number of the next event."""
         return self._change.end
 
+    @property
+    def floor(self) -> Key:
+        """The place after which no event is missing here."""
+        return self._change.floor
+
+    @property
+    def last(self) -> Key:
+        """The place of the newest event."""
+        return self._change.last
+
+    # Changes: each is made in its turn.
+
     def append(self, key: Key, event: Event) -> None:
         """Keep an event, unless it is there, and wake those who wait for it."""
-        with self._lock:
-            if key <= self.last:
-                return
-            if len(self._events) == self._events.maxlen:
-                self.floor = self._events[0][0]
-            self._add(key, event)
+        in_turn(lambda: self.append_now(key, event))
+
+    def append_now(self, key: Key, event: Event) -> None:
+        """As :meth:`append`, for who has the turn."""
+        now, oldest = self._change, self._change.end - self._history
+        if key <= now.last:
+            return
+        full = oldest in self._events
+        self._add(key, event, self._events[oldest][0] if full else now.floor)
+        if full:
+            del self._events[oldest]
 
     def restart(self, key: Key, event: Event) -> None:
         """Go on from another place, with the event that says so."""
-        with self._lock:
-            self._events.clear()
-            self.floor = key
-            self._add(key, event)
 
-    def _add(self, key: Key, event: Event) -> None:
-        self._events.append((key, event))
-        self.last = key
-        self._tell(_Change(self.end + 1, (event,)))
+        def change() -> None:
+            older = list(self._events)
+            self._add(key, event, key)
+            for number in older:
+                del self._events[number]
+
+        in_turn(change)
+
+    def extend_back(
+        self, floor: Key, until: Key, older: list[tuple[Key, Event]]
+    ) -> None:
+        """Keep what came before the oldest event that is here, as far as it fits.
+
+        :param floor: the place before the first of ``older``.
+        :param until: the floor of this feed that they go up to.
+        """
+
+        def change() -> None:
+            now, room = self._change, self._history - len(self._events)
+            if now.floor != until or room <= 0:
+                return
+            first = now.end - len(self._events)
+            for number, entry in enumerate(older[-room:], first - len(older[-room:])):
+                self._events[number] = entry
+            place = floor if len(older) <= room else older[-room - 1][0]
+            self._replace(_Change(now.end, place, now.last))
+
+        in_turn(change)
+
+    def _add(self, key: Key, event: Event, floor: Key) -> None:
+        """Keep an event; older ones go after that, so that readers see it."""
+        end = self._change.end
+        self._events[end] = key, event
+        self._replace(_Change(end + 1, floor, key))
+
+    def wake(self) -> None:
+        """Let all who wait go on, with an event or without, as after a silence."""
+        in_turn(self._beat)
+
+    def _beat(self) -> None:
+        now = self._change
+        self._replace(_Change(now.end, now.floor, now.last))
+
+    def _replace(self, next: _Change) -> None:
+        # What has come and what comes next are one: who has seen the one is not woken
+        # for it.
+        change, self._change = self._change, next
+        change.come.release()
+
+    # Readers: they take no lock.
 
     def now(self) -> tuple[int, Key]:
         """The number of the next event, and the place before it."""
-        with self._lock:
-            return self.end, self.last
+        now = self._change
+        return now.end, now.last
 
     def number_after(self, after: Key, exact: bool = False) -> int | None:
         """The number of the first event after a place; None where one is missing.
 
         :param exact: whether the place must be one that an event has had, here.
         """
-        with self._lock:
-            if not self.floor <= after <= self.last:
-                return None
-            newer, older = 0, self.floor
-            for key, _ in reversed(self._events):
-                if key <= after:
-                    older = key
-                    break
-                newer += 1
-            return None if exact and older != after else self.end - newer
+        now = self._change
+        if not now.floor <= after <= now.last:
+            return None
+        number = now.end
+        while (found := self._events.get(number - 1)) is not None and found[0] > after:
+            number -= 1
+        if found is None and self._change.floor != now.floor:
+            return None  # meanwhile its next event may have gone
+        older = now.floor if found is None else found[0]
+        return None if exact and older != after else number
 
-    def take(self, number: int, seconds: float) -> Sequence[Event] | None:
-        """The events from ``number`` on, once there are some, or the time has passed.
+    def take(self, number: int, seconds: float) -> Event | None:
+        """The event of that number, once it is there; a comment after so many seconds.
 
-        Or when it was woken. None where the first of them is kept no more.
+        Or when it was woken. None where the event is kept no more.
         """
         change = self._change
         if change.end == number:
             self._wait(change, seconds)
-            change = self._change
-        if change.end == number + 1:  # as a rule: all have had what came before
-            return change.newest
-        with self._lock:
-            missed = self.end - number
-            if missed > len(self._events):
-                return None
-            events = [event for _, event in islice(reversed(self._events), missed)]
-        events.reverse()
-        return events
+            if self._change.end == number:
+                return BEAT
+        found = self._events.get(number)
+        return None if found is None else found[1]
 
     def _wait(self, change: _Change, seconds: float) -> None:
         """Wait for a change; who is the first to wait ends it for all in time.
@@ -133,28 +267,19 @@ class Feed:
         A timer for each who waits costs more than all else that an event costs it.
         """
         if change.beat <= seconds:
-            change.come.wait()
+            change.wait(LONGEST)
             return
         come = False
         try:
             change.beat = seconds
-            come = change.come.wait(seconds)
+            come = change.wait(seconds)
         finally:  # a greenlet may be killed while it waits, and others rely on it
             if not come:
-                with self._lock:
-                    if self._change is change:
-                        self._tell(_Change(change.end, change.newest))
+                in_turn(lambda: self._beat_after(change))
 
-    def wake(self) -> None:
-        """Let all who wait go on, with an event or without, as after a silence."""
-        with self._lock:
-            self._tell(_Change(self.end, self._change.newest))
-
-    def _tell(self, next: _Change) -> None:
-        # Not a Condition: it makes a lock for each who waits, each time. What has come
-        # and what comes next are one: who has seen the one is not woken for it.
-        change, self._change = self._change, next
-        change.come.set()
+    def _beat_after(self, change: _Change) -> None:
+        if self._change is change:
+            self._beat()
 
 
 _feeds: WeakValueDictionary[int, Feed] = WeakValueDictionary()
@@ -170,17 +295,17 @@ def wake() -> None:
 def follow(start: Start, beat: float) -> Iterator[Event]:
     """What a listener is sent, until it is overtaken.
 
-    :param start: where it begins.
+    :param start: where it begins; nowhere, where a finaliser listens and reads within
+        a change that it interrupts: that listener ends.
     :param beat: after how many seconds of silence it is sent a comment.
     """
     yield from start.opening
-    feed, number, _ = start
-    while (events := feed.take(number, beat)) is not None:
-        if not events:
-            yield BEAT
-            continue
-        number += len(events)
-        yield from events
+    feed, number = start.feed, start.number
+    del start  # and nothing of what was sent is held on to while it waits
+    while feed is not None and (event := feed.take(number, beat)) is not None:
+        number += event is not BEAT
+        yield event
+        del event
 
 
 def opened(id: str | None) -> Event:

@@ -1,21 +1,20 @@
 """Channels of one process: the back end of ``memory://``.
 
-Rule: every event of the process has one number, whatever its channel, and an id names
-the run of the process as well. So an id is known, or it is known to be foreign; no
-clock takes part.
+Every event of the process has one number, whatever its channel, and an id names the run
+of the process as well. So an id is known, or it is known to be foreign; no clock takes
+part. Nothing here has a lock: all of it is done in turn, as ``_feed`` explains.
 """
 
 from __future__ import annotations
 
 import re
 import secrets
-import threading
 from collections import OrderedDict
 from collections.abc import Iterator
 from weakref import WeakValueDictionary
 
-from ._feed import Feed, Key, Start, follow, opened, reset
-from ._sse import Event, sealed
+from ._feed import Feed, Key, Start, follow, in_turn, opened, reset
+from ._sse import Event, Message
 
 KEPT = 10_000
 """Channels whose history is kept while nobody listens; the names may be users'."""
@@ -33,31 +32,38 @@ class Memory:
         self._last = 0
         self._feeds: WeakValueDictionary[str, Feed] = WeakValueDictionary()
         self._kept: OrderedDict[str, Feed] = OrderedDict()
-        self._lock = threading.Lock()
 
-    def publish(self, channel: str, text: str, event: str | None) -> None:
+    def publish(
+        self, channel: str, text: str, event: str | None, data: bytes | None = None
+    ) -> None:
         """Hand an event to all who listen."""
-        with self._lock:
-            feed = self._feed(channel)
-            number = self._last + 1
-            feed.append((number, 0), sealed(text, event, self._id(number)))
-            self._last = number
+        message = Message(text, event, data)
+        in_turn(lambda: self._append(channel, message))
+
+    def _append(self, channel: str, message: Message) -> None:
+        feed, number = self._feed(channel), self._last + 1
+        feed.append_now((number, 0), message.sealed(self._id(number)))
+        self._last = number
 
     def listen(self, channel: str, after: str | None, beat: float) -> Iterator[Event]:
         """What a listener is sent."""
-        return follow(self._start(channel, after), beat)
+        start = Start()
+        in_turn(lambda: self._begin(start, channel, after))
+        return follow(start, beat)
 
-    def _start(self, channel: str, after: str | None) -> Start:
-        with self._lock:
-            feed, newest = self._feed(channel), self._id(self._last)
-            if after is None:
-                return Start(feed, feed.end, [opened(newest)])
-            key = self._key(after)
-            # The feed's last may be older: there were events in other channels.
-            number = key and feed.number_after(min(key, feed.last))
-            if number is None:
-                return Start(feed, feed.end, [opened(None), reset(newest)])
-            return Start(feed, number, [opened(after)])
+    def _begin(self, start: Start, channel: str, after: str | None) -> None:
+        start.feed = feed = self._feed(channel)
+        newest, start.number = self._id(self._last), feed.end
+        if after is None:
+            start.opening = [opened(newest)]
+            return
+        key = self._key(after)
+        # The feed's last may be older: there were events in other channels.
+        number = key and feed.number_after(min(key, feed.last))
+        if number is None:
+            start.opening = [opened(None), reset(newest)]
+        else:
+            start.number, start.opening = number, [opened(after)]
 
     def _feed(self, channel: str) -> Feed:
         feed = self._feeds.get(channel)

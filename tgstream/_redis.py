@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
@@ -57,19 +58,23 @@ class Redis:
         self._streams = Streams(redis.Redis(connection_pool=pool))
         self._feeds: WeakValueDictionary[str, Feed] = WeakValueDictionary()
         self._lock = threading.Lock()
+        self._looking_back = threading.Lock()
         self._reading = self._lost = False
         self._client_id: int | None = None  # of the connection that reads
 
-    def publish(self, channel: str, text: str, event: str | None) -> None:
+    def publish(
+        self, channel: str, text: str, event: str | None, data: bytes | None = None
+    ) -> None:
         """Hand an event to all who listen, in whatever process."""
-        self._streams.add(channel, text, event, self._history)
+        said = text if data is None else data
+        self._streams.add(channel, said, event, self._history)
 
     # Listeners.
 
     def listen(self, channel: str, after: str | None, beat: float) -> Iterator[Event]:
         """What a listener is sent; while the server is away, a comment at times."""
         try:
-            return follow(self._start(channel, after), beat)
+            return follow(self._start(channel, after, beat), beat)
         except FAILURES:
             return self._listen_late(channel, after, beat)
 
@@ -82,7 +87,7 @@ class Redis:
         while True:
             try:
                 # What it has missed by now nobody knows, without an id.
-                start = self._start(channel, after or "")
+                start = self._start(channel, after or "", beat)
                 break
             except FAILURES as error:
                 self._tell_lost(error)
@@ -92,7 +97,7 @@ class Redis:
                 time.sleep(min(PAUSE[1], beat))
         yield from follow(start, beat)
 
-    def _start(self, channel: str, after: str | None) -> Start:
+    def _start(self, channel: str, after: str | None, beat: float) -> Start:
         feed = self._feed(channel)
         number, newest = feed.now()
         if after is None:
@@ -100,20 +105,66 @@ class Redis:
         place = key_of(after)
         if place is not None:
             found = feed.number_after(place, exact=True)
-            if found is None and (missed := self._missed(channel, place, newest)):
-                return Start(feed, number, [opened(after), *missed])
+            if found is None and place < feed.floor:
+                if not self._look_back(feed, channel, place):
+                    return self._gap(feed)
+                found = feed.number_after(place, exact=True)
+                if found is None:  # more than is kept here
+                    return Start(None, 0, self._read_up(feed, channel, place, beat))
             if found is None and place > newest:
                 found = self._catch_up(feed, channel, place)
             if found is not None:
                 return Start(feed, found, [opened(after)])
+        return self._gap(feed)
+
+    def _gap(self, feed: Feed) -> Start:
         number, newest = feed.now()
         return Start(feed, number, [opened(None), reset(id_of(newest))])
 
-    def _missed(self, channel: str, after: Key, until: Key) -> list[Event]:
-        """What the server has kept between two places; none where one is missing."""
-        events = [event for _, event in self._streams.between(channel, after, until)]
-        # Asked afterwards: what is whole now was whole when it was read.
-        return events if self._streams.has_all_after(channel, after) else []
+    def _look_back(self, feed: Feed, channel: str, place: Key) -> bool:
+        """Read what came after a place into the feed, for all who missed it.
+
+        :returns: whether the server has all of it; the feed has what fits.
+        """
+        # One reads, and the others wait for that, but not for ever.
+        waited = self._looking_back.acquire(timeout=PATIENCE)
+        try:
+            if feed.number_after(place, exact=True) is not None:
+                return True
+            # One more: the place before the oldest that fits.
+            floor, count = feed.floor, self._history + 1
+            older = self._streams.newest_between(channel, place, floor, count)
+            # Asked afterwards: what is whole now was whole when it was read.
+            if not self._streams.has_all_after(channel, place):
+                return False
+            if len(older) == count:
+                (place, _), *older = older
+            feed.extend_back(place, floor, older)
+            return True
+        finally:
+            if waited:
+                self._looking_back.release()
+
+    def _read_up(
+        self, feed: Feed, channel: str, place: Key, beat: float
+    ) -> Iterator[Event]:
+        """What the feed does not keep, a few at a time, and then the feed's.
+
+        It ends where something is missing: the client then reconnects, and is told.
+        """
+        yield opened(id_of(place))
+        while (number := feed.number_after(place, exact=True)) is None:
+            try:
+                page = deque(self._streams.page(channel, place))
+                if not page or not self._streams.has_all_after(channel, place):
+                    return
+            except FAILURES:
+                return
+            while page:
+                place, event = page.popleft()
+                yield event
+                del event
+        yield from follow(Start(feed, number), beat)
 
     def _catch_up(self, feed: Feed, channel: str, place: Key) -> int | None:
         """The number after a place that the thread here has not come to yet."""

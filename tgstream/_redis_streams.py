@@ -20,6 +20,8 @@ START: Key = (0, 0)
 
 AT_ONCE = 1000
 """Entries that are read at once, at the most."""
+PAGE = 20
+"""Entries that are read at once for one listener alone."""
 
 
 class Streams:
@@ -31,7 +33,9 @@ class Streams:
     def __init__(self, client: Any) -> None:
         self.client = client
 
-    def add(self, channel: str, text: str, event: str | None, history: int) -> None:
+    def add(
+        self, channel: str, text: str | bytes, event: str | None, history: int
+    ) -> None:
         """Append an event, and let the server trim what is older than history."""
         fields = {"data": text} if event is None else {"data": text, "event": event}
         # One more: the place before the oldest, which proves that it is the next.
@@ -62,6 +66,19 @@ class Streams:
         """The events after one place, up to and with another."""
         last = "+" if until is None else id_of(until)
         return _entries(self.client.xrange(_name(channel), f"({id_of(after)}", last))
+
+    def newest_between(
+        self, channel: str, after: Key, until: Key, count: int
+    ) -> list[Entry]:
+        """So many of the events after one place, the last of them at another."""
+        first, last = f"({id_of(after)}", id_of(until)
+        found = self.client.xrevrange(_name(channel), last, first, count)
+        return _entries(reversed(found))
+
+    def page(self, channel: str, after: Key) -> list[Entry]:
+        """The next few events after a place."""
+        start = f"({id_of(after)}"
+        return _entries(self.client.xrange(_name(channel), start, "+", PAGE))
 
     def wait(self, places: Mapping[str, Key], seconds: float) -> dict[str, list[Entry]]:
         """The next events of each channel after its place, once one has some."""

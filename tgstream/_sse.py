@@ -161,26 +161,65 @@ class SSE:
             yield b"%b%b\n" % (head, _data_lines(_encoded(data, number, encoder)))
 
 
-def encoded_text(data: Any, what: str) -> str:
-    """The text that an event says for ``data``.
+def encoded(data: Any, what: str) -> bytes:
+    """The text that an event has for ``data``, in UTF-8.
 
     :param what: it is, for the error.
     :raises TypeError: when it is bytes, or nothing that JSON can say.
     :raises ValueError: when it has a lone surrogate, or what JSON cannot say.
     """
     try:
-        return _encoded(data, 1, Encoder()).decode()
+        if isinstance(data, str):  # for which no encoder is made
+            return _utf8("item 1", data)
+        return _encoded(data, 1, Encoder())
     except (TypeError, ValueError) as error:
         kind = TypeError if isinstance(error, TypeError) else ValueError
         raise kind(f"{what} cannot be an event: {error}") from error
 
 
+def check_type(event: str | None) -> None:
+    """Refuse a type that no event can have.
+
+    :raises TypeError: when it is no text.
+    :raises ValueError: when it cannot be said in a line.
+    """
+    _line("event", b"event: ", event, b"\r\n\0")
+
+
+class Message:
+    """An event that many will be sent, but for its id: its lines are made here, once.
+
+    :param text: its data.
+    :param event: its type.
+    :param data: the text in UTF-8, where it is there already.
+    :raises TypeError: when the type is no text.
+    :raises ValueError: when the type or the text cannot be said in an event.
+    """
+
+    __slots__ = ("_data", "_event", "_head", "_text")
+
+    def __init__(self, text: str, event: str | None, data: bytes | None = None) -> None:
+        self._text, self._event = text, event
+        self._head = _line("event", b"event: ", event, b"\r\n\0")
+        self._data = _data_lines(_utf8("Event: data", text) if data is None else data)
+
+    def sealed(self, id: str) -> Event:
+        """The event with an id of ours, without a look at what was looked at before."""
+        made, set = object.__new__(Event), object.__setattr__
+        head = b"%bid: %b\n" % (self._head, id.encode())
+        set(made, "data", self._text)
+        set(made, "event", self._event)
+        set(made, "id", id)
+        set(made, "retry", None)
+        set(made, "comment", None)
+        set(made, "_head", head)
+        set(made, "_piece", b"%b%b\n" % (head, self._data))
+        return made
+
+
 def sealed(text: str, event: str | None, id: str) -> Event:
     """An event that many will be sent: its piece is made here, and once."""
-    made = Event(text, event=event, id=id)
-    piece = b"%b%b\n" % (made._head, _data_lines(text.encode()))
-    object.__setattr__(made, "_piece", piece)
-    return made
+    return Message(text, event).sealed(id)
 
 
 def _encoded(data: Any, number: int, encoder: Encoder) -> bytes:

@@ -19,7 +19,7 @@ from ._config import option
 from ._memory import Memory
 from ._outbox import send
 from ._report import log
-from ._sse import Event, encoded_text
+from ._sse import Event, check_type, encoded
 
 __all__ = ["Channel"]
 
@@ -87,10 +87,11 @@ class Channel:
             text.
         :raises ValueError: when one of them cannot be said in an event.
         """
-        text = encoded_text(data, f"what is published to {self!r}")
-        Event(text, event=event)  # which looks at both
+        encoded_data = encoded(data, f"what is published to {self!r}")
+        check_type(event)
+        text = data if type(data) is str else encoded_data.decode()
         _warn_of_script()
-        publish = partial(_hub().publish, self.name, text, event)
+        publish = partial(_hub().publish, self.name, text, event, encoded_data)
         if now:
             publish()
         else:
@@ -123,8 +124,13 @@ class Channel:
 class Hub(Protocol):
     """A back end: where the channels of a process get their events from."""
 
-    def publish(self, channel: str, text: str, event: str | None) -> None:
-        """Hand an event to all who listen."""
+    def publish(
+        self, channel: str, text: str, event: str | None, data: bytes | None = None
+    ) -> None:
+        """Hand an event to all who listen.
+
+        :param data: the text in UTF-8, where it is there already.
+        """
 
     def listen(self, channel: str, after: str | None, beat: float) -> Iterator[Event]:
         """What a listener is sent; after so many seconds of silence, a comment."""
