@@ -1,4 +1,4 @@
-"""The cursor of rows(): where there can be one, how it is planned, whom it blocks."""
+"""The cursor of rows(): if there can be one, its plan, and writers that it blocks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.model import MakeModel, Model, Note, User
 from tests.wsgi import get
 from tgstream import StreamError, _cursor, copy, rows
 
-# Where there can be one.
+# Statements and connections that have a cursor.
 
 INSERT = "INSERT INTO notes (text) VALUES ('new') RETURNING text"
 WITH_INSERT = f"WITH added AS ({INSERT}) SELECT text FROM added"
@@ -90,7 +90,7 @@ def test_query_is_read_by_a_cursor_of_the_server(
 def test_autocommit_needs_no_transaction_to_read(
     make_model: MakeModel, postgresql: str, option: str, key: Any
 ) -> None:
-    """Whoever has set AUTOCOMMIT, also where all statements are to be streamed."""
+    """AUTOCOMMIT can be set in three places, and beside stream_results for all."""
     model = make_model(postgresql)
     model.seed("ada", "bob")
     everywhere: dict[str, Any] = {"stream_results": True}
@@ -139,7 +139,7 @@ def test_statement_without_rows_is_an_error_in_a_sentence(session: Session) -> N
         list(rows(sa.text("DELETE FROM notes"), session=session))
 
 
-# How it is planned.
+# The plan.
 
 
 def fraction(session: Session) -> Any:
@@ -195,7 +195,7 @@ def test_planning_is_no_change_of_the_stream(
     assert_clean(model)
 
 
-# Whom it blocks.
+# Writers that it blocks.
 
 
 def wal(caplog: pytest.LogCaptureFixture) -> list[str]:

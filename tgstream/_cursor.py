@@ -1,6 +1,6 @@
-"""The cursor that ``rows()`` reads from: whether there can be one, and how it is set.
+"""The cursor that ``rows()`` reads from: if there can be one, and how it is planned.
 
-A server-side cursor keeps the result in the database. Where the database has none for
+A server-side cursor keeps the result in the database. If the database has no cursor for
 a statement, the driver fetches the whole result.
 """
 
@@ -35,10 +35,10 @@ def cursor_options(
 
 
 def _is_possible(connection: sa.Connection, statement: Any) -> bool:
-    """Whether the server can have a cursor for a statement on this connection.
+    """True if the server can have a cursor for a statement on this connection.
 
-    PostgreSQL's DECLARE CURSOR takes a query alone, and needs a transaction. The
-    driver knows whether there is one, whoever has set AUTOCOMMIT.
+    PostgreSQL's DECLARE CURSOR accepts only a query, in a transaction. AUTOCOMMIT
+    can be set in many places, but the driver's connection always shows it.
     """
     if not isinstance(connection.dialect, PGDialect):
         return True
@@ -55,8 +55,8 @@ _PLAN_FOR_ALL = sa.select(sa.func.set_config("cursor_tuple_fraction", "1", True)
 def _plan_for_all_rows(connection: sa.Connection) -> None:
     """Let PostgreSQL plan for all rows, not for the first tenth of them.
 
-    One round trip. It holds until the transaction ends, for cursors alone, and leaves
-    a value alone that somebody has chosen.
+    It costs one round trip. The setting lasts until the transaction ends and affects
+    only cursors. A value that the application has chosen stays.
     """
     connection.execute(_PLAN_FOR_ALL, execution_options={OWN: True})
 
@@ -70,7 +70,7 @@ _warned: WeakSet[Any] = WeakSet()
 class WriterWatch:
     """Warns once an engine, when reading an SQLite file keeps writers out for long.
 
-    With a rollback journal an open cursor holds a lock that no commit gets past.
+    With a rollback journal, an open cursor holds a lock that blocks every commit.
     """
 
     def __init__(self, connections: Sequence[sa.Connection]) -> None:
@@ -82,14 +82,14 @@ class WriterWatch:
         self._begun = clock()
 
     def look(self) -> None:
-        """Call it while the cursor is open; it costs a look at the clock."""
+        """Call it while the cursor is open. It costs a look at the clock."""
         seconds = clock() - self._begun
         if seconds > WRITERS_WAIT:
             while self._connections:
                 self._warn(self._connections.pop(), seconds)
 
     def close(self) -> None:
-        """A last look: a client that stopped reading asks for no other batch."""
+        """Look again at the end, because a client may stop reading for good."""
         with suppress(sa.exc.SQLAlchemyError):  # the connection is gone
             self.look()
 
@@ -110,7 +110,7 @@ class WriterWatch:
 
 
 def _journal_of_file(connection: sa.Connection) -> str | None:
-    """The journal mode of an SQLite file; None in memory, where nobody else writes."""
+    """The journal mode of an SQLite file, or None in memory, without other writers."""
     cursor = connection.connection.cursor()
     try:
         cursor.execute("PRAGMA database_list")

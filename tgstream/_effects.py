@@ -1,7 +1,7 @@
-"""What a statement does beside reading: writes, locks, settings of its transaction.
+"""Effects of a statement beside reading: writes, locks, settings of its transaction.
 
-Nothing is assumed of text and of unknown functions: where a statement cannot be read
-for certain, the answer is the careful one.
+Text and unknown functions can have any effect, so a function here returns the careful
+answer for them.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ _SAFE_FUNCTIONS = frozenset(
         *("abs", "avg", "char_length", "coalesce", "concat", "count", "current_date"),
         *("current_time", "current_timestamp", "length", "localtime", "lower"),
         *("localtimestamp", "max", "min", "now", "round", "sum", "trim", "upper"),
+        *("dense_rank", "rank", "row_number"),
     ]
 )
 _SAFE_TEXT = re.compile(r"\*|\w+")  # count(*), and SELECT 1 of an EXISTS

@@ -88,8 +88,8 @@ def watch(session: Session, database: Database) -> None:
 def _judge(session: Session, member: Member) -> None:
     """Find out if the transaction that ``session`` is in must last.
 
-    It does when the application began it by ``begin()``, wrote in it, or ran anything
-    that is not certain to have only read: a lock or a SET LOCAL would be gone.
+    It must if the application began it by ``begin()``, wrote in it, or ran a statement
+    that may have done more than read: a lock or a SET LOCAL would be lost.
     """
     from sqlalchemy.orm import SessionTransactionOrigin
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 KEPT = 100
-"""Statements of a transaction that a member keeps; of more it is not sure."""
+"""Maximum statements of a transaction that a member keeps for rows(key=...)."""
 
 
 class Manager(transaction.TransactionManager):  # type: ignore[misc]
@@ -113,7 +113,7 @@ class Member:
         self._flushed = [0, 0, 0]
         self.held_in = session.get_transaction()  # of which nothing is known
         self.connections: set[Any] = set()  # of the session's transaction
-        # What ran in it and its options, until watched, for rows(key=...) to judge.
+        # The statements of the transaction, with options. rows(key=...) checks them.
         self.statements: list[tuple[Any, Any]] = []
         session.connection = self._connection  # type: ignore[method-assign]
         self._parked = self._park()
@@ -151,9 +151,9 @@ class Member:
                 self.statements.append((state.statement, state.local_execution_options))
 
     def _connection(self, *args: Any, **options: Any) -> Any:
-        """``session.connection()``: who asks for it may do anything past the session.
+        """``session.connection()``: statements on it are not seen by the session.
 
-        But not while it begins: a handler of after_begin runs at each begin again.
+        A handler of after_begin may call it too, and runs again at each begin.
         """
         connection = type(self.session).connection(self.session, *args, **options)
         if self.connections and not self.watched:
