@@ -33,6 +33,7 @@ MakeApp = Callable[..., Any]
 # Each has a command of its own, which sets its variable.
 OWN_COMMANDS = {
     "TGSTREAM_MARIADB": "mariadb",
+    "TGSTREAM_PGBOUNCER": "pgbouncer",
     "TGSTREAM_BROWSER": "browser",
     "TGSTREAM_PROXIES": "proxies",
     "TGSTREAM_SERVERS": "servers",

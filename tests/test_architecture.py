@@ -60,18 +60,24 @@ LADDER = {
         "_stream",
     },
     "_templates": {"_cleanup", "_config", "_context", "_options"},
-    # The last two for their types alone.
-    "_reading": {"_report", "_stream", "_thread", "_database", "_transaction"},
-    "_statement": {"_fields", "_options"},
+    "_effects": set(),
+    # The database for its type alone.
+    "_reading": {
+        *("_report", "_stream", "_thread", "_database", "_transaction"),
+        "_effects",
+    },
+    "_statement": {"_fields", "_options", "_reading"},
+    "_cursor": {"_effects", "_plan", "_reading", "_report"},
     "_mysql": {"_options"},
     "_key": {"_mysql", "_options"},
-    "_keyset": {"_key", "_options", "_reading"},
+    "_keyset": {"_effects", "_key", "_options", "_reading"},
+    # The database for its type alone.
     "_rows": {
-        *("_batches", "_config", "_keyset", "_mysql"),
-        *("_options", "_reading", "_statement"),
+        *("_batches", "_config", "_cursor", "_database", "_effects", "_keyset"),
+        *("_mysql", "_options", "_reading", "_statement"),
     },
     "_copy": {
-        *("_batches", "_csv", "_options"),
+        *("_batches", "_csv", "_effects", "_options"),
         *("_reading", "_rows", "_statement"),
     },
     "_resume": {"_context", "_options"},
@@ -113,8 +119,9 @@ LADDER = {
 MAY_TOUCH = {
     "transaction": {"_database", "_outbox", "_reading", "_transaction"},
     "sqlalchemy": {
-        *("_copy", "_database", "_key", "_keyset", "_mysql", "_objects"),
-        *("_outbox", "_reading", "_registry", "_report", "_rows", "_statement"),
+        *("_copy", "_cursor", "_database", "_effects", "_key", "_keyset"),
+        *("_mysql", "_objects", "_outbox"),
+        *("_reading", "_registry", "_report", "_rows", "_statement"),
         "_transaction",
     },
     "zope": set[str](),

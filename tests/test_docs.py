@@ -436,7 +436,7 @@ def test_readme_links_to_sections_that_exist() -> None:
     "path",
     [
         *(".ci/run", ".ci/matrix", ".ci/mariadb", ".ci/browser"),
-        *(".ci/proxies", ".ci/network", ".ci/newcomer"),
+        *(".ci/pgbouncer", ".ci/proxies", ".ci/network", ".ci/newcomer"),
     ],
 )
 def test_command_of_contributors_exists(path: str) -> None:

@@ -15,6 +15,7 @@ import pytest
 import tg
 from sqlalchemy import create_engine
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
+from sqlalchemy.pool import NullPool
 
 from tests.conftest import MakeApp, assert_thread_clean
 from tests.servers.expected import EXPECTED
@@ -787,6 +788,21 @@ def test_no_query_of_a_database_is_told_and_any_factory_is_fine() -> None:
         [database] = [each for each in found if each.name == "database"]
         assert database.mark == "ok"
         assert "timeout" not in database.found
+
+
+def test_pooler_is_told_from_postgresql_itself(postgresql: str) -> None:
+    """Only behind a pooler does psycopg have to prepare nothing."""
+    cases: list[tuple[str, dict[str, Any], str, str]] = [
+        (postgresql, {}, "ok", "no connection pooler is in between"),
+        (postgresql, {"prepare_threshold": None}, "ok", "off"),
+        (f"{postgresql}/nowhere", {}, "warn", "cannot be reached"),
+    ]
+    for url, arguments, mark, words in cases:
+        engine = create_engine(url, connect_args=arguments, poolclass=NullPool)
+        config = {"DBSession": scoped_session(sessionmaker(engine))}
+        (found,) = [x for x in settings(config) if x.name == "prepared statements"]
+        assert found.mark == mark
+        assert words in found.found
 
 
 def test_query_of_a_redis_that_is_tgstreams_is_told() -> None:

@@ -9,21 +9,24 @@ import random
 import uuid
 from collections.abc import Callable, Iterator
 from decimal import Decimal
+from pathlib import Path
 from typing import Any
 
 import pytest
 import sqlalchemy as sa
 import transaction
+from sqlalchemy import event
 from sqlalchemy.dialects import mysql
 from sqlalchemy.dialects import postgresql as pg
 from sqlalchemy.engine.default import DefaultDialect
-from sqlalchemy.orm import Session, aliased
+from sqlalchemy.ext.horizontal_shard import ShardedSession
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, aliased, mapped_column
 
 import tgstream
 from tests.conftest import MakeApp, Root, assert_clean, pool
-from tests.model import Model, Note, User
+from tests.model import MakeModel, Model, Note, User
 from tests.wsgi import Call, get
-from tgstream import StreamError, rows
+from tgstream import StreamError, copy, rows
 from tgstream._key import terms_of
 
 Fill = Callable[..., sa.Table]
@@ -570,3 +573,379 @@ def test_rows_that_come_meanwhile_are_seen_if_they_sort_behind(
         other.add_all([User(name="b"), User(name="f")])
         other.commit()
     assert [*got, *(row.name for row in source)] == ["a", "c", "e", "f", "g"]
+
+
+# The transaction that was there before.
+
+
+@pytest.fixture
+def tenants(make_model: MakeModel, postgresql: str) -> Iterator[Model]:
+    """A model whose role sees the users of the tenant that its transaction names."""
+    admin = make_model(postgresql)
+    admin.seed(*(f"a{number}" for number in range(40)))
+    with admin.outside.begin() as connection:
+        for statement in (
+            "CREATE ROLE tenant",
+            "GRANT ALL ON ALL TABLES IN SCHEMA public TO tenant",
+            "GRANT ALL ON ALL SEQUENCES IN SCHEMA public TO tenant",
+            "ALTER TABLE users ENABLE ROW LEVEL SECURITY",
+            "CREATE POLICY own ON users USING (left(name, 1) = "
+            "current_setting('app.tenant', true))",
+        ):
+            connection.exec_driver_sql(statement)
+    yield make_model(f"{postgresql}&options=-c%20role%3Dtenant", create=False)
+    with admin.outside.begin() as connection:
+        connection.exec_driver_sql("ALTER TABLE users DISABLE ROW LEVEL SECURITY")
+        connection.exec_driver_sql("DROP POLICY own ON users")
+        connection.exec_driver_sql("DROP OWNED BY tenant")
+        connection.exec_driver_sql("DROP ROLE tenant")
+
+
+SET_CONFIG = sa.select(sa.func.set_config("app.tenant", "a", True))
+SET_LOCAL = "SET LOCAL app.tenant = 'a'"
+
+
+def query_then_set(session: Any) -> None:
+    session.query(Note).first()
+    session.connection().exec_driver_sql(SET_LOCAL)
+
+
+def query_then_set_config(session: Any) -> None:
+    session.query(Note).first()
+    session.execute(SET_CONFIG)
+
+
+SETS: dict[str, Callable[[Any], Any]] = {
+    "function": lambda session: session.execute(SET_CONFIG),
+    "query": lambda session: session.query(sa.func.set_config("app.tenant", "a", True)),
+    "text": lambda session: session.execute(sa.text(SET_LOCAL)),
+    "connection": lambda session: session.connection().execute(SET_CONFIG),
+    "driver": lambda session: session.connection().exec_driver_sql(SET_LOCAL),
+    "later": query_then_set_config,
+    "later, driver": query_then_set,
+}
+
+
+@pytest.mark.parametrize("when", ["before", "between"])
+@pytest.mark.parametrize("set_tenant", SETS.values(), ids=SETS)
+def test_setting_of_the_transaction_lasts_over_the_batches(
+    make_app: MakeApp, tenants: Model, set_tenant: Callable[[Any], Any], when: str
+) -> None:
+    """Row-level security reads SET LOCAL, and each batch must see the same rows."""
+
+    def body() -> Iterator[str]:
+        if when == "between":
+            assert not list(rows(sa.select(User), key=User.id))
+        done = set_tenant(tenants.DBSession)
+        if isinstance(done, sa.orm.Query):
+            done.all()
+        for row in rows(sa.select(User), key=User.id, batch=5):
+            yield f"{row.name} "
+
+    got = get(make_app(Root(body), tenants)).text.split()
+    assert got == [f"a{number}" for number in range(40)]
+    assert_clean(tenants)
+
+
+def test_setting_made_at_each_begin_holds_nothing(
+    make_app: MakeApp, tenants: Model
+) -> None:
+    """A handler of after_begin names the tenant again for each batch."""
+
+    @event.listens_for(tenants.maker.class_, "after_begin")
+    def name_tenant(session: Any, begun: Any, connection: Any) -> None:
+        connection.execute(SET_CONFIG)
+
+    def body() -> Iterator[str]:
+        tenants.DBSession.query(Note).first()
+        source = rows(sa.select(User), key=User.id, batch=5)
+        for number, row in enumerate(source):
+            assert number % 5 or free(tenants)
+            tenants.DBSession.get(User, row.id)
+            yield f"{row.name} "
+
+    got = get(make_app(Root(body), tenants)).text.split()
+    assert got == [f"a{number}" for number in range(40)]
+    assert_clean(tenants)
+
+
+LOCK = sa.func.pg_advisory_xact_lock(7)
+LOCKS: dict[str, Callable[[Session], Any]] = {
+    "advisory": lambda session: session.execute(sa.select(LOCK)),
+    "rows": lambda session: session.scalars(sa.select(User).with_for_update()).all(),
+    "Query": lambda session: session.query(User).with_for_update(read=True).all(),
+    "hint": lambda session: session.execute(
+        sa.select(User.id).suffix_with("FOR SHARE")
+    ).all(),
+}
+
+
+@pytest.mark.parametrize("when", ["before", "between"])
+@pytest.mark.parametrize("lock", LOCKS.values(), ids=LOCKS)
+def test_lock_lasts_over_the_batches(
+    make_app: MakeApp,
+    make_model: MakeModel,
+    postgresql: str,
+    lock: Callable[[Session], Any],
+    when: str,
+) -> None:
+    """A lock that the generator took is its own until it commits."""
+    model = make_model(postgresql)
+    model.seed(*(f"user{number}" for number in range(6)))
+    free_rows = "SELECT count(*) FROM (SELECT FROM users FOR UPDATE SKIP LOCKED) AS r"
+    free_lock = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'"
+    held: list[bool] = []
+
+    def body() -> Iterator[str]:
+        if when == "before":
+            lock(model.DBSession())
+        for number, row in enumerate(rows(sa.select(User), key=User.id, batch=1)):
+            if when == "between" and number == 1:
+                lock(model.DBSession())
+            if number > 1:
+                ((rows_left,),), ((locks,),) = map(model.look, (free_rows, free_lock))
+                held.append(rows_left == 0 or locks == 1)
+            yield row.name
+        tgstream.commit()
+        assert model.look(free_rows) == [(6,)]
+
+    get(make_app(Root(body), model))
+    assert held == [True] * 4
+    assert_clean(model)
+
+
+def test_transaction_that_the_generator_began_is_ended_by_it(
+    make_app: MakeApp, make_model: MakeModel, url: str
+) -> None:
+    """``with DBSession.begin()`` ends at the end of its block, and not in it."""
+    model = make_model(url, zope=False)
+    model.seed(*(f"user{number}" for number in range(6)))
+
+    def body() -> Iterator[str]:
+        with model.DBSession.begin():
+            for row in rows(sa.select(User), key=User.id, batch=1):
+                assert model.DBSession().in_transaction()
+                yield row.name
+        assert free(model)
+
+    assert get(make_app(Root(body), model)).text == "".join(model.names())
+    assert_clean(model)
+
+
+@pytest.mark.parametrize("outer", ["rows", "yield_per"])
+def test_cursor_outlives_rows_by_key_that_are_read_in_its_loop(
+    make_app: MakeApp, model: Model, outer: str
+) -> None:
+    """A loop over a cursor of the same session is not cut by a batch inside of it."""
+    model.seed(*(f"user{number}" for number in range(50)))
+    options = sa.select(User).execution_options(yield_per=5)
+
+    def users() -> Iterator[Any]:
+        if outer == "rows":
+            return iter(rows(sa.select(User), batch=5))
+        return iter(model.DBSession.scalars(options))
+
+    def body() -> Iterator[str]:
+        for user in users():
+            for row in rows(sa.select(User.id), key=User.id, batch=20):
+                if row.id == user.id:
+                    yield user.name
+
+    assert get(make_app(Root(body), model)).text == "".join(model.names())
+    assert_clean(model)
+
+
+def test_two_keysets_that_take_turns_hold_nothing(
+    make_app: MakeApp, model: Model
+) -> None:
+    """Each ends the transactions of its own batches."""
+    model.seed(*(f"user{number}" for number in range(9)))
+
+    def body() -> Iterator[str]:
+        up = rows(sa.select(User), key=User.id, batch=2)
+        down = rows(sa.select(User), key=User.id.desc(), batch=3)
+        for first, second in zip(up, down, strict=True):
+            assert free(model)
+            yield f"{first.name[-1]}{second.name[-1]} "
+
+    assert get(make_app(Root(body), model)).text == "08 17 26 35 44 53 62 71 80 "
+    assert_clean(model)
+
+
+def test_function_that_writes_is_not_committed_by_reading(
+    make_app: MakeApp, make_model: MakeModel, postgresql: str
+) -> None:
+    """A select() may call a function that writes; a stream that fails undoes it."""
+    model = make_model(postgresql)
+    model.seed(*(f"user{number}" for number in range(6)))
+    with model.outside.begin() as connection:
+        connection.exec_driver_sql(
+            "CREATE OR REPLACE FUNCTION mark(id int) RETURNS int LANGUAGE sql AS "
+            "$$ INSERT INTO notes (text) VALUES (id) RETURNING id $$"
+        )
+    marked = sa.select(User.id, sa.func.mark(User.id).label("mark"))
+
+    def body() -> Iterator[str]:
+        for row in rows(marked, key=User.id, batch=2):
+            yield str(row.id)
+        raise ValueError("too late")
+
+    with pytest.raises(ValueError, match="too late"):
+        get(make_app(Root(body), model))
+    assert model.texts() == []
+    assert_clean(model)
+
+
+TEXT_LOCK = sa.text("SELECT id FROM users FOR NO KEY UPDATE").columns(User.id)
+
+
+@pytest.mark.parametrize(
+    ("statement", "clause"),
+    [
+        (sa.select(User).with_for_update(), "with_for_update"),
+        (sa.select(User).with_for_update(skip_locked=True), "with_for_update"),
+        (sa.select(User).with_for_update(nowait=True, of=User), "with_for_update"),
+        (sa.select(User).with_for_update(read=True, key_share=True), "with_for_update"),
+        (Session().query(User).with_for_update(), "with_for_update"),
+        (sa.select(sa.select(User).with_for_update().subquery()), "with_for_update"),
+        (sa.select(sa.select(User).with_for_update().cte()), "with_for_update"),
+        (
+            sa.select(User.id).where(
+                User.id.in_(sa.select(Note.user_id).with_for_update(read=True))
+            ),
+            "with_for_update",
+        ),
+        (sa.select(User).suffix_with("FOR  key share"), "FOR  key share"),
+        (sa.select(User).suffix_with("LOCK IN SHARE MODE"), "LOCK IN SHARE MODE"),
+        (sa.select(User).with_statement_hint("FOR UPDATE"), "FOR UPDATE"),
+        (sa.select(User).with_hint(User, "WITH (UPDLOCK)"), "UPDLOCK"),
+        (sa.select(TEXT_LOCK.subquery()), "FOR NO KEY UPDATE"),
+        (
+            sa.select(User).where(sa.func.pg_try_advisory_xact_lock(User.id)),
+            "pg_try_advisory_xact_lock",
+        ),
+    ],
+)
+def test_statement_that_locks_is_refused_by_key(statement: Any, clause: str) -> None:
+    """Its locks would be gone before the first row is worked on."""
+    with pytest.raises(StreamError, match=f"with {clause}") as raised:
+        rows(statement, key=User.id)
+    assert "Use rows() without key=" in str(raised.value)
+
+
+def test_words_that_lock_nothing_are_allowed_by_key(
+    session: Session, model: Model
+) -> None:
+    """In a quoted text or a comment they are no clause."""
+    model.seed("ada")
+    harmless = sa.select(User).where(sa.text("name <> 'FOR UPDATE' /* FOR SHARE */"))
+    assert len(list(rows(harmless, key=User.id, session=session))) == 1
+
+
+def test_statement_that_writes_is_refused_by_key() -> None:
+    """It would write again for each batch."""
+    added = sa.insert(User).values(name="new").returning(User.id).cte()
+    for statement in (sa.select(added), sa.select(User).add_cte(added)):
+        with pytest.raises(StreamError, match="run again for each batch"):
+            rows(statement, key=User.id)
+
+
+# The engine.
+
+
+class Elsewhere(DeclarativeBase):
+    pass
+
+
+class Other(Elsewhere):
+    """A class whose table a session has in another database."""
+
+    __tablename__ = "others"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    size: Mapped[int | None]
+
+
+@pytest.fixture(params=["get_bind", "get_bind, mapper only", "binds", "execution"])
+def routed(
+    request: pytest.FixtureRequest, model: Model, postgresql: str, tmp_path: Path
+) -> Iterator[Session]:
+    """A session with ``Other`` in PostgreSQL if the rest is in SQLite, or reversed."""
+    there = postgresql if model.sqlite else f"sqlite:///{tmp_path}/other.db"
+    engine = sa.create_engine(there, poolclass=sa.NullPool)
+    Other.__table__.drop(engine, checkfirst=True)  # type: ignore[attr-defined]
+    Other.__table__.create(engine)  # type: ignore[attr-defined]
+
+    class Routed(Session):
+        def get_bind(self, mapper: Any = None, **arguments: Any) -> Any:
+            if mapper is None and request.param == "get_bind, mapper only":
+                raise sa.exc.UnboundExecutionError("a mapper is needed")
+            if request.param.startswith("get_bind"):
+                is_other = mapper is not None and mapper.class_ is Other
+                return engine if is_other else model.outside
+            if request.param == "execution" and arguments.pop("there", False):
+                return engine
+            return super().get_bind(mapper, **arguments)
+
+    def to_other(state: Any) -> None:
+        if "others" in str(state.statement):
+            state.bind_arguments["there"] = True
+
+    both: dict[Any, Any] = {User: model.outside, Other: engine}
+    binds = both if request.param == "binds" else None
+    with Routed(bind=None if binds else model.outside, binds=binds) as session:
+        if request.param == "execution":
+            event.listen(session, "do_orm_execute", to_other)
+        session.add_all([Other(size=n % 3 or None) for n in range(50)])
+        if request.param != "execution":
+            session.commit()
+        else:
+            session.rollback()
+            with Session(engine) as outside:
+                outside.add_all([Other(size=n % 3 or None) for n in range(50)])
+                outside.commit()
+        yield session
+    Other.__table__.drop(engine)  # type: ignore[attr-defined]
+    engine.dispose()
+
+
+def test_engine_that_runs_the_statement_decides_where_nulls_are(
+    routed: Session,
+) -> None:
+    """A class that is routed elsewhere loses no row for the dialect of another one."""
+    for key in [(Other.size, Other.id), (Other.size.desc(), Other.id)]:
+        for batch in (3, 7, 1000):
+            assert_same_rows(routed, sa.select(Other.id, Other.size), key, batch)
+
+
+def test_copy_is_written_by_the_engine_that_runs_the_statement(
+    routed: Session,
+) -> None:
+    """COPY is for PostgreSQL, whichever engine the session has for other classes."""
+    statement = sa.select(Other.id).order_by(Other.id)
+    lines = b"".join(copy(statement, session=routed)).split()
+    assert lines == [
+        b"id",
+        *(str(row.id).encode() for row in rows(statement, session=routed)),
+    ]
+
+
+def test_statement_that_runs_on_two_engines_is_refused_by_key(
+    model: Model, postgresql: str, tmp_path: Path
+) -> None:
+    """The batches of two shards have no order in common."""
+    shards = {"one": model.outside, "two": model.outside}
+
+    def all_shards(*args: Any, **options: Any) -> list[str]:
+        return list(shards)
+
+    with ShardedSession(
+        shard_chooser=lambda *args, **options: "one",
+        identity_chooser=all_shards,
+        execute_chooser=all_shards,
+        shards=shards,
+    ) as session:
+        with pytest.raises(StreamError, match="one engine"):
+            list(rows(sa.select(User), key=User.id, session=session))
+        if not model.sqlite:
+            with pytest.raises(StreamError, match="one engine"):
+                list(copy(sa.select(User), session=session))

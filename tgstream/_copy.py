@@ -17,6 +17,7 @@ from ._reading import check_commits, opened, sizes
 from ._rows import Rows, check_session, session_of
 
 if TYPE_CHECKING:
+    import sqlalchemy as sa
     from sqlalchemy.orm import Session
 
     from ._statement import Prepared
@@ -62,11 +63,16 @@ class Copy:
 
     def batches(self) -> Generator[Sequence[bytes], None, None]:
         """The blocks, one at a time; close it to end the copying."""
+        from ._effects import is_query
+        from ._statement import compiled
+
         session = session_of("copy", self._session, self._prepared.session)
-        dialect = session.get_bind(clause=self._prepared.statement).dialect
-        if (dialect.name, dialect.driver) == ("postgresql", "psycopg"):
-            check_commits("copy", session)
-            blocks = self._by_database(session)
+        check_commits("copy", session)
+        statement, found = self._prepared.statement, None
+        if is_query(statement):
+            found = compiled(session, statement, "postgresql", "psycopg")
+        if found is not None:
+            blocks = self._by_database(*found)
             with opened(session, blocks):
                 for block in blocks:
                     if not block:
@@ -84,11 +90,10 @@ class Copy:
                 if piece:
                     yield [piece if isinstance(piece, bytes) else piece.encode()]
 
-    def _by_database(self, session: Session) -> Generator[bytes, None, None]:
+    def _by_database(
+        self, connection: sa.Connection, statement: str, parameters: Any
+    ) -> Generator[bytes, None, None]:
         """The blocks, and an empty one when that was all."""
-        from ._statement import compiled
-
-        connection, statement, parameters = compiled(session, self._prepared.statement)
         options = f"FORMAT csv, HEADER {bool(self._header)}, ENCODING 'UTF8'"
         command = f"COPY (\n{statement}\n) TO STDOUT ({options})"
         driver: Any = connection.connection.driver_connection

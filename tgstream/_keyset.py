@@ -13,6 +13,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import result_tuple
 from sqlalchemy.sql import visitors
 
+from ._effects import lock_of, writes
 from ._key import bind, in_selection, may_tie, raw_of, same, selected, terms_of
 from ._options import StreamError
 from ._reading import sizes
@@ -69,6 +70,7 @@ def _check_statement(statement: Any) -> None:
             "cannot take; make it a subquery() and select() from that"
         )
     found = [name for slot, name in _CLAUSES.items() if _is_set(statement, slot)]
+    _check_effects(statement)
     columns = [each["expr"] for each in statement.column_descriptions]
     if any(_has_window(column) for column in columns):
         found.append("a window function")
@@ -77,6 +79,20 @@ def _check_statement(statement: Any) -> None:
             f"rows(key=...) orders and limits its statement, which has "
             f"{' and '.join(found)} of its own: leave that out, or make the statement "
             "a subquery() and select() from that"
+        )
+
+
+def _check_effects(statement: sa.Select[Any]) -> None:
+    if (lock := lock_of(statement)) is not None:
+        raise StreamError(
+            f"rows(key=...) cannot read a statement with {lock}: the transaction ends "
+            "after each batch, and its locks with it, before the rows are used. Use "
+            "rows() without key=, or lock each row where you work on it"
+        )
+    if writes(statement):
+        raise StreamError(
+            "rows(key=...) cannot read a statement with an INSERT, UPDATE or DELETE "
+            "in it, because it would run again for each batch. Use rows() without key="
         )
 
 

@@ -6,9 +6,10 @@ reads in batches ends it after each, unless something was written.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 from ._report import cursor_open
 from ._stream import current_stream
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
 
     from ._database import Database
     from ._transaction import Member
+
+OWN = "tgstream_rows"
+"""The execution option of the statements that rows() and copy() run."""
 
 
 def sizes(most: int) -> Iterator[int]:
@@ -75,9 +79,43 @@ def watch(session: Session, database: Database) -> None:
     listener = _Watch(member)
     event.listen(session, "after_begin", listener.begin)
     if session.in_transaction():
-        connection = session.connection()
-        member.changed = member.changed or _has_written(connection)
-        listener.begin(session, None, connection)
+        _judge(session, member)
+        for connection in member.connections:
+            listener.begin(session, None, connection)
+    member.statements.clear()
+
+
+def _judge(session: Session, member: Member) -> None:
+    """Find out if the transaction that ``session`` is in must last.
+
+    It must if the application began it by ``begin()``, wrote in it, or ran a statement
+    that may have done more than read: a lock or a SET LOCAL would be lost.
+    """
+    from sqlalchemy.orm import SessionTransactionOrigin
+
+    from ._transaction import KEPT
+
+    begun = session.get_transaction()
+    if begun is not None and begun.origin is SessionTransactionOrigin.BEGIN:
+        member.held_in = begun
+    member.changed = member.changed or any(map(has_written, member.connections))
+    if len(member.statements) >= KEPT or not all(
+        _is_reading(statement.execution_options(**options), member.connections)
+        for statement, options in member.statements
+    ):
+        member.held_in = begun
+
+
+def _is_reading(statement: Any, connections: Iterable[Any]) -> bool:
+    """True if a statement certainly left nothing in its transaction.
+
+    On SQLite no select() can, without an INSERT, UPDATE or DELETE.
+    """
+    from ._effects import is_query, only_reads
+
+    if all(each.dialect.name == "sqlite" for each in connections):
+        return is_query(statement)
+    return only_reads(statement)
 
 
 class _Watch:
@@ -85,6 +123,7 @@ class _Watch:
 
     def __init__(self, member: Member) -> None:
         self._member = member
+        self._reading: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
 
     def begin(self, session: Session, begun: Any, connection: Any) -> None:
         from sqlalchemy import event
@@ -92,32 +131,61 @@ class _Watch:
         event.listen(connection, "before_cursor_execute", self._look)
 
     def _look(self, *args: Any) -> None:
-        compiled = args[4].compiled  # of the context; None for a driver's statement
-        statement = None if compiled is None else compiled.statement
-        if not getattr(statement, "is_select", False):
-            self._member.changed = True
+        connection, context = args[0], args[4]
+        if OWN in context.execution_options:
+            return
+        compiled = context.compiled  # None for a driver's statement
+        member = self._member
+        if not getattr(getattr(compiled, "statement", None), "is_select", False):
+            member.changed = True
+            return
+        if compiled not in self._reading:
+            self._reading[compiled] = _is_reading(compiled.statement, [connection])
+        if not self._reading[compiled] or context.execution_options.get(
+            "stream_results"
+        ):
+            member.held_in = member.session.get_transaction()
 
 
-def _has_written(connection: Any) -> bool:
+_WRITES_ARE_KNOWN = frozenset({"postgresql", "sqlite"})
+
+
+def has_written(connection: Any) -> bool:
     """True if something may have been written in the transaction of ``connection``."""
     name = connection.dialect.name
     if name == "postgresql":
         asked = "SELECT txid_current_if_assigned() IS NOT NULL"
-        return bool(connection.exec_driver_sql(asked).scalar())
+        options = {OWN: True}
+        result = connection.exec_driver_sql(asked, execution_options=options)
+        return bool(result.scalar())
     if name == "sqlite":
         return bool(connection.connection.driver_connection.in_transaction)
     return True
 
 
-def end_reading(session: Session, database: Database) -> None:
+def end_reading(
+    session: Session, database: Database, began: bool, connections: Iterable[Any] = ()
+) -> None:
     """End the transaction of ``session`` if it has only read; nothing is expired.
 
     In a transaction of its own: other sessions, and a doom, are not its matter.
+
+    :param began: whether the reading itself began it. Another one also lasts while a
+        cursor is open, and for what it holds: a lock, a SET LOCAL.
+    :param connections: those on which the statement that was read may have written.
     """
     import transaction
 
     member = database.member_of(session)
     if member is None or member.idle or not member.unchanged:
+        return
+    known = [each for each in connections if each.dialect.name in _WRITES_ARE_KNOWN]
+    if any(map(has_written, known)):
+        member.changed = True
+        return
+    if not began and (
+        database.manager.cursors or member.held_in is session.get_transaction()
+    ):
         return
     reading = transaction.TransactionManager()
     reading.get().join(member)

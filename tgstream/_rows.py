@@ -6,7 +6,7 @@ iterator, whoever closes it.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import sqlalchemy as sa
     from sqlalchemy.orm import Session
 
+    from ._database import Database
     from ._keyset import Keyset
     from ._statement import Prepared
 
@@ -41,12 +42,16 @@ def rows(
 
     Without ``key`` one cursor reads one snapshot, and holds the stream's transaction:
     a commit or rollback before its end is refused, and so are automatic commits.
-    On MySQL and MariaDB so is any other statement of the session.
+    On MySQL and MariaDB so is any other statement of the session. Where PostgreSQL
+    can have no cursor (AUTOCOMMIT, INSERT ... RETURNING, SHOW) the driver fetches all
+    rows at once.
 
     With ``key`` each batch is a query of its own, that goes on behind the last one's
     key. In between nothing is held: the transaction is over and the connection back in
-    the pool, unless something was written and not committed. A commit is welcome. Rows
-    that are added or changed meanwhile are seen if they sort behind.
+    the pool, unless something was written and not committed. A transaction that the
+    generator began goes on if it may hold more than reads: a lock, a ``SET LOCAL``, an
+    open cursor. A commit is welcome. Rows that are added or changed meanwhile are seen
+    if they sort behind.
 
     :param statement: ``select()``, a ``Query``; without ``key`` also a union or
         ``text()``.
@@ -58,7 +63,8 @@ def rows(
         its transaction is left to its owner.
     :raises TypeError: when an argument is of a wrong kind.
     :raises ValueError: when ``batch`` is no whole number from 1 on.
-    :raises StreamError: when the statement has run already, or cannot be read by key.
+    :raises StreamError: when the statement has run already, or cannot be read by key:
+        it locks rows, writes, or has an order of its own.
     """
     from ._statement import prepared
 
@@ -105,35 +111,74 @@ class Rows:
             yield from self._by_key(session, self._keyset)
 
     def _by_cursor(self, session: Session) -> Iterator[Sequence[Any]]:
+        from ._cursor import WriterWatch, cursor_options
         from ._mysql import NAMES, alone
         from ._statement import execute
 
         check_commits("rows", session)
-        options = {"stream_results": True, "max_row_buffer": self._batch}
-        asked: list[sa.Connection] = []
-        result = execute(session, self._prepared.statement, options, asked.append)
-        unbuffered = [each for each in asked if each.dialect.name in NAMES]
-        with opened(session, result), alone(unbuffered, result):
+        connections: list[sa.Connection] = []
+
+        def prepare(connection: sa.Connection, statement: Any) -> Mapping[str, Any]:
+            connections.append(connection)
+            return cursor_options(connection, statement, self._batch)
+
+        result = execute(session, self._prepared.statement, {}, prepare)
+        unbuffered = [each for each in connections if each.dialect.name in NAMES]
+        lock = WriterWatch(connections)
+        with opened(session, result), alone(unbuffered, result), closing(lock):
             self.fields = self._fields(result)
             for size in sizes(min(self._batch, BATCH)):
                 if not (batch := result.fetchmany(size)):
                     return
                 yield batch
+                lock.look()
 
     def _by_key(self, session: Session, keyset: Keyset) -> Iterator[Sequence[Any]]:
-        from ._statement import execute
+        from ._statement import OtherEngine, dialect_of
 
         database = database_of(session)
         if database is not None:
             watch(session, database)
-        statement = self._prepared.statement
-        dialect = session.get_bind(clause=statement).dialect
+        dialect = dialect_of(session, self._prepared.statement)
+        batches = self._batches_on(dialect, session, keyset, database)
+        try:
+            first = next(batches, None)
+        except OtherEngine as other:
+            batches = self._batches_on(other.dialect, session, keyset, database)
+            first = next(batches, None)
+        if first is not None:
+            yield first
+            yield from batches
+
+    def _batches_on(
+        self,
+        dialect: sa.Dialect,
+        session: Session,
+        keyset: Keyset,
+        database: Database | None,
+    ) -> Iterator[Sequence[Any]]:
+        """The batches; OtherEngine before the first if the dialect is not this one."""
+        from ._effects import only_reads
+        from ._statement import OtherEngine, execute
+
+        name = f"{dialect.name}+{dialect.driver}"
+        may_write = not only_reads(keyset.statement)
 
         def fetch(statement: Any) -> tuple[list[str], Sequence[Any]]:
-            result = execute(session, statement, {})
+            began = not session.in_transaction()
+            connections: list[sa.Connection] = []
+
+            def prepare(connection: sa.Connection, statement: Any) -> Mapping[str, Any]:
+                its = connection.dialect
+                if connections or name != f"{its.name}+{its.driver}":
+                    raise OtherEngine("rows", its, name)
+                connections.append(connection)
+                return {"stream_results": False}
+
+            result = execute(session, statement, {}, prepare)
             fetched = self._fields(result), result.all()
             if database is not None:
-                end_reading(session, database)
+                end_reading(session, database, began, connections if may_write else ())
             return fetched
 
         run = keyset.run(dialect, self._batch, fetch)

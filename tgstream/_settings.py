@@ -28,6 +28,7 @@ def settings(config: Config) -> Iterator[Finding]:
     yield from options(config)
     yield _channels(config)
     yield from _database(config)
+    yield from _prepared_statements(config)
     yield _transactions(config)
     yield _registry_streaming(config)
     yield _tracing(config)
@@ -127,15 +128,8 @@ def _database(config: Config) -> Iterator[Finding]:
     except ValueError as error:
         yield Finding(FAIL, "database", str(error))
         return
-    binds = [getattr(each.session_factory, "kw", {}).get("bind") for each in found]
-    engines = [getattr(bind, "engine", None) for bind in binds]
-    names = [_name_of(config, scoped) for scoped in found]
-    places = [
-        name
-        if engine is None
-        else f"{name} on {unquote(str(engine.url.set(query={})))}"
-        for name, engine in zip(names, engines, strict=True)
-    ]
+    engines = [_engine_of(each) for each in found]
+    places = [_place(config, each) for each in found]
     alone = [not (hasattr(engine, "pool") and is_shared(engine)) for engine in engines]
     if all(alone):
         yield Finding(OK, "database", ", ".join(places) or "no scoped session")
@@ -146,6 +140,68 @@ def _database(config: Config) -> Iterator[Finding]:
         f"{places[alone.index(False)]}, which is one connection for all sessions of a "
         "thread: a stream's transaction cannot be kept apart",
         "Use a file, in test.ini: sqlalchemy.url = sqlite:///%(here)s/test.db",
+    )
+
+
+def _engine_of(scoped: Any) -> Any:
+    """The engine of a scoped session; None where only a statement knows it."""
+    bind = getattr(scoped.session_factory, "kw", {}).get("bind")
+    return getattr(bind, "engine", None)
+
+
+def _place(config: Config, scoped: Any) -> str:
+    name, engine = _name_of(config, scoped), _engine_of(scoped)
+    if engine is None:
+        return name
+    return f"{name} on {unquote(str(engine.url.set(query={})))}"
+
+
+def _prepared_statements(config: Config) -> Iterator[Finding]:
+    """Whether psycopg 3 prepares statements, and on PostgreSQL itself.
+
+    A pooler gives each client a key to cancel by, with a number that is not the pid of
+    the backend. No parameter names the pooler, or its mode.
+    """
+    try:
+        found = scoped_sessions(config)
+    except ValueError:
+        return  # which is told of the database
+    for scoped in found:
+        dialect = getattr(_engine_of(scoped), "dialect", None)
+        if getattr(dialect, "driver", None) != "psycopg":
+            continue
+        place = _place(config, scoped)
+        try:
+            with _engine_of(scoped).connect() as connection:
+                driver = connection.connection.driver_connection
+                pid = connection.exec_driver_sql("SELECT pg_backend_pid()").scalar()
+                pooled = pid != driver.info.backend_pid
+                prepares = driver.prepare_threshold is not None
+        except Exception as error:
+            yield Finding(
+                WARN,
+                "prepared statements",
+                f"{place} cannot be reached: {said(error)}",
+                "Start the database, and run the doctor again.",
+            )
+            continue
+        yield _pooler(place, pooled, prepares)
+
+
+def _pooler(place: str, pooled: bool, prepares: bool) -> Finding:
+    if not prepares:
+        return Finding(OK, "prepared statements", f"{place}: off")
+    if not pooled:
+        found = f"{place}: on, and no connection pooler is in between"
+        return Finding(OK, "prepared statements", found)
+    return Finding(
+        WARN,
+        "prepared statements",
+        f"{place} is behind a connection pooler such as PgBouncer, and psycopg "
+        "prepares statements: in transaction mode, streams fail with '_pg3_0 does not "
+        "exist'",
+        "In config/app_cfg.py: base_config.update_blueprint({"
+        '"sqlalchemy.connect_args": {"prepare_threshold": None}}).',
     )
 
 

@@ -6,20 +6,21 @@ tenant); only the objects of the ORM are left out, which cost more than the data
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import sqlalchemy as sa
 from sqlalchemy import event
+from sqlalchemy.engine.default import DefaultDialect
 from sqlalchemy.orm import Bundle, Load, Mapper, Query, Session
 from sqlalchemy.orm.attributes import QueryableAttribute
 
 from ._fields import mapped_columns
 from ._options import StreamError
+from ._reading import OWN
 
 KINDS = sa.Select, sa.CompoundSelect, sa.TextualSelect, sa.TextClause, Query
-
-_OPTION = "tgstream_rows"
 
 
 class Prepared(NamedTuple):
@@ -122,39 +123,83 @@ def execute(
     session: Session,
     statement: Any,
     options: Mapping[str, Any],
-    listen: Any = None,
+    prepare: Callable[[sa.Connection, Any], Mapping[str, Any]] = lambda *args: {},
 ) -> sa.Result[Any]:
     """The rows of ``statement``, as its driver gives them.
 
     Handlers of ``do_orm_execute`` run as ever. The one that is added, and so the last,
     answers with a Result of the connection, which has no part of the ORM in it.
 
-    :param listen: called with the connection before the statement runs there.
+    :param prepare: called with the connection and the statement before it runs there,
+        and returns more options. No other call knows for certain which engine it is.
     """
 
     def on_connection(state: Any) -> Any:
-        if _OPTION not in state.local_execution_options:
+        if OWN not in state.local_execution_options:
             return None  # a handler's own statement
-        connection = state.session.connection(bind_arguments=state.bind_arguments)
-        if listen is not None:
-            listen(connection)
+        # Not the session's attribute: that is for those who use it themselves.
+        connection = type(session).connection(
+            session, bind_arguments=state.bind_arguments
+        )
+        more = prepare(connection, state.statement)
         return connection.execute(
             state.statement,
             state.parameters or {},
-            execution_options=state.local_execution_options,
+            execution_options={**state.local_execution_options, **more},
         )
 
     event.listen(session, "do_orm_execute", on_connection)
     try:
-        return session.execute(statement, execution_options={**options, _OPTION: True})
+        return session.execute(statement, execution_options={**options, OWN: True})
     finally:
         event.remove(session, "do_orm_execute", on_connection)
 
 
-def compiled(session: Session, statement: Any) -> tuple[sa.Connection, str, Any]:
+class OtherEngine(StreamError):
+    """The session runs a statement on another engine than it seemed: on ``dialect``."""
+
+    def __init__(self, hook: str, dialect: sa.Dialect, expected: str) -> None:
+        super().__init__(
+            f"{hook}() reads on {expected}, but the session ran a statement of it on "
+            f"{dialect.name}+{dialect.driver}. Make get_bind() return one engine for "
+            f"all statements of {hook}(), or give it a session of one engine"
+        )
+        self.dialect = dialect
+
+
+def dialect_of(session: Session, statement: Any) -> sa.Dialect:
+    """The dialect that a select() will probably run on; only its connection knows.
+
+    The arguments are those that the session would give ``get_bind()``. What else it
+    may need, an identity or a shard, the execution of a statement alone has.
+    """
+    arguments = {"clause": statement}
+    for each in statement.column_descriptions[:1]:
+        if (entity := each.get("entity")) is not None:
+            arguments["mapper"] = sa.inspect(entity).mapper
+    with suppress(Exception):
+        return session.get_bind(**arguments).dialect
+
+    def found(connection: sa.Connection, statement: Any) -> Any:
+        raise OtherEngine("rows", connection.dialect, "an unknown engine")
+
+    try:
+        execute(session, statement, {}, found)
+    except OtherEngine as other:
+        return other.dialect
+    return DefaultDialect()  # a handler has answered
+
+
+def compiled(
+    session: Session, statement: Any, name: str, driver: str
+) -> tuple[sa.Connection, str, Any] | None:
     """A statement as its driver gets it: the connection, the text, the parameters.
 
     It is run, for all that an application adds to be added, but told to give no row.
+
+    :param name: the only database on which it is; elsewhere nothing runs, nor where a
+        handler answers, and there is no such text.
+    :param driver: its driver.
     """
     connections: list[sa.Connection] = []
     found: list[tuple[str, Any]] = []
@@ -164,17 +209,25 @@ def compiled(session: Session, statement: Any) -> tuple[sa.Connection, str, Any]
         found.append((text, parameters))
         return f"SELECT * FROM (\n{text}\n) AS nothing WHERE false", parameters
 
-    def listen(connection: sa.Connection) -> None:
+    def listen(connection: sa.Connection, statement: Any) -> Mapping[str, Any]:
+        dialect = connection.dialect
+        if connections or (dialect.name, dialect.driver) != (name, driver):
+            raise OtherEngine("copy", dialect, f"{name}+{driver}")
         connections.append(connection)
         event.listen(connection, "before_cursor_execute", nothing, retval=True)
+        return {"stream_results": False}
 
     try:
         with execute(session, statement, {}, listen) as result:
             fields_of("copy", result)
+    except OtherEngine:
+        if connections:
+            raise
+        return None
     finally:
         for connection in connections:
             event.remove(connection, "before_cursor_execute", nothing)
-    return connections[-1], *found[-1]
+    return (connections[0], *found[-1]) if found else None
 
 
 def fields_of(hook: str, result: sa.Result[Any]) -> list[str]:

@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from sqlalchemy.orm import Session
 
 
+KEPT = 100
+"""Maximum statements of a transaction that a member keeps for rows(key=...)."""
+
+
 class Manager(transaction.TransactionManager):  # type: ignore[misc]
     """A transaction manager whose transactions begin with the stream's sessions."""
 
@@ -97,6 +101,8 @@ class Member:
 
     transaction_manager = None
     watched = False  # also for what is written past the session
+    held_in: Any = None
+    """The session's transaction, if a lock or a setting in it must last."""
 
     def __init__(self, session: Session, manager: Manager) -> None:
         from sqlalchemy import event  # here there is a session; an application may not
@@ -105,7 +111,11 @@ class Member:
         self.manager = manager
         self.changed = self._deleted = False
         self._flushed = [0, 0, 0]
-        self._connections: set[Any] = set()  # of the session's transaction
+        self.held_in = session.get_transaction()  # of which nothing is known
+        self.connections: set[Any] = set()  # of the session's transaction
+        # The statements of the transaction, with options. rows(key=...) checks them.
+        self.statements: list[tuple[Any, Any]] = []
+        session.connection = self._connection  # type: ignore[method-assign]
         self._parked = self._park()
         event.listen(session, "after_flush", self._after_flush)
         event.listen(session, "do_orm_execute", self._do_orm_execute)
@@ -134,15 +144,30 @@ class Member:
 
     def _do_orm_execute(self, state: Any) -> None:
         self.changed = self.changed or not state.is_select
+        if not self.watched:
+            if not self.session.in_transaction():
+                self.statements.clear()
+            if len(self.statements) < KEPT:
+                self.statements.append((state.statement, state.local_execution_options))
+
+    def _connection(self, *args: Any, **options: Any) -> Any:
+        """``session.connection()``: statements on it are not seen by the session.
+
+        A handler of after_begin may call it too, and runs again at each begin.
+        """
+        connection = type(self.session).connection(self.session, *args, **options)
+        if self.connections and not self.watched:
+            self.held_in = self.session.get_transaction()
+        return connection
 
     def _after_create(self, session: Session, inner: Any) -> None:
         # A flush and the bulk methods work in a subtransaction, a read never does.
         self.changed = self.changed or inner.parent is not None
         if inner.parent is None:
-            self._connections.clear()
+            self.connections.clear()
 
     def _after_begin(self, session: Session, begun: Any, connection: Any) -> None:
-        self._connections.add(connection)
+        self.connections.add(connection)
 
     @property
     def idle(self) -> bool:
@@ -165,6 +190,8 @@ class Member:
             if self._parked is not None:
                 self._unpark()
         finally:
+            vars(self.session).pop("connection", None)
+            self.held_in = None
             self.session.close()
 
     def _unpark(self) -> None:
@@ -211,7 +238,7 @@ class Member:
 
     def tpc_vote(self, transaction: Any) -> None:
         if self.changed:
-            refuse_failed(self._connections)
+            refuse_failed(self.connections)
         if self.session.twophase:
             self.session.prepare()
         else:

@@ -1,0 +1,105 @@
+"""Effects of a statement beside reading: writes, locks, settings of its transaction.
+
+Text and unknown functions can have any effect, so a function here returns the careful
+answer for them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.sql import visitors
+from sqlalchemy.sql.functions import FunctionElement
+from sqlalchemy.sql.selectable import ForUpdateArg
+
+_SAFE_FUNCTIONS = frozenset(
+    [
+        *("abs", "avg", "char_length", "coalesce", "concat", "count", "current_date"),
+        *("current_time", "current_timestamp", "length", "localtime", "lower"),
+        *("localtimestamp", "max", "min", "now", "round", "sum", "trim", "upper"),
+        *("dense_rank", "rank", "row_number"),
+    ]
+)
+_SAFE_TEXT = re.compile(r"\*|\w+")  # count(*), and SELECT 1 of an EXISTS
+_QUOTED = re.compile(
+    r"""--[^\n]*|/\*.*?\*/|'(?:[^']|'')*'|"(?:[^"]|"")*"|\$(\w*)\$.*?\$\1\$""", re.S
+)
+_READS = re.compile(r"[\s(]*(?:SELECT|VALUES|TABLE|WITH)\b", re.I)
+_WRITES = re.compile(r"[()]\s*(?:UPDATE|DELETE)\b|\bINTO\b", re.I)
+_LOCKS = re.compile(
+    r"\bFOR\s+(?:NO\s+KEY\s+)?UPDATE\b|\bFOR\s+(?:KEY\s+)?SHARE\b"
+    r"|\bLOCK\s+IN\s+SHARE\s+MODE\b|\b(?:UPD|X|HOLD)LOCK\b|\w*advisory_xact_lock\w*",
+    re.I,
+)
+
+
+def is_query(statement: Any) -> bool:
+    """True if a cursor, or a subquery, can stand for ``statement``: it only selects.
+
+    INSERT ... RETURNING, SHOW and EXPLAIN return rows too, and cannot.
+    """
+    if isinstance(statement, sa.TextualSelect):
+        statement = statement.element
+    if isinstance(statement, sa.TextClause):
+        text = _QUOTED.sub(" ", statement.text)
+        return _READS.match(text) is not None and _WRITES.search(text) is None
+    return not writes(statement)
+
+
+def writes(statement: Any) -> bool:
+    """True if an INSERT, UPDATE or DELETE is in a select(), as a CTE is."""
+    return any(
+        getattr(part, "is_dml", False)
+        or (isinstance(part, sa.TextualSelect) and not is_query(part))
+        for part in visitors.iterate(statement)
+    )
+
+
+def lock_of(statement: Any) -> str | None:
+    """The clause or function of a select() that locks until its transaction ends."""
+    for part in visitors.iterate(statement):
+        if isinstance(part, ForUpdateArg):
+            return "with_for_update()"
+        texts = [part.name] if isinstance(part, FunctionElement) else _texts(part)
+        for text in texts:
+            if found := _LOCKS.search(_QUOTED.sub(" ", text)):
+                return found[0]
+    return None
+
+
+def only_reads(statement: Any) -> bool:
+    """True if a statement certainly leaves nothing in its transaction.
+
+    A function can set a parameter, take a lock or write. So can any text.
+    """
+    if not isinstance(statement, sa.Select | sa.CompoundSelect):
+        return False
+    options = statement.get_execution_options()
+    if options.get("stream_results") or options.get("yield_per"):
+        return False  # it may still be read from
+    return all(_only_reads(part) for part in visitors.iterate(statement))
+
+
+def _only_reads(part: Any) -> bool:
+    if isinstance(part, ForUpdateArg) or getattr(part, "is_dml", False):
+        return False
+    if isinstance(part, FunctionElement):
+        packages = getattr(part, "packagenames", ())
+        return getattr(part, "name", None) in _SAFE_FUNCTIONS and not packages
+    return all(_SAFE_TEXT.fullmatch(text) for text in _texts(part))
+
+
+def _texts(part: Any) -> Iterator[str]:
+    """The texts that SQLAlchemy sends as they are."""
+    if isinstance(part, sa.TextClause):
+        yield part.text
+    elif isinstance(part, sa.ColumnClause) and part.is_literal:
+        yield str(part.name)
+    elif isinstance(part, sa.Select | sa.CompoundSelect):
+        for name in ("_prefixes", "_suffixes"):
+            yield from (str(text) for text, _ in getattr(part, name, ()))
+        yield from getattr(part, "_hints", {}).values()
+        yield from (text for _, text in getattr(part, "_statement_hints", ()))
