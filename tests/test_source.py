@@ -94,9 +94,15 @@ def test_nonblocking_socket_without_data_has_not_ended(make_app: MakeApp) -> Non
         file = socket.SocketIO(ours, "r")
         call = Call(app_of(make_app, lambda: file))
         assert first(call) == b"one"
-        theirs.sendall(b"two")
-        theirs.shutdown(socket.SHUT_WR)
+
+        def send_late() -> None:
+            theirs.sendall(b"two")
+            theirs.shutdown(socket.SHUT_WR)
+
+        later = threading.Timer(0.2, send_late)  # the stream has looked before
+        later.start()
         assert call.read() == b"two"
+        later.join()
 
 
 class Reader:
