@@ -116,7 +116,7 @@ MAY_TOUCH = {
         *("_reading", "_registry", "_report", "_rows", "_statement"),
         "_transaction",
     },
-    "zope": set[str](),
+    "zope": {"_transaction"},
     "redis": {"_redis"},
     "tg.request_local": {"_context", "_thread"},
 }

@@ -34,6 +34,7 @@ class Manager(transaction.TransactionManager):  # type: ignore[misc]
         self.commits = 0
         self.settling = False
         self.cursors: set[Any] = set()  # open ones, which an end would end
+        self._refused: list[Any] = []  # who took part in a commit that failed
 
     @cached_property
     def _synchs(self) -> Any:
@@ -46,6 +47,7 @@ class Manager(transaction.TransactionManager):  # type: ignore[misc]
 
     def begin(self) -> Any:
         self.abort()  # also what the sessions did before a transaction was asked for
+        self._refused = []
         super().begin()
         return self._join()
 
@@ -69,11 +71,22 @@ class Manager(transaction.TransactionManager):  # type: ignore[misc]
         try:
             super().commit()
         except BaseException:
+            self._refused = list(self.get()._resources)
             # So that the stream can go on: a failed transaction refuses all work.
             with suppress(Exception):  # of a lost connection; the first error is told
                 self.abort()
             raise
         self.commits += 1
+
+    def _retryable(self, error_type: type[BaseException], error: Any) -> bool:
+        """Whether ``attempts()`` and ``run()`` try again after ``error``.
+
+        A commit that failed has aborted, so its data managers have left already.
+        """
+        retries = (getattr(each, "should_retry", None) for each in self._refused)
+        if any(retry is not None and retry(error) for retry in retries):
+            return True
+        return bool(super()._retryable(error_type, error))
 
     def _refuse_over_cursors(self) -> None:
         if self.cursors:
@@ -223,6 +236,15 @@ class Member:
 
     def tpc_abort(self, transaction: Any) -> None:
         self.abort(transaction)
+
+    def should_retry(self, error: BaseException) -> bool:
+        """Whether the work may succeed if it is done again, as zope.sqlalchemy has it.
+
+        Its list of errors is used for sessions too that are not registered with it.
+        """
+        from zope.sqlalchemy.datamanager import SessionDataManager
+
+        return bool(SessionDataManager.should_retry(self, error))
 
     def sortKey(self) -> str:
         """As zope.sqlalchemy: in one phase last, for the others can then be undone."""
