@@ -1673,6 +1673,126 @@ def test_stream_may_remove_its_session(make_app: MakeApp, model: Model) -> None:
     assert_thread_works(app, model)
 
 
+@pytest.mark.parametrize("end", ["end", "each", "manual", "leave"])
+def test_stream_session_that_was_replaced_ends_with_the_stream(
+    make_app: MakeApp, model: Model, end: str
+) -> None:
+    """``registry.set()`` twice: both are committed, or neither, and both are closed."""
+    sessions: list[Session] = []
+
+    def body() -> Iterator[str]:
+        sessions.extend([model.maker(), model.maker()])
+        model.DBSession.registry.set(sessions[0])  # type: ignore[arg-type]
+        model.DBSession.add(User(name="ada"))
+        model.DBSession.flush()
+        model.DBSession.registry.set(sessions[1])  # type: ignore[arg-type]
+        model.DBSession.query(User).count()
+        yield "one"
+        yield "two"
+
+    commit = "end" if end == "leave" else end
+    call = Call(make_app(Root(model, body, commit=commit), model))
+    next(call)
+    if end == "leave":
+        call.close()
+    else:
+        call.read()
+    assert model.names() == (["ada"] if end in ("end", "each") else [])
+    assert [session.in_transaction() for session in sessions] == [False, False]
+    assert_clean(model)
+
+
+def test_stream_session_that_is_set_again_is_the_same_part(
+    make_app: MakeApp, make_model: MakeModel, postgresql: str
+) -> None:
+    """Another session for a while, then the first again."""
+    model = make_model(postgresql)
+
+    def body() -> Iterator[str]:
+        first = model.DBSession()
+        first.add(User(name="first"))
+        model.DBSession.registry.set(model.maker())  # type: ignore[arg-type]
+        model.DBSession.add(User(name="second"))
+        model.DBSession.registry.set(first)  # type: ignore[arg-type]
+        model.DBSession.add(User(name="third"))
+        yield "one"
+
+    assert get(make_app(Root(model, body), model)).text == "one"
+    assert sorted(model.names()) == ["first", "second", "third"]
+    assert_clean(model)
+
+
+def test_stream_session_in_two_registries_is_removed_from_one(
+    make_app: MakeApp, model: Model
+) -> None:
+    """``remove()`` of the one closes it; the other goes on with it."""
+    other = scoped_session(model.maker)
+
+    def body() -> Iterator[str]:
+        other.registry.set(model.DBSession())  # type: ignore[arg-type]
+        other.add(User(name="ada"))
+        yield "one"
+        other.remove()
+        model.DBSession.add(User(name="bob"))
+        yield "two"
+
+    root = Root(model, body, commit="each")
+    assert get(make_app(root, model, tgstream__sessions=[other])).text == "onetwo"
+    assert model.names() == ["ada", "bob"]
+    assert_clean(model)
+
+
+@pytest.mark.parametrize("begun", [True, False])
+@pytest.mark.parametrize("how", ["close", "remove", "remove and use"])
+@pytest.mark.parametrize("options", [{}, {"close_resets_only": False}], ids=str)
+def test_stream_may_close_its_session(
+    make_app: MakeApp,
+    make_model: MakeModel,
+    url: str,
+    options: dict[str, Any],
+    how: str,
+    begun: bool,
+) -> None:
+    """Also for good, and in a transaction that the session takes part in."""
+    model = make_model(url, **options)
+
+    def body() -> Iterator[str]:
+        if begun:
+            transaction.get()
+        model.DBSession.add(User(name="undone"))
+        model.DBSession.flush()
+        if how == "close":
+            model.DBSession.close()
+        else:
+            model.DBSession.remove()
+        if how == "remove and use":
+            model.DBSession.add(User(name="ada"))
+        yield "one"
+
+    assert get(make_app(Root(model, body), model)).text == "one"
+    assert model.names() == (["ada"] if how == "remove and use" else [])
+    assert_clean(model)
+
+
+def test_stream_session_without_autobegin_may_be_idle(
+    make_app: MakeApp, make_model: MakeModel, url: str
+) -> None:
+    """``Session(autobegin=False)`` that has begun nothing has nothing to commit."""
+    model = make_model(url, zope=False, autobegin=False)
+
+    def body() -> Iterator[str]:
+        session = model.DBSession()
+        transaction.get()
+        yield "one"
+        with session.begin():
+            session.add(User(name="ada"))
+        yield "two"
+
+    assert get(make_app(Root(model, body, commit="each"), model)).text == "onetwo"
+    assert model.names() == ["ada"]
+    assert_clean(model)
+
+
 def test_stream_in_memory_warns_once_an_engine(
     make_app: MakeApp, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -33,7 +33,8 @@ class Database:
         self.registries = registries
         self._removed = removed
         self.members: dict[Registry, Member] = {}
-        self.manager = Manager(self.members.values())
+        self._all_members: list[Member] = []  # with those that set() replaced
+        self.manager = Manager(self._all_members)
         self.outer: Database | None = None
         self.outer_manager: Any = None
         self.over = False  # its stream has ended, and its report is being told
@@ -56,29 +57,34 @@ class Database:
         return member.session
 
     def adopt(self, registry: Registry, session: Session) -> Member:
-        """Make ``session`` the stream's."""
-        tell_shared(session)
-        member = Member(session, self.manager)
-        if not self.manager.idle:
-            self.manager.get().join(member)
+        """Make ``session`` the stream's; one that it replaces stays so to the end."""
+        member = self.member_of(session)
+        if member is None:
+            tell_shared(session)
+            member = Member(session, self.manager)
+            if not self.manager.idle:
+                self.manager.get().join(member)
+            self._all_members.append(member)
         self.members[registry] = member
         return member
 
     def forget(self, registry: Registry) -> None:
         """Let go of the session that ``scoped_session.remove()`` has closed."""
-        if registry in self.members:
-            self.members.pop(registry).release()
+        member = self.members.pop(registry, None)
+        if member is not None and member not in self.members.values():
+            self._all_members.remove(member)
+            member.release()
 
     def member_of(self, session: Session) -> Member | None:
         """The part that ``session`` takes in the transaction, if it is the stream's."""
-        for member in self.members.values():
+        for member in self._all_members:
             if member.session is session:
                 return member
         return None
 
     def flush(self) -> None:
         """Send what is pending to the database, as ``DBSession.flush()`` does."""
-        for member in self.members.values():
+        for member in self._all_members:
             member.session.flush()
 
     def commit(self) -> None:
@@ -99,7 +105,7 @@ class Database:
     def settle(self) -> None:
         """End the transaction: committed unless doomed; free if nothing was done."""
         self.close_cursors()
-        if self.manager.idle and all(member.idle for member in self.members.values()):
+        if self.manager.idle and all(member.idle for member in self._all_members):
             return
         if self.manager.isDoomed():
             self.manager.abort()
@@ -108,13 +114,13 @@ class Database:
 
     def left(self) -> tuple[int, int, int]:
         """How many objects are new, changed and deleted, and not committed."""
-        counts = [member.left() for member in self.members.values()]
+        counts = [member.left() for member in self._all_members]
         new, changed, deleted = map(sum, zip((0, 0, 0), *counts, strict=True))
         return new, changed, deleted
 
     def cursor_ended(self, error: BaseException) -> bool:
         """True if ``error`` comes from a cursor that a commit has ended."""
-        if not self.members:
+        if not self._all_members:
             return False  # nor is there SQLAlchemy, maybe
         from sqlalchemy.exc import DBAPIError, ResourceClosedError
 
@@ -131,17 +137,16 @@ class Database:
         :param give_back: whether the objects go back to the request's sessions first.
         """
         self.over = True
-        if self.manager.idle and not self.members:
+        if self.manager.idle and not self._all_members:
             return
         ends = (self.close_cursors, self.manager.abort)
-        steps = [*ends, *(each.release for each in self.members.values())]
+        steps = [*ends, *(each.release for each in self._all_members)]
         if give_back:
             unchanged = self._take(lambda member: member.unchanged)
             steps.insert(len(ends), lambda: self._give_back(unchanged))
         error = first_error(steps)
-        for member in self.members.values():
-            del member.session  # which knows the member: a cycle, and it holds much
         self.members.clear()
+        self._all_members.clear()
         if error is not None:
             raise error
 

@@ -110,6 +110,7 @@ class Member:
 
     transaction_manager = None
     watched = False  # also for what is written past the session
+    released = False
 
     def __init__(self, session: Session, manager: Manager) -> None:
         from sqlalchemy import event  # here there is a session; an application may not
@@ -173,18 +174,37 @@ class Member:
         return [flushed + pending for flushed, pending in both]
 
     def release(self) -> None:
-        """Close the session, whatever state it is in."""
+        """Close the session, whatever state it is in.
+
+        A transaction that goes on may still call: ``remove()`` in a generator.
+        """
+        session = self.session
+        self.released = True
+        del self.session  # which knows the member: a cycle, and it holds much
         try:
             if self._parked is not None:
                 self._unpark()
         finally:
-            self.session.close()
+            session.close()
 
     def _unpark(self) -> None:
         with suppress(KeyError):  # zope's weak entry is gone: this is cyclic garbage
             for zopes in self._parked.get()._resources:
                 zopes.abort(None)
             self._parked.abort()  # which would log that error
+
+    def _can_end(self) -> bool:
+        """Whether there is a session: the generator may have closed it for good."""
+        from sqlalchemy.exc import InvalidRequestError
+
+        if self.released:
+            return False
+        if self.idle:
+            try:
+                self.session.begin()  # commit() does not with autobegin=False
+            except InvalidRequestError:
+                return False
+        return True
 
     def _commit(self) -> None:
         session, expires = self.session, self.session.expire_on_commit
@@ -212,17 +232,22 @@ class Member:
     # The protocol of transaction's data managers.
 
     def abort(self, transaction: Any) -> None:
+        if self.released:
+            return
         self._forget()
         self.session.rollback()
         self.session.expire_all()  # also where no transaction had begun
 
     def tpc_begin(self, transaction: Any) -> None:
-        self.session.flush()
+        if not self.released:
+            self.session.flush()
 
     def commit(self, transaction: Any) -> None:
         """Nothing: the session is committed in the vote, as zope.sqlalchemy does."""
 
     def tpc_vote(self, transaction: Any) -> None:
+        if not self._can_end():
+            return
         if self.changed:
             refuse_failed(self._connections)
         if self.session.twophase:
@@ -231,7 +256,7 @@ class Member:
             self._commit()
 
     def tpc_finish(self, transaction: Any) -> None:
-        if self.session.twophase:
+        if not self.released and self.session.twophase and self._can_end():
             self._commit()
 
     def tpc_abort(self, transaction: Any) -> None:
@@ -248,7 +273,8 @@ class Member:
 
     def sortKey(self) -> str:
         """As zope.sqlalchemy: in one phase last, for the others can then be undone."""
-        kind = "sqlalchemy.twophase" if self.session.twophase else "~sqlalchemy"
+        twophase = not self.released and self.session.twophase
+        kind = "sqlalchemy.twophase" if twophase else "~sqlalchemy"
         return f"{kind}:{id(self)}"
 
     @property
