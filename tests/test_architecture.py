@@ -84,7 +84,7 @@ LADDER = {
         *("_redis", "_report", "_sse"),
     },
     "_items": {"_sse"},
-    "_leaks": {"_config", "_thread"},
+    "_leaks": {"_config", "_report", "_thread"},
     "testing": {
         *("_cleanup", "_headers", "_items", "_leaks"),
         *("_report", "_sse"),

@@ -1798,16 +1798,18 @@ def test_stream_in_memory_warns_once_an_engine(
 ) -> None:
     """In-memory SQLite is one connection for all: each engine is warned of once."""
 
-    sessions = [scoped_session(sessionmaker()) for _ in range(2)]
+    engines = [sa.create_engine("sqlite://") for _ in range(3)]
+    sessions: list[scoped_session[Session]] = [
+        scoped_session(sessionmaker(engines[0])),
+        scoped_session(lambda: Session(engines[1])),
+        scoped_session(sessionmaker(binds={User: engines[2]})),
+    ]
 
     def body() -> Iterator[str]:
         for session in sessions:
-            session.execute(sa.text("SELECT 1"))
+            bound = {"mapper": User} if session is sessions[2] else {}
+            session.execute(sa.text("SELECT 1"), bind_arguments=bound)
         yield "one"
-
-    engines = [sa.create_engine("sqlite://") for _ in sessions]
-    for session, engine in zip(sessions, engines, strict=True):
-        session.configure(bind=engine)
 
     class Streams(TGController):
         @expose(content_type="text/plain")
@@ -1822,7 +1824,7 @@ def test_stream_in_memory_warns_once_an_engine(
         for each in caplog.records
         if each.levelno == logging.WARNING and "one connection" in each.getMessage()
     ]
-    assert len(warnings) == 2
+    assert len(warnings) == 3
     assert "sqlalchemy.url = sqlite:///%(here)s/test.db" in warnings[0]
     for engine in engines:
         engine.dispose()

@@ -15,7 +15,7 @@ from tg.support.converters import asbool
 
 from ._config import OPTIONS, option, scoped_sessions
 from ._findings import FAIL, NOTE, OK, WARN, Finding, said
-from ._report import is_shared
+from ._report import binds_of_factory, is_shared
 from .channels import REDIS, own_words
 
 Config = Mapping[str, Any]
@@ -127,16 +127,10 @@ def _database(config: Config) -> Iterator[Finding]:
     except ValueError as error:
         yield Finding(FAIL, "database", str(error))
         return
-    binds = [getattr(each.session_factory, "kw", {}).get("bind") for each in found]
-    engines = [getattr(bind, "engine", None) for bind in binds]
+    binds = [binds_of_factory(scoped) for scoped in found]
     names = [_name_of(config, scoped) for scoped in found]
-    places = [
-        name
-        if engine is None
-        else f"{name} on {unquote(str(engine.url.set(query={})))}"
-        for name, engine in zip(names, engines, strict=True)
-    ]
-    alone = [not (hasattr(engine, "pool") and is_shared(engine)) for engine in engines]
+    places = [_place(*each) for each in zip(names, binds, strict=True)]
+    alone = [not any(is_shared(bind.engine) for bind in each) for each in binds]
     if all(alone):
         yield Finding(OK, "database", ", ".join(places) or "no scoped session")
         return
@@ -147,6 +141,11 @@ def _database(config: Config) -> Iterator[Finding]:
         "thread: a stream's transaction cannot be kept apart",
         "Use a file, in test.ini: sqlalchemy.url = sqlite:///%(here)s/test.db",
     )
+
+
+def _place(name: str, binds: list[Any]) -> str:
+    urls = [unquote(str(bind.engine.url.set(query={}))) for bind in binds]
+    return f"{name} on {' and '.join(urls)}" if urls else name
 
 
 def _name_of(config: Config, scoped: Any) -> str:

@@ -17,7 +17,7 @@ import transaction
 from transaction.weakset import WeakSet
 
 from ._postgresql import refuse_failed
-from ._report import cursor_open
+from ._report import binds_of, cursor_open
 
 if TYPE_CHECKING:
     from sqlalchemy.orm import Session
@@ -285,12 +285,8 @@ class Member:
         return self.session.begin_nested
 
     def _on_sqlite(self) -> bool:
-        from sqlalchemy.exc import UnboundExecutionError
-
-        try:
-            return self.session.get_bind().dialect.name == "sqlite"
-        except UnboundExecutionError:  # bound by class: only a statement can tell
-            return False
+        used = self._connections or binds_of(self.session)
+        return any(bind.dialect.name == "sqlite" for bind in used)
 
 
 def _pending(session: Session) -> tuple[int, int, int]:
