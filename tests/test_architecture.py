@@ -39,7 +39,11 @@ LADDER = {
     "_context": {"_database", "_options", "_thread"},  # the first for a type alone
     "_registry": {"_thread"},
     "_objects": set(),
-    "_database": {"_cleanup", "_objects", "_registry", "_report", "_transaction"},
+    "_outbox": {"_config", "_context", "_report", "_thread"},
+    "_database": {
+        *("_cleanup", "_objects", "_outbox", "_registry", "_report"),
+        "_transaction",
+    },
     "_chunks": {"_batches", "_cleanup", "_options", "_plan"},
     "_body": {
         *("_advice", "_chunks", "_cleanup", "_context", "_database"),
@@ -76,7 +80,6 @@ LADDER = {
     "_resume": {"_context", "_options"},
     "_feed": {"_plan", "_sse"},
     "_memory": {"_feed", "_sse"},
-    "_outbox": {"_config", "_context", "_report", "_thread"},
     "_redis_streams": {"_feed", "_sse"},
     "_redis": {"_plan", "_feed", "_redis_streams", "_report", "_sse"},
     "channels": {

@@ -33,7 +33,7 @@ import tgstream
 from tests.conftest import MakeApp, assert_clean, pool
 from tests.model import MakeModel, Model, Note, User
 from tests.wsgi import Call, get
-from tgstream import Report, Stream, StreamError, stream
+from tgstream import Channel, Report, Stream, StreamError, stream
 
 Generator = Callable[[], Iterator[str]]
 
@@ -608,8 +608,55 @@ def test_stream_manual_aborts_what_is_left_and_warns(
     assert get(app).text == "one"
     assert model.names() == ["ada", "bob", "cyd", "stored"]
     [warning] = [each for each in caplog.records if each.levelno >= logging.WARNING]
-    assert "3 new, 1 changed and 1 deleted objects" in warning.getMessage()
+    assert "3 new User, 1 changed User, 1 deleted User. With" in warning.getMessage()
     assert_thread_works(app, model)
+
+
+@pytest.mark.parametrize("registered", [True, False])
+def test_stream_manual_warning_names_classes_and_counts_events(
+    make_app: MakeApp,
+    make_model: MakeModel,
+    url: str,
+    caplog: pytest.LogCaptureFixture,
+    registered: bool,
+) -> None:
+    """Events count that were published in the open transaction, and no others."""
+    model = make_model(url, zope=registered)
+
+    def body() -> Iterator[str]:
+        users = Channel("users")
+        users.publish("sent")
+        tgstream.commit()
+        users.publish("undone")
+        tgstream.rollback()
+        model.DBSession.add_all([User(name="ada"), Note(text="one"), Note(text="two")])
+        users.publish("lost")
+        users.publish("lost, too")
+        yield "one"
+
+    app = make_app(Root(model, body, commit="manual"), model)
+    assert get(app).text == "one"
+    [warning] = [each for each in caplog.records if each.levelno >= logging.WARNING]
+    left = "2 new Note, 1 new User, 2 unsent events. With"
+    assert left in warning.getMessage()
+    assert (model.names(), model.texts()) == ([], [])
+    assert_clean(model)
+
+
+def test_stream_manual_with_an_unsent_event_alone_warns(
+    make_app: MakeApp, sqlite_model: Model, caplog: pytest.LogCaptureFixture
+) -> None:
+    """No session was used, and the event is lost all the same."""
+
+    def body() -> Iterator[str]:
+        Channel("users").publish("lost")
+        yield "one"
+
+    root = Root(sqlite_model, body, commit="manual")
+    assert get(make_app(root, sqlite_model)).text == "one"
+    [warning] = [each for each in caplog.records if each.levelno >= logging.WARNING]
+    assert "rolled back: 1 unsent event. With" in warning.getMessage()
+    assert_clean(sqlite_model)
 
 
 @pytest.mark.parametrize("end", [tgstream.commit, tgstream.rollback])

@@ -6,6 +6,7 @@ registries the scoped sessions.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ import transaction
 
 from ._cleanup import first_error
 from ._objects import attach, keeping_values, take
+from ._outbox import unsent
 from ._registry import Registry
 from ._report import tell_shared, tell_unclosed
 from ._transaction import Manager, Member
@@ -112,11 +114,22 @@ class Database:
         else:
             self.manager.settle()
 
-    def left(self) -> tuple[int, int, int]:
-        """How many objects are new, changed and deleted, and not committed."""
-        counts = [member.left() for member in self._all_members]
-        new, changed, deleted = map(sum, zip((0, 0, 0), *counts, strict=True))
-        return new, changed, deleted
+    def left(self) -> list[str]:
+        """The changes that are not committed, in words: ``1 new Post``."""
+        kinds = "new", "changed", "deleted"
+        counts = [Counter[str]() for _ in kinds]
+        for member in self._all_members:
+            for total, count in zip(counts, member.left(), strict=True):
+                total.update(count)
+        left = [
+            f"{count} {kind} {name}"
+            for kind, total in zip(kinds, counts, strict=True)
+            for name, count in sorted(total.items())
+        ]
+        events = 0 if self.manager.idle else unsent(self.manager.get())
+        if events:
+            left.append(f"{events} unsent event{'s' if events > 1 else ''}")
+        return left
 
     def cursor_ended(self, error: BaseException) -> bool:
         """True if ``error`` comes from a cursor that a commit has ended."""

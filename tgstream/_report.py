@@ -122,15 +122,13 @@ def tell_late(body: Body) -> None:
         )
 
 
-def tell_left(controller: str, new: int, changed: int, deleted: int) -> None:
-    """Warn of what ``commit='manual'`` does not store."""
+def tell_left(controller: str, left: list[str]) -> None:
+    """Warn of what ``commit='manual'`` does not store or send."""
     log.warning(
-        "%s ended with %d new, %d changed and %d deleted objects that are not "
-        "committed, and aborts them: with commit='manual' only commit() stores",
+        "%s ended with uncommitted changes, which are rolled back: %s. With "
+        "commit='manual' call commit() to store and send them, or rollback()",
         controller,
-        new,
-        changed,
-        deleted,
+        ", ".join(left),
     )
 
 

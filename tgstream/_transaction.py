@@ -8,10 +8,11 @@ begin, commit, abort.
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Collection
 from contextlib import suppress
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import transaction
 from transaction.weakset import WeakSet
@@ -21,6 +22,10 @@ from ._report import binds_of, cursor_open
 
 if TYPE_CHECKING:
     from sqlalchemy.orm import Session
+
+
+Counts: TypeAlias = tuple[Counter[str], Counter[str], Counter[str]]
+"""Objects by the name of their class: new, changed and deleted."""
 
 
 class Manager(transaction.TransactionManager):  # type: ignore[misc]
@@ -118,7 +123,7 @@ class Member:
         self.session = session
         self.manager = manager
         self.changed = self._deleted = False
-        self._flushed = [0, 0, 0]
+        self._flushed = _nothing()
         self._connections: set[Any] = set()  # of the session's transaction
         self._parked = self._park()
         event.listen(session, "after_flush", self._after_flush)
@@ -140,8 +145,8 @@ class Member:
         return parked
 
     def _after_flush(self, session: Session, flush_context: Any) -> None:
-        for index, count in enumerate(_pending(session)):
-            self._flushed[index] += count
+        for flushed, pending in zip(self._flushed, _pending(session), strict=True):
+            flushed.update(type(each).__name__ for each in pending)
 
     def _after_delete(self, session: Session, instance: Any) -> None:
         self._deleted = True
@@ -168,10 +173,14 @@ class Member:
         """True if an abort would undo nothing that the session's objects show."""
         return not (self.changed or any(_pending(self.session)))
 
-    def left(self) -> list[int]:
-        """How many objects are new, changed and deleted since the last commit."""
+    def left(self) -> Counts:
+        """The new, changed and deleted objects since the last commit, by class."""
         both = zip(self._flushed, _pending(self.session), strict=True)
-        return [flushed + pending for flushed, pending in both]
+        new, changed, deleted = (
+            flushed + Counter(type(each).__name__ for each in pending)
+            for flushed, pending in both
+        )
+        return new, changed, deleted
 
     def release(self) -> None:
         """Close the session, whatever state it is in.
@@ -227,7 +236,7 @@ class Member:
 
     def _forget(self) -> None:
         self.changed = self._deleted = False
-        self._flushed = [0, 0, 0]
+        self._flushed = _nothing()
 
     # The protocol of transaction's data managers.
 
@@ -289,5 +298,9 @@ class Member:
         return any(bind.dialect.name == "sqlite" for bind in used)
 
 
-def _pending(session: Session) -> tuple[int, int, int]:
-    return len(session.new), len(session.dirty), len(session.deleted)
+def _nothing() -> Counts:
+    return Counter(), Counter(), Counter()
+
+
+def _pending(session: Session) -> tuple[Collection[Any], ...]:
+    return session.new, session.dirty, session.deleted
