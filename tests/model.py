@@ -89,6 +89,12 @@ class Model(types.ModuleType):
         with psycopg.connect(**self.connection_options()) as outside:
             return outside.execute(statement.encode()).fetchall()
 
+    def change(self, statements: str) -> None:
+        """Run statements of somebody else, and commit them."""
+        with self.outside.connect() as outside:
+            outside.exec_driver_sql(statements)
+            outside.commit()
+
     def connection_options(self) -> dict[str, Any]:
         """What psycopg connects with."""
         url = self.url

@@ -40,7 +40,11 @@ LADDER = {
     "_context": {"_body", "_database", "_options", "_thread"},
     "_registry": {"_thread"},
     "_objects": set(),
-    "_database": {"_cleanup", "_objects", "_registry", "_report", "_transaction"},
+    "_outbox": {"_config", "_context", "_report", "_thread"},
+    "_database": {
+        *("_cleanup", "_objects", "_outbox", "_registry", "_report"),
+        "_transaction",
+    },
     "_chunks": {"_batches", "_cleanup", "_options", "_plan"},
     "_body": {
         *("_advice", "_chunks", "_cleanup", "_client", "_context", "_database"),
@@ -83,7 +87,6 @@ LADDER = {
     "_resume": {"_context", "_options"},
     "_feed": {"_plan", "_sse"},
     "_memory": {"_feed", "_sse"},
-    "_outbox": {"_config", "_context", "_report", "_thread"},
     "_redis_streams": {"_feed", "_sse"},
     "_redis": {"_plan", "_feed", "_redis_streams", "_report", "_sse"},
     "channels": {
@@ -91,7 +94,7 @@ LADDER = {
         *("_redis", "_report", "_sse"),
     },
     "_items": {"_sse"},
-    "_leaks": {"_config", "_thread"},
+    "_leaks": {"_config", "_report", "_thread"},
     "testing": {
         *("_cleanup", "_headers", "_items", "_leaks"),
         *("_report", "_sse"),
@@ -124,7 +127,7 @@ MAY_TOUCH = {
         *("_reading", "_registry", "_report", "_rows", "_statement"),
         "_transaction",
     },
-    "zope": set[str](),
+    "zope": {"_transaction"},
     "redis": {"_redis"},
     "tg.request_local": {"_context", "_thread"},
 }

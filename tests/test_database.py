@@ -33,7 +33,7 @@ import tgstream
 from tests.conftest import MakeApp, assert_clean, pool
 from tests.model import MakeModel, Model, Note, User
 from tests.wsgi import Call, get
-from tgstream import Report, Stream, StreamError, stream
+from tgstream import Channel, Report, Stream, StreamError, stream
 
 Generator = Callable[[], Iterator[str]]
 
@@ -608,8 +608,55 @@ def test_stream_manual_aborts_what_is_left_and_warns(
     assert get(app).text == "one"
     assert model.names() == ["ada", "bob", "cyd", "stored"]
     [warning] = [each for each in caplog.records if each.levelno >= logging.WARNING]
-    assert "3 new, 1 changed and 1 deleted objects" in warning.getMessage()
+    assert "3 new User, 1 changed User, 1 deleted User. With" in warning.getMessage()
     assert_thread_works(app, model)
+
+
+@pytest.mark.parametrize("registered", [True, False])
+def test_stream_manual_warning_names_classes_and_counts_events(
+    make_app: MakeApp,
+    make_model: MakeModel,
+    url: str,
+    caplog: pytest.LogCaptureFixture,
+    registered: bool,
+) -> None:
+    """Events count that were published in the open transaction, and no others."""
+    model = make_model(url, zope=registered)
+
+    def body() -> Iterator[str]:
+        users = Channel("users")
+        users.publish("sent")
+        tgstream.commit()
+        users.publish("undone")
+        tgstream.rollback()
+        model.DBSession.add_all([User(name="ada"), Note(text="one"), Note(text="two")])
+        users.publish("lost")
+        users.publish("lost, too")
+        yield "one"
+
+    app = make_app(Root(model, body, commit="manual"), model)
+    assert get(app).text == "one"
+    [warning] = [each for each in caplog.records if each.levelno >= logging.WARNING]
+    left = "2 new Note, 1 new User, 2 unsent events. With"
+    assert left in warning.getMessage()
+    assert (model.names(), model.texts()) == ([], [])
+    assert_clean(model)
+
+
+def test_stream_manual_with_an_unsent_event_alone_warns(
+    make_app: MakeApp, sqlite_model: Model, caplog: pytest.LogCaptureFixture
+) -> None:
+    """No session was used, and the event is lost all the same."""
+
+    def body() -> Iterator[str]:
+        Channel("users").publish("lost")
+        yield "one"
+
+    root = Root(sqlite_model, body, commit="manual")
+    assert get(make_app(root, sqlite_model)).text == "one"
+    [warning] = [each for each in caplog.records if each.levelno >= logging.WARNING]
+    assert "rolled back: 1 unsent event. With" in warning.getMessage()
+    assert_clean(sqlite_model)
 
 
 @pytest.mark.parametrize("end", [tgstream.commit, tgstream.rollback])
@@ -1673,21 +1720,143 @@ def test_stream_may_remove_its_session(make_app: MakeApp, model: Model) -> None:
     assert_thread_works(app, model)
 
 
+@pytest.mark.parametrize("end", ["end", "each", "manual", "leave"])
+def test_stream_session_that_was_replaced_ends_with_the_stream(
+    make_app: MakeApp, model: Model, end: str
+) -> None:
+    """``registry.set()`` twice: both are committed, or neither, and both are closed."""
+    sessions: list[Session] = []
+
+    def body() -> Iterator[str]:
+        sessions.extend([model.maker(), model.maker()])
+        model.DBSession.registry.set(sessions[0])  # type: ignore[arg-type]
+        model.DBSession.add(User(name="ada"))
+        model.DBSession.flush()
+        model.DBSession.registry.set(sessions[1])  # type: ignore[arg-type]
+        model.DBSession.query(User).count()
+        yield "one"
+        yield "two"
+
+    commit = "end" if end == "leave" else end
+    call = Call(make_app(Root(model, body, commit=commit), model))
+    next(call)
+    if end == "leave":
+        call.close()
+    else:
+        call.read()
+    assert model.names() == (["ada"] if end in ("end", "each") else [])
+    assert [session.in_transaction() for session in sessions] == [False, False]
+    assert_clean(model)
+
+
+def test_stream_session_that_is_set_again_is_the_same_part(
+    make_app: MakeApp, make_model: MakeModel, postgresql: str
+) -> None:
+    """Another session for a while, then the first again."""
+    model = make_model(postgresql)
+
+    def body() -> Iterator[str]:
+        first = model.DBSession()
+        first.add(User(name="first"))
+        model.DBSession.registry.set(model.maker())  # type: ignore[arg-type]
+        model.DBSession.add(User(name="second"))
+        model.DBSession.registry.set(first)  # type: ignore[arg-type]
+        model.DBSession.add(User(name="third"))
+        yield "one"
+
+    assert get(make_app(Root(model, body), model)).text == "one"
+    assert sorted(model.names()) == ["first", "second", "third"]
+    assert_clean(model)
+
+
+def test_stream_session_in_two_registries_is_removed_from_one(
+    make_app: MakeApp, model: Model
+) -> None:
+    """``remove()`` of the one closes it; the other goes on with it."""
+    other = scoped_session(model.maker)
+
+    def body() -> Iterator[str]:
+        other.registry.set(model.DBSession())  # type: ignore[arg-type]
+        other.add(User(name="ada"))
+        yield "one"
+        other.remove()
+        model.DBSession.add(User(name="bob"))
+        yield "two"
+
+    root = Root(model, body, commit="each")
+    assert get(make_app(root, model, tgstream__sessions=[other])).text == "onetwo"
+    assert model.names() == ["ada", "bob"]
+    assert_clean(model)
+
+
+@pytest.mark.parametrize("begun", [True, False])
+@pytest.mark.parametrize("how", ["close", "remove", "remove and use"])
+@pytest.mark.parametrize("options", [{}, {"close_resets_only": False}], ids=str)
+def test_stream_may_close_its_session(
+    make_app: MakeApp,
+    make_model: MakeModel,
+    url: str,
+    options: dict[str, Any],
+    how: str,
+    begun: bool,
+) -> None:
+    """Also for good, and in a transaction that the session takes part in."""
+    model = make_model(url, **options)
+
+    def body() -> Iterator[str]:
+        if begun:
+            transaction.get()
+        model.DBSession.add(User(name="undone"))
+        model.DBSession.flush()
+        if how == "close":
+            model.DBSession.close()
+        else:
+            model.DBSession.remove()
+        if how == "remove and use":
+            model.DBSession.add(User(name="ada"))
+        yield "one"
+
+    assert get(make_app(Root(model, body), model)).text == "one"
+    assert model.names() == (["ada"] if how == "remove and use" else [])
+    assert_clean(model)
+
+
+def test_stream_session_without_autobegin_may_be_idle(
+    make_app: MakeApp, make_model: MakeModel, url: str
+) -> None:
+    """``Session(autobegin=False)`` that has begun nothing has nothing to commit."""
+    model = make_model(url, zope=False, autobegin=False)
+
+    def body() -> Iterator[str]:
+        session = model.DBSession()
+        transaction.get()
+        yield "one"
+        with session.begin():
+            session.add(User(name="ada"))
+        yield "two"
+
+    assert get(make_app(Root(model, body, commit="each"), model)).text == "onetwo"
+    assert model.names() == ["ada"]
+    assert_clean(model)
+
+
 def test_stream_in_memory_warns_once_an_engine(
     make_app: MakeApp, caplog: pytest.LogCaptureFixture
 ) -> None:
     """In-memory SQLite is one connection for all: each engine is warned of once."""
 
-    sessions = [scoped_session(sessionmaker()) for _ in range(2)]
+    engines = [sa.create_engine("sqlite://") for _ in range(3)]
+    sessions: list[scoped_session[Session]] = [
+        scoped_session(sessionmaker(engines[0])),
+        scoped_session(lambda: Session(engines[1])),
+        scoped_session(sessionmaker(binds={User: engines[2]})),
+    ]
 
     def body() -> Iterator[str]:
         for session in sessions:
-            session.execute(sa.text("SELECT 1"))
+            bound = {"mapper": User} if session is sessions[2] else {}
+            session.execute(sa.text("SELECT 1"), bind_arguments=bound)
         yield "one"
-
-    engines = [sa.create_engine("sqlite://") for _ in sessions]
-    for session, engine in zip(sessions, engines, strict=True):
-        session.configure(bind=engine)
 
     class Streams(TGController):
         @expose(content_type="text/plain")
@@ -1702,7 +1871,7 @@ def test_stream_in_memory_warns_once_an_engine(
         for each in caplog.records
         if each.levelno == logging.WARNING and "one connection" in each.getMessage()
     ]
-    assert len(warnings) == 2
+    assert len(warnings) == 3
     assert "sqlalchemy.url = sqlite:///%(here)s/test.db" in warnings[0]
     for engine in engines:
         engine.dispose()

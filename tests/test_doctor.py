@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -782,12 +783,34 @@ def test_no_password_is_told(url: str, shown: str) -> None:
 def test_no_query_of_a_database_is_told_and_any_factory_is_fine() -> None:
     """Drivers take passwords there; and a factory of sessions may be a function."""
     engine = create_engine("sqlite:///some.db?timeout=7")
-    factories: list[Any] = [sessionmaker(engine), sessionmaker(), Session]
-    for factory in factories:
+    bound: list[Any] = [
+        sessionmaker(engine),
+        sessionmaker(binds={Session: engine}),
+        lambda: Session(engine),
+        partial(Session, engine),
+    ]
+    unbound: list[Any] = [sessionmaker(), Session, lambda: Session(tg.request.engine)]
+    for factory in bound + unbound:
         found = settings({"DBSession": scoped_session(factory)})
         [database] = [each for each in found if each.name == "database"]
         assert database.mark == "ok"
-        assert "timeout" not in database.found
+        place = " on sqlite:///some.db" if factory in bound else ""
+        assert database.found == f"DBSession{place}"
+
+
+def test_database_in_memory_is_found_behind_any_factory() -> None:
+    """A function, or a session with an engine for each class."""
+    engine = create_engine("sqlite://")
+    factories: list[Any] = [
+        lambda: Session(engine),
+        sessionmaker(binds={Session: engine}),
+    ]
+    for factory in factories:
+        found = settings({"DBSession": scoped_session(factory)})
+        [database] = [each for each in found if each.name == "database"]
+        assert database.mark == "warn"
+        assert "one connection for all sessions" in database.found
+    engine.dispose()
 
 
 def test_pooler_is_told_from_postgresql_itself(postgresql: str) -> None:

@@ -7,20 +7,23 @@ import json
 import re
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import httpx_sse
 import pytest
+import sqlalchemy as sa
 import tg
 import webtest
 from hypothesis import given
 from hypothesis import strategies as st
+from sqlalchemy.orm import Session, scoped_session, sessionmaker
 from tg import TGController, expose
 
 from tests.conftest import MakeApp
-from tests.model import Model, User
+from tests.model import MakeModel, Model, User
 from tgstream import CSV, NDJSON, SSE, Event, JSONArray, Stream, _items, stream
 from tgstream.testing import OpenStream, assert_clean, open_stream
 
@@ -152,6 +155,99 @@ def test_abandoned_stream_of_tg_alone_is_found(make_app: MakeApp, model: Model) 
     import transaction
 
     transaction.abort()
+    assert_clean()
+
+
+def bound_by_get_bind(engine: sa.Engine) -> Any:
+    class Routing(Session):
+        def get_bind(self, *args: Any, **options: Any) -> sa.Engine:
+            return engine
+
+    return Routing
+
+
+def bound_by_class(engine: sa.Engine) -> Any:
+    class Bound(Session):
+        def __init__(self) -> None:
+            super().__init__(engine)
+
+    return Bound
+
+
+FACTORIES: dict[str, Callable[[sa.Engine], Any]] = {
+    "lambda": lambda engine: lambda: Session(engine),
+    "class": bound_by_class,
+    "partial": lambda engine: partial(Session, engine),
+    "partial of a sessionmaker": lambda engine: partial(sessionmaker(engine)),
+    "binds": lambda engine: sessionmaker(binds={User: engine}),
+    "get_bind": bound_by_get_bind,
+}
+
+
+@pytest.mark.parametrize("kind", FACTORIES)
+def test_connections_of_any_session_factory_are_counted(
+    make_app: MakeApp,
+    make_model: MakeModel,
+    url: str,
+    kind: str,
+    request: pytest.FixtureRequest,
+) -> None:
+    """A stream of its sessions leaves nothing, and a lost connection is found."""
+    model = make_model(url)
+    engine = sa.create_engine(url)
+    scoped = scoped_session(FACTORIES[kind](engine))
+
+    class Root(TGController):
+        @expose(content_type="text/plain")
+        def index(self) -> Stream:
+            return Stream(self.items())
+
+        def items(self) -> Iterator[str]:
+            scoped.add(User(name="ada"))
+            yield "one"
+
+    app = make_app(Root(), model, tgstream__sessions=[scoped])
+    with request.getfixturevalue("open_stream")(app) as response:
+        assert response.read() == b"one"
+    assert model.names() == ["ada"]
+    assert_clean()
+    with engine.connect(), pytest.raises(AssertionError, match="1 connections"):
+        assert_clean()
+    engine.dispose()
+
+
+OUTER: dict[str, Any] = {"join_transaction_mode": "create_savepoint"}
+
+
+def test_connection_that_a_session_is_bound_to_is_not_left_behind(
+    make_app: MakeApp, sqlite_model: Model
+) -> None:
+    """A test that keeps its own outer transaction has not lost its connection."""
+    engine = sa.create_engine(sqlite_model.url)
+    with engine.connect() as connection, connection.begin() as outer:
+        scoped = scoped_session(partial(Session, connection, **OUTER))
+
+        class Root(TGController):
+            @expose(content_type="text/plain")
+            def index(self) -> Stream:
+                scoped.add(User(name="ada"))
+                return Stream(user.name for user in scoped.query(User))
+
+        app = make_app(Root(), sqlite_model, tgstream__sessions=[scoped])
+        with open_stream(app) as response:
+            response.read()
+        assert_clean()
+        outer.rollback()
+    assert sqlite_model.names() == []
+    engine.dispose()
+
+
+def test_session_factory_that_needs_a_request_is_passed_over(
+    make_app: MakeApp, sqlite_model: Model
+) -> None:
+    """Outside of a request nobody knows its engine."""
+    scoped = scoped_session(lambda: Session(tg.request.engine))
+    make_app(Endless(sqlite_model), sqlite_model, tgstream__sessions=[scoped])
     assert_clean()
 
 

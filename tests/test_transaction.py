@@ -6,12 +6,14 @@ import contextlib
 import gc
 import weakref
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import psycopg
 import pytest
 import sqlalchemy as sa
 import transaction
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy.exc import IntegrityError, OperationalError
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 from tg import TGController, expose
 from transaction.interfaces import (
@@ -22,6 +24,7 @@ from transaction.interfaces import (
 
 import tgstream
 from tests.conftest import MakeApp, assert_clean
+from tests.faults.conftest import wait_until_blocked
 from tests.model import MakeModel, Model, Note, User
 from tests.wsgi import Call, get
 from tgstream import Report, Stream
@@ -393,6 +396,276 @@ def test_savepoint_of_a_session_with_several_binds(
     scoped.configure(binds={User: model.engine})
     assert get(app).text == "one"
     assert model.names() == ["ada"]
+    assert_clean(model)
+
+
+# Attempts.
+
+
+@pytest.fixture
+def serializable(make_model: MakeModel, postgresql: str) -> Model:
+    """A model with two users, on PostgreSQL."""
+    model = make_model(postgresql)
+    model.seed("ada", "bob")
+    return model
+
+
+STRICT = {"sqlalchemy__isolation_level": "REPEATABLE READ"}
+
+
+def overtake(model: Model) -> None:
+    """Change the row of ada in a transaction of somebody else."""
+    model.change("UPDATE users SET name = name || ' of another' WHERE id = 1")
+
+
+def retry_by_attempts(work: Callable[[], None]) -> None:
+    for attempt in transaction.manager.attempts(3):
+        with attempt:
+            work()
+
+
+def retry_by_run(work: Callable[[], None]) -> None:
+    transaction.manager.run(work, tries=3)
+
+
+@pytest.mark.parametrize("retry", [retry_by_attempts, retry_by_run])
+@pytest.mark.parametrize("commit", ["end", "each", "manual"])
+def test_attempt_is_repeated_after_a_serialization_failure(
+    make_app: MakeApp,
+    serializable: Model,
+    reports: list[Report],
+    retry: Callable[[Callable[[], None]], None],
+    commit: str,
+) -> None:
+    """The statement is refused, and the next attempt reads what is stored by then."""
+    model = serializable
+    seen: list[str] = []
+
+    def body() -> Iterator[str]:
+        held = model.DBSession.get_one(User, 1)
+
+        def work() -> None:
+            ada = model.DBSession.get_one(User, 1)
+            seen.append(ada.name)
+            if len(seen) < 3:
+                overtake(model)
+            ada.name += " of the stream"
+            model.DBSession.add(Note(text=f"attempt {len(seen)}"))
+            model.DBSession.flush()
+
+        retry(work)
+        assert held in model.DBSession
+        yield held.name
+
+    app = make_app(make_root(body, commit=commit), model, **STRICT)
+    twice = "ada of another of another"
+    assert get(app).text == f"{twice} of the stream"
+    assert seen == ["ada", "ada of another", twice]
+    assert model.look("SELECT name FROM users WHERE id = 1")[0][0] == (
+        f"{twice} of the stream"
+    )
+    assert model.texts() == ["attempt 3"]
+    assert [report.commits for report in reports] == [1 + (commit != "manual")]
+    assert_clean(model)
+
+
+@pytest.mark.parametrize("retry", [retry_by_attempts, retry_by_run])
+def test_attempt_is_repeated_after_a_commit_that_was_refused(
+    make_app: MakeApp,
+    serializable: Model,
+    retry: Callable[[Callable[[], None]], None],
+) -> None:
+    """The commit that fails is the attempt's own."""
+    model = serializable
+    runs: list[int] = []
+
+    def body() -> Iterator[str]:
+        yield "one"
+
+        def work() -> None:
+            runs.append(model.DBSession.query(User).count())
+            if len(runs) == 1:
+                model.DBSession.connection()
+                model.change(
+                    "BEGIN ISOLATION LEVEL SERIALIZABLE;"
+                    "SELECT name FROM users;"
+                    "INSERT INTO users (name) VALUES ('zoe');"
+                    "COMMIT"
+                )
+            model.DBSession.add(User(name="eve"))
+
+        retry(work)
+
+    app = make_app(make_root(body), model, sqlalchemy__isolation_level="SERIALIZABLE")
+    assert get(app).text == "one"
+    assert runs == [2, 3]
+    assert model.names()[2:] == ["zoe", "eve"]
+    assert_clean(model)
+
+
+@pytest.mark.parametrize("caught", [True, False])
+def test_attempt_that_fails_each_time_raises_its_last_error(
+    make_app: MakeApp, serializable: Model, reports: list[Report], caught: bool
+) -> None:
+    """After the last attempt the error is the stream's, or the generator's to catch."""
+    model = serializable
+    runs: list[int] = []
+
+    def work() -> None:
+        runs.append(1)
+        ada = model.DBSession.get_one(User, 1)
+        overtake(model)
+        ada.name = "lost"
+
+    def body() -> Iterator[str]:
+        yield "one"
+        if caught:
+            with pytest.raises(OperationalError, match="could not serialize"):
+                retry_by_attempts(work)
+            model.DBSession.add(User(name="eve"))
+        else:
+            retry_by_attempts(work)
+
+    call = Call(make_app(make_root(body), model, **STRICT))
+    assert next(call) == b"one"
+    if caught:
+        assert call.read() == b""
+        assert "eve" in model.names()
+    else:
+        with pytest.raises(OperationalError, match="could not serialize"):
+            call.read()
+    assert len(runs) == 3
+    assert [report.reason for report in reports] == [
+        "completed" if caught else "failed"
+    ]
+    assert "lost" not in model.names()
+    assert_clean(model)
+
+
+def test_attempt_is_repeated_after_a_deadlock(
+    make_app: MakeApp, serializable: Model
+) -> None:
+    """PostgreSQL chooses the stream as the victim, and the next attempt succeeds."""
+    model = serializable
+    runs: list[int] = []
+
+    def body() -> Iterator[str]:
+        with (
+            psycopg.connect(**model.connection_options()) as other,
+            ThreadPoolExecutor(1) as thread,
+        ):
+            for attempt in transaction.manager.attempts(2):
+                with attempt:
+                    runs.append(1)
+                    if len(runs) == 1:
+                        other.execute("UPDATE users SET name = 'zoe' WHERE id = 2")
+                    change = sa.text("UPDATE users SET name = 'eve' WHERE id = :id")
+                    model.DBSession.execute(sa.text("SET deadlock_timeout = '10ms'"))
+                    model.DBSession.execute(change, {"id": 1})
+                    if len(runs) == 1:
+                        waits = thread.submit(
+                            other.execute, "DELETE FROM users WHERE id = 1"
+                        )
+                        wait_until_blocked(model, other.info.backend_pid)
+                        model.DBSession.execute(change, {"id": 2})
+                waits.result()
+                other.rollback()
+        yield "one"
+
+    assert get(make_app(make_root(body), model)).text == "one"
+    assert len(runs) == 2
+    assert model.look("SELECT name FROM users WHERE id = 1") == [("eve",)]
+    assert_clean(model)
+
+
+def test_attempt_is_repeated_after_a_stale_version(
+    make_app: MakeApp, model: Model
+) -> None:
+    """A row that was deleted meanwhile: SQLAlchemy's own error, on any database."""
+    model.seed("ada")
+    runs: list[int] = []
+
+    def body() -> Iterator[str]:
+        for attempt in transaction.manager.attempts(2):
+            with attempt:
+                runs.append(1)
+                if len(runs) == 1:
+                    ada = model.DBSession.query(User).one()
+                    model.DBSession.connection().exec_driver_sql("DELETE FROM users")
+                    ada.name = "gone"
+                model.DBSession.add(Note(text="stored"))
+        yield "one"
+
+    assert get(make_app(make_root(body), model)).text == "one"
+    assert len(runs) == 2
+    assert (model.names(), model.texts()) == (["ada"], ["stored"])
+    assert_clean(model)
+
+
+class Conflict(Exception):
+    """The error of a resource that is no database, and knows that it may be tried."""
+
+
+class Conflicting(Resource):
+    """A data manager that refuses its vote, and lets the work be tried again."""
+
+    def tpc_vote(self, transaction: Any) -> None:
+        raise Conflict
+
+    def should_retry(self, error: Exception) -> bool:
+        return isinstance(error, Conflict)
+
+
+@pytest.mark.parametrize("retry", [retry_by_attempts, retry_by_run])
+def test_attempt_is_repeated_where_another_resource_asks_for_it(
+    make_app: MakeApp, model: Model, retry: Callable[[Callable[[], None]], None]
+) -> None:
+    """Its ``should_retry`` decides, although the failed transaction is over by then."""
+    runs: list[int] = []
+
+    def work() -> None:
+        runs.append(1)
+        model.DBSession.add(User(name=f"ada {len(runs)}"))
+        if len(runs) == 1:
+            transaction.get().join(Conflicting([]))
+
+    def body() -> Iterator[str]:
+        retry(work)
+        yield "one"
+        with pytest.raises(Conflict):
+            transaction.get().join(Conflicting([]))
+            transaction.commit()
+        with pytest.raises(Conflict), next(transaction.manager.attempts(2)):
+            raise Conflict
+
+    assert get(make_app(make_root(body), model)).text == "one"
+    assert model.names() == ["ada 2"]
+    assert_clean(model)
+
+
+@pytest.mark.parametrize("commit", ["end", "each"])
+def test_attempt_is_not_repeated_for_the_commit_of_the_stream(
+    make_app: MakeApp, serializable: Model, commit: str
+) -> None:
+    """The request's controller and the generator run once, and the error is told."""
+    model = serializable
+    runs: list[int] = []
+
+    def body() -> Iterator[str]:
+        runs.append(1)
+        ada = model.DBSession.get_one(User, 1)
+        overtake(model)
+        ada.name = "lost"
+        yield "one"
+
+    app = make_app(make_root(body, commit=commit), model, tm__attempts=3, **STRICT)
+    if commit == "each":  # in the first pull, inside the request
+        assert get(app).status.startswith("500")
+    else:
+        with pytest.raises(OperationalError, match="could not serialize"):
+            get(app)
+    assert runs == [1]
+    assert model.names() == ["ada of another", "bob"]
     assert_clean(model)
 
 

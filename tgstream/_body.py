@@ -334,8 +334,8 @@ class Body:
             return
         if not self.plan.manual:
             self.database.settle()
-        elif any(counts := self.database.left()):
-            _report.tell_left(self.plan.controller, *counts)
+        elif left := self.database.left():
+            _report.tell_left(self.plan.controller, left)
 
     # The end.
 

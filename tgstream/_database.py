@@ -6,6 +6,7 @@ registries the scoped sessions.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ import transaction
 
 from ._cleanup import first_error
 from ._objects import attach, keeping_values, take
+from ._outbox import unsent
 from ._registry import Registry
 from ._report import tell_shared, tell_unclosed
 from ._transaction import Manager, Member
@@ -33,7 +35,8 @@ class Database:
         self.registries = registries
         self._removed = removed
         self.members: dict[Registry, Member] = {}
-        self.manager = Manager(self.members.values())
+        self._all_members: list[Member] = []  # with those that set() replaced
+        self.manager = Manager(self._all_members)
         self.outer_manager: Any = None
         self.over = False  # its stream has ended, and its report is being told
 
@@ -55,29 +58,34 @@ class Database:
         return member.session
 
     def adopt(self, registry: Registry, session: Session) -> Member:
-        """Make ``session`` the stream's."""
-        tell_shared(session)
-        member = Member(session, self.manager)
-        if not self.manager.idle:
-            self.manager.get().join(member)
+        """Make ``session`` the stream's; one that it replaces stays so to the end."""
+        member = self.member_of(session)
+        if member is None:
+            tell_shared(session)
+            member = Member(session, self.manager)
+            if not self.manager.idle:
+                self.manager.get().join(member)
+            self._all_members.append(member)
         self.members[registry] = member
         return member
 
     def forget(self, registry: Registry) -> None:
         """Let go of the session that ``scoped_session.remove()`` has closed."""
-        if registry in self.members:
-            self.members.pop(registry).release()
+        member = self.members.pop(registry, None)
+        if member is not None and member not in self.members.values():
+            self._all_members.remove(member)
+            member.release()
 
     def member_of(self, session: Session) -> Member | None:
         """The part that ``session`` takes in the transaction, if it is the stream's."""
-        for member in self.members.values():
+        for member in self._all_members:
             if member.session is session:
                 return member
         return None
 
     def flush(self) -> None:
         """Send what is pending to the database, as ``DBSession.flush()`` does."""
-        for member in self.members.values():
+        for member in self._all_members:
             member.session.flush()
 
     def commit(self) -> None:
@@ -98,22 +106,33 @@ class Database:
     def settle(self) -> None:
         """End the transaction: committed unless doomed; free if nothing was done."""
         self.close_cursors()
-        if self.manager.idle and all(member.idle for member in self.members.values()):
+        if self.manager.idle and all(member.idle for member in self._all_members):
             return
         if self.manager.isDoomed():
             self.manager.abort()
         else:
             self.manager.settle()
 
-    def left(self) -> tuple[int, int, int]:
-        """How many objects are new, changed and deleted, and not committed."""
-        counts = [member.left() for member in self.members.values()]
-        new, changed, deleted = map(sum, zip((0, 0, 0), *counts, strict=True))
-        return new, changed, deleted
+    def left(self) -> list[str]:
+        """The changes that are not committed, in words: ``1 new Post``."""
+        kinds = "new", "changed", "deleted"
+        counts = [Counter[str]() for _ in kinds]
+        for member in self._all_members:
+            for total, count in zip(counts, member.left(), strict=True):
+                total.update(count)
+        left = [
+            f"{count} {kind} {name}"
+            for kind, total in zip(kinds, counts, strict=True)
+            for name, count in sorted(total.items())
+        ]
+        events = 0 if self.manager.idle else unsent(self.manager.get())
+        if events:
+            left.append(f"{events} unsent event{'s' if events > 1 else ''}")
+        return left
 
     def cursor_ended(self, error: BaseException) -> bool:
         """True if ``error`` comes from a cursor that a commit has ended."""
-        if not self.members:
+        if not self._all_members:
             return False  # nor is there SQLAlchemy, maybe
         from sqlalchemy.exc import DBAPIError, ResourceClosedError
 
@@ -130,17 +149,16 @@ class Database:
         :param give_back: whether the objects go back to the request's sessions first.
         """
         self.over = True
-        if self.manager.idle and not self.members:
+        if self.manager.idle and not self._all_members:
             return
         ends = (self.close_cursors, self.manager.abort)
-        steps = [*ends, *(each.release for each in self.members.values())]
+        steps = [*ends, *(each.release for each in self._all_members)]
         if give_back:
             unchanged = self._take(lambda member: member.unchanged)
             steps.insert(len(ends), lambda: self._give_back(unchanged))
         error = first_error(steps)
-        for member in self.members.values():
-            del member.session  # which knows the member: a cycle, and it holds much
         self.members.clear()
+        self._all_members.clear()
         if error is not None:
             raise error
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import tg
 
 from ._config import scoped_sessions
+from ._report import binds_of_factory
 from ._thread import thread
 
 
@@ -19,7 +20,8 @@ def assert_clean() -> None:
 
     That is: on this thread no context of TG, no transaction that something has joined,
     and no session of the application's scoped sessions; and in the pools of their
-    engines no connection that is checked out, by whatever thread.
+    engines no connection that is checked out, by whatever thread. A session of each
+    factory is made to find its engines.
 
     :raises AssertionError: when there is; it names what.
     """
@@ -48,7 +50,8 @@ def _sessions() -> Iterator[str]:
     for scoped in scoped_sessions(tg.config):
         if scoped.registry.has():
             yield f"a session of {scoped} on this thread"
-        pool = getattr(scoped.session_factory.kw.get("bind"), "pool", None)
-        count = getattr(pool, "checkedout", int)()
-        if count:
-            yield f"{count} connections checked out of {pool}"
+        for bind in binds_of_factory(scoped):
+            pool = getattr(bind, "pool", None)  # a Connection has none
+            count = getattr(pool, "checkedout", int)()
+            if count:
+                yield f"{count} connections checked out of {pool}"

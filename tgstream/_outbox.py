@@ -54,6 +54,14 @@ def send(what: str, send: Send) -> None:
         _note_next(outbox)
 
 
+def unsent(txn: Any) -> int:
+    """How many are waiting for ``txn`` to commit."""
+    outbox: Outbox | None = None
+    with suppress(KeyError):
+        outbox = txn.data(_KEY)
+    return 0 if outbox is None else len(outbox.sends)
+
+
 def _transaction() -> Any:
     """The transaction of the stream that runs here, or of TG's request, if any."""
     database = thread.record.database

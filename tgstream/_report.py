@@ -171,15 +171,13 @@ def tell_late(body: Body) -> None:
         )
 
 
-def tell_left(controller: str, new: int, changed: int, deleted: int) -> None:
-    """Warn of what ``commit='manual'`` does not store."""
+def tell_left(controller: str, left: list[str]) -> None:
+    """Warn of what ``commit='manual'`` does not store or send."""
     log.warning(
-        "%s ended with %d new, %d changed and %d deleted objects that are not "
-        "committed, and aborts them: with commit='manual' only commit() stores",
+        "%s ended with uncommitted changes, which are rolled back: %s. With "
+        "commit='manual' call commit() to store and send them, or rollback()",
         controller,
-        new,
-        changed,
-        deleted,
+        ", ".join(left),
     )
 
 
@@ -188,17 +186,42 @@ _warned: WeakSet[Any] = WeakSet()
 
 def tell_shared(session: Session) -> None:
     """Warn, once an engine, that a stream cannot have a connection of its own there."""
-    engine = getattr(session.bind, "engine", None)
-    if engine is None or engine in _warned:
-        return
-    if is_shared(engine):
-        _warned.add(engine)
-        log.warning(
-            "%s is one connection for all sessions of a thread: a stream's transaction "
-            "cannot be kept apart from the request's. Use a file, in test.ini: "
-            "sqlalchemy.url = sqlite:///%%(here)s/test.db",
-            engine.url,
-        )
+    for bind in binds_of(session):
+        if bind.engine not in _warned and is_shared(bind.engine):
+            _warned.add(bind.engine)
+            log.warning(
+                "%s is one connection for all sessions of a thread: a stream's "
+                "transaction cannot be kept apart from the request's. Use a file, in "
+                "test.ini: sqlalchemy.url = sqlite:///%%(here)s/test.db",
+                bind.engine.url,
+            )
+
+
+def binds_of(session: Session) -> list[Any]:
+    """The engines and connections that ``session`` is bound to, without a statement.
+
+    A session that chooses by statement (``get_bind()``) may have no answer.
+    """
+    by_class: Any = getattr(session, "binds", None)
+    if by_class is None:  # SQLAlchemy 2.0, which has no public name for it
+        by_class = getattr(session, "_Session__binds", {})
+    bound = dict.fromkeys([session.bind, *by_class.values()])
+    binds = [each for each in bound if each is not None]
+    if not binds:
+        with suppress(Exception):  # UnboundExecutionError, or the application's own
+            binds.append(session.get_bind())
+    return binds
+
+
+def binds_of_factory(scoped: Any) -> list[Any]:
+    """The binds of a session that the factory of ``scoped`` makes, whatever it is."""
+    with suppress(Exception):  # the factory may need a request
+        session = scoped.session_factory()
+        try:
+            return binds_of(session)
+        finally:
+            session.close()
+    return []
 
 
 def is_shared(engine: Any) -> bool:

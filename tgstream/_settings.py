@@ -15,7 +15,7 @@ from tg.support.converters import asbool
 
 from ._config import OPTIONS, option, scoped_sessions
 from ._findings import FAIL, NOTE, OK, WARN, Finding, said
-from ._report import is_shared
+from ._report import binds_of_factory, is_shared
 from .channels import REDIS, own_words
 
 Config = Mapping[str, Any]
@@ -128,9 +128,10 @@ def _database(config: Config) -> Iterator[Finding]:
     except ValueError as error:
         yield Finding(FAIL, "database", str(error))
         return
-    engines = [_engine_of(each) for each in found]
-    places = [_place(config, each) for each in found]
-    alone = [not (hasattr(engine, "pool") and is_shared(engine)) for engine in engines]
+    binds = [binds_of_factory(scoped) for scoped in found]
+    names = [_name_of(config, scoped) for scoped in found]
+    places = [_place(*each) for each in zip(names, binds, strict=True)]
+    alone = [not any(is_shared(bind.engine) for bind in each) for each in binds]
     if all(alone):
         yield Finding(OK, "database", ", ".join(places) or "no scoped session")
         return
@@ -143,17 +144,9 @@ def _database(config: Config) -> Iterator[Finding]:
     )
 
 
-def _engine_of(scoped: Any) -> Any:
-    """The engine of a scoped session; None where only a statement knows it."""
-    bind = getattr(scoped.session_factory, "kw", {}).get("bind")
-    return getattr(bind, "engine", None)
-
-
-def _place(config: Config, scoped: Any) -> str:
-    name, engine = _name_of(config, scoped), _engine_of(scoped)
-    if engine is None:
-        return name
-    return f"{name} on {unquote(str(engine.url.set(query={})))}"
+def _place(name: str, binds: list[Any]) -> str:
+    urls = [unquote(str(bind.engine.url.set(query={}))) for bind in binds]
+    return f"{name} on {' and '.join(urls)}" if urls else name
 
 
 def _prepared_statements(config: Config) -> Iterator[Finding]:
@@ -167,25 +160,27 @@ def _prepared_statements(config: Config) -> Iterator[Finding]:
     except ValueError:
         return  # which is told of the database
     for scoped in found:
-        dialect = getattr(_engine_of(scoped), "dialect", None)
-        if getattr(dialect, "driver", None) != "psycopg":
-            continue
-        place = _place(config, scoped)
-        try:
-            with _engine_of(scoped).connect() as connection:
-                driver = connection.connection.driver_connection
-                pid = connection.exec_driver_sql("SELECT pg_backend_pid()").scalar()
-                pooled = pid != driver.info.backend_pid
-                prepares = driver.prepare_threshold is not None
-        except Exception as error:
-            yield Finding(
-                WARN,
-                "prepared statements",
-                f"{place} cannot be reached: {said(error)}",
-                "Start the database, and run the doctor again.",
-            )
-            continue
-        yield _pooler(place, pooled, prepares)
+        for bind in binds_of_factory(scoped):
+            if bind.engine.dialect.driver == "psycopg":
+                place = _place(_name_of(config, scoped), [bind])
+                yield _prepared_on(bind.engine, place)
+
+
+def _prepared_on(engine: Any, place: str) -> Finding:
+    try:
+        with engine.connect() as connection:
+            driver = connection.connection.driver_connection
+            pid = connection.exec_driver_sql("SELECT pg_backend_pid()").scalar()
+            pooled = pid != driver.info.backend_pid
+            prepares = driver.prepare_threshold is not None
+    except Exception as error:
+        return Finding(
+            WARN,
+            "prepared statements",
+            f"{place} cannot be reached: {said(error)}",
+            "Start the database, and run the doctor again.",
+        )
+    return _pooler(place, pooled, prepares)
 
 
 def _pooler(place: str, pooled: bool, prepares: bool) -> Finding:

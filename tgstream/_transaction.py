@@ -8,20 +8,24 @@ begin, commit, abort.
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Collection
 from contextlib import suppress
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import transaction
 from transaction.weakset import WeakSet
 
 from ._postgresql import refuse_failed
-from ._report import cursor_open
+from ._report import binds_of, cursor_open
 
 if TYPE_CHECKING:
     from sqlalchemy.orm import Session
 
+
+Counts: TypeAlias = tuple[Counter[str], Counter[str], Counter[str]]
+"""Objects by the name of their class: new, changed and deleted."""
 
 KEPT = 100
 """Maximum statements of a transaction that a member keeps for rows(key=...)."""
@@ -38,6 +42,7 @@ class Manager(transaction.TransactionManager):  # type: ignore[misc]
         self.commits = 0
         self.settling = False
         self.cursors: set[Any] = set()  # open ones, which an end would end
+        self._refused: list[Any] = []  # who took part in a commit that failed
 
     @cached_property
     def _synchs(self) -> Any:
@@ -50,6 +55,7 @@ class Manager(transaction.TransactionManager):  # type: ignore[misc]
 
     def begin(self) -> Any:
         self.abort()  # also what the sessions did before a transaction was asked for
+        self._refused = []
         super().begin()
         return self._join()
 
@@ -73,11 +79,22 @@ class Manager(transaction.TransactionManager):  # type: ignore[misc]
         try:
             super().commit()
         except BaseException:
+            self._refused = list(self.get()._resources)
             # So that the stream can go on: a failed transaction refuses all work.
             with suppress(Exception):  # of a lost connection; the first error is told
                 self.abort()
             raise
         self.commits += 1
+
+    def _retryable(self, error_type: type[BaseException], error: Any) -> bool:
+        """Whether ``attempts()`` and ``run()`` try again after ``error``.
+
+        A commit that failed has aborted, so its data managers have left already.
+        """
+        retries = (getattr(each, "should_retry", None) for each in self._refused)
+        if any(retry is not None and retry(error) for retry in retries):
+            return True
+        return bool(super()._retryable(error_type, error))
 
     def _refuse_over_cursors(self) -> None:
         if self.cursors:
@@ -103,6 +120,7 @@ class Member:
     watched = False  # also for what is written past the session
     held_in: Any = None
     """The session's transaction, if a lock or a setting in it must last."""
+    released = False
 
     def __init__(self, session: Session, manager: Manager) -> None:
         from sqlalchemy import event  # here there is a session; an application may not
@@ -110,7 +128,7 @@ class Member:
         self.session = session
         self.manager = manager
         self.changed = self._deleted = False
-        self._flushed = [0, 0, 0]
+        self._flushed = _nothing()
         self.held_in = session.get_transaction()  # of which nothing is known
         self.connections: set[Any] = set()  # of the session's transaction
         # The statements of the transaction, with options. rows(key=...) checks them.
@@ -136,8 +154,8 @@ class Member:
         return parked
 
     def _after_flush(self, session: Session, flush_context: Any) -> None:
-        for index, count in enumerate(_pending(session)):
-            self._flushed[index] += count
+        for flushed, pending in zip(self._flushed, _pending(session), strict=True):
+            flushed.update(type(each).__name__ for each in pending)
 
     def _after_delete(self, session: Session, instance: Any) -> None:
         self._deleted = True
@@ -179,26 +197,49 @@ class Member:
         """True if an abort would undo nothing that the session's objects show."""
         return not (self.changed or any(_pending(self.session)))
 
-    def left(self) -> list[int]:
-        """How many objects are new, changed and deleted since the last commit."""
+    def left(self) -> Counts:
+        """The new, changed and deleted objects since the last commit, by class."""
         both = zip(self._flushed, _pending(self.session), strict=True)
-        return [flushed + pending for flushed, pending in both]
+        new, changed, deleted = (
+            flushed + Counter(type(each).__name__ for each in pending)
+            for flushed, pending in both
+        )
+        return new, changed, deleted
 
     def release(self) -> None:
-        """Close the session, whatever state it is in."""
+        """Close the session, whatever state it is in.
+
+        A transaction that goes on may still call: ``remove()`` in a generator.
+        """
+        session = self.session
+        self.released = True
+        del self.session  # which knows the member: a cycle, and it holds much
         try:
             if self._parked is not None:
                 self._unpark()
         finally:
-            vars(self.session).pop("connection", None)
+            vars(session).pop("connection", None)
             self.held_in = None
-            self.session.close()
+            session.close()
 
     def _unpark(self) -> None:
         with suppress(KeyError):  # zope's weak entry is gone: this is cyclic garbage
             for zopes in self._parked.get()._resources:
                 zopes.abort(None)
             self._parked.abort()  # which would log that error
+
+    def _can_end(self) -> bool:
+        """Whether there is a session: the generator may have closed it for good."""
+        from sqlalchemy.exc import InvalidRequestError
+
+        if self.released:
+            return False
+        if self.idle:
+            try:
+                self.session.begin()  # commit() does not with autobegin=False
+            except InvalidRequestError:
+                return False
+        return True
 
     def _commit(self) -> None:
         session, expires = self.session, self.session.expire_on_commit
@@ -221,22 +262,27 @@ class Member:
 
     def _forget(self) -> None:
         self.changed = self._deleted = False
-        self._flushed = [0, 0, 0]
+        self._flushed = _nothing()
 
     # The protocol of transaction's data managers.
 
     def abort(self, transaction: Any) -> None:
+        if self.released:
+            return
         self._forget()
         self.session.rollback()
         self.session.expire_all()  # also where no transaction had begun
 
     def tpc_begin(self, transaction: Any) -> None:
-        self.session.flush()
+        if not self.released:
+            self.session.flush()
 
     def commit(self, transaction: Any) -> None:
         """Nothing: the session is committed in the vote, as zope.sqlalchemy does."""
 
     def tpc_vote(self, transaction: Any) -> None:
+        if not self._can_end():
+            return
         if self.changed:
             refuse_failed(self.connections)
         if self.session.twophase:
@@ -245,15 +291,25 @@ class Member:
             self._commit()
 
     def tpc_finish(self, transaction: Any) -> None:
-        if self.session.twophase:
+        if not self.released and self.session.twophase and self._can_end():
             self._commit()
 
     def tpc_abort(self, transaction: Any) -> None:
         self.abort(transaction)
 
+    def should_retry(self, error: BaseException) -> bool:
+        """Whether the work may succeed if it is done again, as zope.sqlalchemy has it.
+
+        Its list of errors is used for sessions too that are not registered with it.
+        """
+        from zope.sqlalchemy.datamanager import SessionDataManager
+
+        return bool(SessionDataManager.should_retry(self, error))
+
     def sortKey(self) -> str:
         """As zope.sqlalchemy: in one phase last, for the others can then be undone."""
-        kind = "sqlalchemy.twophase" if self.session.twophase else "~sqlalchemy"
+        twophase = not self.released and self.session.twophase
+        kind = "sqlalchemy.twophase" if twophase else "~sqlalchemy"
         return f"{kind}:{id(self)}"
 
     @property
@@ -264,13 +320,13 @@ class Member:
         return self.session.begin_nested
 
     def _on_sqlite(self) -> bool:
-        from sqlalchemy.exc import UnboundExecutionError
-
-        try:
-            return self.session.get_bind().dialect.name == "sqlite"
-        except UnboundExecutionError:  # bound by class: only a statement can tell
-            return False
+        used = self.connections or binds_of(self.session)
+        return any(bind.dialect.name == "sqlite" for bind in used)
 
 
-def _pending(session: Session) -> tuple[int, int, int]:
-    return len(session.new), len(session.dirty), len(session.deleted)
+def _nothing() -> Counts:
+    return Counter(), Counter(), Counter()
+
+
+def _pending(session: Session) -> tuple[Collection[Any], ...]:
+    return session.new, session.dirty, session.deleted
