@@ -36,7 +36,7 @@ class Database:
         self._removed = removed
         self.members: dict[Registry, Member] = {}
         self._all_members: list[Member] = []  # with those that set() replaced
-        self.manager = Manager(self._all_members)
+        self.manager = Manager(self._all_members, registries[0] if registries else None)
         self.outer: Database | None = None
         self.outer_manager: Any = None
         self.over = False  # its stream has ended, and its report is being told
