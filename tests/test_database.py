@@ -1729,10 +1729,10 @@ def test_stream_session_that_was_replaced_ends_with_the_stream(
 
     def body() -> Iterator[str]:
         sessions.extend([model.maker(), model.maker()])
-        model.DBSession.registry.set(sessions[0])  # type: ignore[arg-type]
+        model.DBSession.registry.set(sessions[0])
         model.DBSession.add(User(name="ada"))
         model.DBSession.flush()
-        model.DBSession.registry.set(sessions[1])  # type: ignore[arg-type]
+        model.DBSession.registry.set(sessions[1])
         model.DBSession.query(User).count()
         yield "one"
         yield "two"
@@ -1758,9 +1758,9 @@ def test_stream_session_that_is_set_again_is_the_same_part(
     def body() -> Iterator[str]:
         first = model.DBSession()
         first.add(User(name="first"))
-        model.DBSession.registry.set(model.maker())  # type: ignore[arg-type]
+        model.DBSession.registry.set(model.maker())
         model.DBSession.add(User(name="second"))
-        model.DBSession.registry.set(first)  # type: ignore[arg-type]
+        model.DBSession.registry.set(first)
         model.DBSession.add(User(name="third"))
         yield "one"
 
@@ -1776,7 +1776,7 @@ def test_stream_session_in_two_registries_is_removed_from_one(
     other = scoped_session(model.maker)
 
     def body() -> Iterator[str]:
-        other.registry.set(model.DBSession())  # type: ignore[arg-type]
+        other.registry.set(model.DBSession())
         other.add(User(name="ada"))
         yield "one"
         other.remove()
@@ -1846,9 +1846,10 @@ def test_stream_in_memory_warns_once_an_engine(
     """In-memory SQLite is one connection for all: each engine is warned of once."""
 
     engines = [sa.create_engine("sqlite://") for _ in range(3)]
+    by_function: Any = lambda: Session(engines[1])  # noqa: E731
     sessions: list[scoped_session[Session]] = [
         scoped_session(sessionmaker(engines[0])),
-        scoped_session(lambda: Session(engines[1])),
+        scoped_session(by_function),
         scoped_session(sessionmaker(binds={User: engines[2]})),
     ]
 

@@ -225,7 +225,8 @@ def test_connection_that_a_session_is_bound_to_is_not_left_behind(
     """A test that keeps its own outer transaction has not lost its connection."""
     engine = sa.create_engine(sqlite_model.url)
     with engine.connect() as connection, connection.begin() as outer:
-        scoped = scoped_session(partial(Session, connection, **OUTER))
+        factory: Any = partial(Session, connection, **OUTER)
+        scoped: scoped_session[Session] = scoped_session(factory)
 
         class Root(TGController):
             @expose(content_type="text/plain")
@@ -246,7 +247,8 @@ def test_session_factory_that_needs_a_request_is_passed_over(
     make_app: MakeApp, sqlite_model: Model
 ) -> None:
     """Outside of a request nobody knows its engine."""
-    scoped = scoped_session(lambda: Session(tg.request.engine))
+    factory: Any = lambda: Session(tg.request.engine)  # noqa: E731
+    scoped: scoped_session[Session] = scoped_session(factory)
     make_app(Endless(sqlite_model), sqlite_model, tgstream__sessions=[scoped])
     assert_clean()
 

@@ -7,6 +7,7 @@ import gc
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import psycopg
@@ -667,6 +668,134 @@ def test_attempt_is_not_repeated_for_the_commit_of_the_stream(
     assert runs == [1]
     assert model.names() == ["ada of another", "bob"]
     assert_clean(model)
+
+
+# Several databases.
+
+
+def two_databases(make_model: MakeModel, tmp_path: Path) -> tuple[Model, Model]:
+    """Two SQLite files; the second refuses a note of an unknown user at its commit."""
+    first = make_model(f"sqlite:///{tmp_path}/first.db")
+    second = make_model(f"sqlite:///{tmp_path}/second.db")
+    second.outside.dispose()
+    engine = sa.create_engine(second.url)
+    sa.event.listen(
+        engine, "connect", lambda raw, _: raw.execute("PRAGMA foreign_keys = ON")
+    )
+    with engine.begin() as connection:
+        connection.exec_driver_sql("DROP TABLE notes")
+        connection.exec_driver_sql(
+            "CREATE TABLE notes (id INTEGER PRIMARY KEY, text VARCHAR(200), user_id"
+            " INTEGER REFERENCES users DEFERRABLE INITIALLY DEFERRED)"
+        )
+    second.init_model(engine)
+    return first, second
+
+
+def not_atomic(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """The warnings about commits of several sessions."""
+    messages = (each.getMessage() for each in caplog.records)
+    return [each for each in messages if "one after the other" in each]
+
+
+@pytest.mark.parametrize("commit", ["end", "each"])
+def test_databases_that_commit_one_by_one_are_warned_of_once(
+    make_app: MakeApp,
+    make_model: MakeModel,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    commit: str,
+) -> None:
+    """Once for each application, before the first commit that can come apart."""
+    first, second = two_databases(make_model, tmp_path)
+    refused = False
+
+    def body() -> Iterator[str]:
+        yield "one"
+        first.DBSession.add(Note(text="first"))
+        first.DBSession.flush()
+        second.DBSession.add(Note(text="second", user_id=7 if refused else None))
+        yield "two"
+
+    app = make_app(
+        make_root(body, commit=commit), first, tgstream__sessions=[second.DBSession]
+    )
+    for _ in range(2):
+        assert get(app).text == "onetwo"
+    assert (first.texts(), second.texts()) == (["first"] * 2, ["second"] * 2)
+    [warning] = not_atomic(caplog)
+    assert "twophase=True" in warning
+    refused = True
+    with pytest.raises(IntegrityError):
+        get(app)
+    assert second.texts() == ["second"] * 2
+    assert len(not_atomic(caplog)) == 1
+    assert_clean(first)
+    assert_clean(second)
+
+
+def test_database_that_refuses_leaves_the_one_before_committed(
+    make_app: MakeApp, make_model: MakeModel, tmp_path: Path
+) -> None:
+    """As the table of the explanation has it; each session commits once."""
+    first, second = two_databases(make_model, tmp_path)
+
+    def body() -> Iterator[str]:
+        second.DBSession.add(Note(text="refused", user_id=7))
+        first.DBSession.add(Note(text="stays"))
+        second.DBSession.flush()
+        yield "one"
+        members = transaction.get()._resources
+        members.sort(key=lambda member: member.sortKey())
+        order.extend(member.session is first.DBSession() for member in members)
+
+    order: list[bool] = []
+    app = make_app(make_root(body), first, tgstream__sessions=[second.DBSession])
+    with pytest.raises(IntegrityError):
+        get(app)
+    assert second.texts() == []
+    assert first.texts() == (["stays"] if order[0] else [])
+    assert_clean(first)
+    assert_clean(second)
+
+
+def test_databases_of_which_one_is_only_read_are_not_warned_of(
+    make_app: MakeApp,
+    make_model: MakeModel,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A commit without changes cannot be refused."""
+    first, second = two_databases(make_model, tmp_path)
+
+    def body() -> Iterator[str]:
+        first.DBSession.add(Note(text="first"))
+        yield str(second.DBSession.query(User).count())
+
+    app = make_app(make_root(body), first, tgstream__sessions=[second.DBSession])
+    assert get(app).text == "0"
+    assert first.texts() == ["first"]
+    assert not_atomic(caplog) == []
+    assert_clean(first)
+
+
+def test_databases_in_two_phases_are_not_warned_of(
+    make_app: MakeApp, twophase: Model, caplog: pytest.LogCaptureFixture
+) -> None:
+    """All sessions but one in two phases: nothing can come apart."""
+    scoped = scoped_session(sessionmaker())
+
+    def body() -> Iterator[str]:
+        scoped.add(User(name="one phase"))
+        twophase.DBSession.add(User(name="two phases"))
+        yield "one"
+
+    app = make_app(make_root(body), twophase, tgstream__sessions=[scoped])
+    scoped.configure(bind=twophase.engine)
+    assert get(app).text == "one"
+    assert sorted(twophase.names()) == ["one phase", "two phases"]
+    assert not_atomic(caplog) == []
+    assert_clean(twophase)
 
 
 # Two phases.

