@@ -104,8 +104,9 @@ class Mounted:
         context._push_object(None)
         context._pop_object()
         stack = context.____local__.objects
-        self.stacks[id(stack)] = stack
         _, name, path = environ["PATH_INFO"].split("/", 2)
+        if not name.startswith("debugged"):  # TG keeps a failed request for its debugger
+            self.stacks[id(stack)] = stack
         if path == "state":
             return self.state(name, start_response)
         environ["SCRIPT_NAME"], environ["PATH_INFO"] = f"/{name}", f"/{path}"
