@@ -188,6 +188,27 @@ def test_slow_request_tracing_is_told_of(
     assert line.endswith("Add its path to trace_slowreqs.exclude, here /words")
 
 
+def test_line_end_in_a_path_begins_no_line_of_the_log(
+    make_app: MakeApp, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A client may put one into a URL, as ``%0D%0A``; each record stays one line."""
+    caplog.set_level(logging.DEBUG, "tgstream")
+
+    class Any_(TGController):
+        @expose(content_type="text/plain")
+        @stream
+        def _default(self, *args: Any) -> Iterator[str]:
+            yield "one"
+            yield "two"
+
+    app = make_app(Any_(), trace_slowreqs__enable=True)
+    assert get(app, "/a\r\nERROR forged").text == "onetwo"
+    lines = [record.getMessage() for record in caplog.records]
+    assert any("trace_slowreqs.exclude, here '/a\\r\\nERROR" in line for line in lines)
+    assert any("at /a%0D%0AERROR%20forged" in line for line in lines)
+    assert all(len(line.splitlines()) == 1 for line in lines)
+
+
 def test_stream_that_is_spared_by_slow_request_tracing_is_not_told_of(
     make_app: MakeApp, advice: Callable[[], list[str]]
 ) -> None:

@@ -18,7 +18,7 @@ LADDER = {
     "_columns": {"_orjson"},
     "_csv": {"_columns", "_fields", "_options"},
     "_encoder": {"_fields", "_orjson"},
-    "_json_columns": {"_encoder", "_orjson"},
+    "_json_columns": {"_encoder", "_fields", "_orjson"},
     "_json": {"_encoder", "_json_columns", "_options"},
     "_sse": {"_encoder"},
     "_config": set(),

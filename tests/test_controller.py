@@ -676,6 +676,9 @@ def test_format_that_yields_another_type_is_named(make_app: MakeApp) -> None:
         ({"filename": b"x"}, "filename=b'x' is no text"),
         ({"charset": "nope"}, "charset='nope' is not known"),
         ({"charset": "hex"}, "charset='hex' is not known"),
+        ({"charset": "rot13"}, "charset='rot13' is not known"),
+        ({"charset": "utf-8\r\n\r\n"}, "charset='utf-8\\r\\n\\r\\n' is not known"),
+        ({"charset": ""}, "charset='' is not known"),
         ({"charset": 8}, "charset=8 is not known"),
     ],
 )

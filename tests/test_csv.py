@@ -17,7 +17,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import attrs
 import duckdb
+import pydantic
+import pydantic.v1 as pydantic_v1
 import pytest
 import sqlalchemy as sa
 import tg
@@ -35,7 +38,7 @@ from tg import TGController, expose
 from webob.multidict import MultiDict
 
 from tests.conftest import MakeApp
-from tests.model import Note, User
+from tests.model import Base, Note, User
 from tests.wsgi import Call, get
 from tgstream import CSV, Stream, stream
 
@@ -293,8 +296,11 @@ class Spot:
 class Lazy:
     """An iterable that is no sequence."""
 
-    def __iter__(self) -> Iterator[int]:
-        return iter((1, 2))
+    def __init__(self, cells: Sequence[Any] = (1, 2)) -> None:
+        self.cells = cells
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.cells)
 
 
 def sqlite_rows(mappings: bool = False) -> list[Any]:
@@ -481,9 +487,109 @@ def test_objects_of_the_models_base_are_rows(things: Session) -> None:
     assert csv_of(CSV(), notes) == 'id,text,user_id\r\n1,"a,b",\r\n2,,3\r\n'
 
 
+def test_row_of_one_entity_is_its_columns(things: Session) -> None:
+    """``session.execute(select(Thing))`` is as good as ``session.scalars()``."""
+    rows = things.execute(sa.select(Thing).order_by(Thing.id)).all()
+    expected = "id,name,owner_id\r\n1,a,1\r\n2,=b,1\r\n"
+    assert csv_of(CSV(), rows) == expected
+
+
+def test_entity_among_other_columns_is_refused() -> None:
+    """Its columns could not be told from the others; the error names the field."""
+    engine = sa.create_engine("sqlite://", poolclass=sa.StaticPool)
+    Base.metadata.create_all(engine)
+    with Session(engine) as session:
+        session.add(Note(id=1, text="a", user=User(name="ada")))
+        session.flush()
+        found = session.execute(sa.select(Note.id, User).join(User)).all()
+        made = csv_of(CSV(), found)
+        assert "item 1 has a User in 'User', and its text would be" in made
+        made = csv_of(CSV(), [(found[0].User,)])  # a plain tuple is its cells
+        assert "item 1 has a User in column 1" in made
+    engine.dispose()
+
+
+class Model(pydantic.BaseModel):
+    id: int
+    name: str = "x"
+
+    @pydantic.computed_field  # type: ignore[prop-decorator]
+    @property
+    def twice(self) -> int:
+        return self.id * 2
+
+
+class OldModel(pydantic_v1.BaseModel):
+    id: int
+    name: str = "x"
+
+
+@attrs.define
+class Plain:
+    id: int
+    name: str = "x"
+
+
+@pytest.mark.parametrize(
+    ("kind", "more"),
+    [(Model, [",twice", ",2"]), (OldModel, ["", ""]), (Plain, ["", ""])],
+)
+def test_object_of_a_library_of_models_is_its_fields(
+    kind: Any, more: list[str]
+) -> None:
+    """As a dataclass is; tgstream knows the library by what its classes carry."""
+    assert csv_of(CSV(), [kind(id=1)]) == f"id,name{more[0]}\r\n1,x{more[1]}\r\n"
+
+
+@pytest.mark.parametrize(
+    "cell",
+    [object(), lambda: 1, (n for n in [1]), [object()], map(str, []), [].append],
+    ids=["object", "function", "generator", "list", "map", "method"],
+)
+@pytest.mark.parametrize("escapes", [False, True])
+def test_cell_without_a_text_of_its_own_is_refused(cell: Any, escapes: bool) -> None:
+    """No address of an object is in a file; the error names item and field."""
+    format, kind = CSV(escape_formulas=escapes), type(cell).__name__
+    rows: list[tuple[str, Any]] = [
+        ("column 2", [1, cell]),
+        ("column 2", Lazy([1, cell])),
+        ("'y'", {"x": 1, "y": cell}),
+        ("'y'", Point(1, cell)),
+        ("'y'", Spot(1, cell)),
+    ]
+    for name, row in rows:
+        fine = type(row)([0, "<at 0x1>"]) if "column" in name else Point(0, "a")
+        if isinstance(row, dict):
+            fine = {"x": 0, "y": "a"}
+        made = csv_of(format, [fine, row, fine])
+        assert f"item 2 has a {kind} in {name}, and its text would be" in made
+    assert "item 1 has" in csv_of(CSV(dialect="unix"), [[cell]])
+
+
+def test_text_that_looks_like_an_address_is_a_text() -> None:
+    """Only the text of an object is looked at."""
+    rows = [["<X object at 0x7f00>", 1], ["a", Text("<b at 0x1>")]]
+    assert csv_of(CSV(header=()), rows) == by_python(rows)
+
+
+def test_memoryview_is_the_bytes_in_it() -> None:
+    """psycopg2 gives one for a ``bytea``, and psycopg gives bytes."""
+    for rows in ([[1, b"a,b"], [2, b"="]], [[b"x"]]):
+        seen = [
+            [memoryview(cell) if isinstance(cell, bytes) else cell for cell in row]
+            for row in rows
+        ]
+        for format in (CSV(header=()), CSV(header=(), dialect="excel-tab")):
+            assert csv_of(format, seen) == csv_of(format, rows)
+        assert csv_of(CSV(escape_formulas=True), seen) == csv_of(CSV(), rows)
+
+
 # Formulas.
 
 FORMULAS = ["=1", "+1", "-1", "@x", "\tx", "\rx", "=", "-", Text("=1"), Word.SUM]
+FORMULAS += ["\n=1+1", "\nx", "\ufeff=HYPERLINK(1)", "\xa0=1", "\u200b \x1b-1"]
+FORMULAS += ["\u3000@x", "\uff1d1", "\uff0b1", "\uff0d1", "\uff20x", "\xad\uff1d1"]
+FORMULAS += [NUL + "=1"]
 
 
 @pytest.mark.parametrize("cell", FORMULAS, ids=repr)
@@ -521,6 +627,9 @@ def test_text_that_a_spreadsheet_would_run_is_guarded(cell: str) -> None:
         (" =1", " =1"),
         ("a=1", "a=1"),
         ("'=1", "'=1"),
+        ("\xa0x", "\xa0x"),
+        ("\ufeffx=1", "\ufeffx=1"),
+        ("\x1b", "\x1b"),
     ],
     ids=repr,
 )
@@ -655,6 +764,8 @@ def test_mark_comes_once_and_first(make_app: MakeApp) -> None:
     assert csv_of(CSV(["a"], bom=True), [[1], [2]]) == "\ufeffa\r\n1\r\n2\r\n"
     assert csv_of(CSV(bom=True), []) == "\ufeff"
     assert csv_of(CSV(bom=True), [b"a,b\r\n", b"1,2\r\n"]) == "\ufeffa,b\r\n1,2\r\n"
+    twice = CSV(["\ufeff=1"], bom=True, escape_formulas=True)
+    assert csv_of(twice, []) == "\ufeff'\ufeff=1\r\n"
     mark = served(make_app, iter([]), CSV(["ä"], bom=True))
     assert mark.read() == b"\xef\xbb\xbf\xc3\xa4\r\n"
 

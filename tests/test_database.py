@@ -1845,7 +1845,8 @@ def test_stream_in_memory_warns_once_an_engine(
 ) -> None:
     """In-memory SQLite is one connection for all: each engine is warned of once."""
 
-    engines = [sa.create_engine("sqlite://") for _ in range(3)]
+    url = "sqlite://?timeout=7"  # some drivers take a password there
+    engines = [sa.create_engine(url) for _ in range(3)]
     by_function: Any = lambda: Session(engines[1])  # noqa: E731
     sessions: list[scoped_session[Session]] = [
         scoped_session(sessionmaker(engines[0])),
@@ -1874,6 +1875,7 @@ def test_stream_in_memory_warns_once_an_engine(
     ]
     assert len(warnings) == 3
     assert "sqlalchemy.url = sqlite:///%(here)s/test.db" in warnings[0]
+    assert "timeout" not in warnings[0]
     for engine in engines:
         engine.dispose()
 

@@ -32,7 +32,7 @@ from webob.multidict import MultiDict
 
 from tests.conftest import MakeApp
 from tests.model import Base, Note, User
-from tests.test_csv import Batches, duck
+from tests.test_csv import Batches, Model, OldModel, Plain, duck
 from tests.wsgi import Call, get
 from tgstream import NDJSON, JSONArray, Report, Stream, stream
 from tgstream._encoder import Encoder
@@ -341,6 +341,73 @@ def test_documents(
     assert same(json.loads(make_encoder().encode(document_of(item), 1)), document)
 
 
+def later_enums() -> Iterator[tuple[str, Any]]:
+    """Members of classes that came to have a ``__json__`` after a stream had begun."""
+    base = enum.Enum("base", [])  # type: ignore[var-annotated]
+
+    class Derived(base):  # type: ignore[valid-type, misc]
+        A = 1
+
+        def __json__(self) -> str:
+            return "derived"
+
+    class Changed(enum.Enum):
+        A = 1
+
+    quick_encoder().encode(Changed.A, 1)
+    Changed.__json__ = lambda self: "changed"  # type: ignore[attr-defined]
+
+    class Level(enum.IntEnum):
+        A = 1
+
+        def __json__(self) -> str:
+            return "never asked: it is a number"
+
+    class Flag(enum.Flag):
+        A = 1
+
+        def __json__(self) -> str:
+            return "flag"
+
+    yield from (("derived", Derived.A), ("changed", Changed.A), ("flag", Flag.A))
+    yield "number", Level.A
+
+
+@pytest.mark.parametrize("which", ["derived", "changed", "flag", "number"])
+def test_enum_is_what_tgs_encoder_makes_of_it_whenever_its_class_was_made(
+    which: str,
+) -> None:
+    """A class may be made, or get a ``__json__``, while a stream runs."""
+    encoder = quick_encoder()
+    member = dict(later_enums())[which]
+
+    class Holder(enum.Enum):
+        A = (member, 1)
+
+    for value in (
+        member,
+        [member],
+        {"a": member},
+        {"a": {"b": [(1, member)]}},
+        {"a": Thing([member])},
+        List([member]),
+        Dict(a=member),
+    ):
+        expected = json.loads(JSONEncoder().encode({"v": value}))["v"]
+        assert json.loads(encoder.encode(value, 1)) == expected
+        rows = [Point(1, value), Point(None, 2.5)]
+        made = b"".join(JSONArray().encode_batches(Batches(rows, ["x", "y"], 500)))
+        assert made == b"".join(JSONArray().encode(rows))
+        assert json.loads(made)[0]["y"] == expected
+    as_value = json.loads(encoder.encode({"a": Holder.A}, 1))["a"]
+    assert as_value == [json.loads(slow_encoder().encode(member, 1)), 1]
+    if which == "number":
+        assert json.loads(encoder.encode({member: 1}, 1)) == {"1": 1}
+    else:
+        with pytest.raises(TypeError, match="keys must be str"):
+            encoder.encode({member: 1}, 1)
+
+
 @both
 @pytest.mark.parametrize("beside", [1, 2**70, "\ud800", Told.YES, {1: 1}], ids=repr)
 def test_generator_is_asked_once(
@@ -526,6 +593,34 @@ def test_what_a_query_left_out_stays_out(
     """Columns that nobody loaded are neither loaded nor sent."""
     user = session.query(User).options(load_only(User.id, raiseload=True)).one()
     assert json.loads(make_encoder().encode(user, 1)) == {"id": 7}
+
+
+@pytest.mark.parametrize("source", [list, iter])
+def test_row_of_one_entity_is_its_columns(
+    session: Session, source: Callable[[Any], Any]
+) -> None:
+    """``execute(select(User))`` is as good as ``scalars()``; among others it nests."""
+    rows = session.execute(sa.select(User)).all()
+    expected = [{"id": 7, "name": "ada"}]
+    assert json.loads(b"".join(JSONArray().encode(source(rows)))) == expected
+    batches = Batches(rows * 2, ["User"], 500)
+    assert json.loads(b"".join(JSONArray().encode_batches(batches))) == expected * 2
+    pairs = session.execute(sa.select(User, Note.id).join(Note)).all()
+    assert json.loads(b"".join(JSONArray().encode(source(pairs)))) == [
+        {"User": expected[0], "id": 1},
+        {"User": expected[0], "id": 2},
+    ]
+
+
+@both
+def test_object_of_a_library_of_models_is_its_fields(
+    make_encoder: Callable[[], Encoder],
+) -> None:
+    """With TG's rules for the values in it, also within another value."""
+    for kind in (Model, OldModel, Plain):
+        made = json.loads(make_encoder().encode([kind(id=1, name="é")], 1))
+        twice = {"twice": 2} if kind is Model else {}
+        assert made == [{"id": 1, "name": "é", **twice}]
 
 
 def test_rows_are_objects_item_by_item_and_in_batches(session: Session) -> None:

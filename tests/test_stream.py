@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -12,11 +13,11 @@ from sqlalchemy.orm import Session
 from tg import TGController, expose
 
 import tgstream
-from tests.conftest import MakeApp, assert_clean
+from tests.conftest import MakeApp, Root, assert_clean
 from tests.model import Model, Note, User
 from tests.test_context import on_another_thread
 from tests.wsgi import Call, get
-from tgstream import Report, Stream, StreamError, current_stream, stream
+from tgstream import CSV, Report, Stream, StreamError, current_stream, stream
 
 HOOKS: list[Callable[[], Any]] = [
     tgstream.commit,
@@ -365,3 +366,94 @@ def test_scoped_session_outside_of_streams_is_as_ever(
     model.DBSession.registry.set(session)
     assert model.DBSession() is session
     model.DBSession.remove()
+
+
+@pytest.mark.parametrize("kind", ["list", "generator", "batches"])
+@pytest.mark.parametrize("format", [None, CSV, CSV(["x", "y"])], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"chunk_size": 100_000}, {"chunk_size": 0}, {"commit": 7}, {"commit": "each"}],
+    ids=repr,
+)
+def test_character_outside_of_the_charset_is_found_in_its_item(
+    make_app: MakeApp,
+    reports: list[Report],
+    kind: str,
+    format: Any,
+    options: dict[str, Any],
+) -> None:
+    """The error has the number of the item, and the place in there."""
+    texts = ["plain, old\n"] * 1200
+    texts[899] = "it costs 5 \N{EURO SIGN}"
+    items: list[Any] = texts if format is None else [(text, 1) for text in texts]
+    sources = {"list": items, "generator": (n for n in items), "batches": Big(items)}
+    root = Root(lambda: sources[kind], format=format, charset="latin-1", **options)
+    call = Call(make_app(root))
+    with suppress(UnicodeEncodeError):
+        call.read()
+    error = reports[0].error
+    assert isinstance(error, UnicodeEncodeError)
+    assert "item 900 of Root.index" in str(error)
+    assert f"position {11 + ('x,y' in error.object) * 5}" in str(error)
+    assert error.object[error.start] == "\N{EURO SIGN}"
+
+
+class Big(list[Any]):
+    """A source of one batch."""
+
+    fields = ("x", "y")
+
+    def batches(self) -> Iterator[list[Any]]:
+        yield self[:]
+
+
+def test_lone_surrogate_is_found_in_its_item(
+    make_app: MakeApp, reports: list[Report]
+) -> None:
+    """Also where texts and bytes take turns, and UTF-8 is what cannot say it."""
+    items = ["a", b"b"] * 10 + ["c\ud800"]
+    get(make_app(Root(lambda: iter(items), chunk_size=1000)))
+    assert "item 21 of Root.index" in str(reports[0].error)
+    assert "position 1: surrogates not allowed" in str(reports[0].error)
+
+
+@pytest.mark.parametrize("charset", ["rot13", "hex", "nope", "utf-8\r\n\r\n<b>"])
+def test_charset_of_a_response_that_is_none_is_an_error_of_its_request(
+    make_app: MakeApp, charset: str
+) -> None:
+    """Wherever the name comes from: no text is sent in what is not a charset."""
+
+    class Odd:
+        content_type = "text/plain"
+
+        def encode(self, items: Any) -> Iterator[str]:
+            yield from items
+
+    Odd.charset = charset  # type: ignore[attr-defined]
+
+    class RootController(TGController):
+        @expose()
+        @stream
+        def response(self) -> Iterator[str]:
+            tg.response.content_type = "text/plain"
+            tg.response.charset = charset
+            yield "a"
+
+        @expose(content_type=f"text/plain; charset={charset}")
+        @stream
+        def exposed(self) -> Iterator[str]:
+            yield "a"
+
+        @expose()
+        @stream(Odd)
+        def format(self) -> Iterator[str]:
+            yield "a"
+
+    app = make_app(RootController())
+    for name in ("response", "exposed", "format"):
+        call = Call(app, f"/{name}", checked=False)
+        call.read()
+        if "\n" in charset and name == "exposed":
+            continue  # what stands before the line end is what @expose says
+        assert call.status.startswith("500"), name
+        assert "is not known to Python as a text encoding" in call.errors.getvalue()

@@ -81,7 +81,8 @@ def advise(body: Body) -> None:
                 "that is longer than %s s as a slow request. Add its path to "
                 "trace_slowreqs.exclude, here %s",
                 slow.get("interval", 25),
-                path,
+                # A client's line end must not begin a line of the log.
+                path if path.isprintable() else ascii(path),
             )
     if debug and config.get("debugbar.engine"):
         _tell(

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from ._batches import Passed, batches_of, encoder_of, is_batched
 from ._cleanup import close
-from ._options import StreamError
+from ._options import StreamError, check_charset
 from ._plan import Plan, clock
 
 
@@ -47,6 +47,20 @@ _BEFORE_CHECKPOINT = 64
 """Items that a format may take before the stream is watched: few streams have more."""
 
 
+def encoder_for(plan: Plan) -> codecs.IncrementalEncoder:
+    """What encodes the text of a stream: a byte order mark comes once, not a piece.
+
+    :raises ValueError: when the response or the format names an unknown charset.
+    """
+    charset = plan.charset()
+    check_charset(plan.controller, charset)
+    return codecs.getincrementalencoder(charset)()
+
+
+def _texts(pieces: Iterator[Any]) -> Iterator[str]:
+    return (piece for piece in pieces if isinstance(piece, str))
+
+
 class Chunks:
     """An iterator of chunks, counting the items that it has taken."""
 
@@ -60,6 +74,8 @@ class Chunks:
         self._held: list[Any] = []  # pieces of the next chunk: str or bytes
         self._exhausted = False
         self._encoder: codecs.IncrementalEncoder | None = None
+        self._batch: Sequence[Any] | None = None  # that is encoded now
+        self._left = 0  # the items whose pieces are no longer held
 
     @property
     def items(self) -> int:
@@ -136,6 +152,7 @@ class Chunks:
         for batch in batches:
             if batch:
                 self._items += len(batch)
+                self._batch = batch
                 yield batch
             else:
                 self._checkpoint()
@@ -161,7 +178,7 @@ class Chunks:
         every = self._plan.every
         for item in items:
             self._items += 1
-            data = item if type(item) is bytes else self._encode(item)
+            data = item if type(item) is bytes else self._encode_of(self._items, item)
             if every and self._items % every == 0:
                 self._settle()
             if data:
@@ -176,8 +193,8 @@ class Chunks:
         """The pieces encoded, and committed where that is due, before they go on."""
         every, settled = self._plan.every, 0
         for number, piece in enumerate(pieces, 1):
-            data = piece if type(piece) is bytes else self._encode(piece)
             items = number if self._raw else self._items
+            data = piece if type(piece) is bytes else self._encode_of(items, piece)
             if items - settled >= every:
                 settled = items
                 self._settle()
@@ -195,9 +212,12 @@ class Chunks:
             if not (size or held) and type(piece) is bytes and piece and self._items:
                 yield piece  # a chunk a piece: there is nothing to gather
                 continue
-            # A str of its own kind waits its turn: the encoder may know an order.
-            if type(piece) is not bytes and not isinstance(piece, str):
-                piece = self._encode(piece)
+            # A str of its own kind waits its turn: the encoder may know an order. That
+            # of a batch does not: it is long, and its batch is known now if it fails.
+            if type(piece) is not bytes and (
+                self._batch is not None or not isinstance(piece, str)
+            ):
+                piece = self._encode_of(self._items, piece)
             hold(piece)
             length += len(piece)
             if length >= size or now() >= due:
@@ -224,13 +244,22 @@ class Chunks:
         if not held:
             return b""
         try:
-            if type(held[0]) is bytes:
-                return b"".join(held)
-            return self._encode("".join(held))
-        except TypeError:  # some text, some bytes
-            return b"".join([p if type(p) is bytes else self._encode(p) for p in held])
+            return self._encode_all(held)
+        except UnicodeEncodeError as error:
+            raise self._naming(error, self._items, held) from None
         finally:
             held.clear()
+            self._left = self._items
+
+    def _encode_all(self, pieces: list[Any]) -> bytes:
+        try:
+            if type(pieces[0]) is bytes:
+                return b"".join(pieces)
+            return self._encode("".join(pieces))
+        except TypeError:  # some text, some bytes
+            return b"".join(
+                [p if type(p) is bytes else self._encode(p) for p in pieces]
+            )
 
     def _measured(self, chunks: Iterator[bytes], length: int) -> Iterator[bytes]:
         """The chunks, of which the completing one comes when all is done.
@@ -261,13 +290,45 @@ class Chunks:
     def _encode(self, piece: Any) -> bytes:
         if isinstance(piece, str):
             if self._encoder is None:
-                # Incremental: a byte order mark is said once, and not a piece.
-                self._encoder = codecs.getincrementalencoder(self._plan.charset())()
+                self._encoder = encoder_for(self._plan)
             return self._encoder.encode(piece)
         try:
             return bytes(memoryview(piece))
         except TypeError:
             raise TypeError(self._unencodable(piece)) from None
+
+    def _encode_of(self, number: int, piece: Any) -> bytes:
+        """The bytes of a piece that an item, or the batch up to it, was made into."""
+        try:
+            return self._encode(piece)
+        except UnicodeEncodeError as error:
+            if self._batch is None or self._plan.format is None:
+                raise self._naming(error, number, [piece]) from None
+            encode = self._plan.format.encode
+            lines = ["".join(_texts(encode([item]))) for item in self._batch]
+            raise self._naming(error, number, lines) from None
+
+    def _naming(
+        self, error: UnicodeEncodeError, last: int, texts: Sequence[Any]
+    ) -> UnicodeEncodeError:
+        """The error, with the item in which it is, and its place there.
+
+        :param last: the number of the item that the last of the texts is made of.
+        """
+        first = self._left + 1 if self._batch is None else last - len(texts) + 1
+        where = f"items {first} to {last}"
+        if self._batch is not None or len(texts) in (1, last - self._left):
+            for number, text in enumerate(texts, last - len(texts) + 1):
+                try:
+                    (text if isinstance(text, str) else "").encode(error.encoding)
+                except UnicodeEncodeError as found:
+                    error, where = found, f"item {number}"
+                    break
+        return UnicodeEncodeError(
+            *(error.encoding, error.object, error.start, error.end),
+            f"{error.reason}; it is in {where} of {self._plan.controller}. Replace "
+            "the character, or choose another charset",
+        )
 
     def _tail(self) -> bytes:
         return b"" if self._encoder is None else self._encoder.encode("", final=True)

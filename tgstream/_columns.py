@@ -8,10 +8,12 @@ from __future__ import annotations
 import csv
 import re
 from collections.abc import Callable, Sequence
-from datetime import datetime
+from datetime import date, datetime, time, timedelta
 from decimal import Decimal
+from functools import lru_cache
 from numbers import Number
 from typing import Any
+from uuid import UUID
 
 from . import _orjson
 from ._orjson import orjson
@@ -48,19 +50,62 @@ class _Echo:
     write = str
 
 
+ADDRESS = " at 0x"
+"""What is in the text of an object whose class has no text for it."""
+
+_is_object = re.compile(f"{ADDRESS}[0-9A-Fa-f]+>").search
+
+
+class NoTextError(Exception):
+    """The text of a cell is the address of an object."""
+
+
+def is_address(cell: Any) -> bool:
+    """True for an object whose text is an address, or has one in it."""
+    if isinstance(cell, str | bytes | bytearray | memoryview):
+        return False
+    return _is_object(str(cell)) is not None
+
+
+def as_bytes(cell: Any) -> Any:
+    """A cell, and for a memoryview its bytes: psycopg2 gives them for a bytea."""
+    return bytes(cell) if isinstance(cell, memoryview) else cell
+
+
 def texts_of(column: Sequence[Any]) -> Sequence[str]:
-    """The cells as text; None is empty."""
+    """The cells as text; None is empty.
+
+    :raises NoTextError: when a cell has none.
+    """
     kinds = set(map(type, column))
     if kinds == {str}:
         return column
     if (texts := _by_orjson(column, kinds)) is not None:
         return texts
+    if memoryview in kinds:
+        column = list(map(as_bytes, column))
     if not any(issubclass(kind, (str, type(None))) for kind in kinds):
-        return list(map(str, column))
-    return [
-        cell if isinstance(cell, str) else "" if cell is None else str(cell)
-        for cell in column
-    ]
+        texts = list(map(str, column))
+    else:
+        texts = [
+            cell if isinstance(cell, str) else "" if cell is None else str(cell)
+            for cell in column
+        ]
+    if not all(map(_has_text, kinds)) and any(
+        ADDRESS in text and is_address(cell)
+        for cell, text in zip(column, texts, strict=True)
+    ):
+        raise NoTextError
+    return texts
+
+
+_VALUES = (str, bytes, bytearray, memoryview, Number, date, time, timedelta, UUID)
+
+
+@lru_cache
+def _has_text(kind: type) -> bool:
+    """True for a class of plain values, whose text no address is in."""
+    return kind is type(None) or issubclass(kind, _VALUES)
 
 
 def _by_orjson(column: Sequence[Any], kinds: set[type]) -> Sequence[str] | None:
@@ -111,8 +156,28 @@ class Quoting:
 
 # Formulas.
 
-_FORMULA = frozenset("=+-@\t\r")
-"""What a text begins with that a spreadsheet would run."""
+_SIGNS = "=+-@\uff1d\uff0b\uff0d\uff20"
+"""The signs that begin a formula; East Asian versions of Excel run the wide ones."""
+
+_UNSEEN = (
+    *((0x00, 0x1F), (0x7F, 0xA0), (0xAD, 0xAD), (0x34F, 0x34F), (0x61C, 0x61C)),
+    *((0x115F, 0x1160), (0x1680, 0x1680), (0x17B4, 0x17B5), (0x180B, 0x180F)),
+    *((0x2000, 0x200F), (0x2028, 0x202F), (0x205F, 0x206F), (0x2800, 0x2800)),
+    *((0x3000, 0x3000), (0x3164, 0x3164), (0xFE00, 0xFE0F), (0xFEFF, 0xFEFF)),
+    *((0xFFA0, 0xFFA0), (0xFFF0, 0xFFFB), (0xE0000, 0xE007F), (0xE0100, 0xE01EF)),
+)
+"""Ranges of characters that show nothing, which a spreadsheet may drop: controls,
+spaces, marks. Not the space itself: a text that begins with a space stays a text."""
+
+_SUSPECT = frozenset(_SIGNS).union(
+    *(map(chr, range(first, last + 1)) for first, last in _UNSEEN)
+)
+"""The first character of each text that may be run."""
+
+_unseen = "".join(f"{chr(first)}-{chr(last)}" for first, last in _UNSEEN)
+_is_formula = re.compile(
+    f"[{re.escape(_SIGNS)}\t\r\n]|[{_unseen}][ {_unseen}]*[{re.escape(_SIGNS)}]"
+).match
 
 _HARMLESS = {type(None), bool, int, float, Decimal}
 
@@ -129,7 +194,7 @@ def guarded(cell: Any) -> Any:
 
 def guarded_texts(column: Sequence[Any], texts: Sequence[str]) -> Sequence[str]:
     """The same for the cells of a column, of which ``texts`` are the texts."""
-    if _FORMULA.isdisjoint({text[:1] for text in texts}):
+    if _SUSPECT.isdisjoint({text[:1] for text in texts}):
         return texts
     return [
         "'" + text if _runs(cell, text) else text
@@ -138,6 +203,7 @@ def guarded_texts(column: Sequence[Any], texts: Sequence[str]) -> Sequence[str]:
 
 
 def _runs(cell: Any, text: str) -> bool:
-    first = text[:1]
+    if text[:1] not in _SUSPECT or not _is_formula(text):
+        return False
     # A sign is a number's own; with another text a number would be of a strange kind.
-    return first in _FORMULA and not (first in "+-" and isinstance(cell, Number))
+    return not (text[0] in "+-" and isinstance(cell, Number))

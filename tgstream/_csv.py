@@ -8,26 +8,32 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import lru_cache
 from typing import Any
 
 from ._columns import (
+    ADDRESS,
+    NoTextError,
     Quoting,
+    as_bytes,
     dialect_of,
     guarded,
     guarded_texts,
+    is_address,
     texts_of,
     writer_of,
 )
-from ._fields import names_of
+from ._fields import dump_of, entity_in, names_of
 from ._options import Batched
 
 
 class CSV:
     """Rows as comma-separated values, RFC 4180; :class:`str` is what each value is.
 
-    Rows are sequences, SQLAlchemy's ``Row``\\ s, mappings, named tuples, dataclasses or
-    mapped objects; bytes go out as they are. Do not pass texts as rows.
+    Rows are sequences, SQLAlchemy's ``Row``\\ s, mappings, named tuples, dataclasses,
+    attrs classes, pydantic models or mapped objects. A ``Row`` of one entity is that
+    object. Bytes go out as they are. Do not pass texts as rows.
 
     :param header: the names of the columns, () for no header; None for the names of the
         first row's own fields, if it has any. Of mappings these are also the keys.
@@ -35,7 +41,8 @@ class CSV:
     :param bom: whether a byte order mark comes first, for Excel to read UTF-8; the
         response is UTF-8 then, whatever was asked.
     :param escape_formulas: whether text cells that a spreadsheet would run (they begin
-        with ``=``, ``+``, ``-``, ``@``, tab or CR) get a ``'`` in front. Numbers stay.
+        with ``=``, ``+``, ``-``, ``@``, tab, CR or LF, also behind invisible
+        characters) get a ``'`` in front. Numbers stay.
     :raises TypeError: when the header is no sequence of names.
     :raises ValueError: when the dialect is unknown, or makes no sense.
     """
@@ -145,6 +152,31 @@ class _Table:
         return self._line(self._cells(item))
 
     def _line(self, cells: Any) -> str:
+        line = self._written(cells)
+        # One look at the line is many times as quick as one at the class of each cell.
+        if ADDRESS in line and (plain := self._plain(cells)) is not None:
+            return self._written(plain)
+        return line
+
+    def _plain(self, cells: Any) -> list[Any] | None:
+        """The cells with bytes for memoryviews, if there is one.
+
+        :raises TypeError: when the text of one is the address of an object.
+        """
+        for place, cell in enumerate(cells):
+            if is_address(cell):
+                known = self._names is not None and place < len(self._names)
+                name = repr(self._names[place]) if known else f"column {place + 1}"  # type: ignore[index]
+                raise TypeError(
+                    f"item {self._number} has a {type(cell).__name__} in {name}, and "
+                    f"its text would be {str(cell)!r:.80}. Yield the columns of an "
+                    "object, and convert other values to a str"
+                )
+        if any(isinstance(cell, memoryview) for cell in cells):
+            return [as_bytes(cell) for cell in cells]
+        return None
+
+    def _written(self, cells: Any) -> str:
         if self._format._escapes:
             cells = map(guarded, cells)
         try:
@@ -161,8 +193,9 @@ class _Table:
         if self._format._quoting.simple and all(map(_is_row, set(map(type, batch)))):
             widths = set(map(len, batch))
             if len(widths) == 1 and widths.pop() > 1:  # "" alone is not an empty line
-                yield self._by_column(batch)
-                return
+                with suppress(NoTextError):  # told with its item
+                    yield self._by_column(batch)
+                    return
         texts: list[str] = []
         for line in map(self.line, batch):
             if isinstance(line, str):
@@ -190,7 +223,11 @@ class _Table:
         """The cells of a row, in the order of the columns."""
         kind: Any = type(item)
         if _is_row(kind):
-            return item
+            if len(item) != 1 or (entity := entity_in(item)) is None:
+                return item
+            item = entity
+        elif (dump := dump_of(kind)) is not None:
+            item = dump(item)
         if isinstance(item, Mapping):
             return self._of_mapping(item)
         names = names_of(item)
@@ -201,7 +238,7 @@ class _Table:
                 f"item {self._number} is {type(item).__name__}, which is no row for "
                 "CSV: yield a sequence, a mapping, or an object that has fields"
             )
-        return item
+        return list(item)  # an iterator can be looked at once
 
     def _of_mapping(self, item: Mapping[Any, Any]) -> list[Any]:
         if self._names is None:

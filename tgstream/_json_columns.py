@@ -13,12 +13,15 @@ from typing import Any
 
 from . import _orjson
 from ._encoder import Encoder, document, has_names
+from ._fields import entity_in
 
 
 def are_alike(rows: Sequence[Any], fields: Sequence[str]) -> bool:
     """True for rows that :func:`objects` takes: with names, which are ``fields``."""
     kinds = set(map(type, rows))
     kind: Any = kinds.pop()
+    if len(fields) == 1 and any(entity_in(row) is not None for row in rows):
+        return False  # it is the document of its entity
     return (
         not kinds
         and has_names(kind)

@@ -7,6 +7,7 @@ where, what was wrong, and what to write instead.
 from __future__ import annotations
 
 import codecs
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
@@ -94,7 +95,8 @@ def check(
     _check_bytes(where, "length", length, "bytes, all that the stream will yield")
     if filename is not None and not isinstance(filename, str):
         raise TypeError(f"{where}: filename={filename!r} is no text; give it a str")
-    _check_charset(where, charset)
+    if charset is not None:
+        check_charset(where, charset)
     _check_seconds(where, max_seconds)
     if limit is not None and (not _is_whole(limit) or limit < 1):
         raise ValueError(
@@ -151,13 +153,18 @@ def _is_whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _check_charset(where: str, charset: Any) -> None:
-    if charset is None:
-        return
+def check_charset(where: str, charset: Any) -> None:
+    """Refuse what cannot be a charset: its name is also sent, in ``Content-Type``.
+
+    :raises ValueError: when it is not the name of an encoding for text.
+    """
     try:
-        codecs.getincrementalencoder(charset)().encode("")
-    except (LookupError, TypeError):
+        if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._:+-]*", charset) is None:
+            raise LookupError
+        codecs.getincrementalencoder(charset)
+        "".encode(charset)  # which refuses rot13: from text to text, or from bytes
+    except (LookupError, TypeError, UnicodeError):
         raise ValueError(
-            f"{where}: charset={charset!r} is not known to Python; name one that is, "
-            "or leave it out for UTF-8"
+            f"{where}: charset={charset!r} is not known to Python as a text encoding; "
+            "name one that is, or leave it out for UTF-8"
         ) from None

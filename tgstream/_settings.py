@@ -6,7 +6,6 @@ Rule: each check reads the configuration of the application, and changes nothing
 from __future__ import annotations
 
 import importlib.util
-import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 from urllib.parse import unquote
@@ -16,7 +15,7 @@ from tg.support.converters import asbool
 from ._config import OPTIONS, option, scoped_sessions
 from ._findings import FAIL, NOTE, OK, WARN, Finding, said
 from ._report import binds_of_factory, is_shared
-from .channels import REDIS, own_words
+from .channels import REDIS, own_words, shown_url
 
 Config = Mapping[str, Any]
 _OWN = {"tgstream.guard", "tgstream.said", "tgstream.looks", "tgstream.told_of_memory"}
@@ -64,30 +63,22 @@ def options(config: Config) -> list[Finding]:
                 )
             )
     changed = [
-        f"{name} = {_shown(config[name])}"
+        f"{name} = {_shown(name, config[name])}"
         for name in sorted(given & OPTIONS.keys())
         if config[name] != OPTIONS[name].default
     ]
     return found or [Finding(OK, "options", ", ".join(changed) or "all by default")]
 
 
-def _shown(value: Any) -> str:
-    """A value; of a URL what names its server, and no password."""
-    scheme, mark, rest = str(value).partition("://")
-    if not mark:
-        return scheme
-    netloc = re.split("[/?#]", rest)[0]
-    place = rest.removeprefix(netloc)
-    if "@" in place:  # a password that should have been percent-encoded
-        return f"{scheme}://..."
-    return f"{scheme}://{netloc.rpartition('@')[2]}{place.partition('?')[0]}"
+def _shown(name: str, value: Any) -> str:
+    return shown_url(value) if name == "tgstream.channels" else str(value)
 
 
 def _channels(config: Config) -> Finding:
     url = str(config.get("tgstream.channels", OPTIONS["tgstream.channels"].default))
     if url == "memory://":
         return Finding(OK, "channels", "memory://, for a server of one process")
-    shown = _shown(url)
+    shown = shown_url(url)
     if not url.startswith(REDIS):
         return Finding(
             FAIL,
@@ -95,6 +86,8 @@ def _channels(config: Config) -> Finding:
             f"tgstream.channels is {shown!r}, which is none of its kinds",
             "Write memory://, or redis://host:port/db for a Redis or a Valkey.",
         )
+    if shown.endswith("..."):
+        return _unreadable(shown)
     if own := own_words(url):
         found = f"{shown} says {', '.join(own)}, which tgstream sets itself"
         return Finding(FAIL, "channels", found, "Leave it out, behind the '?'.")
@@ -106,12 +99,7 @@ def _channels(config: Config) -> Finding:
         found = f"{shown}, and the package redis is not installed"
         return Finding(FAIL, "channels", found, "pip install 'tgstream[redis]'")
     except ValueError:  # which tells parts of it
-        return Finding(
-            FAIL,
-            "channels",
-            f"{shown} cannot be read",
-            "Write redis://host:port/db, and percent-encode what is in a password.",
-        )
+        return _unreadable(shown)
     except Exception as error:
         return Finding(
             FAIL,
@@ -120,6 +108,15 @@ def _channels(config: Config) -> Finding:
             "Start it, or set tgstream.channels to where it is.",
         )
     return Finding(OK, "channels", f"{shown} answers")
+
+
+def _unreadable(shown: str) -> Finding:
+    return Finding(
+        FAIL,
+        "channels",
+        f"{shown} cannot be read",
+        "Write redis://host:port/db, and percent-encode what is in a password.",
+    )
 
 
 def _database(config: Config) -> Iterator[Finding]:

@@ -7,6 +7,7 @@ the option ``tgstream.channels``, when the channel is used and not when it is ma
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from functools import cache, partial
 from typing import Any, Protocol
@@ -154,10 +155,46 @@ def own_words(url: str) -> list[str]:
     return sorted(OWN & parse_qs(urlsplit(url).query, keep_blank_values=True).keys())
 
 
+def shown_url(value: Any) -> str:
+    """What names the server of a URL, without its password.
+
+    Of what is no URL nobody knows where its password is: only its scheme is shown.
+    """
+    scheme, mark, rest = str(value).partition("://")
+    if not mark or not _SCHEME(scheme):
+        start = _SCHEME(scheme.partition(":")[0])
+        return f"{start[0]}:..." if start and ":" in scheme else "..."
+    netloc = re.split("[/?#]", rest)[0]
+    place = rest.removeprefix(netloc)
+    host = netloc.rpartition("@")[2]
+    # Else it has a password in it, or behind it, that was not percent-encoded.
+    if "@" in place or not re.fullmatch(r"(\[[0-9A-Fa-f:.]*\]|[^:\[\]]*)(:\d*)?", host):
+        return f"{scheme}://..."
+    return f"{scheme}://{host}{re.split('[?#]', place)[0]}"
+
+
+_SCHEME = re.compile("[A-Za-z][A-Za-z0-9+.-]*").fullmatch
+
+
+def check_password(url: str) -> None:
+    """Refuse the URL of a Redis whose password was not percent-encoded.
+
+    Its first part would be read as a host or a port, and be in messages.
+
+    :raises ValueError: without any part of it.
+    """
+    if shown_url(url).endswith("..."):
+        raise ValueError(
+            f"the option tgstream.channels cannot be read: {shown_url(url)}; write "
+            "redis://host:port/db, and percent-encode what is in a password"
+        )
+
+
 def _made(url: str, history: int) -> Hub:
     if url == "memory://":
         return Memory(history)
     if url.startswith(REDIS):
+        check_password(url)
         if own := own_words(url):
             raise ValueError(
                 f"the option tgstream.channels says {', '.join(own)} behind its '?', "
@@ -167,10 +204,11 @@ def _made(url: str, history: int) -> Hub:
         from ._redis import Redis
 
         return Redis(url, history)
+    scheme = shown_url(url).partition(":")[0]  # all of it may hold a password
     raise ValueError(
-        f"the option tgstream.channels begins with {url.partition(':')[0]!r}, which is "
-        "none of its kinds: memory://, or redis://host:port/db, rediss:// or unix:// "
-        "for a Redis or a Valkey"  # and not all of it: there may be a password in it
+        f"the option tgstream.channels begins with {scheme!r}, which is none of its "
+        "kinds: memory://, or redis://host:port/db, rediss:// or unix:// for a Redis "
+        "or a Valkey"
     )
 
 

@@ -105,7 +105,9 @@ class Mounted:
         context._pop_object()
         stack = context.____local__.objects
         _, name, path = environ["PATH_INFO"].split("/", 2)
-        if not name.startswith("debugged"):  # TG keeps a failed request for its debugger
+        if not name.startswith(
+            "debugged"
+        ):  # TG keeps a failed request for its debugger
             self.stacks[id(stack)] = stack
         if path == "state":
             return self.state(name, start_response)
