@@ -369,7 +369,9 @@ def test_scoped_session_outside_of_streams_is_as_ever(
 
 
 @pytest.mark.parametrize("kind", ["list", "generator", "batches"])
-@pytest.mark.parametrize("format", [None, CSV, CSV(["x", "y"])], ids=str)
+@pytest.mark.parametrize(
+    "format", [None, CSV, CSV(["x", "y"])], ids=["raw", "csv", "header"]
+)
 @pytest.mark.parametrize(
     "options",
     [{}, {"chunk_size": 100_000}, {"chunk_size": 0}, {"commit": 7}, {"commit": "each"}],

@@ -103,7 +103,7 @@ class WriterWatch:
             "which writers get 'database is locked' until the last row is read. "
             "Switch the file to WAL once (PRAGMA journal_mode=WAL), or use "
             "rows(..., key=...), which holds no lock between its batches",
-            connection.engine.url,
+            connection.engine.url.set(query={}),  # where a password may be
             seconds,
             mode,
         )

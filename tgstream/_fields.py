@@ -40,9 +40,9 @@ def unwrapped(item: Any) -> Any:
 def entity_in(row: Any) -> Any:
     """The mapped object that is the only value of a row with names, or None."""
     if isinstance(row, Sequence) and len(row) == 1 and hasattr(row, "_fields"):
-        entity = row[0]
-        if mapped_columns(type(entity)) is not None:
-            return entity
+        kind: Any = type(row[0])
+        if mapped_columns(kind) is not None:
+            return row[0]
     return None
 
 
