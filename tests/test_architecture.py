@@ -60,7 +60,14 @@ LADDER = {
     },
     "_templates": {"_cleanup", "_config", "_context", "_options"},
     # The last two for their types alone.
-    "_reading": {"_report", "_stream", "_thread", "_database", "_transaction"},
+    "_reading": {
+        "_batches",
+        "_report",
+        "_stream",
+        "_thread",
+        "_database",
+        "_transaction",
+    },
     "_statement": {"_fields", "_options"},
     "_mysql": {"_options"},
     "_key": {"_mysql", "_options"},

@@ -343,9 +343,11 @@ def test_documents(
 
 def later_enums() -> Iterator[tuple[str, Any]]:
     """Members of classes that came to have a ``__json__`` after a stream had begun."""
-    base = enum.Enum("base", [])  # type: ignore[var-annotated]
 
-    class Derived(base):  # type: ignore[valid-type, misc]
+    class Base(enum.Enum):
+        pass
+
+    class Derived(Base):
         A = 1
 
         def __json__(self) -> str:
@@ -600,7 +602,7 @@ def test_row_of_one_entity_is_its_columns(
     session: Session, source: Callable[[Any], Any]
 ) -> None:
     """``execute(select(User))`` is as good as ``scalars()``; among others it nests."""
-    rows = session.execute(sa.select(User)).all()
+    rows = [*session.execute(sa.select(User))]
     expected = [{"id": 7, "name": "ada"}]
     assert json.loads(b"".join(JSONArray().encode(source(rows)))) == expected
     batches = Batches(rows * 2, ["User"], 500)

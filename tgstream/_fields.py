@@ -6,7 +6,7 @@ Rule: nothing is imported to find out; an item is asked by what it carries.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -41,13 +41,14 @@ def entity_in(row: Any) -> Any:
     """The mapped object that is the only value of a row with names, or None."""
     if isinstance(row, Sequence) and len(row) == 1 and hasattr(row, "_fields"):
         entity = row[0]
-        if mapped_columns(type(entity)) is not None:
+        kind: Any = type(entity)
+        if mapped_columns(kind) is not None:
             return entity
     return None
 
 
 @lru_cache
-def dump_of(kind: Any) -> Callable[..., Any] | None:
+def dump_of(kind: Any) -> Any:
     """The method by which a pydantic model becomes a dict; None for another class."""
     if mapped_columns(kind) is not None:  # SQLModel's tables are both
         return None
