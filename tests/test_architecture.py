@@ -67,7 +67,7 @@ LADDER = {
     "_effects": set(),
     # The database for its type alone.
     "_reading": {
-        *("_report", "_stream", "_thread", "_database", "_transaction"),
+        *("_batches", "_report", "_stream", "_thread", "_database", "_transaction"),
         "_effects",
     },
     "_statement": {"_fields", "_options", "_reading"},

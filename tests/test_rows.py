@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tracemalloc
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -33,7 +34,13 @@ import tgstream
 from tests.conftest import MakeApp, Root, assert_clean, pool
 from tests.model import MakeModel, Model, Note, User
 from tests.wsgi import Call, get
-from tgstream import CSV, NDJSON, Stream, StreamError, rows, stream
+from tgstream import CSV, NDJSON, JSONArray, Stream, StreamError, rows, stream
+
+
+@dataclass
+class Blob:
+    text: str
+
 
 # What an item is.
 
@@ -480,6 +487,72 @@ def test_cursor_is_the_servers_own(make_app: MakeApp, model: Model) -> None:
     assert sizes[:4] == ["16", "32", "64", "100"]
     assert sum(map(int, sizes)) == 5000
     assert_clean(model)
+
+
+WIDE = sa.Table(
+    "wide",
+    sa.MetaData(),
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("cell", sa.Text),
+)
+CELL = 256 * 1024
+
+
+@pytest.mark.parametrize("format", [CSV, NDJSON, JSONArray])
+@pytest.mark.parametrize("kind", ["cursor", "key", "yielded", "list", "source"])
+def test_large_cells_make_neither_large_chunks_nor_large_batches(
+    make_app: MakeApp, model: Model, kind: str, format: Any
+) -> None:
+    """Batches and chunks are bounded in bytes as well, once a large row was seen."""
+    many = [(number, f"{number:0{CELL}}") for number in range(120)]
+    WIDE.drop(model.outside, checkfirst=True)
+    WIDE.create(model.outside)
+    with model.outside.begin() as connection:
+        values = [{"id": number, "cell": cell} for number, cell in many]
+        connection.execute(sa.insert(WIDE), values)
+
+    class Source(list[Any]):
+        fields = ("id", "cell")
+
+        def batches(self) -> Iterator[Any]:
+            yield self
+
+    def body() -> Any:
+        found = rows(sa.select(WIDE), key=WIDE.c.id if kind == "key" else None)
+        beside = {"yielded": (row for row in found), "list": many}
+        return {**beside, "source": Source(many)}.get(kind, found)
+
+    call = Call(make_app(Root(body, format=format), model))
+    tracemalloc.start()
+    try:
+        sizes = [len(chunk) for chunk in call]
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+        call.close()
+        WIDE.drop(model.outside)
+    assert sum(sizes) > 120 * CELL
+    assert max(sizes) < CELL + 1024 * 1024
+    assert peak < 16 * 1024 * 1024
+
+
+@pytest.mark.parametrize("kind", [tuple, dict, Blob, "text"], ids=str)
+def test_large_items_of_a_list_are_not_one_chunk(make_app: MakeApp, kind: Any) -> None:
+    """After many small ones, too; a chunk that grew all the same is parted."""
+    large = "\0" * CELL  # six times as long in JSON
+    texts = ["small"] * 300 + [large] * 40
+    items: list[Any] = texts
+    if kind is tuple:
+        items = [(1, text) for text in texts]
+    elif kind is dict:
+        items = [{"a": {"b": [text]}} for text in texts]
+    elif kind is Blob:
+        items = list(map(Blob, texts))
+    call = Call(make_app(Root(lambda: items, format=NDJSON)))
+    chunks = list(call)
+    call.close()
+    assert max(map(len, chunks)) <= 1024 * 1024
+    assert len(b"".join(chunks).splitlines()) == 340
 
 
 def test_memory_does_not_grow_with_the_rows(session: Session, model: Model) -> None:

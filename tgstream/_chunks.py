@@ -10,10 +10,13 @@ from collections.abc import Iterator, Sequence
 from itertools import chain, islice
 from typing import Any, Protocol
 
-from ._batches import Passed, batches_of, encoder_of, is_batched
+from ._batches import Passed, batches_of, encoder_of, is_batched, parts_of
 from ._cleanup import close
 from ._options import StreamError, check_charset
 from ._plan import Plan, clock
+
+LARGEST = 1 << 20
+"""Bytes of a chunk that is made of batches, at most, if no more were asked for."""
 
 
 class StreamEnding(BaseException):
@@ -75,6 +78,7 @@ class Chunks:
         self._exhausted = False
         self._encoder: codecs.IncrementalEncoder | None = None
         self._batch: Sequence[Any] | None = None  # that is encoded now
+        self._large = False  # pieces are made of many items
         self._left = 0  # the items whose pieces are no longer held
 
     @property
@@ -95,7 +99,10 @@ class Chunks:
         pieces = self._pieces(source)
         if self._raw and not plan.chunk_size:
             return self._single(pieces)
-        return self._gathered(self._stored(pieces) if plan.every else pieces)
+        chunks = self._gathered(self._stored(pieces) if plan.every else pieces)
+        if not self._large:
+            return chunks
+        return self._bounded(chunks, max(LARGEST, plan.chunk_size))
 
     def measured(
         self, first: bytes | None, rest: Iterator[bytes], length: int
@@ -125,6 +132,7 @@ class Chunks:
     def _batches(self, source: Any) -> Iterator[Sequence[Any]]:
         """The batches; of one item where each may be committed, or leaves alone."""
         if self._plan.chunk_size and not self._plan.every:
+            self._large = True
             self.iterator = batches_of(source)
             return self.iterator  # type: ignore[no-any-return]
         self.iterator = iter(source)
@@ -150,11 +158,11 @@ class Chunks:
         self, batches: Iterator[Sequence[Any]]
     ) -> Iterator[Sequence[Any]]:
         for batch in batches:
-            if batch:
-                self._items += len(batch)
-                self._batch = batch
-                yield batch
-            else:
+            for part in parts_of(batch) if batch else ():
+                self._items += len(part)
+                self._batch = part
+                yield part
+            if not batch:
                 self._checkpoint()
         self._exhaust()
 
@@ -234,6 +242,16 @@ class Chunks:
         chunk = self._joined() + self._tail()
         self.last = True
         if chunk:
+            yield chunk
+
+    def _bounded(self, chunks: Iterator[bytes], most: int) -> Iterator[bytes]:
+        """The chunks, parted where one has more than ``most`` bytes."""
+        for chunk in chunks:
+            last, self.last = self.last, False
+            while len(chunk) > most:
+                yield chunk[:most]
+                chunk = chunk[most:]
+            self.last = last
             yield chunk
 
     def _joined(self) -> bytes:

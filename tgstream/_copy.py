@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ._batches import Passed
 from ._csv import CSV
 from ._options import StreamError
-from ._reading import check_commits, opened, sizes
+from ._reading import Sizes, check_commits, opened
 from ._rows import Rows, check_session, session_of
 
 if TYPE_CHECKING:
@@ -173,14 +173,16 @@ def _blocks(driver: Any, lines: Any) -> Generator[bytes, None, None]:
     psycopg waits for the first of a block; then what has come already is taken.
     """
     take = driver.pgconn.get_copy_data
-    for size in sizes(LINES):
+    sizes = Sizes(LINES)
+    while True:
         block, count = [lines.read()], 1
-        while block[0] and len(block) < size and count > 0:
+        while block[0] and len(block) < sizes.size and count > 0:
             count, line = take(1)  # do not wait
             if count > 0:
                 block.append(line)
         if not block[0]:
             return
+        sizes.grow(block)
         if count < 0:  # it was the end, which psycopg has then not seen
             driver.wait(_end(driver.pgconn))
         yield b"".join(block)

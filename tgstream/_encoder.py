@@ -79,7 +79,11 @@ class Encoder:
         except TypeError as error:  # orjson's every error
             failed = error.__cause__
         else:
-            inner = value.values() if type(value) is dict else (value,)
+            kind = type(value)
+            if kind is dict:
+                inner = value.values()
+            else:
+                inner = value if kind is tuple or kind is list else (value,)
             judged = b"null" in data or not _PLAIN.issuperset(map(type, inner))
             return None if judged and _differs(value) else data
         if failed is None or isinstance(failed, _Differs):

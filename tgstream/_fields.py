@@ -6,7 +6,7 @@ Rule: nothing is imported to find out; an item is asked by what it carries.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -47,7 +47,7 @@ def entity_in(row: Any) -> Any:
 
 
 @lru_cache
-def dump_of(kind: Any) -> Callable[..., Any] | None:
+def dump_of(kind: Any) -> Any:
     """The method by which a pydantic model becomes a dict; None for another class."""
     if mapped_columns(kind) is not None:  # SQLModel's tables are both
         return None

@@ -16,7 +16,7 @@ from sqlalchemy.sql import visitors
 from ._effects import lock_of, writes
 from ._key import bind, in_selection, may_tie, raw_of, same, selected, terms_of
 from ._options import StreamError
-from ._reading import sizes
+from ._reading import Sizes
 
 Fetch = Callable[[Any], tuple[list[str], Sequence[Any]]]
 
@@ -144,12 +144,15 @@ class Run:
         )
 
     def __iter__(self) -> Iterator[Sequence[Any]]:
-        for size in sizes(self._batch):
+        sizes = Sizes(self._batch)
+        while True:
+            size = sizes.size
             rows = self._more(size + 1)
             end = len(rows) if len(rows) <= size else self._cut(rows, size)
             if end or len(rows) <= size:
                 if end:
                     self._last = self._position = self._key(rows[end - 1])
+                sizes.grow(rows)
                 yield self._shown(rows[:end])
                 if len(rows) <= size:
                     return
@@ -159,6 +162,8 @@ class Run:
                     f"{self._key(rows[-1])}, which is too many to come at once; add "
                     "the primary key to key="
                 )
+            else:  # all have one key: what they take does not matter
+                sizes.grow()
 
     def _more(self, limit: int) -> Sequence[Any]:
         statement = self._statement

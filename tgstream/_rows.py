@@ -15,7 +15,14 @@ import tg
 from ._batches import BATCH
 from ._config import scoped_sessions
 from ._options import StreamError
-from ._reading import check_commits, database_of, end_reading, opened, sizes, watch
+from ._reading import (
+    Sizes,
+    check_commits,
+    database_of,
+    end_reading,
+    opened,
+    watch,
+)
 
 if TYPE_CHECKING:
     import sqlalchemy as sa
@@ -127,11 +134,17 @@ class Rows:
         lock = WriterWatch(connections)
         with opened(session, result), alone(unbuffered, result), closing(lock):
             self.fields = self._fields(result)
-            for size in sizes(min(self._batch, BATCH)):
-                if not (batch := result.fetchmany(size)):
-                    return
+            sizes = Sizes(min(self._batch, BATCH))
+            # SQLAlchemy has the first row already where it reads by a cursor of the
+            # server. It shows how many can be fetched at once.
+            batch = result.fetchmany(1)
+            if room := sizes.room_after(batch):
+                batch = [*batch, *result.fetchmany(room)]
+            while batch:
+                sizes.grow(batch)
                 yield batch
                 lock.look()
+                batch = result.fetchmany(sizes.size)
 
     def _by_key(self, session: Session, keyset: Keyset) -> Iterator[Sequence[Any]]:
         from ._statement import OtherEngine, dialect_of
