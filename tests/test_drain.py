@@ -14,7 +14,7 @@ from tg import TGController, expose
 
 from tests.conftest import LiveServer, MakeApp, assert_clean
 from tests.model import Model, Note, User
-from tests.wsgi import Call
+from tests.wsgi import Call, get
 from tgstream import (
     SSE,
     Channel,
@@ -82,6 +82,30 @@ def test_other_streams_are_drained_broken(
     [record] = caplog.records
     assert record.levelname == "WARNING"
     assert model.texts() == []
+    assert_clean(model)
+
+
+@pytest.mark.parametrize("last", [0, 2])
+def test_drained_stream_sends_the_committed_events_that_it_buffers(
+    make_app: MakeApp, model: Model, reports: list[Report], last: int
+) -> None:
+    """The response is complete, so that no client would notice their absence."""
+
+    class Root(TGController):
+        @expose()
+        @stream(SSE, chunk_size=20)
+        def events(self) -> Iterator[str]:
+            for number in range(6):
+                model.DBSession.add(Note(text=f"note {number}"))
+                if number == last:
+                    drain(timeout=0)
+                yield f"note {number}"
+
+    body = get(make_app(Root(), model), "/events").text
+    stored = model.texts()
+    assert stored == [f"note {number}" for number in range(last + 1)]
+    assert body == "".join(f"data: {text}\n\n" for text in stored)
+    assert [report.reason for report in reports] == ["drained"]
     assert_clean(model)
 
 

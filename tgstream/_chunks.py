@@ -100,9 +100,11 @@ class Chunks:
         if self._raw and not plan.chunk_size:
             return self._single(pieces)
         chunks = self._gathered(self._stored(pieces) if plan.every else pieces)
-        if not self._large:
-            return chunks
-        return self._bounded(chunks, max(LARGEST, plan.chunk_size))
+        if plan.chunk_size:
+            chunks = self._with_rest(chunks)
+        if self._large:
+            chunks = self._bounded(chunks, max(LARGEST, plan.chunk_size))
+        return chunks
 
     def measured(
         self, first: bytes | None, rest: Iterator[bytes], length: int
@@ -253,6 +255,18 @@ class Chunks:
                 chunk = chunk[most:]
             self.last = last
             yield chunk
+
+    def _with_rest(self, chunks: Iterator[bytes]) -> Iterator[bytes]:
+        """The chunks. If the stream is to end, the last one is what is buffered.
+
+        Its items may be committed, and a body that may end anywhere looks complete.
+        """
+        try:
+            yield from chunks
+        except StreamEnding:
+            if self.items and (chunk := self._joined()):
+                yield chunk
+            raise
 
     def _joined(self) -> bytes:
         """What is held, as one chunk; it is held no longer."""
