@@ -167,11 +167,11 @@ import gevent, tg
 from tests.conftest import make_application
 from tests.model import Model, User
 from tests.wsgi import Call, get
-from tgstream import stream
+from tgstream import SSE, stream
 
 class Root(tg.TGController):
     @tg.expose(content_type="text/plain")
-    @stream
+    @stream(FORMAT)
     def words(self):
         try:
             yield "one"
@@ -187,7 +187,8 @@ def requests():
     while True:
         get(app, "/words")
         call = Call(app, "/words", checked=False)
-        next(call)
+        for _ in range(PULLS):
+            next(call)
         call.drop()
         drops += 1
         gevent.sleep(0)
@@ -214,9 +215,17 @@ print("done", flush=True)
 """
 
 
-def test_dropped_stream_swallows_no_kill_and_no_timeout_of_gevent() -> None:
+@pytest.mark.parametrize(
+    ("format", "pulls"),
+    [("None", 1), ("SSE(heartbeat=5)", 2)],
+    ids=["raw", "heartbeat"],
+)
+def test_dropped_stream_swallows_no_kill_and_no_timeout_of_gevent(
+    format: str, pulls: int
+) -> None:
     """No destructor switches to another greenlet, neither of an ended stream nor of one
     that is dropped before its end."""
-    command = [sys.executable, "-c", GREENLETS]
+    script = GREENLETS.replace("FORMAT", format).replace("PULLS", str(pulls))
+    command = [sys.executable, "-c", script]
     ran = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=90)
     assert (ran.stdout, ran.returncode) == ("done\n", 0), ran.stderr

@@ -152,7 +152,9 @@ class Stream:
         seconds = getattr(self._options.format, "heartbeat", None)
         if not seconds:
             return chunks
-        return beating(chunks, seconds, body.close, lambda: body.closing is not None)
+        # If the iterator is dropped, it closes the stream in a finaliser.
+        close, ending = body.close_as_wrapper, lambda: body.closing is not None
+        return beating(chunks, seconds, close, ending)
 
     def close(self) -> None:
         """End the stream, as a server does at its end or when the client has left.
