@@ -27,7 +27,7 @@ import tgstream
 from tests.conftest import MakeApp, assert_clean, assert_thread_clean
 from tests.model import Model, User
 from tests.wsgi import Call, get
-from tgstream import Report, Stream, StreamError, current_stream, stream
+from tgstream import Report, Stream, StreamError, current_stream, drain, stream
 from tgstream._guard import Guard
 
 TRACED = {"debug": False, "trace_errors__enable": True}
@@ -1140,6 +1140,32 @@ def test_failure_reaches_the_server_though_a_middleware_has_read_the_body(
     for drainer in drainers:
         drainer.join()
     assert served(app, "/words")[1].endswith("onetwo")
+
+
+class Draining:
+    """A middleware during whose call the process begins to drain."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    def __call__(self, environ: dict[str, Any], start_response: Any) -> Any:
+        body = self.app(environ, start_response)
+        assert drain(timeout=10)
+        return body
+
+
+@pytest.mark.parametrize("wiring", WIRINGS)
+def test_stream_that_is_drained_before_the_server_has_it_is_aborted(
+    make_app: MakeApp, reports: list[Report], wiring: dict[str, Any]
+) -> None:
+    """Its one chunk is sent, and is not taken for a complete response."""
+    with inside(Draining, "before_wsgi_middlewares"):
+        app = make_app(root(), **wiring)
+    call = Call(app, "/words")
+    with pytest.raises(StreamError, match="was drained before its end"):
+        call.read()
+    assert call.starts == 1
+    assert [report.reason for report in reports] == ["drained"]
 
 
 def test_error_page_of_a_middleware_that_has_read_the_body_is_sent(

@@ -480,6 +480,7 @@ class Body:
         if self.outcome is None:
             return error  # still in the request: TG itself takes tg.locals away
         self.outcome.body = None  # so that neither keeps the other
+        self.outcome.unfinished = reason != "completed"
         if reason == "failed":
             self.outcome.error = error
         else:

@@ -88,7 +88,7 @@ def _guarded(body: Any, outcome: Outcome) -> Any:
         first_error([lambda: close(body)])
         outcome.raise_error()
     # A debugger begins, and responds, only when its body is iterated.
-    if outcome.body is not None or outcome.bodiless or not outcome.responded:
+    if outcome.unfinished or outcome.bodiless or not outcome.responded:
         return _Guarded(body, outcome)
     return body
 
@@ -331,8 +331,10 @@ def _depart(body: Body, environ: dict[str, Any]) -> None:
     if body.complete is None:
         advise_if_unguarded(body)
         advise(body)
-        body.outcome = outcome_of(environ)
-        body.outcome.body = body
+        body.outcome = outcome = outcome_of(environ)
+        outcome.unfinished, outcome.body = True, body
+        if body.ended:  # by the monitor, and did not find its outcome
+            outcome.body = None
         body.late = _Late(body).changes
 
 

@@ -137,6 +137,8 @@ class Outcome:
     """Whether the response to this request has no body, and no bytes are sent."""
     length: int | None = None
     """The Content-Length of a response without a body, if it was declared."""
+    unfinished = False
+    """Whether a stream has left with the response, and has not run to its end."""
     body: Body | None = None
     error: BaseException | None = None
     refusal: BaseException | None = None
