@@ -12,7 +12,7 @@ from tg import TGController, abort, expose, redirect
 from tests.conftest import MakeApp, assert_clean
 from tests.model import Model, User
 from tests.wsgi import Call, get
-from tgstream import Stream, stream
+from tgstream import SSE, Stream, stream
 
 
 def root(model: Model, ran: list[str]) -> TGController:
@@ -120,6 +120,28 @@ def test_seat_is_left_where_there_is_no_stream(
         call.read()
         Call(app, "/words", method="HEAD").read()
     assert get(app, "/words").text == "onetwo"
+
+
+def test_seat_is_left_where_a_stream_cannot_be_started(make_app: MakeApp) -> None:
+    """At once: the traceback of the error goes when the garbage is collected."""
+
+    class OnlyRead:
+        def read(self, size: int) -> bytes:
+            return b""
+
+    class Root(TGController):
+        @expose()
+        @stream(SSE, limit=1)
+        def events(self) -> OnlyRead:
+            return OnlyRead()
+
+    app = make_app(Root(), errorpage__enabled=True)
+    gc.disable()
+    try:
+        answers = [get(app, "/events").status_int for _ in range(3)]
+    finally:
+        gc.enable()
+    assert answers == [404] * 3  # the error page, which this application lacks
 
 
 @pytest.mark.parametrize("limit", [0, -1, "9", True, 1.5])

@@ -181,7 +181,11 @@ class _Hooks(dict[str, Any]):
 def _before_render(remainder: Any, params: Any, output: Any) -> None:
     output = resolve_proxy(output)
     if isinstance(output, Stream):
-        _start(output, _context.current())
+        try:
+            _start(output, _context.current())
+        except BaseException:
+            output._leave_seat()
+            raise
     elif is_for_a_stream(output):
         raise not_streamed(output, name_of(_dispatched(_context.current().request)))
 

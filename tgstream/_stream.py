@@ -188,9 +188,13 @@ class Stream:
     def _discard(self) -> None:
         """Run nothing, but close what is open, for a request without a body."""
         source, self._source = self._source, None
+        self._leave_seat()
+        close(source)
+
+    def _leave_seat(self) -> None:
+        """Leave the seat at once: a traceback may keep the stream, if not its body."""
         if self._seat is not None:
             self._seat.leave()
-        close(source)
 
 
 def current_stream() -> Stream:
