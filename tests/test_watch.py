@@ -623,6 +623,21 @@ class EmptyBatches(list[str]):
         return self.items
 
 
+class Batches(EmptyBatches):
+    """A source of batches of one item, for ever."""
+
+    def batches(self) -> Iterator[list[Any]]:
+        return ([item] for item in self.items)
+
+
+class BatchFilter(Filter):
+    """A format that makes nothing of whole batches."""
+
+    def encode_batches(self, source: Any) -> Iterator[str]:
+        return self.encode(item for batch in source.batches() for item in batch)
+
+
+SOURCES: dict[str, Any] = {"batches": EmptyBatches, "batch-filter": Batches}
 MUTE: dict[str, dict[str, Any]] = {
     "raw": {},
     "gathered": {"chunk_size": 1000},
@@ -630,6 +645,7 @@ MUTE: dict[str, dict[str, Any]] = {
     "empty-each": {"format": Empty(), "commit": "each"},
     "filter": {"format": Filter()},
     "batches": {"format": CSV()},
+    "batch-filter": {"format": BatchFilter()},
 }
 
 
@@ -660,7 +676,7 @@ def test_stream_that_makes_items_but_no_bytes_can_be_ended(
     class Root(TGController):
         @expose(content_type="text/plain")
         def words(self) -> Stream:
-            source = EmptyBatches(items()) if kind == "batches" else items()
+            source = SOURCES.get(kind, iter)(items())
             seconds = 0.2 if how == "expired" else None
             return Stream(source, max_seconds=seconds, **MUTE[kind])
 

@@ -159,13 +159,15 @@ class Chunks:
     def _counted_batches(
         self, batches: Iterator[Sequence[Any]]
     ) -> Iterator[Sequence[Any]]:
-        for batch in batches:
+        store = self._store
+        assert store is not None
+        for number, batch in enumerate(batches, 1):
             for part in parts_of(batch) if batch else ():
                 self._items += len(part)
                 self._batch = part
                 yield part
-            if not batch:
-                self._checkpoint()
+            if not batch or number == _BEFORE_CHECKPOINT or store.closing is not None:
+                store.checkpoint()  # the format may make nothing of all batches
         self._exhaust()
 
     def _exhaust(self) -> None:
