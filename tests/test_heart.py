@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -226,3 +228,35 @@ def test_hooks_work_on_the_thread(make_app: MakeApp, model: Model) -> None:
     with pytest.raises(StreamError):
         tgstream.commit()
     assert_clean(model)
+
+
+NO_THREAD = """
+import resource, threading
+from pathlib import Path
+import tg
+from tests.conftest import make_application
+from tests.wsgi import get
+from tgstream import SSE, stream
+
+class Root(tg.TGController):
+    @tg.expose()
+    @stream(SSE(heartbeat=5))
+    def events(self):
+        yield from "abc"
+
+app = make_application(Root(), trace_errors__enable=True)
+get(app, "/missing")
+pages = int(Path("/proc/self/statm").read_text().split()[0])
+limit = pages * resource.getpagesize() + (1 << 28)
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+threading.stack_size(1 << 30)  # more than the limit leaves
+print(get(app, "/events").text, end="")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc and RLIMIT_AS")
+def test_events_are_sent_without_a_heartbeat_if_no_thread_can_be_started() -> None:
+    """No event is lost, where backlash would hide the error of the thread."""
+    command = [sys.executable, "-c", NO_THREAD]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert ran.stdout == "data: a\n\ndata: b\n\ndata: c\n\n", ran.stderr

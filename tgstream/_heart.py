@@ -79,7 +79,11 @@ def beating(
     if first is None:
         return
     yield first
-    puller = _Puller(chunks)
+    try:
+        puller = _Puller(chunks)
+    except RuntimeError:  # no thread can be started: events without a heartbeat
+        yield from chunks
+        return
     del chunks  # the thread's, and gone with it
     try:
         while True:
