@@ -18,7 +18,7 @@ from tg import TGController, expose
 from tests.conftest import MakeApp, assert_clean
 from tests.model import Model, User
 from tests.wsgi import Call
-from tgstream import SSE, Report, commit, stream
+from tgstream import SSE, Report, commit, drain, stream
 
 ROOT = Path(__file__).parents[1]
 
@@ -103,6 +103,21 @@ def test_stream_that_only_old_garbage_holds_ends_on_a_thread_of_its_own(
         gc.collect(0)
     assert dropped.reasons.get(timeout=10) == "disconnected"
     assert dropped.threads[0] in ("tgstream-end", "tgstream-heart")
+    assert_clean(model)
+
+
+def test_drain_waits_for_a_stream_in_cyclic_garbage(
+    make_app: MakeApp, model: Model, dropped: Dropped
+) -> None:
+    """The stream runs until the monitor's thread has ended it."""
+    call = Call(make_app(dropped, model), "/words", checked=False)
+    next(call)
+    put_in_a_cycle(call)
+    with dropped.lock:
+        gc.collect()
+        assert not drain(timeout=0.1)
+    assert drain(timeout=10)
+    assert dropped.reasons.get_nowait() in ("disconnected", "drained")
     assert_clean(model)
 
 

@@ -111,6 +111,7 @@ class Monitor:
     def hand_over(self, body: Body) -> bool:
         """Have the monitor end ``body``, for who must not. False if nobody could."""
         if self._running:
+            self.register(body)  # the collector has cleared the reference to it
             self._queue.put(body)
         return self._running
 
