@@ -1821,6 +1821,36 @@ def test_stream_may_close_its_session(
     assert_clean(model)
 
 
+def test_stream_session_that_was_removed_can_still_read(
+    make_app: MakeApp, model: Model
+) -> None:
+    """``remove()`` closes a session, which SQLAlchemy lets begin again."""
+
+    def body() -> Iterator[str]:
+        session = model.DBSession()
+        model.DBSession.remove()
+        yield f"{session.scalars(sa.select(User.name)).all()}"
+        session.close()
+
+    assert get(make_app(Root(model, body), model)).text == "[]"
+    assert_clean(model)
+
+
+def test_stream_session_of_the_application_serves_several_streams(
+    make_app: MakeApp, model: Model
+) -> None:
+    """A session that the application keeps works in each stream that it is set in."""
+
+    def body() -> Iterator[str]:
+        model.DBSession.registry.set(kept)
+        yield f"{model.DBSession.scalars(sa.select(User.name)).all()}"
+
+    app = make_app(Root(model, body), model)
+    kept = model.maker()
+    assert [get(app).text, get(app).text] == ["[]", "[]"]
+    assert_clean(model)
+
+
 def test_stream_session_without_autobegin_may_be_idle(
     make_app: MakeApp, make_model: MakeModel, url: str
 ) -> None:

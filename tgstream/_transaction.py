@@ -169,7 +169,7 @@ class Member:
 
     def _do_orm_execute(self, state: Any) -> None:
         self.changed = self.changed or not state.is_select
-        if not self.watched:
+        if not self.watched and not self.released:
             if not self.session.in_transaction():
                 self.statements.clear()
             if len(self.statements) < KEPT:
