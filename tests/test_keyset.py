@@ -732,6 +732,26 @@ def test_transaction_that_the_generator_began_is_ended_by_it(
     assert_clean(model)
 
 
+def test_transaction_begun_after_rows_by_key_is_ended_by_the_generator(
+    make_app: MakeApp, make_model: MakeModel, url: str
+) -> None:
+    """``with DBSession.begin()`` lasts also if the session was read by key before."""
+    model = make_model(url, zope=False)
+    model.seed(*(f"user{number}" for number in range(6)))
+
+    def body() -> Iterator[str]:
+        assert len(list(rows(sa.select(User), key=User.id))) == 6
+        with model.DBSession.begin():
+            begun = model.DBSession().get_transaction()
+            for row in rows(sa.select(User), key=User.id, batch=1):
+                assert model.DBSession().get_transaction() is begun
+                yield row.name
+        assert free(model)
+
+    assert get(make_app(Root(body), model)).text == "".join(model.names())
+    assert_clean(model)
+
+
 @pytest.mark.parametrize("outer", ["rows", "yield_per"])
 def test_cursor_outlives_rows_by_key_that_are_read_in_its_loop(
     make_app: MakeApp, model: Model, outer: str

@@ -106,22 +106,17 @@ def watch(session: Session, database: Database) -> None:
 def _judge(session: Session, member: Member) -> None:
     """Find out if the transaction that ``session`` is in must last.
 
-    It must if the application began it by ``begin()``, wrote in it, or ran a statement
-    that may have done more than read: a lock or a SET LOCAL would be lost.
+    It must if the application wrote in it, or ran a statement that may have done more
+    than read: a lock or a SET LOCAL would be lost.
     """
-    from sqlalchemy.orm import SessionTransactionOrigin
-
     from ._transaction import KEPT
 
-    begun = session.get_transaction()
-    if begun is not None and begun.origin is SessionTransactionOrigin.BEGIN:
-        member.held_in = begun
     member.changed = member.changed or any(map(has_written, member.connections))
     if len(member.statements) >= KEPT or not all(
         _is_reading(statement.execution_options(**options), member.connections)
         for statement, options in member.statements
     ):
-        member.held_in = begun
+        member.held_in = session.get_transaction()
 
 
 def _is_reading(statement: Any, connections: Iterable[Any]) -> bool:
@@ -189,20 +184,24 @@ def end_reading(
     In a transaction of its own: other sessions, and a doom, are not its matter.
 
     :param began: whether the reading itself began it. Another one also lasts while a
-        cursor is open, and for what it holds: a lock, a SET LOCAL.
+        cursor is open, for what it holds (a lock, a SET LOCAL), and if the application
+        began it by ``begin()``.
     :param connections: those on which the statement that was read may have written.
     """
     import transaction
+    from sqlalchemy.orm import SessionTransactionOrigin
 
-    member = database.member_of(session)
-    if member is None or member.idle or not member.unchanged:
+    member, begun = database.member_of(session), session.get_transaction()
+    if member is None or begun is None or not member.unchanged:
         return
     known = [each for each in connections if each.dialect.name in _WRITES_ARE_KNOWN]
     if any(map(has_written, known)):
         member.changed = True
         return
     if not began and (
-        database.manager.cursors or member.held_in is session.get_transaction()
+        database.manager.cursors
+        or member.held_in is begun
+        or begun.origin is SessionTransactionOrigin.BEGIN
     ):
         return
     reading = transaction.TransactionManager()
