@@ -752,6 +752,23 @@ def test_transaction_begun_after_rows_by_key_is_ended_by_the_generator(
     assert_clean(model)
 
 
+def test_connection_of_the_application_works_after_rows_by_key(
+    make_app: MakeApp, model: Model
+) -> None:
+    """A session on a connection, as in tests, leaves no broken handler on it."""
+    model.seed("ada")
+
+    def body() -> Iterator[str]:
+        yield from (row.name for row in rows(sa.select(User), key=User.id))
+
+    app = make_app(Root(body), model)
+    with model.engine.connect() as connection:
+        model.DBSession.configure(bind=connection)
+        assert get(app).text == "ada"
+        replaced = sa.select(sa.func.replace("a", "a", "b"))
+        assert connection.execute(replaced).scalar() == "b"
+
+
 @pytest.mark.parametrize("outer", ["rows", "yield_per"])
 def test_cursor_outlives_rows_by_key_that_are_read_in_its_loop(
     make_app: MakeApp, model: Model, outer: str

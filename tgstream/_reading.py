@@ -145,10 +145,11 @@ class _Watch:
 
     def _look(self, *args: Any) -> None:
         connection, context = args[0], args[4]
-        if OWN in context.execution_options:
+        member = self._member
+        # The connection may be the application's own, and outlive the stream.
+        if member.released or OWN in context.execution_options:
             return
         compiled = context.compiled  # None for a driver's statement
-        member = self._member
         if not getattr(getattr(compiled, "statement", None), "is_select", False):
             member.changed = True
             return
