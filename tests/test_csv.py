@@ -588,6 +588,7 @@ def test_memoryview_is_the_bytes_in_it() -> None:
 
 FORMULAS = ["=1", "+1", "-1", "@x", "\tx", "\rx", "=", "-", Text("=1"), Word.SUM]
 FORMULAS += ["\n=1+1", "\nx", "\ufeff=HYPERLINK(1)", "\xa0=1", "\u200b \x1b-1"]
+FORMULAS += ["\U0001d173=1", "\U0001bca0=1", "\U000e01f0=1"]
 FORMULAS += ["\u3000@x", "\uff1d1", "\uff0b1", "\uff0d1", "\uff20x", "\xad\uff1d1"]
 FORMULAS += [NUL + "=1"]
 
