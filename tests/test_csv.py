@@ -543,8 +543,11 @@ def test_object_of_a_library_of_models_is_its_fields(
 
 @pytest.mark.parametrize(
     "cell",
-    [object(), lambda: 1, (n for n in [1]), [object()], map(str, []), [].append],
-    ids=["object", "function", "generator", "list", "map", "method"],
+    [
+        *(object(), lambda: 1, (n for n in [1]), [object()], map(str, []), [].append),
+        *({1: (2, object())}, [memoryview(b"x")]),
+    ],
+    ids=["object", "function", "generator", "list", "map", "method", "dict", "view"],
 )
 @pytest.mark.parametrize("escapes", [False, True])
 def test_cell_without_a_text_of_its_own_is_refused(cell: Any, escapes: bool) -> None:
@@ -569,6 +572,21 @@ def test_cell_without_a_text_of_its_own_is_refused(cell: Any, escapes: bool) -> 
 def test_text_that_looks_like_an_address_is_a_text() -> None:
     """Only the text of an object is looked at."""
     rows = [["<X object at 0x7f00>", 1], ["a", Text("<b at 0x1>")]]
+    assert csv_of(CSV(header=()), rows) == by_python(rows)
+
+
+@pytest.mark.parametrize(
+    "cell",
+    [
+        {"error": "no <X object at 0x7f00> here"},
+        {"<X object at 0x7f00>": 1},
+        ["<X object at 0x7f00>", ("<X at 0x7f00>", {"<X at 0x7f00>"})],
+    ],
+    ids=["value", "key", "list"],
+)
+def test_text_inside_a_container_may_look_like_an_address(cell: Any) -> None:
+    """A JSON column may contain the message of an error."""
+    rows = [[cell, 1], [None, 2]]
     assert csv_of(CSV(header=()), rows) == by_python(rows)
 
 

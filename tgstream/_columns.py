@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from datetime import date, datetime, time, timedelta
 from decimal import Decimal
 from functools import lru_cache
+from itertools import chain
 from numbers import Number
 from typing import Any
 from uuid import UUID
@@ -61,10 +62,22 @@ class NoTextError(Exception):
 
 
 def is_address(cell: Any) -> bool:
-    """True for an object whose text is an address, or has one in it."""
+    """True for an object whose text is an address, or has one in it.
+
+    A ``str`` may contain an address, also inside a list or a dict.
+    """
     if isinstance(cell, str | bytes | bytearray | memoryview):
         return False
-    return _is_object(str(cell)) is not None
+    if _is_object(str(cell)) is None:
+        return False
+    if type(cell).__repr__ not in _OF_PARTS:
+        return True
+    parts = chain(cell, cell.values()) if isinstance(cell, dict) else cell
+    return any(isinstance(part, memoryview) or is_address(part) for part in parts)
+
+
+_OF_PARTS: set[Any] = {kind.__repr__ for kind in (dict, list, tuple, set, frozenset)}
+"""The methods whose text is the text of the parts alone."""
 
 
 def as_bytes(cell: Any) -> Any:
