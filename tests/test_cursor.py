@@ -13,7 +13,8 @@ from sqlalchemy.orm import Session
 from tests.conftest import MakeApp, Root, assert_clean
 from tests.model import MakeModel, Model, Note, User
 from tests.wsgi import get
-from tgstream import StreamError, _cursor, copy, rows
+from tgstream import CSV, StreamError, _cursor, copy, rows
+from tgstream._batches import Passed
 
 # Statements and connections that have a cursor.
 
@@ -268,3 +269,18 @@ def test_nothing_is_warned_of_where_no_writer_is_blocked(
             read_slowly(session, monkeypatch, True)
     engine.dispose()
     assert wal(caplog) == []
+
+
+WITH_BYTES = "name,data\r\na,b'\\x00\\xff'\r\n"
+
+
+def test_bytes_of_psycopg2_are_bytes(make_model: MakeModel, postgresql: str) -> None:
+    """It has a memoryview for a bytea, which no format writes as an address."""
+    model = make_model(postgresql.replace("+psycopg:", "+psycopg2:"))
+    statement = sa.text("SELECT 'a' AS name, '\\x00ff'::bytea AS data")
+    with Session(model.outside) as session:
+        batched = Passed(found := rows(statement, session=session), found.batches())
+        assert "".join(map(str, CSV().encode_batches(batched))) == WITH_BYTES
+        assert "".join(map(str, CSV().encode(found))) == WITH_BYTES
+        [row] = found
+        assert isinstance(row.data, memoryview)

@@ -986,3 +986,24 @@ def test_statement_that_runs_on_two_engines_is_refused_by_key(
         if not model.sqlite:
             with pytest.raises(StreamError, match="one engine"):
                 list(copy(sa.select(User), session=session))
+
+
+def test_write_past_sqlalchemy_between_batches_is_undone_with_the_stream(
+    make_app: MakeApp, model: Model
+) -> None:
+    """Nobody sees what a driver's own cursor does, so that no batch ends it."""
+    model.seed("ada", "bob", "eve", "zoe")
+
+    def items() -> Iterator[str]:
+        for number, row in enumerate(rows(sa.select(User.name), key=User.id, batch=1)):
+            if number == 1:
+                driver: Any = model.DBSession.connection().connection
+                driver.cursor().execute("INSERT INTO users (name) VALUES ('new')")
+            if number == 3:
+                raise LookupError
+            yield row.name
+
+    with pytest.raises(LookupError):
+        get(make_app(Root(items), model, trace_errors__enable=False))
+    assert model.names() == ["ada", "bob", "eve", "zoe"]
+    assert_clean(model)

@@ -181,7 +181,7 @@ class Member:
         A handler of after_begin may call it too, and runs again at each begin.
         """
         connection = type(self.session).connection(self.session, *args, **options)
-        if self.connections and not self.watched:
+        if self.connections:
             self.held_in = self.session.get_transaction()
         return connection
 
