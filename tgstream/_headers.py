@@ -10,7 +10,6 @@ import unicodedata
 from itertools import chain
 from typing import Any
 from urllib.parse import quote
-from wsgiref.util import is_hop_by_hop
 
 from ._options import Format, Options, StreamError
 
@@ -57,15 +56,23 @@ _SENDABLE = re.compile(rf"{_TEXT}*\0(?:{_TOKEN.pattern}\0{_TEXT}*\0)*")
 """A status line, then names and values, each with a NUL behind it."""
 
 
+_HOP_BY_HOP = frozenset(
+    "connection keep-alive proxy-authenticate proxy-authorization te trailers "
+    "transfer-encoding upgrade".split()
+)
+"""Headers of a connection, by RFC 2616, section 13.5.1, which PEP 3333 names."""
+
+
 def drop_hop_by_hop(response: Any) -> list[str]:
     """Remove the headers that PEP 3333 leaves to the server, such as ``Connection``.
 
     :returns: their names.
     """
     headers = response.headerlist
-    names = [n for n, _ in headers if isinstance(n, str) and is_hop_by_hop(n)]
-    if names:
-        headers[:] = [(n, value) for n, value in headers if n not in names]
+    if _HOP_BY_HOP.isdisjoint([str(name).lower() for name, _ in headers]):
+        return []
+    names = [name for name, _ in headers if str(name).lower() in _HOP_BY_HOP]
+    headers[:] = [(name, value) for name, value in headers if name not in names]
     return names
 
 
