@@ -57,8 +57,10 @@ _SENDABLE = re.compile(rf"{_TEXT}*\0(?:{_TOKEN.pattern}\0{_TEXT}*\0)*")
 
 
 _HOP_BY_HOP = frozenset(
-    "connection keep-alive proxy-authenticate proxy-authorization te trailers "
-    "transfer-encoding upgrade".split()
+    {
+        *("connection", "keep-alive", "proxy-authenticate", "proxy-authorization"),
+        *("te", "trailers", "transfer-encoding", "upgrade"),
+    }
 )
 """Headers of a connection, by RFC 2616, section 13.5.1, which PEP 3333 names."""
 
