@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ._advice import KEY, advise, advise_if_unguarded, advise_of_dropped
 from ._body import Body
 from ._cleanup import close, first_error
-from ._headers import check_sendable, drop_hop_by_hop, has_no_body
+from ._headers import check_sendable, drop_hop_by_hop, has_no_body, is_clean
 from ._options import StreamError
 from ._report import Outcome
 from ._stream import Stream
@@ -241,9 +241,10 @@ def _check_response(response: Any, body: Body | None) -> None:
     :raises StreamError: when they cannot, or do not.
     """
     where = "the response to HEAD" if body is None else body.plan.controller
-    if (names := drop_hop_by_hop(response)) and body is not None:
-        advise_of_dropped(body, names)
-    check_sendable(where, response)
+    if not is_clean(response):
+        if (names := drop_hop_by_hop(response)) and body is not None:
+            advise_of_dropped(body, names)
+        check_sendable(where, response)
     if body is not None and has_no_body(response.status_int) and body.complete != b"":
         raise StreamError(
             f"{where} yielded items, but a response with status {response.status_int} "
@@ -297,6 +298,8 @@ def check_headers(response: Any, stream: Stream, controller: str) -> None:
 
     :raises StreamError: when no server could send them; the stream is then discarded.
     """
+    if is_clean(response):
+        return
     try:
         check_sendable(controller, response)
     except StreamError:

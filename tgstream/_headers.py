@@ -52,10 +52,6 @@ _TEXT = r"[\t\x20-\x7e\x80-\xff]"
 _FORBIDDEN = re.compile(_TEXT.replace("[", "[^", 1))
 """Characters that neither a header's value nor a status line can hold."""
 
-_SENDABLE = re.compile(rf"{_TEXT}*\0(?:{_TOKEN.pattern}\0{_TEXT}*\0)*")
-"""A status line, then names and values, each with a NUL behind it."""
-
-
 _HOP_BY_HOP = frozenset(
     {
         *("connection", "keep-alive", "proxy-authenticate", "proxy-authorization"),
@@ -64,6 +60,23 @@ _HOP_BY_HOP = frozenset(
 )
 """Headers of a connection, by RFC 2616, section 13.5.1, which PEP 3333 names."""
 
+_CLEAN = re.compile(
+    rf"{_TEXT}*\0(?:(?!(?i:{'|'.join(_HOP_BY_HOP)})\0){_TOKEN.pattern}\0{_TEXT}*\0)*"
+)
+"""A status line, then names and values, each with a NUL behind it."""
+
+
+def is_clean(response: Any) -> bool:
+    """Whether any server can send the status and the headers of a response as they are.
+
+    One look at all of them takes a fifth of the time of a look at each.
+    """
+    try:
+        parts = [response.status, *chain.from_iterable(response.headerlist), ""]
+        return _CLEAN.fullmatch("\0".join(parts)) is not None
+    except TypeError:  # one of them is not a str
+        return False
+
 
 def drop_hop_by_hop(response: Any) -> list[str]:
     """Remove the headers that PEP 3333 leaves to the server, such as ``Connection``.
@@ -71,8 +84,6 @@ def drop_hop_by_hop(response: Any) -> list[str]:
     :returns: their names.
     """
     headers = response.headerlist
-    if _HOP_BY_HOP.isdisjoint([str(name).lower() for name, _ in headers]):
-        return []
     names = [name for name, _ in headers if str(name).lower() in _HOP_BY_HOP]
     headers[:] = [(name, value) for name, value in headers if name not in names]
     return names
@@ -86,12 +97,6 @@ def check_sendable(where: str, response: Any) -> None:
         that an error page can be sent with the others.
     """
     headers = response.headerlist
-    try:
-        text = "\0".join([response.status, *chain.from_iterable(headers), ""])
-        if _SENDABLE.fullmatch(text):
-            return  # one look for all takes a fifth of the time of a look for each
-    except TypeError:
-        pass  # one of them is not a str
     if problem := _problem("the status", response.status):
         raise StreamError(f"{where}: {problem}")
     for index, (name, value) in enumerate(headers):
