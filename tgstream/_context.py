@@ -74,15 +74,15 @@ class Context:
         database = self._database
         if database is not None:
             record.managers["manager"] = database.outer_manager  # type: ignore[index]
-        if record.context.pop()[0] is not self._context[0]:
-            _remove(record.context, self._context[0])
-        if record.config.pop()[0] is not self._config[0]:
-            _remove(record.config, self._config[0])
+        if record.context.pop() is not self._context:
+            _remove(record.context, self._context)
+        if record.config.pop() is not self._config:
+            _remove(record.config, self._config)
 
 
-def _remove(stack: list[tuple[Any, bool]], bound: Any) -> None:
+def _remove(stack: list[tuple[Any, bool]], bound: tuple[Any, bool]) -> None:
     for index in range(len(stack) - 1, -1, -1):
-        if stack[index][0] is bound:
+        if stack[index] is bound:
             del stack[index:]
             return
 
