@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import tracemalloc
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -601,3 +603,22 @@ def test_session_named_for_streams_is_read_in(
     assert get(app).text == "ada"
     assert not second.registry.has()
     assert_clean(model)
+
+
+ON_SQLITE = """
+import sys, sqlalchemy as sa
+from sqlalchemy.orm import Session
+from tgstream import rows
+
+with Session(sa.create_engine("sqlite://")) as session:
+    assert list(rows(sa.select(sa.literal(1)), session=session)) == [(1,)]
+print([name for name in ("mysql", "postgresql") if f"sqlalchemy.dialects.{name}" in
+       sys.modules])
+"""
+
+
+def test_rows_of_sqlite_import_no_other_dialect() -> None:
+    """To import PostgreSQL's takes longer than the first chunk of a short export may."""
+    command = [sys.executable, "-c", ON_SQLITE]
+    ran = subprocess.run(command, capture_output=True, text=True)
+    assert ran.stdout == "[]\n", ran.stderr

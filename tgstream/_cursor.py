@@ -6,13 +6,13 @@ a statement, the driver fetches the whole result.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 from weakref import WeakSet
 
 import sqlalchemy as sa
-from sqlalchemy.dialects.postgresql.base import PGDialect
 
 from ._effects import is_query
 from ._plan import clock
@@ -40,10 +40,19 @@ def _is_possible(connection: sa.Connection, statement: Any) -> bool:
     PostgreSQL's DECLARE CURSOR accepts only a query, in a transaction. AUTOCOMMIT
     can be set in many places, but the driver's connection always shows it.
     """
-    if not isinstance(connection.dialect, PGDialect):
+    if not _is_postgresql(connection.dialect):
         return True
     driver = connection.connection.driver_connection
     return not getattr(driver, "autocommit", False) and is_query(statement)
+
+
+def _is_postgresql(dialect: Any) -> bool:
+    """True for PostgreSQL and dialects that derive from it.
+
+    To import them, for an application without PostgreSQL, takes longer than a query.
+    """
+    base = sys.modules.get("sqlalchemy.dialects.postgresql.base")
+    return base is not None and isinstance(dialect, base.PGDialect)
 
 
 _FRACTION = sa.func.current_setting("cursor_tuple_fraction", True)

@@ -11,7 +11,6 @@ from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy import event
-from sqlalchemy.dialects import mysql
 from sqlalchemy.types import TypeDecorator
 
 from ._options import StreamError
@@ -28,6 +27,8 @@ def compares(kind: Any, dialect: Any) -> bool:
     ENUM and SET sort by number, FLOAT is shown rounded, the literal of a BIT is a text;
     and of what is long only the first bytes sort (``max_sort_length``, 1024).
     """
+    from sqlalchemy.dialects import mysql  # here it is known that there is one
+
     while isinstance(kind, TypeDecorator):
         kind = kind.load_dialect_impl(dialect)
     if isinstance(kind, sa.Float):
