@@ -618,7 +618,7 @@ print([name for name in ("mysql", "postgresql") if f"sqlalchemy.dialects.{name}"
 
 
 def test_rows_of_sqlite_import_no_other_dialect() -> None:
-    """To import PostgreSQL's takes longer than the first chunk of a short export may."""
+    """To import PostgreSQL takes longer than a short export does."""
     command = [sys.executable, "-c", ON_SQLITE]
     ran = subprocess.run(command, capture_output=True, text=True)
     assert ran.stdout == "[]\n", ran.stderr
