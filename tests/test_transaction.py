@@ -648,7 +648,7 @@ def test_attempt_is_repeated_where_another_resource_asks_for_it(
 def test_attempt_is_not_repeated_for_the_commit_of_the_stream(
     make_app: MakeApp, serializable: Model, commit: str
 ) -> None:
-    """The request's controller and the generator run once, and the error is told."""
+    """The request's controller and the generator run once, and the error is raised."""
     model = serializable
     runs: list[int] = []
 

@@ -608,7 +608,7 @@ class Filter:
 
 
 class EmptyBatches(list[str]):
-    """A source whose batches are empty, for ever."""
+    """A source whose batches are empty, forever."""
 
     fields = ()
 
@@ -624,7 +624,7 @@ class EmptyBatches(list[str]):
 
 
 class Batches(EmptyBatches):
-    """A source of batches of one item, for ever."""
+    """A source of batches of one item, forever."""
 
     def batches(self) -> Iterator[list[Any]]:
         return ([item] for item in self.items)

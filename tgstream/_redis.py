@@ -126,7 +126,7 @@ class Redis:
 
         :returns: whether the server has all of it; the feed has what fits.
         """
-        # One reads, and the others wait for that, but not for ever.
+        # One reads, and the others wait for that, but not forever.
         waited = self._looking_back.acquire(timeout=PATIENCE)
         try:
             if feed.number_after(place, exact=True) is not None:
@@ -150,7 +150,7 @@ class Redis:
     ) -> Iterator[Event]:
         """What the feed does not keep, a few at a time, and then the feed's.
 
-        It ends where something is missing: the client then reconnects, and is told.
+        It ends where something is missing: the client then reconnects, and gets reset.
         """
         yield opened(id_of(place))
         while (number := feed.number_after(place, exact=True)) is None:

@@ -155,7 +155,7 @@ def _prepared_statements(config: Config) -> Iterator[Finding]:
     try:
         found = scoped_sessions(config)
     except ValueError:
-        return  # which is told of the database
+        return  # the check of the database reports it
     for scoped in found:
         for bind in binds_of_factory(scoped):
             if bind.engine.dialect.driver == "psycopg":

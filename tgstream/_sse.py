@@ -180,7 +180,7 @@ def encoded(data: Any, what: str) -> bytes:
 def check_type(event: str | None) -> None:
     """Refuse a type that no event can have.
 
-    :raises TypeError: when it is no text.
+    :raises TypeError: when it is not a str.
     :raises ValueError: when it cannot be said in a line.
     """
     _line("event", b"event: ", event, b"\r\n\0")
@@ -192,7 +192,7 @@ class Message:
     :param text: its data.
     :param event: its type.
     :param data: the text in UTF-8, where it is there already.
-    :raises TypeError: when the type is no text.
+    :raises TypeError: when the type is not a str.
     :raises ValueError: when the type or the text cannot be said in an event.
     """
 
