@@ -76,7 +76,7 @@ LEVELS = {"exception": "ERROR", "log": "DEBUG"}
 
 def logged() -> Iterator[tuple[str, str]]:
     """The level and the format of every line that the library logs."""
-    for path in Path(tgstream.__file__).parent.glob("*.py"):
+    for path in Path(tgstream.__file__).parent.rglob("*.py"):
         for call in ast.walk(ast.parse(path.read_text())):
             if not isinstance(call, ast.Call):
                 continue
