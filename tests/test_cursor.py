@@ -14,7 +14,7 @@ from tests.conftest import MakeApp, Root, assert_clean
 from tests.model import MakeModel, Model, Note, User
 from tests.wsgi import get
 from tgstream import CSV, StreamError, _cursor, copy, rows
-from tgstream._batches import Passed
+from tgstream.formats.protocols import Passed
 
 # Statements and connections that have a cursor.
 

@@ -35,8 +35,8 @@ from tests.model import Base, Note, User
 from tests.test_csv import Batches, Model, OldModel, Plain, duck
 from tests.wsgi import Call, get
 from tgstream import NDJSON, JSONArray, Report, Stream, stream
-from tgstream._encoder import Encoder
-from tgstream._encoder import document as document_of
+from tgstream.formats.json_encoder import Encoder
+from tgstream.formats.json_encoder import document as document_of
 
 often = settings(deadline=None, database=None, max_examples=100)
 

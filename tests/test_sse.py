@@ -27,7 +27,7 @@ from tests.conftest import LiveServer, MakeApp, assert_clean
 from tests.model import Model, User
 from tests.wsgi import Call, get
 from tgstream import CSV, NDJSON, SSE, Event, Report, Stream, stream
-from tgstream._sse import sealed
+from tgstream.formats.sse import sealed
 
 
 class Message(NamedTuple):

@@ -17,17 +17,17 @@ stream's own, with a transaction that is committed when the generator ends.
 from ._config import plugme
 from ._controller import stream
 from ._copy import copy
-from ._csv import CSV
-from ._json import NDJSON, JSONArray
 from ._options import Batched, Format, StreamError
 from ._report import Report
 from ._resume import last_event_id
 from ._rows import rows
-from ._sse import SSE, Event
 from ._stream import Stream, commit, current_stream, flush, rollback
 from ._templates import render
 from ._watch import drain
 from .channels import Channel
+from .formats.csv import CSV
+from .formats.json import NDJSON, JSONArray
+from .formats.sse import SSE, Event
 
 __all__ = [
     "CSV",

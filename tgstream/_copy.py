@@ -10,11 +10,11 @@ from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
-from ._batches import Passed
-from ._csv import CSV
 from ._options import StreamError
 from ._reading import Sizes, check_commits, opened
 from ._rows import Rows, check_session, session_of
+from .formats.csv import CSV
+from .formats.protocols import Passed
 
 if TYPE_CHECKING:
     import sqlalchemy as sa

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from weakref import WeakValueDictionary
 
 from ._feed import Feed, Key, Start, follow, in_turn, opened, reset
-from ._sse import Event, Message
+from .formats.sse import Event, Message
 
 KEPT = 10_000
 """Channels whose history is kept while nobody listens; the names may be users'."""

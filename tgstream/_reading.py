@@ -11,10 +11,10 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
-from ._batches import largest_of
 from ._report import cursor_open
 from ._stream import current_stream
 from ._thread import thread
+from .formats.protocols import largest_of
 
 if TYPE_CHECKING:
     from sqlalchemy.orm import Session

@@ -19,7 +19,7 @@ from ._feed import BEAT, Feed, Key, Start, follow, opened, reset
 from ._plan import clock
 from ._redis_streams import Streams, id_of, key_of
 from ._report import log
-from ._sse import Event
+from .formats.sse import Event
 
 try:
     import redis

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ._feed import Key, reset
-from ._sse import Event, sealed
+from .formats.sse import Event, sealed
 
 Entry = tuple[Key, Event]
 

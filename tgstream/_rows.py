@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import tg
 
-from ._batches import BATCH
 from ._config import scoped_sessions
 from ._options import StreamError
 from ._reading import (
@@ -23,6 +22,7 @@ from ._reading import (
     opened,
     watch,
 )
+from .formats.protocols import BATCH
 
 if TYPE_CHECKING:
     import sqlalchemy as sa

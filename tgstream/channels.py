@@ -20,7 +20,7 @@ from ._config import option
 from ._memory import Memory
 from ._outbox import send
 from ._report import log
-from ._sse import Event, check_type, encoded
+from .formats.sse import Event, check_type, encoded
 
 __all__ = ["Channel"]
 

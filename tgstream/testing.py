@@ -21,7 +21,7 @@ from ._cleanup import close
 from ._headers import charset_in
 from ._leaks import assert_clean
 from ._report import Report
-from ._sse import Event
+from .formats.sse import Event
 
 __all__ = ["OpenStream", "assert_clean", "open_stream"]
 

@@ -16,7 +16,7 @@ from numbers import Number
 from typing import Any
 from uuid import UUID
 
-from . import _orjson
+from . import _orjson as _orjson
 from ._orjson import orjson
 
 

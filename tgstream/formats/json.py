@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from ._encoder import Encoder, document
+from .._options import Batched
 from ._json_columns import are_alike, objects
-from ._options import Batched
+from .json_encoder import Encoder, document
 
 
 class _Documents:

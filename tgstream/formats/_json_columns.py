@@ -11,9 +11,9 @@ from datetime import datetime
 from decimal import Decimal
 from typing import Any
 
-from . import _orjson
-from ._encoder import Encoder, document, has_names
-from ._fields import entity_in
+from . import _orjson as _orjson
+from .fields import entity_in
+from .json_encoder import Encoder, document, has_names
 
 
 def are_alike(rows: Sequence[Any], fields: Sequence[str]) -> bool:

@@ -12,7 +12,7 @@ from threading import TIMEOUT_MAX
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from ._encoder import Encoder, document
+from .json_encoder import Encoder, document
 
 
 class _Made:

@@ -12,6 +12,7 @@ from contextlib import suppress
 from functools import lru_cache
 from typing import Any
 
+from .._options import Batched
 from ._columns import (
     ADDRESS,
     NoTextError,
@@ -24,8 +25,7 @@ from ._columns import (
     texts_of,
     writer_of,
 )
-from ._fields import dump_of, entity_in, names_of
-from ._options import Batched
+from .fields import dump_of, entity_in, names_of
 
 
 class CSV:

@@ -22,8 +22,8 @@ from weakref import WeakKeyDictionary
 import tg.jsonify
 from webob.multidict import MultiDict
 
-from ._fields import attrs_fields, dump_of, entity_in, load_expired, mapped_columns
 from ._orjson import orjson
+from .fields import attrs_fields, dump_of, entity_in, load_expired, mapped_columns
 
 
 class Encoder:

@@ -1,0 +1,1 @@
+"""Formats: items into bytes."""
