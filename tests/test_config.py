@@ -19,7 +19,7 @@ from tgext.pluggable import plug
 from tests.conftest import MakeApp
 from tests.wsgi import Call, get
 from tgstream import plugme, stream
-from tgstream._config import OPTIONS, option
+from tgstream.core.settings import OPTIONS, option
 
 
 class Lines:

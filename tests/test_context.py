@@ -24,7 +24,7 @@ from tests.conftest import MakeApp, assert_clean, assert_thread_clean
 from tests.model import Model, User
 from tests.wsgi import Call
 from tgstream import SSE, Report, current_stream, stream
-from tgstream._context import Context
+from tgstream.core.context import Context
 
 STACKS = [(True, False), (True, True), (False, False), (False, True)]
 

@@ -27,7 +27,7 @@ from tests.conftest import MakeApp, assert_clean
 from tests.model import Model, User
 from tests.wsgi import Call, get
 from tgstream import CSV, NDJSON, Report, Stream, StreamError, copy, rows, stream
-from tgstream._source import BLOCK
+from tgstream.core.source import BLOCK
 
 
 class Words:

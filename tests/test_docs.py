@@ -28,7 +28,7 @@ from tests.pages import blocks, commands
 from tests.servers.expected import unexpected
 from tests.wsgi import get
 from tgstream import Event, stream
-from tgstream._config import OPTIONS
+from tgstream.core.settings import OPTIONS
 from tgstream.testing import open_stream
 
 ROOT = Path(__file__).parents[1]

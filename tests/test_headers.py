@@ -15,7 +15,7 @@ from tg import TGController, expose
 from tests.conftest import MakeApp
 from tests.wsgi import get
 from tgstream import Stream
-from tgstream._headers import disposition
+from tgstream.core.headers import disposition
 
 TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 QUOTED = r'"(?:[\t !#-\[\]-~]|\\[\t -~])*"'

@@ -19,7 +19,7 @@ from tests.model import Model, Note
 from tests.test_servers import Client, assert_settles
 from tests.wsgi import Call, get
 from tgstream import SSE, Event, Report, StreamError, current_stream, drain, stream
-from tgstream._heart import BEAT
+from tgstream.core.heartbeat import BEAT
 
 SHORT = 0.02
 

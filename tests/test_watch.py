@@ -25,14 +25,14 @@ from tgstream import (
     Report,
     Stream,
     StreamError,
-    _watch,
     current_stream,
     drain,
     flush,
     stream,
 )
-from tgstream._client import has_left
-from tgstream._config import option
+from tgstream.core import monitor as _watch
+from tgstream.core._client import has_left
+from tgstream.core.settings import option
 
 SHORT = 0.1
 

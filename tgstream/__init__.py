@@ -14,17 +14,17 @@ While the generator runs, TG's request and context are bound, and ``DBSession`` 
 stream's own, with a transaction that is committed when the generator ends.
 """
 
-from ._config import plugme
 from ._controller import stream
 from ._copy import copy
-from ._options import Batched, Format, StreamError
-from ._report import Report
 from ._resume import last_event_id
 from ._rows import rows
-from ._stream import Stream, commit, current_stream, flush, rollback
 from ._templates import render
-from ._watch import drain
 from .channels import Channel
+from .core.monitor import drain
+from .core.options import Batched, Format, StreamError
+from .core.report import Report
+from .core.settings import plugme
+from .core.stream import Stream, commit, current_stream, flush, rollback
 from .formats.csv import CSV
 from .formats.json import NDJSON, JSONArray
 from .formats.sse import SSE, Event

@@ -10,9 +10,9 @@ from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
-from ._options import StreamError
 from ._reading import Sizes, check_commits, opened
 from ._rows import Rows, check_session, session_of
+from .core.options import StreamError
 from .formats.csv import CSV
 from .formats.protocols import Passed
 

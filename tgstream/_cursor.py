@@ -15,9 +15,9 @@ from weakref import WeakSet
 import sqlalchemy as sa
 
 from ._effects import is_query
-from ._plan import clock
 from ._reading import OWN
-from ._report import log
+from .core._plan import clock
+from .core.report import log
 
 WRITERS_WAIT = 5.0
 """Seconds that sqlite3 waits for a lock by default, before it raises an error."""

@@ -13,12 +13,12 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from ._advice import KEY, advise, advise_if_unguarded, advise_of_dropped
-from ._body import Body
-from ._cleanup import close, first_error
-from ._headers import check_sendable, drop_hop_by_hop, has_no_body, is_clean
-from ._options import StreamError
-from ._report import Outcome
-from ._stream import Stream
+from .core.body import Body
+from .core.cleanup import close, first_error
+from .core.headers import check_sendable, drop_hop_by_hop, has_no_body, is_clean
+from .core.options import StreamError
+from .core.report import Outcome
+from .core.stream import Stream
 
 if TYPE_CHECKING:
     from ._database import Database

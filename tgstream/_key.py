@@ -14,7 +14,7 @@ from sqlalchemy.sql import operators, visitors
 from sqlalchemy.types import NullType
 
 from . import _mysql as mysql
-from ._options import StreamError
+from .core.options import StreamError
 
 NULLS_ARE_LARGE = frozenset({"postgresql", "oracle"})
 NULLS_ARE_SMALL = frozenset({"sqlite", "mysql", "mariadb", "mssql"})

@@ -15,8 +15,8 @@ from sqlalchemy.sql import visitors
 
 from ._effects import lock_of, writes
 from ._key import bind, in_selection, may_tie, raw_of, same, selected, terms_of
-from ._options import StreamError
 from ._reading import Sizes
+from .core.options import StreamError
 
 Fetch = Callable[[Any], tuple[list[str], Sequence[Any]]]
 

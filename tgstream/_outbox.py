@@ -16,10 +16,10 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary, WeakSet
 
-from . import _context
-from ._config import scoped_sessions, tm_enabled
-from ._report import log
-from ._thread import thread
+from .core import context as _context
+from .core._thread import thread
+from .core.report import log
+from .core.settings import scoped_sessions, tm_enabled
 
 if TYPE_CHECKING:
     from sqlalchemy.orm import Session, SessionTransaction

@@ -11,9 +11,9 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
-from ._report import cursor_open
-from ._stream import current_stream
-from ._thread import thread
+from .core._thread import thread
+from .core.report import cursor_open
+from .core.stream import current_stream
 from .formats.protocols import largest_of
 
 if TYPE_CHECKING:

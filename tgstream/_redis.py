@@ -16,9 +16,9 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 from ._feed import BEAT, Feed, Key, Start, follow, opened, reset
-from ._plan import clock
 from ._redis_streams import Streams, id_of, key_of
-from ._report import log
+from .core._plan import clock
+from .core.report import log
 from .formats.sse import Event
 
 try:

@@ -12,8 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import tg
 
-from ._config import scoped_sessions
-from ._options import StreamError
 from ._reading import (
     Sizes,
     check_commits,
@@ -22,6 +20,8 @@ from ._reading import (
     opened,
     watch,
 )
+from .core.options import StreamError
+from .core.settings import scoped_sessions
 from .formats.protocols import BATCH
 
 if TYPE_CHECKING:

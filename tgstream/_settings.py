@@ -12,10 +12,10 @@ from urllib.parse import unquote
 
 from tg.support.converters import asbool
 
-from ._config import OPTIONS, option, scoped_sessions
 from ._findings import FAIL, NOTE, OK, WARN, Finding, said
-from ._report import binds_of_factory, is_shared
 from .channels import REDIS, own_words, shown_url
+from .core.report import binds_of_factory, is_shared
+from .core.settings import OPTIONS, option, scoped_sessions
 
 Config = Mapping[str, Any]
 _OWN = {"tgstream.guard", "tgstream.said", "tgstream.looks", "tgstream.told_of_memory"}

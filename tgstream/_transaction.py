@@ -18,7 +18,7 @@ import transaction
 from transaction.weakset import WeakSet
 
 from ._postgresql import refuse_failed
-from ._report import binds_of, cursor_open, tell_not_atomic
+from .core.report import binds_of, cursor_open, tell_not_atomic
 
 if TYPE_CHECKING:
     from sqlalchemy.orm import Session

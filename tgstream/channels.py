@@ -15,11 +15,11 @@ from urllib.parse import parse_qs, urlsplit
 
 import tg
 
-from . import _context
-from ._config import option
 from ._memory import Memory
 from ._outbox import send
-from ._report import log
+from .core import context as _context
+from .core.report import log
+from .core.settings import option
 from .formats.sse import Event, check_type, encoded
 
 __all__ = ["Channel"]

@@ -17,10 +17,10 @@ from webob import Request
 from webob.headers import ResponseHeaders
 
 from . import _items
-from ._cleanup import close
-from ._headers import charset_in
 from ._leaks import assert_clean
-from ._report import Report
+from .core.cleanup import close
+from .core.headers import charset_in
+from .core.report import Report
 from .formats.sse import Event
 
 __all__ = ["OpenStream", "assert_clean", "open_stream"]

@@ -17,7 +17,7 @@ from tg import TGController, expose
 
 from tests.live_apps.stream_app import Mounted, variant
 from tgstream import SSE, Channel, Report, Stream, last_event_id
-from tgstream._body import Body
+from tgstream.core.body import Body
 
 ended: Counter[str] = Counter()
 """How the streams of each channel have ended: ``"<channel> <reason>"``."""

@@ -23,7 +23,7 @@ import tgstream
 from tests.live_apps.stream_app import Mounted
 from tests.model import Model, Note, User
 from tgstream import NDJSON, Stream
-from tgstream._body import Body
+from tgstream.core.body import Body
 
 USERS = [f"user{number}" for number in range(20)]
 MINE = sa.select(sa.func.set_config("soak.stream", sa.bindparam("stream"), True))

@@ -12,7 +12,7 @@ from contextlib import suppress
 from functools import lru_cache
 from typing import Any
 
-from .._options import Batched
+from ..core.options import Batched
 from ._columns import (
     ADDRESS,
     NoTextError,

@@ -13,7 +13,7 @@ from itertools import chain
 from typing import Any
 from uuid import UUID
 
-from .._options import Batched
+from ..core.options import Batched
 
 BATCH = 256
 """Items that are encoded at once: few enough to stay in a processor's cache, and for

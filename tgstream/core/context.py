@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 from tg import request_local
 
-from ._options import StreamError
 from ._thread import Record, thread
+from .options import StreamError
 
 if TYPE_CHECKING:
-    from ._body import Body
-    from ._database import Database
+    from .._database import Database
+    from .body import Body
 
 
 class Context:

@@ -18,8 +18,8 @@ from weakref import ref
 from tg.support.objectproxy import TurboGearsObjectProxy
 from webob.request import LimitedLengthFile
 
-from ._cleanup import close
-from ._options import Batched, StreamError
+from .cleanup import close
+from .options import Batched, StreamError
 
 
 def resolve_proxy(value: Any) -> Any:

@@ -11,7 +11,7 @@ from itertools import chain
 from typing import Any
 from urllib.parse import quote
 
-from ._options import Format, Options, StreamError
+from .options import Format, Options, StreamError
 
 
 def charset_in(content_type: str | None) -> str | None:

@@ -10,17 +10,17 @@ import threading
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from ._body import Body
-from ._cleanup import close
-from ._heart import beating
-from ._options import Commit, Format, Options, StreamError, check
 from ._plan import Plan
-from ._seats import Seat
-from ._source import claim, is_iterable, open_source, resolve_proxy, source_of
 from ._thread import thread
+from .body import Body
+from .cleanup import close
+from .heartbeat import beating
+from .limits import Seat
+from .options import Commit, Format, Options, StreamError, check
+from .source import claim, is_iterable, open_source, resolve_proxy, source_of
 
 if TYPE_CHECKING:
-    from ._database import Database
+    from .._database import Database
 
 
 class Stream:

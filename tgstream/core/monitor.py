@@ -28,14 +28,14 @@ import weakref
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ._advice import LONG, look
+from .._advice import LONG, look
+from .._feed import wake
 from ._client import has_left
-from ._feed import wake
 from ._plan import clock
 
 if TYPE_CHECKING:
-    from ._body import Body
-    from ._report import Reason
+    from .body import Body
+    from .report import Reason
 
 log = logging.getLogger("tgstream")
 

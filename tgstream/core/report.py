@@ -15,13 +15,13 @@ from weakref import WeakSet
 
 import tg
 
-from ._options import StreamError
 from ._plan import clock
+from .options import StreamError
 
 if TYPE_CHECKING:
     from sqlalchemy.orm import Session
 
-    from ._body import Body
+    from .body import Body
 
 log = logging.getLogger("tgstream")
 

@@ -10,10 +10,10 @@ from collections.abc import Iterator, Sequence
 from itertools import chain, islice
 from typing import Any, Protocol
 
-from ._cleanup import close
-from ._options import StreamError, check_charset
+from ..formats.protocols import Passed, batches_of, encoder_of, is_batched, parts_of
 from ._plan import Plan, clock
-from .formats.protocols import Passed, batches_of, encoder_of, is_batched, parts_of
+from .cleanup import close
+from .options import StreamError, check_charset
 
 LARGEST = 1 << 20
 """Bytes of a chunk that is made of batches, at most, if no more were asked for."""

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
-from ._options import Format
+from .options import Format
 
 clock = time.perf_counter
 

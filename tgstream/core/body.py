@@ -53,21 +53,21 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from webob.exc import HTTPException
 from webob.request import DisconnectionError
 
-from . import _report
-from ._advice import advise_if_buffered
-from ._chunks import Chunks, StreamEnding
-from ._cleanup import close, first_error
+from .._advice import advise_if_buffered
+from . import report as _report
 from ._client import has_left
-from ._context import Context
-from ._options import StreamError
 from ._plan import Plan, clock
-from ._report import Outcome, Reason
-from ._watch import has_greenlets, is_collecting, monitor
+from .chunks import Chunks, StreamEnding
+from .cleanup import close, first_error
+from .context import Context
+from .monitor import has_greenlets, is_collecting, monitor
+from .options import StreamError
+from .report import Outcome, Reason
 
 if TYPE_CHECKING:
-    from ._database import Database
-    from ._seats import Seat
-    from ._stream import Stream
+    from .._database import Database
+    from .limits import Seat
+    from .stream import Stream
 
 
 class State(Enum):

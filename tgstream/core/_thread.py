@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 from tg import request_local
 
 if TYPE_CHECKING:
-    from ._body import Body
-    from ._database import Database
-    from ._registry import Registry
+    from .._database import Database
+    from .._registry import Registry
+    from .body import Body
 
 
 class Record:

@@ -1,0 +1,1 @@
+"""One stream: from its items to its end."""
