@@ -36,7 +36,7 @@ from tgstream import (
 )
 from tgstream._feed import Feed, Start, follow
 from tgstream._memory import KEPT
-from tgstream._outbox import send
+from tgstream.database.on_commit import send
 from tgstream.testing import OpenStream, open_stream
 
 numbers = count()

@@ -1936,7 +1936,7 @@ try:
     get(app, '/?fail=1')
 except ValueError:
     print('raised')
-for name in ('zope.sqlalchemy', 'transaction', 'tgstream._database'):
+for name in ('zope.sqlalchemy', 'transaction', 'tgstream.database.database'):
     print(name, name in sys.modules)
 """
 
@@ -1951,7 +1951,7 @@ def test_stream_without_sqlalchemy_imports_none_of_it() -> None:
         "raised",
         "zope.sqlalchemy False",
         "transaction False",
-        "tgstream._database False",
+        "tgstream.database.database False",
     ]
 
 

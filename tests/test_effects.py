@@ -14,8 +14,8 @@ from tests.conftest import MakeApp, Root, assert_clean
 from tests.model import MakeModel, Note, User
 from tests.wsgi import get
 from tgstream import rows
-from tgstream._effects import is_query, only_reads
-from tgstream._transaction import KEPT
+from tgstream.database.effects import is_query, only_reads
+from tgstream.database.transaction import KEPT
 
 OTHER = aliased(User)
 READS: list[Any] = [

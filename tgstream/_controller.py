@@ -20,7 +20,6 @@ from webob import Response
 from webob.exc import HTTPException
 
 from ._guard import Guard, check_headers, end_previous, send_off, watch_exit
-from ._registry import registry
 from .core import context as _context
 from .core._plan import Plan
 from .core.headers import charset_in, has_no_body, set_headers
@@ -29,10 +28,11 @@ from .core.options import Commit, Format, Options, check
 from .core.settings import option, scoped_sessions, tm_enabled
 from .core.source import is_for_a_stream, is_streamed, not_streamed, resolve_proxy
 from .core.stream import Stream
+from .database.registry import registry
 
 if TYPE_CHECKING:
-    from ._database import Database
     from .core.body import Body
+    from .database.database import Database
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -318,7 +318,7 @@ def _database_of(tg_locals: Any) -> Database | None:
 @lru_cache
 def _database_class() -> Any:
     """Imported where an application has sessions or transactions, and only there."""
-    return importlib.import_module("tgstream._database").Database
+    return importlib.import_module("tgstream.database.database").Database
 
 
 HOOKS = _Hooks(before_render=_before_render, after_wsgi_middlewares=Guard)

@@ -10,9 +10,9 @@ from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
-from ._reading import Sizes, check_commits, opened
 from ._rows import Rows, check_session, session_of
 from .core.options import StreamError
+from .database.cursors import Sizes, check_commits, opened
 from .formats.csv import CSV
 from .formats.protocols import Passed
 
@@ -63,8 +63,8 @@ class Copy:
 
     def batches(self) -> Generator[Sequence[bytes], None, None]:
         """The blocks, one at a time; close it to end the copying."""
-        from ._effects import is_query
         from ._statement import compiled
+        from .database.effects import is_query
 
         session = session_of("copy", self._session, self._prepared.session)
         check_commits("copy", session)

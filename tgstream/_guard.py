@@ -21,7 +21,7 @@ from .core.report import Outcome
 from .core.stream import Stream
 
 if TYPE_CHECKING:
-    from ._database import Database
+    from .database.database import Database
 
 
 _ATTEMPT = "tgstream.attempt"

@@ -13,10 +13,10 @@ import sqlalchemy as sa
 from sqlalchemy.engine import result_tuple
 from sqlalchemy.sql import visitors
 
-from ._effects import lock_of, writes
 from ._key import bind, in_selection, may_tie, raw_of, same, selected, terms_of
-from ._reading import Sizes
 from .core.options import StreamError
+from .database.cursors import Sizes
+from .database.effects import lock_of, writes
 
 Fetch = Callable[[Any], tuple[list[str], Sequence[Any]]]
 

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import tg
 
-from ._reading import (
+from .core.options import StreamError
+from .core.settings import scoped_sessions
+from .database.cursors import (
     Sizes,
     check_commits,
     database_of,
@@ -20,17 +22,15 @@ from ._reading import (
     opened,
     watch,
 )
-from .core.options import StreamError
-from .core.settings import scoped_sessions
 from .formats.protocols import BATCH
 
 if TYPE_CHECKING:
     import sqlalchemy as sa
     from sqlalchemy.orm import Session
 
-    from ._database import Database
     from ._keyset import Keyset
     from ._statement import Prepared
+    from .database.database import Database
 
 
 def rows(
@@ -171,8 +171,8 @@ class Rows:
         database: Database | None,
     ) -> Iterator[Sequence[Any]]:
         """The batches; OtherEngine before the first if the dialect is not this one."""
-        from ._effects import only_reads
         from ._statement import OtherEngine, execute
+        from .database.effects import only_reads
 
         name = f"{dialect.name}+{dialect.driver}"
         may_write = not only_reads(keyset.statement)

@@ -16,10 +16,10 @@ from urllib.parse import parse_qs, urlsplit
 import tg
 
 from ._memory import Memory
-from ._outbox import send
 from .core import context as _context
 from .core.report import log
 from .core.settings import option
+from .database.on_commit import send
 from .formats.sse import Event, check_type, encoded
 
 __all__ = ["Channel"]

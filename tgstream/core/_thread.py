@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from tg import request_local
 
 if TYPE_CHECKING:
-    from .._database import Database
-    from .._registry import Registry
+    from ..database.database import Database
+    from ..database.registry import Registry
     from .body import Body
 
 

@@ -65,7 +65,7 @@ from .options import StreamError
 from .report import Outcome, Reason
 
 if TYPE_CHECKING:
-    from .._database import Database
+    from ..database.database import Database
     from .limits import Seat
     from .stream import Stream
 

@@ -19,7 +19,7 @@ from ._thread import Record, thread
 from .options import StreamError
 
 if TYPE_CHECKING:
-    from .._database import Database
+    from ..database.database import Database
     from .body import Body
 
 

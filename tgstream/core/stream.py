@@ -20,7 +20,7 @@ from .options import Commit, Format, Options, StreamError, check
 from .source import claim, is_iterable, open_source, resolve_proxy, source_of
 
 if TYPE_CHECKING:
-    from .._database import Database
+    from ..database.database import Database
 
 
 class Stream:

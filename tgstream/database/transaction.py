@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import transaction
 from transaction.weakset import WeakSet
 
+from ..core.report import binds_of, cursor_open, tell_not_atomic
 from ._postgresql import refuse_failed
-from .core.report import binds_of, cursor_open, tell_not_atomic
 
 if TYPE_CHECKING:
     from sqlalchemy.orm import Session

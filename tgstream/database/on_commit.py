@@ -16,10 +16,10 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary, WeakSet
 
-from .core import context as _context
-from .core._thread import thread
-from .core.report import log
-from .core.settings import scoped_sessions, tm_enabled
+from ..core import context as _context
+from ..core._thread import thread
+from ..core.report import log
+from ..core.settings import scoped_sessions, tm_enabled
 
 if TYPE_CHECKING:
     from sqlalchemy.orm import Session, SessionTransaction

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import transaction
 
-from ._objects import attach, keeping_values, take
-from ._outbox import unsent
-from ._registry import Registry
-from ._transaction import Manager, Member
-from .core.cleanup import first_error
-from .core.report import tell_shared, tell_unclosed
+from ..core.cleanup import first_error
+from ..core.report import tell_shared, tell_unclosed
+from .handover import attach, keeping_values, take
+from .on_commit import unsent
+from .registry import Registry
+from .transaction import Manager, Member
 
 if TYPE_CHECKING:
     from sqlalchemy.orm import Session

@@ -11,16 +11,16 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
-from .core._thread import thread
-from .core.report import cursor_open
-from .core.stream import current_stream
-from .formats.protocols import largest_of
+from ..core._thread import thread
+from ..core.report import cursor_open
+from ..core.stream import current_stream
+from ..formats.protocols import largest_of
 
 if TYPE_CHECKING:
     from sqlalchemy.orm import Session
 
-    from ._database import Database
-    from ._transaction import Member
+    from .database import Database
+    from .transaction import Member
 
 OWN = "tgstream_rows"
 """The execution option of the statements that rows() and copy() run."""
@@ -109,7 +109,7 @@ def _judge(session: Session, member: Member) -> None:
     It must if the application wrote in it, or ran a statement that may have done more
     than read: a lock or a SET LOCAL would be lost.
     """
-    from ._transaction import KEPT
+    from .transaction import KEPT
 
     member.changed = member.changed or any(map(has_written, member.connections))
     if len(member.statements) >= KEPT or not all(
@@ -124,7 +124,7 @@ def _is_reading(statement: Any, connections: Iterable[Any]) -> bool:
 
     On SQLite no select() can, without an INSERT, UPDATE or DELETE.
     """
-    from ._effects import is_query, only_reads
+    from .effects import is_query, only_reads
 
     if all(each.dialect.name == "sqlite" for each in connections):
         return is_query(statement)

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from .core._thread import thread
+from ..core._thread import thread
 
 if TYPE_CHECKING:
     from sqlalchemy.orm import Session, scoped_session
