@@ -13,7 +13,8 @@ from sqlalchemy.orm import Session
 from tests.conftest import MakeApp, Root, assert_clean
 from tests.model import MakeModel, Model, Note, User
 from tests.wsgi import get
-from tgstream import CSV, StreamError, _cursor, copy, rows
+from tgstream import CSV, StreamError, copy, rows
+from tgstream.exports import server_side_cursor as _cursor
 from tgstream.formats.protocols import Passed
 
 # Statements and connections that have a cursor.

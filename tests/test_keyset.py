@@ -27,7 +27,7 @@ from tests.conftest import MakeApp, Root, assert_clean, pool
 from tests.model import MakeModel, Model, Note, User
 from tests.wsgi import Call, get
 from tgstream import StreamError, copy, rows
-from tgstream._key import terms_of
+from tgstream.exports.keyset_columns import terms_of
 
 Fill = Callable[..., sa.Table]
 

@@ -10,8 +10,8 @@ from sqlalchemy.dialects import mysql
 
 from tests.model import Model
 from tgstream import StreamError
-from tgstream._key import terms_of
-from tgstream._mysql import alone, compares
+from tgstream.exports.keyset_columns import terms_of
+from tgstream.exports.mysql import alone, compares
 
 
 class Letters(sa.types.TypeDecorator[Any]):

@@ -15,9 +15,7 @@ stream's own, with a transaction that is committed when the generator ends.
 """
 
 from ._controller import stream
-from ._copy import copy
 from ._resume import last_event_id
-from ._rows import rows
 from ._templates import render
 from .channels import Channel
 from .core.monitor import drain
@@ -25,6 +23,8 @@ from .core.options import Batched, Format, StreamError
 from .core.report import Report
 from .core.settings import plugme
 from .core.stream import Stream, commit, current_stream, flush, rollback
+from .exports.copy import copy
+from .exports.rows import rows
 from .formats.csv import CSV
 from .formats.json import NDJSON, JSONArray
 from .formats.sse import SSE, Event

@@ -56,7 +56,9 @@ def _is_statement(value: Any) -> bool:
     """True for what ``rows()`` takes; nothing is imported to find out."""
     if "sqlalchemy.orm" not in sys.modules:
         return False
-    kinds: tuple[type, ...] = importlib.import_module("tgstream._statement").KINDS
+    kinds: tuple[type, ...] = importlib.import_module(
+        "tgstream.exports.statement"
+    ).KINDS
     return isinstance(value, kinds)
 
 
@@ -100,7 +102,7 @@ def source_of(items: Any) -> Any:
             "statement (select(), a Query), or run it inside a generator"
         )
     if _is_statement(items):
-        return importlib.import_module("tgstream._rows").rows(items)
+        return importlib.import_module("tgstream.exports.rows").rows(items)
     return items
 
 

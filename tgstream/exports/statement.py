@@ -16,9 +16,9 @@ from sqlalchemy.engine.default import DefaultDialect
 from sqlalchemy.orm import Bundle, Load, Mapper, Query, Session
 from sqlalchemy.orm.attributes import QueryableAttribute
 
-from .core.options import StreamError
-from .database.cursors import OWN
-from .formats.fields import mapped_columns
+from ..core.options import StreamError
+from ..database.cursors import OWN
+from ..formats.fields import mapped_columns
 
 KINDS = sa.Select, sa.CompoundSelect, sa.TextualSelect, sa.TextClause, Query
 

@@ -14,10 +14,10 @@ from weakref import WeakSet
 
 import sqlalchemy as sa
 
-from .core._plan import clock
-from .core.report import log
-from .database.cursors import OWN
-from .database.effects import is_query
+from ..core._plan import clock
+from ..core.report import log
+from ..database.cursors import OWN
+from ..database.effects import is_query
 
 WRITERS_WAIT = 5.0
 """Seconds that sqlite3 waits for a lock by default, before it raises an error."""

@@ -10,17 +10,17 @@ from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
-from ._rows import Rows, check_session, session_of
-from .core.options import StreamError
-from .database.cursors import Sizes, check_commits, opened
-from .formats.csv import CSV
-from .formats.protocols import Passed
+from ..core.options import StreamError
+from ..database.cursors import Sizes, check_commits, opened
+from ..formats.csv import CSV
+from ..formats.protocols import Passed
+from .rows import Rows, check_session, session_of
 
 if TYPE_CHECKING:
     import sqlalchemy as sa
     from sqlalchemy.orm import Session
 
-    from ._statement import Prepared
+    from .statement import Prepared
 
 LINES = 256
 """Lines of a block, at most: psycopg gives one at a time; more leave a CPU's cache."""
@@ -41,7 +41,7 @@ def copy(statement: Any, *, header: bool = True, session: Any = None) -> Copy:
     :raises TypeError: when an argument is of a wrong kind.
     :raises StreamError: when the statement has run already.
     """
-    from ._statement import prepared
+    from .statement import prepared
 
     return Copy(prepared("copy", statement), header, check_session("copy", session))
 
@@ -63,8 +63,8 @@ class Copy:
 
     def batches(self) -> Generator[Sequence[bytes], None, None]:
         """The blocks, one at a time; close it to end the copying."""
-        from ._statement import compiled
-        from .database.effects import is_query
+        from ..database.effects import is_query
+        from .statement import compiled
 
         session = session_of("copy", self._session, self._prepared.session)
         check_commits("copy", session)

@@ -13,10 +13,18 @@ import sqlalchemy as sa
 from sqlalchemy.engine import result_tuple
 from sqlalchemy.sql import visitors
 
-from ._key import bind, in_selection, may_tie, raw_of, same, selected, terms_of
-from .core.options import StreamError
-from .database.cursors import Sizes
-from .database.effects import lock_of, writes
+from ..core.options import StreamError
+from ..database.cursors import Sizes
+from ..database.effects import lock_of, writes
+from .keyset_columns import (
+    bind,
+    in_selection,
+    may_tie,
+    raw_of,
+    same,
+    selected,
+    terms_of,
+)
 
 Fetch = Callable[[Any], tuple[list[str], Sequence[Any]]]
 

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import tg
 
-from .core.options import StreamError
-from .core.settings import scoped_sessions
-from .database.cursors import (
+from ..core.options import StreamError
+from ..core.settings import scoped_sessions
+from ..database.cursors import (
     Sizes,
     check_commits,
     database_of,
@@ -22,15 +22,15 @@ from .database.cursors import (
     opened,
     watch,
 )
-from .formats.protocols import BATCH
+from ..formats.protocols import BATCH
 
 if TYPE_CHECKING:
     import sqlalchemy as sa
     from sqlalchemy.orm import Session
 
-    from ._keyset import Keyset
-    from ._statement import Prepared
-    from .database.database import Database
+    from ..database.database import Database
+    from .keyset import Keyset
+    from .statement import Prepared
 
 
 def rows(
@@ -73,7 +73,7 @@ def rows(
     :raises StreamError: when the statement has run already, or cannot be read by key:
         it locks rows, writes, or has an order of its own.
     """
-    from ._statement import prepared
+    from .statement import prepared
 
     if not isinstance(batch, int) or isinstance(batch, bool) or batch < 1:
         raise ValueError(
@@ -82,7 +82,7 @@ def rows(
     found = prepared("rows", statement)
     keyset = None
     if key is not None:
-        from ._keyset import Keyset
+        from .keyset import Keyset
 
         keyset = Keyset(found.statement, key, after)
     elif after is not None:
@@ -118,9 +118,9 @@ class Rows:
             yield from self._by_key(session, self._keyset)
 
     def _by_cursor(self, session: Session) -> Iterator[Sequence[Any]]:
-        from ._cursor import WriterWatch, cursor_options
-        from ._mysql import NAMES, alone
-        from ._statement import execute
+        from .mysql import NAMES, alone
+        from .server_side_cursor import WriterWatch, cursor_options
+        from .statement import execute
 
         check_commits("rows", session)
         connections: list[sa.Connection] = []
@@ -147,7 +147,7 @@ class Rows:
                 batch = result.fetchmany(sizes.size)
 
     def _by_key(self, session: Session, keyset: Keyset) -> Iterator[Sequence[Any]]:
-        from ._statement import OtherEngine, dialect_of
+        from .statement import OtherEngine, dialect_of
 
         database = database_of(session)
         if database is not None:
@@ -171,8 +171,8 @@ class Rows:
         database: Database | None,
     ) -> Iterator[Sequence[Any]]:
         """The batches; OtherEngine before the first if the dialect is not this one."""
-        from ._statement import OtherEngine, execute
-        from .database.effects import only_reads
+        from ..database.effects import only_reads
+        from .statement import OtherEngine, execute
 
         name = f"{dialect.name}+{dialect.driver}"
         may_write = not only_reads(keyset.statement)
@@ -201,7 +201,7 @@ class Rows:
                 yield batch
 
     def _fields(self, result: sa.Result[Any]) -> list[str]:
-        from ._statement import fields_of
+        from .statement import fields_of
 
         return fields_of("rows", result)
 

@@ -13,8 +13,8 @@ import sqlalchemy as sa
 from sqlalchemy.sql import operators, visitors
 from sqlalchemy.types import NullType
 
-from . import _mysql as mysql
-from .core.options import StreamError
+from ..core.options import StreamError
+from . import mysql as mysql
 
 NULLS_ARE_LARGE = frozenset({"postgresql", "oracle"})
 NULLS_ARE_SMALL = frozenset({"sqlite", "mysql", "mariadb", "mssql"})
