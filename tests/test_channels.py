@@ -29,14 +29,14 @@ from tgstream import (
     Event,
     Report,
     Stream,
-    _feed,
     last_event_id,
     rollback,
     stream,
 )
-from tgstream._feed import Feed, Start, follow
-from tgstream._memory import KEPT
 from tgstream.database.on_commit import send
+from tgstream.live import history as _feed
+from tgstream.live.backends.memory import KEPT
+from tgstream.live.history import Feed, Start, follow
 from tgstream.testing import OpenStream, open_stream
 
 numbers = count()
@@ -308,7 +308,7 @@ def test_shorter_beat_is_kept_beside_a_longer_one() -> None:
 KILLED = """
 from gevent import monkey; monkey.patch_all()
 import gevent
-from tgstream._feed import BEAT, Feed
+from tgstream.live.history import BEAT, Feed
 feed = Feed((1, 0), 10)
 looks, waits = (gevent.spawn(feed.take, 0, 600.0) for _ in range(2))
 gevent.sleep(0)
@@ -323,7 +323,8 @@ if sys.argv[1] == "gevent":
     from gevent import monkey; monkey.patch_all()
 import faulthandler; faulthandler.dump_traceback_later(50, exit=True)
 from itertools import islice
-from tgstream import Channel, _feed
+from tgstream import Channel
+from tgstream.live import history as _feed
 
 ROUNDS = 1000
 channel, other = Channel("one"), Channel("two")
@@ -392,7 +393,8 @@ INTERRUPTED = """
 import faulthandler, sys
 faulthandler.dump_traceback_later(50, exit=True)
 from itertools import islice
-from tgstream import Channel, _feed
+from tgstream import Channel
+from tgstream.live import history as _feed
 
 ACTIONS = {
     "publish": lambda: channel.publish("before"),

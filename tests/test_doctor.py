@@ -846,7 +846,7 @@ def test_query_of_a_redis_that_is_tgstreams_is_told() -> None:
 def test_missing_package_redis_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is an extra of tgstream."""
     monkeypatch.setitem(sys.modules, "redis", None)
-    monkeypatch.delitem(sys.modules, "tgstream._redis", raising=False)
+    monkeypatch.delitem(sys.modules, "tgstream.live.backends.redis", raising=False)
     found = channels("redis://127.0.0.1/0")
     assert found.mark == "FAIL"
     assert "the package redis is not installed" in found.found

@@ -22,9 +22,9 @@ from tests.test_channels import Live, assert_reset, heard, id_of
 from tests.valkey import Valkey
 from tests.wsgi import get
 from tgstream import Channel, Event
-from tgstream._feed import Feed
-from tgstream._redis import Redis
 from tgstream._settings import settings
+from tgstream.live.backends.redis import Redis
+from tgstream.live.history import Feed
 from tgstream.testing import open_stream
 
 numbers = count()
@@ -113,7 +113,7 @@ def test_redis_hands_on_between_processes(
     events = Channel(name).listen()
     assert heard(events, 1) == ["open"]
     publish = (
-        "import sys; from tgstream._redis import Redis\n"
+        "import sys; from tgstream.live.backends.redis import Redis\n"
         "Redis(sys.argv[1], 9).publish(sys.argv[2], '{\"a\":\"é\\\\nb\"}', 'greeting')"
     )
     subprocess.run([sys.executable, "-c", publish, server.url, name], check=True)
@@ -404,7 +404,7 @@ def test_redis_is_asked_for_where_it_is_not_installed(
     """The error says what to install; memory:// needs none."""
     make_app(TGController(), tgstream__channels=f"{server.url}?db=1")
     monkeypatch.setitem(sys.modules, "redis", None)
-    monkeypatch.delitem(sys.modules, "tgstream._redis")
+    monkeypatch.delitem(sys.modules, "tgstream.live.backends.redis")
     with pytest.raises(ImportError, match=r"pip install 'tgstream\[redis\]'"):
         Channel(name).publish("x")
     make_app(TGController(), tgstream__channels="memory://")

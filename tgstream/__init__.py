@@ -15,7 +15,6 @@ stream's own, with a transaction that is committed when the generator ends.
 """
 
 from ._controller import stream
-from ._resume import last_event_id
 from ._templates import render
 from .channels import Channel
 from .core.monitor import drain
@@ -28,6 +27,7 @@ from .exports.rows import rows
 from .formats.csv import CSV
 from .formats.json import NDJSON, JSONArray
 from .formats.sse import SSE, Event
+from .live._resume import last_event_id
 
 __all__ = [
     "CSV",

@@ -29,7 +29,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .._advice import LONG, look
-from .._feed import wake
+from ..live.history import wake
 from ._client import has_left
 from ._plan import clock
 

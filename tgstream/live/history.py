@@ -26,7 +26,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from weakref import WeakValueDictionary
 
-from .formats.sse import Event
+from ..formats.sse import Event
 
 Key = tuple[int, int]
 """The place of an event among all others: it has only to grow."""

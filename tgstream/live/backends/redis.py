@@ -15,11 +15,11 @@ from contextlib import suppress
 from typing import Any
 from weakref import WeakValueDictionary
 
-from ._feed import BEAT, Feed, Key, Start, follow, opened, reset
+from ...core._plan import clock
+from ...core.report import log
+from ...formats.sse import Event
+from ..history import BEAT, Feed, Key, Start, follow, opened, reset
 from ._redis_streams import Streams, id_of, key_of
-from .core._plan import clock
-from .core.report import log
-from .formats.sse import Event
 
 try:
     import redis

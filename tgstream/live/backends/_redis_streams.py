@@ -10,8 +10,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from ._feed import Key, reset
-from .formats.sse import Event, sealed
+from ...formats.sse import Event, sealed
+from ..history import Key, reset
 
 Entry = tuple[Key, Event]
 

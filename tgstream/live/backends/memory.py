@@ -13,8 +13,8 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from weakref import WeakValueDictionary
 
-from ._feed import Feed, Key, Start, follow, in_turn, opened, reset
-from .formats.sse import Event, Message
+from ...formats.sse import Event, Message
+from ..history import Feed, Key, Start, follow, in_turn, opened, reset
 
 KEPT = 10_000
 """Channels whose history is kept while nobody listens; the names may be users'."""

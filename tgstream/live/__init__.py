@@ -1,0 +1,1 @@
+"""Events between requests, processes and machines."""
