@@ -314,7 +314,7 @@ def test_worker_for_one_request_at_a_time_is_told_of(
 ) -> None:
     """When a stream has held it for long; that is ten seconds, here less."""
     monkeypatch.setattr(tgstream.core.monitor, "LONG", 0.05)
-    monkeypatch.setattr(tgstream._advice, "LONG", 0.05)
+    monkeypatch.setattr(tgstream.turbogears.diagnostics, "LONG", 0.05)
     environ: dict[str, Any] = {"wsgi.multithread": False, "wsgi.multiprocess": False}
     options = {"tgstream__idle_seconds": 0}
     app = make_app(Words(), **options)

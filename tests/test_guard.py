@@ -28,7 +28,7 @@ from tests.conftest import MakeApp, assert_clean, assert_thread_clean
 from tests.model import Model, User
 from tests.wsgi import Call, get
 from tgstream import Report, Stream, StreamError, current_stream, drain, stream
-from tgstream._guard import Guard
+from tgstream.turbogears.guard import Guard
 
 TRACED = {"debug": False, "trace_errors__enable": True}
 UNTRACED = {"debug": False, "trace_errors__enable": False}

@@ -20,7 +20,7 @@ from tests.model import Model, User
 from tests.test_context import on_another_thread
 from tests.wsgi import Call, get
 from tgstream import Stream, StreamError, stream
-from tgstream._templates import render
+from tgstream.turbogears.templates import render
 
 FOLDER = Path(__file__).parent / "templates"
 STREAMED = ["kajiki", "jinja", "genshi"]

@@ -14,8 +14,6 @@ While the generator runs, TG's request and context are bound, and ``DBSession`` 
 stream's own, with a transaction that is committed when the generator ends.
 """
 
-from ._controller import stream
-from ._templates import render
 from .channels import Channel
 from .core.monitor import drain
 from .core.options import Batched, Format, StreamError
@@ -28,6 +26,8 @@ from .formats.csv import CSV
 from .formats.json import NDJSON, JSONArray
 from .formats.sse import SSE, Event
 from .live._resume import last_event_id
+from .turbogears.hooks import stream
+from .turbogears.templates import render
 
 __all__ = [
     "CSV",

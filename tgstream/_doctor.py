@@ -86,7 +86,9 @@ def _unreached(exchange: Exchange, path: str) -> Finding:
 
 
 def _streams(loaded: Loaded, probe: Probe, path: str) -> Iterator[Finding]:
-    guarded = any(each.name == "tgstream._guard.Guard" for each in probe.layers)
+    guarded = any(
+        each.name == "tgstream.turbogears.guard.Guard" for each in probe.layers
+    )
     yield Finding(OK, "middlewares", ", ".join(_short(n.name) for n in probe.layers))
     yield _guard(guarded, loaded.imported)
     asked = _Asked(loaded.app, path, probe)

@@ -32,7 +32,7 @@ class LoadError(Exception):
 
 def forget() -> None:
     """Take tgstream away again, as if nobody had imported it in this process."""
-    sys.modules["tgstream._controller"].HOOKS.clear()
+    sys.modules["tgstream.turbogears.hooks"].HOOKS.clear()
     for name in [*sys.modules]:
         if name.partition(".")[0] == "tgstream":
             del sys.modules[name]

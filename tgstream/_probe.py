@@ -21,9 +21,9 @@ from typing import Any
 import tg
 from tg import TGController, expose
 
-from ._advice import _reader
-from ._controller import stream
 from ._layers import KEY, Layer, meet_callers
+from .turbogears.diagnostics import _reader
+from .turbogears.hooks import stream
 
 ITEMS = 64
 """So many that what is held back by the block is told from what is collected."""

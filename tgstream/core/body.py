@@ -53,7 +53,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from webob.exc import HTTPException
 from webob.request import DisconnectionError
 
-from .._advice import advise_if_buffered
+from ..turbogears.diagnostics import advise_if_buffered
 from . import report as _report
 from ._client import has_left
 from ._plan import Plan, clock

@@ -28,8 +28,8 @@ import weakref
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .._advice import LONG, look
 from ..live.history import wake
+from ..turbogears.diagnostics import LONG, look
 from ._client import has_left
 from ._plan import clock
 

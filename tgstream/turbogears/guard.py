@@ -12,16 +12,16 @@ from collections.abc import Iterator
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from ._advice import KEY, advise, advise_if_unguarded, advise_of_dropped
-from .core.body import Body
-from .core.cleanup import close, first_error
-from .core.headers import check_sendable, drop_hop_by_hop, has_no_body, is_clean
-from .core.options import StreamError
-from .core.report import Outcome
-from .core.stream import Stream
+from ..core.body import Body
+from ..core.cleanup import close, first_error
+from ..core.headers import check_sendable, drop_hop_by_hop, has_no_body, is_clean
+from ..core.options import StreamError
+from ..core.report import Outcome
+from ..core.stream import Stream
+from .diagnostics import KEY, advise, advise_if_unguarded, advise_of_dropped
 
 if TYPE_CHECKING:
-    from .database.database import Database
+    from ..database.database import Database
 
 
 _ATTEMPT = "tgstream.attempt"

@@ -15,10 +15,10 @@ from typing import Any
 import tg
 from tg.render import MissingRendererError, _get_tg_vars
 
-from .core import context as _context
-from .core.cleanup import close, first_error
-from .core.options import StreamError
-from .core.settings import option
+from ..core import context as _context
+from ..core.cleanup import close, first_error
+from ..core.options import StreamError
+from ..core.settings import option
 
 
 def render(template: str, /, **variables: Any) -> Iterator[str]:

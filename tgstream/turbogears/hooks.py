@@ -19,20 +19,20 @@ from tg.support.converters import asbool
 from webob import Response
 from webob.exc import HTTPException
 
-from ._guard import Guard, check_headers, end_previous, send_off, watch_exit
-from .core import context as _context
-from .core._plan import Plan
-from .core.headers import charset_in, has_no_body, set_headers
-from .core.limits import held, take
-from .core.options import Commit, Format, Options, check
-from .core.settings import option, scoped_sessions, tm_enabled
-from .core.source import is_for_a_stream, is_streamed, not_streamed, resolve_proxy
-from .core.stream import Stream
-from .database.registry import registry
+from ..core import context as _context
+from ..core._plan import Plan
+from ..core.headers import charset_in, has_no_body, set_headers
+from ..core.limits import held, take
+from ..core.options import Commit, Format, Options, check
+from ..core.settings import option, scoped_sessions, tm_enabled
+from ..core.source import is_for_a_stream, is_streamed, not_streamed, resolve_proxy
+from ..core.stream import Stream
+from ..database.registry import registry
+from .guard import Guard, check_headers, end_previous, send_off, watch_exit
 
 if TYPE_CHECKING:
-    from .core.body import Body
-    from .database.database import Database
+    from ..core.body import Body
+    from ..database.database import Database
 
 F = TypeVar("F", bound=Callable[..., Any])
 

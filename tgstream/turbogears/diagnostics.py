@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from tg.support.converters import asbool
 
 if TYPE_CHECKING:
-    from .core.body import Body
+    from ..core.body import Body
 
 log = logging.getLogger("tgstream")
 LONG = 10.0
