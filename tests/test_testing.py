@@ -24,8 +24,9 @@ from tg import TGController, expose
 
 from tests.conftest import MakeApp
 from tests.model import MakeModel, Model, User
-from tgstream import CSV, NDJSON, SSE, Event, JSONArray, Stream, _items, stream
+from tgstream import CSV, NDJSON, SSE, Event, JSONArray, Stream, stream
 from tgstream.testing import OpenStream, assert_clean, open_stream
+from tgstream.testing import decoders as _items
 
 DOCS = Path(__file__).parents[1] / "docs"
 FORMATS: dict[str, Any] = {"array": JSONArray, "lines": NDJSON, "csv": CSV, "sse": SSE}

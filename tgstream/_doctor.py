@@ -12,12 +12,12 @@ from . import _proofs
 from ._exchange import Exchange
 from ._findings import FAIL, NOTE, OK, WARN, Finding, raised_at, said
 from ._layers import followed, short
-from ._leaks import assert_clean
 from ._loading import Loaded, LoadError, options
 from ._probe import Probe, installed
 from ._proofs import GZIP, TYPES, Proof, culprit, of_type
 from ._settings import options as check_options
 from ._settings import settings
+from .testing.leaks import assert_clean
 
 PLUG = "In config/app_cfg.py: import tgstream; tgstream.plugme(base_config)."
 

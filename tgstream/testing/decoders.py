@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from .formats.sse import Event
+from ..formats.sse import Event
 
 
 def text(chunks: Iterable[bytes], charset: str | None) -> Iterator[str]:

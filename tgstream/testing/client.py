@@ -16,12 +16,12 @@ import tg
 from webob import Request
 from webob.headers import ResponseHeaders
 
-from . import _items
-from ._leaks import assert_clean
-from .core.cleanup import close
-from .core.headers import charset_in
-from .core.report import Report
-from .formats.sse import Event
+from ..core.cleanup import close
+from ..core.headers import charset_in
+from ..core.report import Report
+from ..formats.sse import Event
+from . import decoders as _items
+from .leaks import assert_clean
 
 __all__ = ["OpenStream", "assert_clean", "open_stream"]
 
