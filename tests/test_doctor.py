@@ -20,12 +20,18 @@ from sqlalchemy.pool import NullPool
 
 from tests.conftest import MakeApp, assert_thread_clean
 from tests.servers.expected import EXPECTED
-from tgstream import _loading
 from tgstream.__main__ import main
-from tgstream._environment import BROKEN, compared, environment, is_below, server
-from tgstream._environment import SERVERS as DOCTORS_SERVERS
-from tgstream._findings import Finding, text_of
-from tgstream._settings import settings
+from tgstream.doctor import loader as _loading
+from tgstream.doctor.finding import Finding, text_of
+from tgstream.doctor.package_checks import (
+    BROKEN,
+    compared,
+    environment,
+    is_below,
+    server,
+)
+from tgstream.doctor.package_checks import SERVERS as DOCTORS_SERVERS
+from tgstream.doctor.settings_checks import settings
 
 APP = '''
 """An application as a quickstarted one, in one module."""
@@ -979,7 +985,7 @@ def test_doctor_runs_no_controller_and_leaves_nothing(
     [tg_app] = loaded.tg_apps
     files = {path for path in folder.rglob("*") if "__pycache__" not in path.parts}
     config, root = dict(tg_app.config), dict(tg_app.controller_instances)
-    from tgstream._doctor import examine
+    from tgstream.doctor.examine import examine
 
     examine("test.ini", loaded, "/anywhere")
     assert files == {

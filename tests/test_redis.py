@@ -22,7 +22,7 @@ from tests.test_channels import Live, assert_reset, heard, id_of
 from tests.valkey import Valkey
 from tests.wsgi import get
 from tgstream import Channel, Event
-from tgstream._settings import settings
+from tgstream.doctor.settings_checks import settings
 from tgstream.live.backends.redis import Redis
 from tgstream.live.history import Feed
 from tgstream.testing import open_stream

@@ -20,7 +20,7 @@ from tests.model import Model, Note, User
 from tests.pgbouncer.conftest import PgBouncer
 from tests.wsgi import get
 from tgstream import rows
-from tgstream._settings import settings
+from tgstream.doctor.settings_checks import settings
 
 EXPORTS = Path(tgstream.__file__).parents[1] / "docs" / "exports.rst"
 (LINE,) = re.findall(r'"sqlalchemy.connect_args": (\{.*?\})', EXPORTS.read_text())

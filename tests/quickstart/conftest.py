@@ -17,7 +17,7 @@ import pytest
 import tgstream
 from tests.conftest import LiveServer
 from tests.quickstart.tutorial import TUTORIAL, Block, apply, blocks
-from tgstream._environment import is_below
+from tgstream.doctor.package_checks import is_below
 
 QUICKSTARTS = {"full": ["quickstart"], "minimal": ["quickstart", "--minimal"]}
 PROBE = Block(

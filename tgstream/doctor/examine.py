@@ -8,16 +8,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from . import _proofs
-from ._exchange import Exchange
-from ._findings import FAIL, NOTE, OK, WARN, Finding, raised_at, said
-from ._layers import followed, short
-from ._loading import Loaded, LoadError, options
-from ._probe import Probe, installed
-from ._proofs import GZIP, TYPES, Proof, culprit, of_type
-from ._settings import options as check_options
-from ._settings import settings
-from .testing.leaks import assert_clean
+from ..testing.leaks import assert_clean
+from . import stream_checks as _proofs
+from .client import Exchange
+from .finding import FAIL, NOTE, OK, WARN, Finding, raised_at, said
+from .loader import Loaded, LoadError, options
+from .middleware_trace import followed, short
+from .probe import Probe, installed
+from .settings_checks import options as check_options
+from .settings_checks import settings
+from .stream_checks import GZIP, TYPES, Proof, culprit, of_type
 
 PLUG = "In config/app_cfg.py: import tgstream; tgstream.plugme(base_config)."
 

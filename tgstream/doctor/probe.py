@@ -21,9 +21,9 @@ from typing import Any
 import tg
 from tg import TGController, expose
 
-from ._layers import KEY, Layer, meet_callers
-from .turbogears.diagnostics import _reader
-from .turbogears.hooks import stream
+from ..turbogears.diagnostics import _reader
+from ..turbogears.hooks import stream
+from .middleware_trace import KEY, Layer, meet_callers
 
 ITEMS = 64
 """So many that what is held back by the block is told from what is collected."""

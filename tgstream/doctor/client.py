@@ -17,9 +17,9 @@ from tg.support.registry import Registry
 from webob import Request
 from webob.headers import ResponseHeaders
 
-from ._layers import KEY
-from ._probe import SIZE, Probe, items
-from .core.cleanup import close
+from ..core.cleanup import close
+from .middleware_trace import KEY
+from .probe import SIZE, Probe, items
 
 
 class Exchange:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from types import FrameType, FunctionType
 from typing import Any, NamedTuple
 
-from .turbogears.diagnostics import name_of
+from ..turbogears.diagnostics import name_of
 
 KEY = "tgstream.doctor"
 """Where a request carries its probe, in the environ."""

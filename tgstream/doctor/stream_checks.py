@@ -12,10 +12,10 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from ._exchange import Exchange
-from ._findings import said
-from ._layers import Layer
-from ._probe import ITEMS, Probe
+from .client import Exchange
+from .finding import said
+from .middleware_trace import Layer
+from .probe import ITEMS, Probe
 
 Proof = Callable[..., str]
 """``proof(app, path, inside=False)``."""

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator
 from importlib import metadata
 
-from ._findings import FAIL, NOTE, OK, WARN, Finding
+from .finding import FAIL, NOTE, OK, WARN, Finding
 
 EXTRAS = {
     "orjson": "JSON several times as quick",

@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Iterable
 from typing import NamedTuple
 
+_PACKAGE = os.path.dirname(os.path.dirname(__file__))
 WIDTH = 88
 _INDENT = 26
 
@@ -63,7 +64,7 @@ def raised_at(error: BaseException) -> str:
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         file = os.path.abspath(frame.filename)
         if not frame.filename.startswith("<") and not file.startswith(
-            (*installed, os.path.dirname(__file__))
+            (*installed, _PACKAGE)
         ):
             here = os.path.join(os.getcwd(), "")
             return f", in {file.removeprefix(here)}, line {frame.lineno}"

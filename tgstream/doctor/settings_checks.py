@@ -12,10 +12,10 @@ from urllib.parse import unquote
 
 from tg.support.converters import asbool
 
-from ._findings import FAIL, NOTE, OK, WARN, Finding, said
-from .core.report import binds_of_factory, is_shared
-from .core.settings import OPTIONS, option, scoped_sessions
-from .live.channel import REDIS, own_words, shown_url
+from ..core.report import binds_of_factory, is_shared
+from ..core.settings import OPTIONS, option, scoped_sessions
+from ..live.channel import REDIS, own_words, shown_url
+from .finding import FAIL, NOTE, OK, WARN, Finding, said
 
 Config = Mapping[str, Any]
 _OWN = {"tgstream.guard", "tgstream.said", "tgstream.looks", "tgstream.told_of_memory"}
@@ -92,7 +92,7 @@ def _channels(config: Config) -> Finding:
         found = f"{shown} says {', '.join(own)}, which tgstream sets itself"
         return Finding(FAIL, "channels", found, "Leave it out, behind the '?'.")
     try:
-        from .live.backends.redis import reach
+        from ..live.backends.redis import reach
 
         reach(url)
     except ImportError:

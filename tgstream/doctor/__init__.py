@@ -1,0 +1,1 @@
+"""Checks of an application: whether its streams reach the client."""
