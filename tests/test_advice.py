@@ -19,11 +19,12 @@ import webob.dec
 from tg import FullStackApplicationConfigurator, TGController, expose
 from tg.appwrappers.base import ApplicationWrapper
 
-import tgstream
 from tests.conftest import MakeApp
 from tests.model import Model, User
 from tests.wsgi import Call, get
 from tgstream import stream
+from tgstream.core import monitor
+from tgstream.turbogears import diagnostics
 
 ROOT = Path(__file__).parents[1]
 
@@ -313,8 +314,8 @@ def test_worker_for_one_request_at_a_time_is_told_of(
     make_app: MakeApp, monkeypatch: pytest.MonkeyPatch, warnings: queue.Queue[str]
 ) -> None:
     """When a stream has held it for long; that is ten seconds, here less."""
-    monkeypatch.setattr(tgstream.core.monitor, "LONG", 0.05)
-    monkeypatch.setattr(tgstream.turbogears.diagnostics, "LONG", 0.05)
+    monkeypatch.setattr(monitor, "LONG", 0.05)
+    monkeypatch.setattr(diagnostics, "LONG", 0.05)
     environ: dict[str, Any] = {"wsgi.multithread": False, "wsgi.multiprocess": False}
     options = {"tgstream__idle_seconds": 0}
     app = make_app(Words(), **options)

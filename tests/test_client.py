@@ -13,7 +13,7 @@ import pytest
 
 from tests.conftest import LiveServer
 from tests.test_servers import Client, assert_settles
-from tgstream.core._client import has_left
+from tgstream.core.monitor import has_left
 
 
 @pytest.mark.parametrize("server", ["waitress", "gunicorn-gthread", "gunicorn-gevent"])

@@ -20,8 +20,8 @@ from sqlalchemy.pool import NullPool
 
 from tests.conftest import MakeApp, assert_thread_clean
 from tests.servers.expected import EXPECTED
-from tgstream.__main__ import main
 from tgstream.doctor import loader as _loading
+from tgstream.doctor.cli import main
 from tgstream.doctor.finding import Finding, text_of
 from tgstream.doctor.package_checks import (
     BROKEN,

@@ -31,7 +31,7 @@ from tgstream import (
     stream,
 )
 from tgstream.core import monitor as _watch
-from tgstream.core._client import has_left
+from tgstream.core.monitor import has_left
 from tgstream.core.settings import option
 
 SHORT = 0.1

@@ -15,18 +15,20 @@ stream's own, with a transaction that is committed when the generator ends.
 """
 
 from .channels import Channel
+from .core.errors import StreamError
 from .core.monitor import drain
-from .core.options import Batched, Format, StreamError
 from .core.report import Report
-from .core.settings import plugme
 from .core.stream import Stream, commit, current_stream, flush, rollback
 from .exports.copy import copy
 from .exports.rows import rows
 from .formats.csv import CSV
 from .formats.json import NDJSON, JSONArray
+from .formats.protocols import Batched, Format
 from .formats.sse import SSE, Event
 from .live._resume import last_event_id
-from .turbogears.hooks import stream
+from .turbogears import hooks as _hooks  # which TG calls from now on
+from .turbogears.decorator import stream
+from .turbogears.plug import plugme
 from .turbogears.templates import render
 
 __all__ = [
@@ -54,3 +56,5 @@ __all__ = [
     "stream",
 ]
 __version__ = "0.1.0"
+
+_hooks.install()

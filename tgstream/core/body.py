@@ -55,17 +55,17 @@ from webob.request import DisconnectionError
 
 from ..turbogears.diagnostics import advise_if_buffered
 from . import report as _report
-from ._client import has_left
-from ._plan import Plan, clock
 from .chunks import Chunks, StreamEnding
 from .cleanup import close, first_error
 from .context import Context
-from .monitor import has_greenlets, is_collecting, monitor
-from .options import StreamError
-from .report import Outcome, Reason
+from .errors import StreamError
+from .monitor import has_greenlets, has_left, is_collecting, monitor
+from .options import Plan, clock
+from .report import Reason
 
 if TYPE_CHECKING:
     from ..database.database import Database
+    from ..turbogears.guard import Outcome
     from .limits import Seat
     from .stream import Stream
 
@@ -444,8 +444,8 @@ class Body:
         """End for an error, and raise it."""
         if self._disowned:
             _report.leave_child(self.plan.controller, error)
-        if self.database is not None and self.database.cursor_ended(error):
-            error = _report.cursor_ended(self.plan.controller, error)
+        if self.database is not None:
+            error = self.database.translate_error(self.plan.controller, error)
         error = _report.as_error(self.plan.controller, error)
         if self.outcome is None and self._is_of_client(error):
             self._end("disconnected")

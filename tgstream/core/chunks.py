@@ -11,9 +11,9 @@ from itertools import chain, islice
 from typing import Any, Protocol
 
 from ..formats.protocols import Passed, batches_of, encoder_of, is_batched, parts_of
-from ._plan import Plan, clock
 from .cleanup import close
-from .options import StreamError, check_charset
+from .errors import StreamError
+from .options import Plan, check_charset, clock
 
 LARGEST = 1 << 20
 """Bytes of a chunk that is made of batches, at most, if no more were asked for."""

@@ -11,7 +11,9 @@ from itertools import chain
 from typing import Any
 from urllib.parse import quote
 
-from .options import Format, Options, StreamError
+from ..formats.protocols import Format
+from .errors import StreamError
+from .options import Options
 
 
 def charset_in(content_type: str | None) -> str | None:

@@ -21,17 +21,18 @@ import itertools
 import logging
 import os
 import queue
+import socket
 import sys
 import threading
 import time
 import weakref
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..live.history import wake
 from ..turbogears.diagnostics import LONG, look
-from ._client import has_left
-from ._plan import clock
+from .options import clock
 
 if TYPE_CHECKING:
     from .body import Body
@@ -283,3 +284,32 @@ _parents: list[Body] = []
 
 if hasattr(os, "register_at_fork"):  # not on Windows
     os.register_at_fork(after_in_child=_disown)
+
+
+# Whether a client has disconnected.
+
+
+_CLOSED = 7
+"""TCP_CLOSE of Linux: the client has reset the connection, or is given up."""
+
+_STATE: int | None = getattr(socket, "TCP_INFO", None)
+"""What asks a socket for its state; not every system has it."""
+
+
+def has_left(environ: Mapping[str, Any]) -> bool:
+    """Whether the client is known to be gone; False where nobody can tell.
+
+    waitress looks for it with ``channel_request_lookahead``. gunicorn hands out the
+    socket, whose state is asked: to read from it would be to wait for it, with gevent.
+    """
+    told: Callable[[], bool] | None = environ.get("waitress.client_disconnected")
+    connection = environ.get("gunicorn.socket")
+    try:
+        if told is not None:
+            return told()
+        if connection is None or _STATE is None:
+            return False
+        state: bytes = connection.getsockopt(socket.IPPROTO_TCP, _STATE, 1)
+    except Exception:  # no TCP, as a proxy's Unix socket; closed; or another's object
+        return False
+    return state == bytes([_CLOSED])

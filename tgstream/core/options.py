@@ -7,50 +7,17 @@ where, what was wrong, and what to write instead.
 from __future__ import annotations
 
 import codecs
+import random
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, runtime_checkable
+import time
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+from ..formats.protocols import Format
 
 Commit: TypeAlias = Literal["end", "each", "manual"] | int
 
-
-class StreamError(Exception):
-    """tgstream was asked for what it cannot do; the message says what to do instead."""
-
-
-class Format(Protocol):
-    """What turns items into bytes: one attribute and one method.
-
-    A format may also set ``commit`` and ``chunk_size``, its defaults for these options;
-    ``charset`` where it is that whatever was asked; ``headers``, a mapping of what is
-    set where the user set none; and ``endless = True`` where a body may end anywhere.
-    A method ``encode_batches(source)`` is the same for a :class:`Batched` source, and
-    faster where it encodes a batch at once.
-    """
-
-    content_type: str
-
-    def encode(self, items: Iterable[Any]) -> Iterator[str | bytes]:
-        """The pieces of the body, made while ``items`` are taken one by one."""
-        ...
-
-
-@runtime_checkable
-class Batched(Protocol):
-    """Items that come in batches, as those of ``rows()`` do.
-
-    ``fields`` are the names of the items' fields, () where they have none; they are
-    known once the first batch was asked for, also if there is no item.
-    """
-
-    @property
-    def fields(self) -> Sequence[str]: ...
-
-    def batches(self) -> Iterator[Sequence[Any]]:
-        """The items, a batch at a time; none is empty."""
-        ...
-
-    def __iter__(self) -> Iterator[Any]: ...
+clock = time.perf_counter
 
 
 class Options(NamedTuple):
@@ -168,3 +135,25 @@ def check_charset(where: str, charset: Any) -> None:
             f"{where}: charset={charset!r} is not known to Python as a text encoding; "
             "name one that is, or leave it out for UTF-8"
         ) from None
+
+
+class Plan(NamedTuple):
+    """How a body is to be made: the options of a stream, resolved for one request."""
+
+    controller: str
+    format: Format | None
+    every: int  # items after which it commits, 0: at the end
+    manual: bool
+    chunk_size: int  # bytes, 0: a chunk an item
+    chunk_seconds: float
+    charset: Callable[[], str]
+    length: Callable[[], int | None]  # bytes of the whole body, where they are known
+    max_seconds: float | None = None  # of its life
+    idle_seconds: float = 0.0  # with a transaction open, to be told of; 0: never
+
+    def lifetime(self) -> float:
+        """Seconds that it may live. Where clients come back, not all at once."""
+        if self.max_seconds is None:
+            return float("inf")
+        share = random.uniform(0.9, 1) if getattr(self.format, "endless", False) else 1
+        return self.max_seconds * share

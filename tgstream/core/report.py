@@ -11,16 +11,13 @@ import sys
 import threading
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn, TypeAlias
-from weakref import WeakSet
 
 import tg
 
-from ._plan import clock
-from .options import StreamError
+from .errors import StreamError
+from .options import clock
 
 if TYPE_CHECKING:
-    from sqlalchemy.orm import Session
-
     from .body import Body
 
 log = logging.getLogger("tgstream")
@@ -125,43 +122,6 @@ _BOUNDED = {"expired": "was ended by max_seconds={:g}", "drained": "was drained"
 """Reasons that are nobody's fault, in words."""
 
 
-class Outcome:
-    """What the outside of the application must know of the stream that left it."""
-
-    started = responded = cut = False
-    closing = False
-    """Whether the server closes the response, also where nobody can tell."""
-    answered = False
-    """Whether a middleware has begun another response because the stream failed."""
-    bodiless = False
-    """Whether the response to this request has no body, and no bytes are sent."""
-    length: int | None = None
-    """The Content-Length of a response without a body, if it was declared."""
-    unfinished = False
-    """Whether a stream has left with the response, and has not run to its end."""
-    body: Body | None = None
-    error: BaseException | None = None
-    refusal: BaseException | None = None
-    """What the server's ``start_response`` raised, and no later call made good."""
-
-    @property
-    def lost(self) -> bool:
-        """Whether the stream failed and no middleware has answered for it."""
-        return self.error is not None and not self.answered
-
-    def raise_error(self) -> None:
-        """Raise the error again, where it was swallowed on the way out."""
-        if self.lost:
-            raise self.error  # type: ignore[misc]
-        if self.refusal is not None:
-            raise self.refusal
-
-    def close(self) -> None:
-        """Close the stream, if it has not ended."""
-        if self.body is not None:
-            self.body.close()
-
-
 def tell_late(body: Body) -> None:
     """Warn of what was changed when it had left already."""
     if body.late is not None and (names := body.late()):
@@ -181,83 +141,6 @@ def tell_left(controller: str, left: list[str]) -> None:
         controller,
         ", ".join(left),
     )
-
-
-_warned: WeakSet[Any] = WeakSet()
-
-
-def tell_shared(session: Session) -> None:
-    """Warn, once an engine, that a stream cannot have a connection of its own there."""
-    for bind in binds_of(session):
-        if bind.engine not in _warned and is_shared(bind.engine):
-            _warned.add(bind.engine)
-            log.warning(
-                "%s is one connection for all sessions of a thread: a stream's "
-                "transaction cannot be kept apart from the request's. Use a file, in "
-                "test.ini: sqlalchemy.url = sqlite:///%%(here)s/test.db",
-                bind.engine.url.set(query={}),  # where a password may be, too
-            )
-
-
-def tell_not_atomic(application: Any) -> None:
-    """Warn, once an application, that one commit may fail after another."""
-    if application not in _warned:
-        _warned.add(application)
-        log.warning(
-            "a stream commits changes of several sessions one after the other: if a "
-            "database refuses its commit, those before it stay committed. Set "
-            "twophase=True for these sessions, or commit() after each of them"
-        )
-
-
-def binds_of(session: Session) -> list[Any]:
-    """The engines and connections that ``session`` is bound to, without a statement.
-
-    A session that chooses by statement (``get_bind()``) may have no answer.
-    """
-    by_class: Any = getattr(session, "binds", None)
-    if by_class is None:  # SQLAlchemy 2.0, which has no public name for it
-        by_class = getattr(session, "_Session__binds", {})
-    bound = dict.fromkeys([session.bind, *by_class.values()])
-    binds = [each for each in bound if each is not None]
-    if not binds:
-        with suppress(Exception):  # UnboundExecutionError, or the application's own
-            binds.append(session.get_bind())
-    return binds
-
-
-def binds_of_factory(scoped: Any) -> list[Any]:
-    """The binds of a session that the factory of ``scoped`` makes, whatever it is."""
-    with suppress(Exception):  # the factory may need a request
-        session = scoped.session_factory()
-        try:
-            return binds_of(session)
-        finally:
-            session.close()
-    return []
-
-
-def is_shared(engine: Any) -> bool:
-    """True where all sessions of a thread have one connection of ``engine``."""
-    from sqlalchemy.pool import SingletonThreadPool, StaticPool
-
-    return isinstance(engine.pool, SingletonThreadPool | StaticPool)
-
-
-def tell_unclosed(error: BaseException) -> None:
-    """Tell of a request's session that will not close: its context must go on."""
-    log.error("a session could not be closed after its request", exc_info=error)
-
-
-def cursor_ended(controller: str, cause: BaseException) -> StreamError:
-    """What a driver means when it says that a cursor is gone."""
-    error = StreamError(
-        f"{controller}: a commit ended the transaction, and with it the cursor that "
-        "the generator was reading from; read with rows(..., key=...), fetch the rows "
-        "first, or choose another commit"
-    )
-    error.__cause__ = cause
-    return error
 
 
 def ended_early(body: Body) -> StreamError | None:
@@ -299,13 +182,4 @@ def is_of_gevent(error: BaseException | None) -> bool:
     gevent: Any = sys.modules.get("gevent")
     return gevent is not None and isinstance(
         error, gevent.GreenletExit | gevent.Timeout
-    )
-
-
-def cursor_open(where: str = "") -> StreamError:
-    """Why a transaction cannot end now, or an open cursor cannot be had."""
-    return StreamError(
-        f"{where}a commit or rollback ends the transaction, and with it the cursor "
-        "that rows() or copy() reads from; use rows(..., key=...), whose batches "
-        "outlive it, or end reading before"
     )

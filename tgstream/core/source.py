@@ -18,8 +18,9 @@ from weakref import ref
 from tg.support.objectproxy import TurboGearsObjectProxy
 from webob.request import LimitedLengthFile
 
+from ..formats.protocols import Batched
 from .cleanup import close
-from .options import Batched, StreamError
+from .errors import StreamError
 
 
 def resolve_proxy(value: Any) -> Any:

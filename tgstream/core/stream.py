@@ -10,13 +10,14 @@ import threading
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from ._plan import Plan
-from ._thread import thread
+from ..formats.protocols import Format
 from .body import Body
 from .cleanup import close
+from .context import thread
+from .errors import StreamError
 from .heartbeat import beating
 from .limits import Seat
-from .options import Commit, Format, Options, StreamError, check
+from .options import Commit, Options, Plan, check
 from .source import claim, is_iterable, open_source, resolve_proxy, source_of
 
 if TYPE_CHECKING:

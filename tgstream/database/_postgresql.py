@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from ..core.options import StreamError
+from ..core.errors import StreamError
 
 _INERROR = 3
 """What libpq, and so psycopg 3 and 2, calls a transaction that has failed."""

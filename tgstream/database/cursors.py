@@ -11,10 +11,10 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
-from ..core._thread import thread
-from ..core.report import cursor_open
+from ..core.context import thread
 from ..core.stream import current_stream
 from ..formats.protocols import largest_of
+from .errors import cursor_open
 
 if TYPE_CHECKING:
     from sqlalchemy.orm import Session

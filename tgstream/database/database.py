@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import transaction
 
 from ..core.cleanup import first_error
-from ..core.report import tell_shared, tell_unclosed
+from .engines import tell_shared, tell_unclosed
+from .errors import cursor_ended
 from .handover import attach, keeping_values, take
 from .on_commit import unsent
 from .registry import Registry
@@ -130,8 +131,13 @@ class Database:
             left.append(f"{events} unsent event{'s' if events > 1 else ''}")
         return left
 
-    def cursor_ended(self, error: BaseException) -> bool:
-        """True if ``error`` comes from a cursor that a commit has ended."""
+    def translate_error(self, controller: str, error: BaseException) -> BaseException:
+        """The error to report: a cursor that a commit ended gets a clear message."""
+        if self._is_ended_cursor(error):
+            return cursor_ended(controller, error)
+        return error
+
+    def _is_ended_cursor(self, error: BaseException) -> bool:
         if not self.parts:
             return False  # nor is there SQLAlchemy, maybe
         from sqlalchemy.exc import DBAPIError, ResourceClosedError

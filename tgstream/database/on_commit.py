@@ -16,10 +16,12 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary, WeakSet
 
+from tg.support.converters import asbool
+
 from ..core import context as _context
-from ..core._thread import thread
+from ..core.context import thread
 from ..core.report import log
-from ..core.settings import scoped_sessions, tm_enabled
+from .registry import scoped_sessions
 
 if TYPE_CHECKING:
     from sqlalchemy.orm import Session, SessionTransaction
@@ -52,6 +54,12 @@ def send(what: str, send: Send) -> None:
     outbox.sends.append(_Sending(what, send, _open_transactions()))
     if not outbox.sends[-1].inside:
         _note_next(outbox)
+
+
+def tm_enabled(tg_locals: Any) -> bool:
+    """True where the request runs in a transaction, TG's own or repoze.tm2's."""
+    config, environ = tg_locals.config, tg_locals.request.environ
+    return asbool(config.get("tm.enabled")) or "repoze.tm.active" in environ
 
 
 def unsent(txn: Any) -> int:

@@ -5,11 +5,15 @@ Rule: what the scoped session hands out is told here; how it ends, in ``_databas
 
 from __future__ import annotations
 
+import importlib
+import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from ..core._thread import thread
+from ..core.context import thread
+from ..core.settings import option
 
 if TYPE_CHECKING:
     from sqlalchemy.orm import Session, scoped_session
@@ -91,3 +95,40 @@ def registry(scoped: scoped_session[Any]) -> Registry:
         if not isinstance(scoped.registry, Registry):
             scoped.registry = Registry(scoped.registry)  # type: ignore[assignment]
         return scoped.registry  # type: ignore[return-value]
+
+
+def scoped_sessions(config: Mapping[str, Any]) -> list[Any]:
+    """The scoped sessions of an application, TG's own first.
+
+    :raises ValueError: when the option ``tgstream.sessions`` names something else.
+    """
+    orm = sys.modules.get("sqlalchemy.orm")
+    if orm is None:
+        return []
+    found: list[Any] = []
+    for scoped in (config.get("SQLASession"), config.get("DBSession")):
+        if isinstance(scoped, orm.scoped_session) and scoped not in found:
+            found.append(scoped)
+    if config.get("tgstream.sessions"):
+        named = map(_resolve, option(config, "tgstream.sessions"))
+        found += [scoped for scoped in named if scoped not in found]
+    return found
+
+
+@lru_cache
+def _resolve(name: Any) -> Any:
+    """A scoped session of the option ``tgstream.sessions``: an object, or a name."""
+    found, what = name, "is no scoped session"
+    if isinstance(name, str):
+        module, _, attribute = name.rpartition(".")
+        try:
+            found = getattr(importlib.import_module(module), attribute)
+        except (ImportError, AttributeError, ValueError) as error:
+            what = f"cannot be found ({error})"
+    orm = sys.modules["sqlalchemy.orm"]
+    if not isinstance(found, orm.scoped_session):
+        raise ValueError(
+            f"the option tgstream.sessions names {name}, which {what}; give scoped "
+            "sessions, or their dotted names as myapp.model.DBSession"
+        )
+    return found

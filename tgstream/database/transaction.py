@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import transaction
 from transaction.weakset import WeakSet
 
-from ..core.report import binds_of, cursor_open, tell_not_atomic
 from ._postgresql import refuse_failed
+from .engines import binds_of, tell_not_atomic
+from .errors import cursor_open
 
 if TYPE_CHECKING:
     from sqlalchemy.orm import Session

@@ -21,8 +21,8 @@ from typing import Any
 import tg
 from tg import TGController, expose
 
+from ..turbogears.decorator import stream
 from ..turbogears.diagnostics import _reader
-from ..turbogears.hooks import stream
 from .middleware_trace import KEY, Layer, meet_callers
 
 ITEMS = 64

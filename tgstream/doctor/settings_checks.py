@@ -12,8 +12,9 @@ from urllib.parse import unquote
 
 from tg.support.converters import asbool
 
-from ..core.report import binds_of_factory, is_shared
-from ..core.settings import OPTIONS, option, scoped_sessions
+from ..core.settings import OPTIONS, option
+from ..database.engines import binds_of_factory, is_shared
+from ..database.registry import scoped_sessions
 from ..live.channel import REDIS, own_words, shown_url
 from .finding import FAIL, NOTE, OK, WARN, Finding, said
 

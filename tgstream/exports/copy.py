@@ -10,7 +10,7 @@ from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
-from ..core.options import StreamError
+from ..core.errors import StreamError
 from ..database.cursors import Sizes, check_commits, opened
 from ..formats.csv import CSV
 from ..formats.protocols import Passed

@@ -13,7 +13,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import result_tuple
 from sqlalchemy.sql import visitors
 
-from ..core.options import StreamError
+from ..core.errors import StreamError
 from ..database.cursors import Sizes
 from ..database.effects import lock_of, writes
 from .keyset_columns import (

@@ -13,7 +13,7 @@ import sqlalchemy as sa
 from sqlalchemy.sql import operators, visitors
 from sqlalchemy.types import NullType
 
-from ..core.options import StreamError
+from ..core.errors import StreamError
 from . import mysql as mysql
 
 NULLS_ARE_LARGE = frozenset({"postgresql", "oracle"})

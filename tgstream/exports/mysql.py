@@ -13,7 +13,7 @@ import sqlalchemy as sa
 from sqlalchemy import event
 from sqlalchemy.types import TypeDecorator
 
-from ..core.options import StreamError
+from ..core.errors import StreamError
 
 NAMES = frozenset({"mysql", "mariadb"})
 

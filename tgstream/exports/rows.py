@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import tg
 
-from ..core.options import StreamError
-from ..core.settings import scoped_sessions
+from ..core.errors import StreamError
 from ..database.cursors import (
     Sizes,
     check_commits,
@@ -22,6 +21,7 @@ from ..database.cursors import (
     opened,
     watch,
 )
+from ..database.registry import scoped_sessions
 from ..formats.protocols import BATCH
 
 if TYPE_CHECKING:

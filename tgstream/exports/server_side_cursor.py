@@ -14,7 +14,7 @@ from weakref import WeakSet
 
 import sqlalchemy as sa
 
-from ..core._plan import clock
+from ..core.options import clock
 from ..core.report import log
 from ..database.cursors import OWN
 from ..database.effects import is_query

@@ -16,7 +16,7 @@ from sqlalchemy.engine.default import DefaultDialect
 from sqlalchemy.orm import Bundle, Load, Mapper, Query, Session
 from sqlalchemy.orm.attributes import QueryableAttribute
 
-from ..core.options import StreamError
+from ..core.errors import StreamError
 from ..database.cursors import OWN
 from ..formats.fields import mapped_columns
 

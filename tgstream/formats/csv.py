@@ -12,7 +12,6 @@ from contextlib import suppress
 from functools import lru_cache
 from typing import Any
 
-from ..core.options import Batched
 from ._columns import (
     ADDRESS,
     NoTextError,
@@ -26,6 +25,7 @@ from ._columns import (
     writer_of,
 )
 from .fields import dump_of, entity_in, names_of
+from .protocols import Batched
 
 
 class CSV:

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from ..core.options import Batched
 from ._json_columns import are_alike, objects
 from .json_encoder import Encoder, document
+from .protocols import Batched
 
 
 class _Documents:

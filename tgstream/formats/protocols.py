@@ -10,10 +10,44 @@ from datetime import date, datetime
 from decimal import Decimal
 from functools import lru_cache
 from itertools import chain
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 from uuid import UUID
 
-from ..core.options import Batched
+
+class Format(Protocol):
+    """What turns items into bytes: one attribute and one method.
+
+    A format may also set ``commit`` and ``chunk_size``, its defaults for these options;
+    ``charset`` where it is that whatever was asked; ``headers``, a mapping of what is
+    set where the user set none; and ``endless = True`` where a body may end anywhere.
+    A method ``encode_batches(source)`` is the same for a :class:`Batched` source, and
+    faster where it encodes a batch at once.
+    """
+
+    content_type: str
+
+    def encode(self, items: Iterable[Any]) -> Iterator[str | bytes]:
+        """The pieces of the body, made while ``items`` are taken one by one."""
+        ...
+
+
+@runtime_checkable
+class Batched(Protocol):
+    """Items that come in batches, as those of ``rows()`` do.
+
+    ``fields`` are the names of the items' fields, () where they have none; they are
+    known once the first batch was asked for, also if there is no item.
+    """
+
+    @property
+    def fields(self) -> Sequence[str]: ...
+
+    def batches(self) -> Iterator[Sequence[Any]]:
+        """The items, a batch at a time; none is empty."""
+        ...
+
+    def __iter__(self) -> Iterator[Any]: ...
+
 
 BATCH = 256
 """Items that are encoded at once: few enough to stay in a processor's cache, and for

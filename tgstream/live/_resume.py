@@ -7,7 +7,7 @@ none; whether it is true is for whoever reads it to find out.
 from __future__ import annotations
 
 from ..core import context as _context
-from ..core.options import StreamError
+from ..core.errors import StreamError
 
 LONGEST = 256
 """Characters that an event id may have, to be taken for one."""

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 
 import tg
 
-from ..core._thread import thread
-from ..core.report import binds_of_factory
-from ..core.settings import scoped_sessions
+from ..core.context import thread
+from ..database.engines import binds_of_factory
+from ..database.registry import scoped_sessions
 
 
 def assert_clean() -> None:

@@ -17,7 +17,7 @@ from tg.render import MissingRendererError, _get_tg_vars
 
 from ..core import context as _context
 from ..core.cleanup import close, first_error
-from ..core.options import StreamError
+from ..core.errors import StreamError
 from ..core.settings import option
 
 

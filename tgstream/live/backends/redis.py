@@ -15,7 +15,7 @@ from contextlib import suppress
 from typing import Any
 from weakref import WeakValueDictionary
 
-from ...core._plan import clock
+from ...core.options import clock
 from ...core.report import log
 from ...formats.sse import Event
 from ..history import BEAT, Feed, Key, Start, follow, opened, reset

@@ -1,0 +1,5 @@
+"""The error that tgstream raises."""
+
+
+class StreamError(Exception):
+    """tgstream cannot do what was requested. The message gives the remedy."""
