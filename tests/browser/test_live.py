@@ -10,7 +10,7 @@ import pytest
 from selenium.webdriver.common.by import By
 
 from tests.browser.conftest import Browser
-from tests.test_examples import Example
+from tests.docs.test_examples import Example
 from tests.valkey import Valkey
 
 OpenBrowser = Callable[[], Browser]

@@ -18,7 +18,7 @@ import pytest
 
 from tests.conftest import LiveServer
 from tests.faults.conftest import wait_until
-from tests.test_redis import Server
+from tests.live.test_redis import Server
 from tests.test_servers import SEVERAL
 
 MEBIBYTE = 2**20

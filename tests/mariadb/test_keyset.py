@@ -19,13 +19,13 @@ from sqlalchemy.orm import Session
 
 import tgstream
 from tests.conftest import MakeApp, Root, assert_clean, pool
-from tests.mariadb.conftest import MariaModel
-from tests.model import Note, User
 
 # Claims that hold here word for word.
-from tests.test_keyset import (  # noqa: F401
+from tests.exports.test_keyset import (  # noqa: F401
     test_what_was_written_is_not_committed_by_reading,
 )
+from tests.mariadb.conftest import MariaModel
+from tests.model import Note, User
 from tests.wsgi import Call, get
 from tgstream import StreamError, rows
 

@@ -13,8 +13,8 @@ import pytest
 from tests.conftest import LiveServer
 from tests.faults.conftest import wait_until
 from tests.faults.test_listeners import Listener, address, ended, heard_after, publish
+from tests.live.test_redis import Server
 from tests.network.conftest import Clock
-from tests.test_redis import Server
 from tests.test_servers import SEVERAL
 
 HOUR = 3600

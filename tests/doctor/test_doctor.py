@@ -446,7 +446,7 @@ def command(folder: Path, *arguments: str) -> tuple[int, str]:
     ran = subprocess.run(
         [sys.executable, "-m", "tgstream", *arguments],
         cwd=folder,
-        env={"PYTHONPATH": str(Path(__file__).parents[1]), "PATH": ""},
+        env={"PYTHONPATH": str(Path(__file__).parents[2]), "PATH": ""},
         capture_output=True,
         text=True,
         timeout=60,
@@ -917,7 +917,7 @@ def test_application_without_turbogears_fails(run: Run) -> None:
 
 # The page on it.
 
-PAGE = (Path(__file__).parents[1] / "docs/doctor.rst").read_text()
+PAGE = (Path(__file__).parents[2] / "docs/doctor.rst").read_text()
 SHOWN = [
     re.sub("^    ", "", block, flags=re.MULTILINE)
     for block in re.findall(r"code-block:: text\n\n((?: {4}.*\n)+)", PAGE)
@@ -1016,7 +1016,7 @@ def test_reader_that_has_had_enough_is_no_error() -> None:
     with open(writer, "wb") as output:
         ran = subprocess.run(
             [sys.executable, "-W", "ignore", "-m", "tgstream", "doctor"],
-            cwd=Path(__file__).parents[1],
+            cwd=Path(__file__).parents[2],
             stdout=output,
             stderr=subprocess.PIPE,
             timeout=60,

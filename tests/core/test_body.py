@@ -24,7 +24,7 @@ from tg.decorators import cached
 
 from tests.conftest import MakeApp, assert_clean, assert_thread_clean
 from tests.model import MakeModel, Model, User
-from tests.test_guard import WIRINGS, unplugged
+from tests.turbogears.test_guard import WIRINGS, unplugged
 from tests.wsgi import Call, get
 from tgstream import (
     Report,

@@ -26,7 +26,7 @@ from tgstream import stream
 from tgstream.core import monitor
 from tgstream.turbogears import diagnostics
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 class Words(TGController):
@@ -127,13 +127,17 @@ def test_middleware_that_reads_the_stream_is_named(
     app = middleware(make_app(Words()))
     get(app, "/words", checked=False)
     [line] = advice()
-    assert line.startswith("Words.words is read by tests.test_advice.")
-    assert line.split()[4].removeprefix("tests.test_advice.") in name.split("|")
+    assert line.startswith("Words.words is read by tests.turbogears.test_diagnostics.")
+    assert line.split()[4].removeprefix(
+        "tests.turbogears.test_diagnostics."
+    ) in name.split("|")
     get(app, "/words", checked=False)
     get(app, "/single", checked=False)
     assert len(advice()) == 1
     get(app, "/more", checked=False)
-    assert advice()[1].startswith("Words.more is read by tests.test_advice.")
+    assert advice()[1].startswith(
+        "Words.more is read by tests.turbogears.test_diagnostics."
+    )
 
 
 class Signing(ApplicationWrapper):
@@ -158,7 +162,9 @@ def test_application_wrapper_that_reads_the_stream_is_named(
     app = make_app(Words(), configurator=signed)
     assert get(app, "/words").text == "onetwothree"
     [line] = advice()
-    assert line.startswith("Words.words is read by tests.test_advice.Signing.__call__ ")
+    assert line.startswith(
+        "Words.words is read by tests.turbogears.test_diagnostics.Signing.__call__ "
+    )
 
 
 @pytest.mark.parametrize("wrap", [passing, lambda app: app])

@@ -28,7 +28,7 @@ from tgstream import CSV, NDJSON, SSE, Event, JSONArray, Stream, stream
 from tgstream.testing import OpenStream, assert_clean, open_stream
 from tgstream.testing import decoders as _items
 
-DOCS = Path(__file__).parents[1] / "docs"
+DOCS = Path(__file__).parents[2] / "docs"
 FORMATS: dict[str, Any] = {"array": JSONArray, "lines": NDJSON, "csv": CSV, "sse": SSE}
 
 pytest_plugins = ["tgstream.pytest_plugin"]

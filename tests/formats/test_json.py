@@ -31,8 +31,8 @@ from tg.util import Bunch
 from webob.multidict import MultiDict
 
 from tests.conftest import MakeApp
+from tests.formats.test_csv import Batches, Model, OldModel, Plain, duck
 from tests.model import Base, Note, User
-from tests.test_csv import Batches, Model, OldModel, Plain, duck
 from tests.wsgi import Call, get
 from tgstream import NDJSON, JSONArray, Report, Stream, stream
 from tgstream.formats.json_encoder import Encoder

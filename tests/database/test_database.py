@@ -1508,8 +1508,8 @@ def other_texts(engine: sa.Engine) -> list[str]:
     "named",
     [
         lambda: [second_session],
-        lambda: ["tests.test_database.second_session"],
-        lambda: "tests.test_database.second_session",
+        lambda: ["tests.database.test_database.second_session"],
+        lambda: "tests.database.test_database.second_session",
     ],
     ids=["object", "dotted", "ini"],
 )

@@ -16,13 +16,13 @@ from tg.render import MissingRendererError
 from tg.renderers.jinja import JinjaRenderer
 
 from tests.conftest import MakeApp, assert_clean, assert_thread_clean
+from tests.core.test_context import on_another_thread
 from tests.model import Model, User
-from tests.test_context import on_another_thread
 from tests.wsgi import Call, get
 from tgstream import Stream, StreamError, stream
 from tgstream.turbogears.templates import render
 
-FOLDER = Path(__file__).parent / "templates"
+FOLDER = Path(__file__).parents[1] / "templates"
 STREAMED = ["kajiki", "jinja", "genshi"]
 ENGINES = [*STREAMED, "mako"]
 USERS = ["ada", "<b>bob</b>", '\N{SNOWMAN} & "eve"', "mallory's"]

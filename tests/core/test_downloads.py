@@ -17,9 +17,9 @@ import transaction
 from tg import TGController, expose
 
 from tests.conftest import LiveServer, MakeApp, assert_clean
+from tests.formats.test_csv import Batches
 from tests.live_apps import downloads
 from tests.model import Model, User
-from tests.test_csv import Batches
 from tests.test_servers import BROKEN, SERVERS, Client, curl
 from tests.wsgi import Call, get
 from tgstream import CSV, NDJSON, JSONArray, Report, Stream, StreamError, stream

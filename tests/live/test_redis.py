@@ -17,8 +17,8 @@ import redis
 from tg import TGController
 
 from tests.conftest import MakeApp
+from tests.live.test_channel import Live, assert_reset, heard, id_of
 from tests.pages import DOCS, blocks
-from tests.test_channels import Live, assert_reset, heard, id_of
 from tests.valkey import Valkey
 from tests.wsgi import get
 from tgstream import Channel, Event
@@ -365,7 +365,7 @@ def test_script_that_loads_its_application_publishes_to_all(
     (tmp_path / "scripted.py").write_text(SCRIPTED)
     script = blocks((DOCS / "live.rst").read_text())[-1]
     (tmp_path / "script.py").write_text(f"from tgstream import Channel\n{script}")
-    environ = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    environ = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     subprocess.run([sys.executable, "script.py"], cwd=tmp_path, env=environ, check=True)
     assert heard(events, 1) == ['{"name":"ada"}']
 
@@ -394,7 +394,7 @@ def test_redis_is_another_in_a_forked_process(
 
 def test_redis_works_on_greenlets() -> None:
     """Listeners, the reader and who publishes take turns on one thread."""
-    script = Path(__file__).parent / "live_apps" / "greenlets.py"
+    script = Path(__file__).parents[1] / "live_apps" / "greenlets.py"
     subprocess.run([sys.executable, script], check=True, timeout=60)
 
 

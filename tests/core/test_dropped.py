@@ -20,7 +20,7 @@ from tests.model import Model, User
 from tests.wsgi import Call
 from tgstream import SSE, Report, commit, drain, stream
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 class Dropped(TGController):

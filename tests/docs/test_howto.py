@@ -25,9 +25,9 @@ from werkzeug.exceptions import NotFound
 
 import tgstream
 from tests.conftest import LiveServer, MakeApp
+from tests.docs.test_docs import Users
 from tests.live_apps import page_app
 from tests.pages import DOCS
-from tests.test_docs import Users
 from tests.valkey import Valkey
 from tests.wsgi import Call, get
 from tgstream import Channel

@@ -14,8 +14,8 @@ from tg import TGController, expose
 
 import tgstream
 from tests.conftest import MakeApp, Root, assert_clean
+from tests.core.test_context import on_another_thread
 from tests.model import Model, Note, User
-from tests.test_context import on_another_thread
 from tests.wsgi import Call, get
 from tgstream import CSV, Report, Stream, StreamError, current_stream, stream
 

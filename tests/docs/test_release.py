@@ -8,7 +8,7 @@ from pathlib import Path
 
 import tgstream
 
-CHANGELOG = (Path(__file__).parents[1] / "docs/changelog.rst").read_text()
+CHANGELOG = (Path(__file__).parents[2] / "docs/changelog.rst").read_text()
 
 
 def test_version_is_one() -> None:

@@ -21,7 +21,7 @@ import pytest
 import tgstream
 from tests.valkey import Valkey
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 WRITERS = ["by_hand", "at_the_end", "each"]
 
 

@@ -28,7 +28,7 @@ from tgstream.core.context import Context
 
 STACKS = [(True, False), (True, True), (False, False), (False, True)]
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def on_another_thread(function: Callable[[], Any]) -> Any:

@@ -20,8 +20,8 @@ import transaction
 from tg import TGController, expose
 
 from tests.conftest import MakeApp
+from tests.formats.test_sse import encoded, parsed
 from tests.model import MakeModel, Model, User
-from tests.test_sse import encoded, parsed
 from tests.wsgi import Call, get
 from tgstream import (
     SSE,
@@ -115,9 +115,9 @@ def test_publish_of_text_encodes_it_once(channel: Channel, text: str) -> None:
         channel.publish(text)
     finally:
         sys.setprofile(None)
-    assert calls.count("_sse._utf8") == calls.count("_memory._append") == 1
-    assert "_sse.__post_init__" not in calls
-    assert not [each for each in calls if each.startswith("_encoder.")]
+    assert calls.count("sse._utf8") == calls.count("memory._append") == 1
+    assert "sse.__post_init__" not in calls
+    assert not [each for each in calls if each.startswith("json_encoder.")]
     assert heard(events, 2) == ["before", text]
 
 
@@ -420,7 +420,7 @@ for name, act in ACTIONS.items():
 
         def interrupt(frame, what, argument):
             global seen
-            if not frame.f_code.co_filename.endswith(("_feed.py", "_memory.py")):
+            if not frame.f_code.co_filename.endswith(("live/history.py", "backends/memory.py")):
                 return None
             frame.f_trace_opcodes = True
             if what == "opcode":

@@ -31,7 +31,7 @@ from tgstream import Event, stream
 from tgstream.core.settings import OPTIONS
 from tgstream.testing import open_stream
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 REFERENCE = (ROOT / "docs/reference.rst").read_text()
 STREAMS = (ROOT / "docs/streams.rst").read_text()
