@@ -18,8 +18,10 @@ from .channels import Channel
 from .core.errors import StreamError
 from .core.monitor import drain
 from .core.report import Report
+from .core.source import register_adapter as _register_adapter
 from .core.stream import Stream, commit, current_stream, flush, rollback
 from .exports.copy import copy
+from .exports.rows import is_statement as _is_statement
 from .exports.rows import rows
 from .formats.csv import CSV
 from .formats.json import NDJSON, JSONArray
@@ -58,3 +60,4 @@ __all__ = [
 __version__ = "0.1.0"
 
 _hooks.install()
+_register_adapter(_is_statement, rows)

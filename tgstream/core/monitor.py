@@ -30,7 +30,6 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..live.history import wake
 from ..turbogears.diagnostics import LONG, look
 from .options import clock
 
@@ -231,12 +230,21 @@ def drain(timeout: float = 5.0) -> bool:
     while bodies := monitor().running():
         for body in bodies:
             end_soon(body, "drained")
-        wake()
+        for wake in _on_drain:
+            wake()
         left = deadline - clock()
         if left <= 0:
             return not monitor().running()
         time.sleep(min(left, PAUSE / 5))
     return True
+
+
+_on_drain: list[Callable[[], None]] = []
+
+
+def on_drain(callback: Callable[[], None]) -> None:
+    """Call ``callback`` while streams are drained, so that a waiting generator ends."""
+    _on_drain.append(callback)
 
 
 # Who drops a stream.

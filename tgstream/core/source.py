@@ -5,11 +5,10 @@ Rule: nothing is taken here; a source is looked at, claimed, and handed on.
 
 from __future__ import annotations
 
-import importlib
 import io
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from types import GeneratorType
 from typing import Any
@@ -40,7 +39,11 @@ def is_iterable(value: Any) -> bool:
         return True  # as mostly: the look below takes longer
     if isinstance(value, str | bytes | bytearray | memoryview | Mapping):
         return False
-    return hasattr(value, "__iter__") or hasattr(value, "read") or _is_statement(value)
+    return (
+        hasattr(value, "__iter__")
+        or hasattr(value, "read")
+        or _adapter_of(value) is not None
+    )
 
 
 def is_for_a_stream(value: Any) -> bool:
@@ -50,17 +53,29 @@ def is_for_a_stream(value: Any) -> bool:
     """
     if isinstance(value, dict | str | GeneratorType):
         return False  # as mostly: each page is looked at
-    return isinstance(value, Batched) or _is_statement(value)
+    return isinstance(value, Batched) or _adapter_of(value) is not None
 
 
-def _is_statement(value: Any) -> bool:
-    """True for what ``rows()`` takes; nothing is imported to find out."""
-    if "sqlalchemy.orm" not in sys.modules:
-        return False
-    kinds: tuple[type, ...] = importlib.import_module(
-        "tgstream.exports.statement"
-    ).KINDS
-    return isinstance(value, kinds)
+_adapters: list[tuple[Callable[[Any], bool], Callable[[Any], Any]]] = []
+
+
+def register_adapter(
+    accepts: Callable[[Any], bool], make: Callable[[Any], Any]
+) -> None:
+    """Stream values that are not iterable, such as statements.
+
+    :param accepts: True for a value of this kind. It is called for the output of each
+        controller, so it must be quick and must not import anything.
+    :param make: makes the iterable of such a value.
+    """
+    _adapters.append((accepts, make))
+
+
+def _adapter_of(value: Any) -> Callable[[Any], Any] | None:
+    for accepts, make in _adapters:
+        if accepts(value):
+            return make
+    return None
 
 
 def not_streamed(value: Any, where: str) -> StreamError:
@@ -102,9 +117,8 @@ def source_of(items: Any) -> Any:
             "transaction, which ends before the first item is taken: return the "
             "statement (select(), a Query), or run it inside a generator"
         )
-    if _is_statement(items):
-        return importlib.import_module("tgstream.exports.rows").rows(items)
-    return items
+    make = _adapter_of(items)
+    return items if make is None else make(items)
 
 
 BLOCK = 65536

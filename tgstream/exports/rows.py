@@ -6,6 +6,7 @@ iterator, whoever closes it.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from typing import TYPE_CHECKING, Any
@@ -90,6 +91,15 @@ def rows(
             f"rows(after={after!r}) has no key to compare with; give key= as well"
         )
     return Rows(found, batch, keyset, check_session("rows", session))
+
+
+def is_statement(value: Any) -> bool:
+    """True for a statement that :func:`rows` takes. It imports nothing."""
+    if "sqlalchemy.orm" not in sys.modules:
+        return False
+    from .statement import KINDS
+
+    return isinstance(value, KINDS)
 
 
 class Rows:

@@ -26,6 +26,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from weakref import WeakValueDictionary
 
+from ..core.monitor import on_drain
 from ..formats.sse import Event
 
 Key = tuple[int, int]
@@ -290,6 +291,9 @@ def wake() -> None:
     for known in _feeds.valuerefs():  # a list: channels may be opened meanwhile
         if (feed := known()) is not None:
             feed.wake()
+
+
+on_drain(wake)
 
 
 def follow(start: Start, beat: float) -> Iterator[Event]:
