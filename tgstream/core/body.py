@@ -10,8 +10,8 @@ it leaves a note (``closing``), and the owner reads the note when it returns the
 
 ``start`` makes the first chunk, ``iterate`` makes the others, and ``_finish`` is the
 only way to ENDED. It never returns the token. A body ends once, for one reason, in one
-order: close the generator, commit or abort, release the sessions, report. Each step
-runs even if the step before failed. The first error is the one reported.
+order: close the generator, roll back and close the sessions, report. Each step runs
+even if the step before failed. The first error is the one reported.
 
 - *A server pulls while another thread ends the stream* (the monitor, ``drain()``, a
   server that closes it). The other thread writes ``closing``, does not get the token,
@@ -39,39 +39,47 @@ runs even if the step before failed. The first error is the one reported.
 The token is an item of a ``deque``, not a lock. To take and return it costs a third of
 a lock's time (27 and 100 ns). A finaliser can take it, and under gevent a failed
 attempt does not switch to another greenlet, as a lock's does.
+
+The response that the body leaves with, and its error guard, are told by the methods of
+an :class:`Observer`. The body writes no attribute of it.
 """
 
 from __future__ import annotations
 
 import errno
+import logging
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import suppress
 from enum import Enum
-from typing import TYPE_CHECKING, Any, NoReturn
+from functools import partial
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 from webob.exc import HTTPException
 from webob.request import DisconnectionError
 
-from ..turbogears.diagnostics import advise_if_buffered
-from . import report as _report
+from . import report as reports
 from .chunks import Chunks, StreamEnding
 from .cleanup import close, first_error
-from .context import Context
 from .errors import StreamError
-from .monitor import has_greenlets, has_left, is_collecting, monitor
+from .monitor import (
+    has_disconnected,
+    has_greenlets,
+    is_collecting,
+    monitor,
+    second_pull_checks,
+)
 from .options import Plan, clock
-from .report import Reason
+from .report import Reason, Report
 
 if TYPE_CHECKING:
-    from ..database.database import Database
-    from ..turbogears.guard import Outcome
+    from .context import Context, StreamTransaction
     from .limits import Seat
-    from .stream import Stream
 
 
 class State(Enum):
-    """What a body's owner does with it, or that it has none."""
+    """The part of its life that a body is in."""
 
     NEW = "new"
     STARTING = "starting"  # up to its first chunk, in the request
@@ -80,54 +88,84 @@ class State(Enum):
     ENDED = "ended"
 
 
+NEW, STARTING, OPEN, ENDING, ENDED = State
+
+
+class Observer(Protocol):
+    """The response that a body has left with, and its error guard."""
+
+    @property
+    def closing(self) -> bool:
+        """Whether the server closes the response."""
+
+    def first_chunk(self, body: Body) -> None:
+        """The server takes the first chunk."""
+
+    def pull_failed(self, error: BaseException) -> None:
+        """The server's pull raises ``error``."""
+
+    def ended(self, body: Body, error: BaseException | None) -> None:
+        """The body has ended. ``error`` is given if it failed."""
+
+
 class Body:
     """One run of a stream, in one request.
 
-    :param source: what the items come from.
-    :param plan: how they become chunks.
-    :param tg_locals: TG's ``RequestLocals`` of the request.
-    :param database: the stream's sessions and transaction, if the application has any.
+    :param source: the iterable of the items.
+    :param plan: the options.
+    :param charset: returns the charset of the response.
+    :param length: returns the declared length of the body in bytes, if there is one. It
+        is called after the first chunk was made.
+    :param context: the context in which the generator runs.
+    :param transaction: the stream's sessions and transaction, if the application has
+        any.
     :param stream: the :class:`Stream` that the server iterates.
     """
+
+    observer: Observer | None = None
+    departed = False
+    """Whether its response has left the application."""
+    seat: Seat | None = None
+    chunks = bytes = 0
+    reason: Reason | None = None
+    closing: Reason | None = None
+    """The note to the owner: the reason to end."""
+    first_chunk_seconds: float | None = None
+    _state = NEW
+    _disowned = _watched = False
+    _chunks: Generator[bytes, None, None] = (chunk for chunk in ())
+    _first: bytes | None = None
+    _length: int | None = None
 
     def __init__(
         self,
         source: Any,
+        *,
         plan: Plan,
-        tg_locals: Any,
-        database: Database | None,
-        stream: Stream,
+        charset: Callable[[], str],
+        length: Callable[[], int | None],
+        context: Context,
+        transaction: StreamTransaction | None,
+        stream: Any,
     ) -> None:
         self.plan = plan
-        self.context = Context(tg_locals, database)
-        self.database = database
+        self.context = context
+        self.transaction = transaction
         # Weak: a stream that is dropped must end at once, not with the next collection.
         self.stream = weakref.ref(stream)
-        self.encoding = Chunks(plan, self)
-        self.outcome: Outcome | None = None
-        self.late: Callable[[], list[str]] | None = None
-        self.seat: Seat | None = None
-        self.chunks = self.bytes = 0
-        self.reason: Reason | None = None
-        self.closing: Reason | None = None
-        self.left = False
-        self._state = State.NEW
+        self.encoding = Chunks(plan, charset, self)
         self._token: deque[None] = deque()
-        self._disowned = self._watched = False
         self._source = source
-        self._chunks: Iterator[bytes] = iter(())
-        self._first: bytes | None = None
-        self._length: int | None = None
-        self.started = clock()
-        self.expires = self.started + plan.lifetime()
-        self.first_chunk_seconds: float | None = None
+        self._declared_length = length
+        self.started = now = clock()
+        self.expires = now + plan.lifetime()
 
     # The states.
 
     @property
     def ended(self) -> bool:
         """Whether it has ended."""
-        return self._state is State.ENDED
+        return self._state is ENDED
 
     @property
     def idle(self) -> bool:
@@ -144,18 +182,18 @@ class Body:
 
     def _release(self) -> None:
         """Return the token, and read the note that was left meanwhile."""
-        self._state = State.OPEN
+        self._state = OPEN
         self._token.append(None)
         if self.closing is not None:
             self._read_note()
 
     def _read_note(self) -> None:
         if self._disowned:
-            _report.leave_child(self.plan.controller, None)
+            reports.leave_child(self.plan.controller, None)
         self._end_if_asked()
 
     def ask_to_end(self, reason: Reason) -> bool:
-        """Leave a note for the owner. False where another was first."""
+        """Leave a note for the owner. False if there was a note."""
         if self.closing is not None:
             return False
         self.closing = reason
@@ -168,9 +206,9 @@ class Body:
         self.ask_to_end("disconnected")
 
     def checkpoint(self) -> None:
-        """Called between two items when no chunk was made.
+        """Called between two items if no chunk was made.
 
-        :raises StreamEnding: when the stream was asked to end.
+        :raises StreamEnding: when the stream is to end.
         """
         if not self._watched:
             self._watch()
@@ -181,24 +219,23 @@ class Body:
         self._watched = True
         try:
             monitor().watch(self)
-        except RuntimeError:  # without a thread there is no advice, but no bound either
+        except RuntimeError:  # no thread can be started, and max_seconds needs one
             if self.plan.max_seconds is not None:
                 raise
 
     # The pulls.
 
     def start(self, vetoed: Callable[[HTTPException], bool]) -> None:
-        """Make the first chunk inside the request, where it can still fail as one.
+        """Make the first chunk inside the request, where an error page is possible.
 
         :param vetoed: whether TG would abort the transaction for an HTTP exception.
-        :raises Exception: what the generator raises; the stream has then ended.
+        :raises Exception: the error of the generator. The stream has then ended.
         """
-        self._state = State.STARTING
-        monitor().register(self)
+        self._state = STARTING
+        monitor().register(self, self.started)
         record = self.context.bind(self)
         try:
-            self._chunks = self.context.run(self.encoding.of, self._source)
-            self._make_first()
+            self._keep_first(self.context.run(self._make_first))
         except HTTPException as response:
             self._end_by_response(response, vetoed)
             raise
@@ -208,16 +245,19 @@ class Body:
             self._fail(error)
         finally:
             self.context.unbind(record)
-            if self._state is State.STARTING:
+            if self._state is STARTING:
                 self._release()
 
-    def _make_first(self) -> None:
-        run, chunks = self.context.run, self._chunks
-        first = run(next, chunks, None)
-        self._length = self.plan.length()  # may be set before the first yield
-        if self._length is not None:
-            self._chunks = self.encoding.measured(first, chunks, self._length)
-            first = run(next, self._chunks, None)
+    def _make_first(self) -> bytes | None:
+        self._chunks = chunks = self.encoding.make(self._source)
+        first = next(chunks, None)
+        length = self._length = self._declared_length()  # after the first chunk
+        if length is not None:
+            self._chunks = self.encoding.check_length(first, chunks, length)
+            first = next(self._chunks, None)
+        return first
+
+    def _keep_first(self, first: bytes | None) -> None:
         self._first = first
         if first is not None:
             self.chunks, self.bytes = 1, len(first)
@@ -227,6 +267,14 @@ class Body:
         elif not self._watched:
             self._watch()
 
+    def depart(self) -> None:
+        """Its response leaves the application: the request ends without it."""
+        self.departed = True
+
+    def report_to(self, observer: Observer) -> None:
+        """Report the first chunk, failures and the end to ``observer`` from now on."""
+        self.observer = observer
+
     @property
     def complete(self) -> bytes | None:
         """The whole body, if it ended with the first pull."""
@@ -234,7 +282,7 @@ class Body:
 
     @property
     def length(self) -> int | None:
-        """The bytes of the whole body, where they are known after the first pull."""
+        """The bytes of the whole body, if they are known after the first pull."""
         return self._length if self.complete is None else len(self.complete)
 
     def iterate(self, owner: Any) -> Iterator[bytes]:
@@ -243,7 +291,7 @@ class Body:
         A generator, which costs a pull less than a method. It has nothing to clean up:
         :meth:`close` ends the stream, also if this generator was never started.
 
-        :param owner: must not be dropped while the server iterates.
+        :param owner: an object that must not be dropped while the server iterates.
         :raises StreamError: when the stream has ended early, or is iterated twice.
         """
         chunk = self._take_first()
@@ -251,7 +299,8 @@ class Body:
             yield chunk
         if self.reason == "completed":
             return
-        advise_if_buffered(self)
+        for check in second_pull_checks:
+            check(self)
         chunks, context, token = self._chunks, self.context, self._token
         bind, run, unbind = context.bind, context.run, context.unbind
         while True:
@@ -275,7 +324,7 @@ class Body:
                 return
             finally:
                 unbind(record)
-            token.append(None)  # as _release() does, without its call
+            token.append(None)  # like _release(), without its call
             if self.closing is not None:
                 self._read_note()
                 if not chunk:
@@ -284,19 +333,17 @@ class Body:
         yield from self._refuse()
 
     def _take_first(self) -> bytes | None:
-        """The first chunk, when the server begins; None if it must not have it."""
+        """The first chunk, when the server begins. None if it must not have it."""
         chunk, self._first = self._first, None
         if chunk is None:
             if self.reason is None and self.closing is None:
                 raise self._iterated_twice()
-            # Some servers answer 500 where there is no chunk.
+            # Some servers answer 500 if there is no chunk.
             return b"" if self.reason == "completed" else None
         if self.reason in ("failed", "disconnected"):
             return None
-        if self.outcome is not None:
-            self.outcome.started = True
-            if self.reason is None:  # TG took it away when the response left
-                self.context.environ["tg.locals"] = self.context.tg_locals
+        if self.observer is not None:
+            self.observer.first_chunk(self)
         return chunk
 
     def _iterated_twice(self) -> StreamError:
@@ -313,39 +360,48 @@ class Body:
         if self.closing is None and self.reason is None:
             raise self._iterated_twice()
         self._end_if_asked()
-        error = _report.ended_early(self)
-        if self.outcome is not None:
-            self.outcome.error = error
-        if error is not None:
+        if not self._ends_anywhere(self.closing):
+            plan = self.plan
+            error = StreamError(
+                reports.describe_early_end(
+                    plan.controller, self.closing, plan.max_seconds
+                )
+            )
+            if self.observer is not None:
+                self.observer.pull_failed(error)
             raise error
         if not self.chunks:
             yield b""  # as above
 
-    def settle(self) -> None:
-        """Commit the items whose chunk is about to leave."""
-        if self.database is not None:
-            self.database.settle()
+    def _ends_anywhere(self, reason: Reason | None) -> bool:
+        """Whether a client takes the body as complete if it ends for this reason."""
+        return reason in ("expired", "drained") and self.plan.traits.endless
 
-    def exhaust(self) -> None:
-        """Commit where the items run out, before an ending tells that all is there."""
+    def commit_items(self) -> None:
+        """Commit the items whose chunk is about to be sent."""
+        if self.transaction is not None:
+            self.transaction.commit_items()
+
+    def finish_items(self) -> None:
+        """Commit after the last item, before the format completes the body."""
         close(self.encoding.iterator)  # a format may have stopped before they did
         self._close_source()
-        if self.database is None:
+        if self.transaction is None:
             return
-        if not self.plan.manual:
-            self.database.settle()
-        elif left := self.database.left():
-            _report.tell_left(self.plan.controller, left)
+        if not self.plan.commit_manually:
+            self.transaction.commit_items()
+        elif uncommitted := self.transaction.count_uncommitted():
+            reports.warn_uncommitted(self.plan.controller, uncommitted)
 
     # The end.
 
     def close(self, reason: Reason = "disconnected") -> None:
-        """End the stream; while a pull runs elsewhere, when that pull returns.
+        """End the stream. If a pull runs elsewhere, it ends when that pull returns.
 
-        :raises BaseException: nothing but a kill or a timeout of gevent that came while
-            it ended; the stream has ended all the same.
+        :raises BaseException: only a kill or a timeout of gevent that came while it
+            ended. The stream has ended all the same.
         """
-        if self.ended or (is_collecting() and monitor().hand_over(self)):
+        if self._state is ENDED or (is_collecting() and monitor().hand_over(self)):
             return
         self.ask_to_end(reason)
         self._end_if_asked()
@@ -356,7 +412,7 @@ class Body:
         Under gevent the monitor ends it. An end can switch to another greenlet, and a
         finaliser swallows the timeout or kill that a switch raises.
         """
-        if self.ended:
+        if self._state is ENDED:
             return
         if has_greenlets():
             self.ask_to_end("disconnected")
@@ -365,12 +421,14 @@ class Body:
         self.close()
 
     def close_as_wrapper(self) -> None:
-        """End the stream for whoever has wrapped it: a server, a middleware of TG.
+        """End the stream for its wrapper: a server, or a middleware of TG.
 
         TG's middlewares are generators. If they are dropped, their ``finally`` closes
         the stream in a finaliser. The guard knows whether the server has closed them.
         """
-        if self.outcome is None or self.outcome.closing:
+        if self._state is ENDED:
+            return
+        if self.observer is None or self.observer.closing:
             self.close()
         else:
             self.drop()
@@ -384,7 +442,7 @@ class Body:
         if not self._acquire():
             return
         if in_request:
-            self._state = State.STARTING
+            self._state = STARTING
         record = self.context.bind(self)
         try:
             self._finish("failed", error)
@@ -403,7 +461,7 @@ class Body:
             error = self._finish(self.closing)
         finally:
             self.context.unbind(record)
-        if error is not None and _report.is_of_gevent(error):
+        if error is not None and reports.is_of_gevent(error):
             raise error
 
     def _end_by_response(
@@ -411,25 +469,28 @@ class Body:
     ) -> None:
         """End as TG ends a request: a response is not a failure, and has no report."""
         try:
-            if not (self.plan.manual or vetoed(response)):
-                self.context.run(self.settle)
+            if not (self.plan.commit_manually or vetoed(response)):
+                self.context.run(self.commit_items)
         except BaseException as error:
             self._fail(error)
         self._end("completed", silent=True)
 
     def _end_by_client(self, error: BaseException) -> bool:
-        """End for an error that the client caused by leaving; False for any other.
+        """End for an error that the disconnect of the client caused. Else False.
 
-        The server is to abort the transfer all the same, but an error page, a mail to
-        the administrator and a traceback would be for nobody.
+        The server must abort the transfer all the same, but nobody would read an error
+        page, a mail to the administrator or a traceback.
         """
-        outcome = self.outcome
-        if outcome is None or not self._is_of_client(error):
+        observer = self.observer
+        if observer is None or not self._is_of_client(error):
             return False
         self._end("disconnected")
-        _report.log_disconnect(self.plan.controller, error)
-        outcome.error = ConnectionResetError(
-            errno.ECONNRESET, f"the client of {self.plan.controller} has disconnected"
+        reports.log_disconnect(self.plan.controller, error)
+        observer.pull_failed(
+            ConnectionResetError(
+                errno.ECONNRESET,
+                f"the client of {self.plan.controller} has disconnected",
+            )
         )
         return True
 
@@ -437,17 +498,18 @@ class Body:
         return isinstance(error, Exception) and (
             self.closing == "disconnected"
             or isinstance(error, DisconnectionError)  # an upload that was cut
-            or has_left(self.context.environ)
+            or has_disconnected(self.context.environ)
         )
 
     def _fail(self, error: BaseException) -> NoReturn:
         """End for an error, and raise it."""
+        controller = self.plan.controller
         if self._disowned:
-            _report.leave_child(self.plan.controller, error)
-        if self.database is not None:
-            error = self.database.translate_error(self.plan.controller, error)
-        error = _report.as_error(self.plan.controller, error)
-        if self.outcome is None and self._is_of_client(error):
+            reports.leave_child(controller, error)
+        if self.transaction is not None:
+            error = self.transaction.translate_error(controller, error)
+        error = reports.as_error(controller, error)
+        if self.observer is None and self._is_of_client(error):
             self._end("disconnected")
         else:
             self._end("failed", error)
@@ -458,52 +520,66 @@ class Body:
     ) -> None:
         """End as the owner, if it has not ended."""
         if self._disowned:
-            _report.leave_child(self.plan.controller, error)
-        if self._state not in (State.ENDING, State.ENDED):
+            reports.leave_child(self.plan.controller, error)
+        if self._state not in (ENDING, ENDED):
             self._finish(reason, error, silent)
 
     def _finish(
         self, reason: Reason, error: BaseException | None = None, silent: bool = False
     ) -> BaseException | None:
         """End, as the owner, who never returns the token. Returns the first error."""
-        give_back = self._state is State.STARTING
-        self._state, self.reason = State.ENDING, reason
-        if self.outcome is not None:
-            self.outcome.cut = reason == "disconnected"  # at once, for who pulls on
+        give_back = self._state is STARTING
+        self._state, self.reason = ENDING, reason
         try:
             error = self.context.run(self._run_steps, error, silent, give_back)
         finally:
-            self._state = State.ENDED
+            self._state = ENDED
             monitor().forget(self)
         if self.seat is not None:
             self.seat.leave()
-        if self.outcome is None:
-            return error  # still in the request: TG itself takes tg.locals away
-        self.outcome.body = None  # so that neither keeps the other
-        self.outcome.unfinished = reason != "completed"
-        if reason == "failed":
-            self.outcome.error = error
-        else:
-            self.context.environ.pop("tg.locals", None)
+        if self.observer is not None:
+            self.observer.ended(self, error if reason == "failed" else None)
         return error
 
     def _run_steps(
         self, error: BaseException | None, silent: bool, give_back: bool
     ) -> BaseException | None:
-        """The steps of an end. The first error of all of them is returned."""
-
-        def release() -> None:
-            if self.database is not None:
-                self.database.release(give_back)
-
-        closes = lambda: close(self._chunks), self.encoding.close
-        error = first_error([*closes, self._close_source, release], error)
-        if not silent:
-            first_error(
-                [lambda: _report.tell_late(self), lambda: _report.tell(self, error)]
-            )
-            first_error([release])  # of what a hook made use of
+        """The steps of an end. Returns the first error of all of them."""
+        transaction = self.transaction
+        steps = [self._chunks.close, self.encoding.close, self._close_source]
+        if transaction is not None:
+            steps.append(partial(transaction.release, give_back))
+        error = first_error(steps, error)
+        level = self._log_level(error)
+        if not silent and reports.is_needed(level):
+            with suppress(BaseException):  # a report changes nothing
+                reports.log_end(self._make_report(error), level)
+            if transaction is not None:
+                with suppress(BaseException):  # a hook may have used a session
+                    transaction.release(False)
         return error
+
+    def _make_report(self, error: BaseException | None) -> Report:
+        assert self.reason is not None
+        return Report(
+            reason=self.reason,
+            error=error,
+            controller=self.plan.controller,
+            path=self.context.tg_locals.request.path,
+            items=self.encoding.items,
+            chunks=self.chunks,
+            bytes=self.bytes,
+            seconds=clock() - self.started,
+            first_chunk_seconds=self.first_chunk_seconds,
+            commits=0 if self.transaction is None else self.transaction.commits,
+        )
+
+    def _log_level(self, error: BaseException | None) -> int:
+        if error is not None:
+            return logging.ERROR
+        bounded = self.reason in ("expired", "drained")
+        aborted = bounded and not self._ends_anywhere(self.reason)
+        return logging.WARNING if aborted else logging.DEBUG
 
     def _close_source(self) -> None:
         source, self._source = self._source, None

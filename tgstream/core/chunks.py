@@ -1,22 +1,24 @@
-"""The chunks of a body: items in, bytes out, gathered and stored on the way.
+"""The chunks of a body: items in, bytes out, buffered and committed on the way.
 
-Rule: nothing here knows a thread, a request or a server.
+Nothing here uses a thread, a request or a server.
 """
 
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from itertools import chain, islice
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 from ..formats.protocols import Passed, batches_of, encoder_of, is_batched, parts_of
 from .cleanup import close
 from .errors import StreamError
 from .options import Plan, check_charset, clock
 
-LARGEST = 1 << 20
-"""Bytes of a chunk that is made of batches, at most, if no more were asked for."""
+_Chunks: TypeAlias = Generator[bytes, None, None]
+
+MAX_CHUNK = 1 << 20
+"""Maximum bytes of a chunk that is made of batches, unless ``chunk_size`` is larger."""
 
 
 class StreamEnding(BaseException):
@@ -26,230 +28,232 @@ class StreamEnding(BaseException):
     """
 
 
-class Store(Protocol):
-    """What is told while the chunks are made."""
+class Consumer(Protocol):
+    """The body, as it takes part in making the chunks."""
 
     @property
     def closing(self) -> str | None:
-        """Why the stream is to end; None while it is not."""
+        """The reason to end the stream. None while it is not to end."""
 
     def checkpoint(self) -> None:
-        """No chunk was made yet, and another item is about to be asked for.
+        """Called before another item is taken, if no chunk was made yet.
 
         :raises StreamEnding: when the stream is to end.
         """
 
-    def settle(self) -> None:
-        """Items are encoded and due to be committed; their chunk has not left."""
+    def commit_items(self) -> None:
+        """Commit the items so far. They are encoded, and their chunk is not sent."""
 
-    def exhaust(self) -> None:
-        """The items have run out; what the format adds has not left."""
+    def finish_items(self) -> None:
+        """Commit after the last item. The end of the format is not sent."""
 
 
 _BEFORE_CHECKPOINT = 64
 """Items that a format may take before the stream is watched: few streams have more."""
 
 
-def encoder_for(plan: Plan) -> codecs.IncrementalEncoder:
-    """What encodes the text of a stream: a byte order mark comes once, not a piece.
-
-    :raises ValueError: when the response or the format names an unknown charset.
-    """
-    charset = plan.charset()
-    check_charset(plan.controller, charset)
-    return codecs.getincrementalencoder(charset)()
-
-
-def _texts(pieces: Iterator[Any]) -> Iterator[str]:
-    return (piece for piece in pieces if isinstance(piece, str))
-
-
 class Chunks:
-    """An iterator of chunks, counting the items that it has taken."""
+    """The chunks of one body. It counts the items that it has taken.
 
-    def __init__(self, plan: Plan, store: Store) -> None:
-        self.last = False
+    :param charset: returns the charset of the response. It is called for the first text.
+    """
+
+    last = False
+    """Whether the chunk that was made last is the last of all."""
+    iterator: Any = None
+    """The iterator of the source."""
+    _finished = False
+    _encoder: codecs.IncrementalEncoder | None = None
+    _batch: Sequence[Any] | None = None  # the batch that is being encoded
+    _large = False  # each output of the format has many items
+    _items = _flushed = 0  # taken, and no longer in the buffer
+
+    def __init__(
+        self, plan: Plan, charset: Callable[[], str], consumer: Consumer
+    ) -> None:
         self._plan = plan
-        self._store: Store | None = store
-        self.iterator: Any = None  # of the source
-        self._items = 0
+        self._charset = charset
+        self._consumer: Consumer | None = consumer
         self._raw = plan.format is None
-        self._held: list[Any] = []  # pieces of the next chunk: str or bytes
-        self._exhausted = False
-        self._encoder: codecs.IncrementalEncoder | None = None
-        self._batch: Sequence[Any] | None = None  # that is encoded now
-        self._large = False  # pieces are made of many items
-        self._left = 0  # the items whose pieces are no longer held
+        self._buffer: list[Any] = []  # str or bytes of the next chunk
 
     @property
     def items(self) -> int:
-        """How many items were taken."""
-        if self._raw and not self._exhausted:
-            return self._items + len(self._held)
+        """The number of items that were taken."""
+        if self._raw and not self._finished:
+            return self._items + len(self._buffer)
         return self._items
 
     def close(self) -> None:
-        """Close the iterator of the source; nothing is told any more."""
-        self._store = None  # which holds this: a stream is to be freed at once
+        """Close the iterator of the source. The body is not called again."""
+        self._consumer = None  # which has this: a stream must be freed at once
         close(self.iterator)
 
-    def of(self, source: Any) -> Iterator[bytes]:
-        """The chunks of the source's items, made one by one; none is empty."""
+    def make(self, source: Any) -> _Chunks:
+        """The chunks of the items of ``source``, made one by one. None is empty."""
         plan = self._plan
-        pieces = self._pieces(source)
         if self._raw and not plan.chunk_size:
-            return self._single(pieces)
-        chunks = self._gathered(self._stored(pieces) if plan.every else pieces)
+            self.iterator = iter(source)
+            return self._one_per_item(self.iterator)
+        output = self._encode_source(source)
+        chunks = self._buffered(
+            self._committing(output) if plan.commit_every else output
+        )
         if plan.chunk_size:
-            chunks = self._with_rest(chunks)
+            chunks = self._flush_at_end(chunks)
         if self._large:
-            chunks = self._bounded(chunks, max(LARGEST, plan.chunk_size))
+            chunks = self._split_large(chunks, max(MAX_CHUNK, plan.chunk_size))
         return chunks
 
-    def measured(
+    def check_length(
         self, first: bytes | None, rest: Iterator[bytes], length: int
-    ) -> Iterator[bytes]:
-        """The chunks of a body whose length is known.
+    ) -> _Chunks:
+        """The chunks of a body whose length is declared.
 
-        :param first: the first chunk, which is made; None if there is none.
+        :param first: the first chunk, which is made. None if there is none.
         :param rest: the other chunks.
         :raises StreamError: when they have more bytes than ``length``, or fewer.
         """
-        return self._measured(chain([] if first is None else [first], rest), length)
+        return self._check_length(chain([] if first is None else [first], rest), length)
 
-    def _pieces(self, source: Any) -> Iterator[Any]:
-        """The items as they are, or what the format makes of them."""
+    def _encode_source(self, source: Any) -> Iterator[Any]:
+        """The items as they are, or the output of the format."""
         format = self._plan.format
         encode_batches = encoder_of(format)
         if encode_batches is not None and is_batched(source):
-            counted = self._counted_batches(self._batches(source))
-            pieces: Iterator[Any] = encode_batches(Passed(source, counted))
-            return pieces
+            counted = self._count_batches(self._batches(source))
+            output: Iterator[Any] = encode_batches(Passed(source, counted))
+            return output
         self.iterator = iter(source)
         if format is None:
-            taken: Iterator[Any] = self.iterator
-            return taken
-        return format.encode(self._counted(self.iterator))
+            items: Iterator[Any] = self.iterator
+            return items
+        return format.encode(self._count_items(self.iterator))
 
     def _batches(self, source: Any) -> Iterator[Sequence[Any]]:
-        """The batches; of one item where each may be committed, or leaves alone."""
-        if self._plan.chunk_size and not self._plan.every:
+        """The batches. They have one item if each item has its commit or its chunk."""
+        if self._plan.chunk_size and not self._plan.commit_every:
             self._large = True
             self.iterator = batches_of(source)
             return self.iterator  # type: ignore[no-any-return]
         self.iterator = iter(source)
         return ([item] for item in self.iterator)
 
-    def _counted(self, items: Any) -> Iterator[Any]:
-        store = self._store
-        assert store is not None
+    def _count_items(self, items: Any) -> Iterator[Any]:
+        consumer = self._consumer
+        assert consumer is not None
         for item in islice(items, _BEFORE_CHECKPOINT):
             self._items += 1
             yield item
-            if store.closing is not None:
-                store.checkpoint()
-        store.checkpoint()  # the format may make nothing of all items
+            if consumer.closing is not None:
+                consumer.checkpoint()
+        consumer.checkpoint()  # the format may make no output of all items
         for item in items:
             self._items += 1
             yield item
-            if store.closing is not None:
-                store.checkpoint()
-        self._exhaust()
+            if consumer.closing is not None:
+                consumer.checkpoint()
+        self._finish_items()
 
-    def _counted_batches(
+    def _count_batches(
         self, batches: Iterator[Sequence[Any]]
     ) -> Iterator[Sequence[Any]]:
-        store = self._store
-        assert store is not None
+        consumer = self._consumer
+        assert consumer is not None
         for number, batch in enumerate(batches, 1):
             for part in parts_of(batch) if batch else ():
                 self._items += len(part)
                 self._batch = part
                 yield part
-            if not batch or number == _BEFORE_CHECKPOINT or store.closing is not None:
-                store.checkpoint()  # the format may make nothing of all batches
-        self._exhaust()
+            if (
+                not batch
+                or number == _BEFORE_CHECKPOINT
+                or consumer.closing is not None
+            ):
+                consumer.checkpoint()  # the format may make no output of all batches
+        self._finish_items()
 
-    def _exhaust(self) -> None:
-        if self._held:  # what cannot be encoded is to fail before the last commit
-            self._held[:] = [self._joined()]
-        self._exhausted = True
-        if self._store is not None:
-            self._store.exhaust()
+    def _finish_items(self) -> None:
+        if self._buffer:  # text that cannot be encoded must fail before the last commit
+            self._buffer[:] = [self._flush()]
+        self._finished = True
+        if self._consumer is not None:
+            self._consumer.finish_items()
 
-    def _settle(self) -> None:
-        if self._store is not None:
-            self._store.settle()
+    def _commit_items(self) -> None:
+        if self._consumer is not None:
+            self._consumer.commit_items()
 
     def _checkpoint(self) -> None:
-        if self._store is not None:
-            self._store.checkpoint()
+        if self._consumer is not None:
+            self._consumer.checkpoint()
 
-    def _single(self, items: Iterator[Any]) -> Iterator[bytes]:
-        """A chunk an item, each stored before it is handed on."""
-        every = self._plan.every
+    def _one_per_item(self, items: Iterator[Any]) -> _Chunks:
+        """A chunk for each item. Its commit is before its chunk."""
+        every = self._plan.commit_every
         for item in items:
             self._items += 1
-            data = item if type(item) is bytes else self._encode_of(self._items, item)
+            data = item if type(item) is bytes else self._encode_item(self._items, item)
             if every and self._items % every == 0:
-                self._settle()
+                self._commit_items()
             if data:
                 yield data
             else:
                 self._checkpoint()
-        self._exhaust()
-        if tail := self._tail():
-            yield tail
+        self._finish_items()
+        if self._encoder is not None and (final := self._final()):
+            yield final
 
-    def _stored(self, pieces: Iterator[Any]) -> Iterator[bytes]:
-        """The pieces encoded, and committed where that is due, before they go on."""
-        every, settled = self._plan.every, 0
-        for number, piece in enumerate(pieces, 1):
+    def _committing(self, output: Iterator[Any]) -> Iterator[bytes]:
+        """The output, encoded. A commit that is due comes before its output."""
+        every, committed = self._plan.commit_every, 0
+        for number, text in enumerate(output, 1):
             items = number if self._raw else self._items
-            data = piece if type(piece) is bytes else self._encode_of(items, piece)
-            if items - settled >= every:
-                settled = items
-                self._settle()
+            data = text if type(text) is bytes else self._encode_item(items, text)
+            if items - committed >= every:
+                committed = items
+                self._commit_items()
             yield data
 
-    def _gathered(self, pieces: Iterator[Any]) -> Iterator[bytes]:
-        """The pieces in chunks of a size, or of what a slow pull has brought.
+    def _buffered(self, output: Iterator[Any]) -> _Chunks:
+        """The output in chunks of a size, or of all that a slow pull has buffered.
 
-        The clock is looked at each time: a producer that was fast may have turned slow.
+        It reads the clock each time, because a generator that was fast may get slow.
         """
-        size, seconds, now = self._plan.chunk_size, self._plan.chunk_seconds, clock
-        held, length = self._held, 0
-        hold, due = held.append, now() + seconds
-        for piece in pieces:
-            if not (size or held) and type(piece) is bytes and piece and self._items:
-                yield piece  # a chunk a piece: there is nothing to gather
+        size, seconds, now = self._plan.chunk_size, self._plan.flush_seconds, clock
+        buffer, length = self._buffer, 0
+        add, due = buffer.append, now() + seconds
+        for text in output:
+            if not (size or buffer) and type(text) is bytes and text and self._items:
+                yield text  # a chunk for each output: there is nothing to buffer
                 continue
-            # A str of its own kind waits its turn: the encoder may know an order. That
-            # of a batch does not: it is long, and its batch is known now if it fails.
-            if type(piece) is not bytes and (
-                self._batch is not None or not isinstance(piece, str)
+            # A subclass of str is encoded later: the encoder may have an order. The
+            # output of a batch is not: it is long, and its batch is known now if it
+            # fails.
+            if type(text) is not bytes and (
+                self._batch is not None or not isinstance(text, str)
             ):
-                piece = self._encode_of(self._items, piece)
-            hold(piece)
-            length += len(piece)
+                text = self._encode_item(self._items, text)
+            add(text)
+            length += len(text)
             if length >= size or now() >= due:
-                if not (self._exhausted or self.items):
+                if not (self._finished or self.items):
                     self._checkpoint()
-                    continue  # a header alone does not leave: an error may come yet
-                if chunk := self._joined():
+                    continue  # a header alone is not sent: an error may follow
+                if chunk := self._flush():
                     yield chunk
                 else:
                     self._checkpoint()
                 length, due = 0, now() + seconds
-        if not self._exhausted:  # without a format, or one that has stopped early
-            self._exhaust()
-        chunk = self._joined() + self._tail()
+        if not self._finished:  # without a format, or with a format that stopped early
+            self._finish_items()
+        chunk = self._flush() + self._final()
         self.last = True
         if chunk:
             yield chunk
 
-    def _bounded(self, chunks: Iterator[bytes], most: int) -> Iterator[bytes]:
-        """The chunks, parted where one has more than ``most`` bytes."""
+    def _split_large(self, chunks: Iterator[bytes], most: int) -> _Chunks:
+        """The chunks, split if they have more than ``most`` bytes."""
         for chunk in chunks:
             last, self.last = self.last, False
             while len(chunk) > most:
@@ -258,7 +262,7 @@ class Chunks:
             self.last = last
             yield chunk
 
-    def _with_rest(self, chunks: Iterator[bytes]) -> Iterator[bytes]:
+    def _flush_at_end(self, chunks: Iterator[bytes]) -> _Chunks:
         """The chunks. If the stream is to end, the last one is what is buffered.
 
         Its items may be committed, and a body that may end anywhere looks complete.
@@ -266,116 +270,133 @@ class Chunks:
         try:
             yield from chunks
         except StreamEnding:
-            if self.items and (chunk := self._joined()):
+            if self.items and (chunk := self._flush()):
                 yield chunk
             raise
 
-    def _joined(self) -> bytes:
-        """What is held, as one chunk; it is held no longer."""
-        held = self._held
-        if self._raw and not self._exhausted:
-            self._items += len(held)
-        if not held:
+    def _flush(self) -> bytes:
+        """Empty the buffer into one chunk."""
+        buffer = self._buffer
+        if self._raw and not self._finished:
+            self._items += len(buffer)
+        if not buffer:
             return b""
         try:
-            return self._encode_all(held)
+            return self._encode_all(buffer)
         except UnicodeEncodeError as error:
-            raise self._naming(error, self._items, held) from None
+            raise self._name_item(error, self._items, buffer) from None
         finally:
-            held.clear()
-            self._left = self._items
+            buffer.clear()
+            self._flushed = self._items
 
-    def _encode_all(self, pieces: list[Any]) -> bytes:
+    def _encode_all(self, output: list[Any]) -> bytes:
         try:
-            if type(pieces[0]) is bytes:
-                return b"".join(pieces)
-            return self._encode("".join(pieces))
+            if type(output[0]) is bytes:
+                return b"".join(output)
+            return self._encode("".join(output))
         except TypeError:  # some text, some bytes
             return b"".join(
-                [p if type(p) is bytes else self._encode(p) for p in pieces]
+                [each if type(each) is bytes else self._encode(each) for each in output]
             )
 
-    def _measured(self, chunks: Iterator[bytes], length: int) -> Iterator[bytes]:
-        """The chunks, of which the completing one comes when all is done.
+    def _check_length(self, chunks: Iterator[bytes], length: int) -> _Chunks:
+        """The chunks. The chunk that completes the body comes after the end of all.
 
-        A client is content with the last byte: nothing must be able to fail after it.
+        A client takes a response as complete with its last byte, so that nothing may
+        fail after it.
         """
-        made, completing = 0, b""
+        sent, completing = 0, b""
         for chunk in chunks:
-            made += len(chunk)
-            if made > length:
-                raise StreamError(self._mismeasured("more than", length))
-            if made == length:
+            sent += len(chunk)
+            if sent > length:
+                raise StreamError(self._wrong_length(f"more than {length}", length))
+            if sent == length:
                 completing = chunk
             elif not self.last:
                 yield chunk
-        if made != length:
-            raise StreamError(self._mismeasured(f"{made} bytes of", length))
+        if sent != length:
+            raise StreamError(self._wrong_length(str(sent), length))
         self.last = True
         if completing:
             yield completing
 
-    def _mismeasured(self, made: str, length: int) -> str:
+    def _wrong_length(self, sent: str, length: int) -> str:
         return (
-            f"{self._plan.controller} made {made} the {length} bytes that length= had "
-            "announced; give the exact number of bytes, or leave length out"
+            f"{self._plan.controller} sent {sent} bytes, but length={length} was "
+            "declared. Pass the exact number of bytes, or omit length"
         )
 
-    def _encode(self, piece: Any) -> bytes:
-        if isinstance(piece, str):
+    def _encode(self, text: Any) -> bytes:
+        if isinstance(text, str):
             if self._encoder is None:
-                self._encoder = encoder_for(self._plan)
-            return self._encoder.encode(piece)
+                self._encoder = self._make_encoder()
+            return self._encoder.encode(text)
         try:
-            return bytes(memoryview(piece))
+            return bytes(memoryview(text))
         except TypeError:
-            raise TypeError(self._unencodable(piece)) from None
+            raise TypeError(self._describe_type(text)) from None
 
-    def _encode_of(self, number: int, piece: Any) -> bytes:
-        """The bytes of a piece that an item, or the batch up to it, was made into."""
+    def _make_encoder(self) -> codecs.IncrementalEncoder:
+        """The encoder of all text: a byte order mark comes once for the body.
+
+        :raises ValueError: when the response or the format names an unknown charset.
+        """
+        charset = self._charset()
+        check_charset(self._plan.controller, charset)
+        return codecs.getincrementalencoder(charset)()
+
+    def _encode_item(self, number: int, text: Any) -> bytes:
+        """Encode the output of an item, or of the batch that ends with it."""
         try:
-            return self._encode(piece)
+            return self._encode(text)
         except UnicodeEncodeError as error:
             if self._batch is None or self._plan.format is None:
-                raise self._naming(error, number, [piece]) from None
+                raise self._name_item(error, number, [text]) from None
             encode = self._plan.format.encode
-            lines = ["".join(_texts(encode([item]))) for item in self._batch]
-            raise self._naming(error, number, lines) from None
+            lines = ["".join(_only_texts(encode([item]))) for item in self._batch]
+            raise self._name_item(error, number, lines) from None
 
-    def _naming(
+    def _name_item(
         self, error: UnicodeEncodeError, last: int, texts: Sequence[Any]
     ) -> UnicodeEncodeError:
-        """The error, with the item in which it is, and its place there.
+        """The error, with the item that has the character, and the place in it.
 
-        :param last: the number of the item that the last of the texts is made of.
+        :param last: the number of the item that the last of the texts belongs to.
         """
-        first = self._left + 1 if self._batch is None else last - len(texts) + 1
+        first = self._flushed + 1 if self._batch is None else last - len(texts) + 1
         where = f"items {first} to {last}"
-        if self._batch is not None or len(texts) in (1, last - self._left):
+        if self._batch is not None or len(texts) in (1, last - self._flushed):
             for number, text in enumerate(texts, last - len(texts) + 1):
                 try:
                     (text if isinstance(text, str) else "").encode(error.encoding)
-                except UnicodeEncodeError as found:
-                    error, where = found, f"item {number}"
+                except UnicodeEncodeError as own_error:
+                    error, where = own_error, f"item {number}"
                     break
         return UnicodeEncodeError(
-            *(error.encoding, error.object, error.start, error.end),
+            error.encoding,
+            error.object,
+            error.start,
+            error.end,
             f"{error.reason}; it is in {where} of {self._plan.controller}. Replace "
             "the character, or choose another charset",
         )
 
-    def _tail(self) -> bytes:
+    def _final(self) -> bytes:
         return b"" if self._encoder is None else self._encoder.encode("", final=True)
 
-    def _unencodable(self, piece: Any) -> str:
-        plan, kind = self._plan, type(piece).__name__
+    def _describe_type(self, value: Any) -> str:
+        plan, type_name = self._plan, type(value).__name__
         if plan.format is None:
             number = self._items if not plan.chunk_size else self.items + 1
             return (
-                f"{plan.controller} yielded {kind} as item {number}: without a "
-                "format a stream sends str and bytes; yield those, or name a format"
+                f"{plan.controller} yielded {type_name} as item {number}, but without "
+                "a format a stream sends str and bytes. Yield those, or pass a format"
             )
         return (
-            f"{type(plan.format).__name__}.encode() yielded {kind} in "
-            f"{plan.controller}: a format yields str or bytes"
+            f"{type(plan.format).__name__}.encode() yielded {type_name} in "
+            f"{plan.controller}, but a format must yield str or bytes"
         )
+
+
+def _only_texts(output: Iterator[Any]) -> Iterator[str]:
+    return (text for text in output if isinstance(text, str))

@@ -1,52 +1,90 @@
 """The context of a stream, bound around one call and off the thread in between.
 
-It has three parts: TG's request context, the stream's database, and a copy of the
-request's context variables (:mod:`contextvars`), in which every call of the generator
-runs. Beside the record of a thread, only this file touches the stacks of
-``tg.request_local``. The database is swapped here too: an extra call per pull costs
-about 10 %.
+It has two parts: TG's request context, and a copy of the request's context variables
+(:mod:`contextvars`), in which every call of the generator runs. Only this file touches
+the stacks of ``tg.request_local``.
 """
 
 from __future__ import annotations
 
 import contextvars
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from tg import request_local
 
 from .errors import StreamError
 
 if TYPE_CHECKING:
-    from ..database.database import Database
-    from ..database.registry import Registry
-    from .body import Body
+    from collections.abc import Callable
+
+
+class StreamTransaction(Protocol):
+    """The sessions and the transaction of one stream, as the stream uses them."""
+
+    @property
+    def commits(self) -> int:
+        """The number of committed transactions."""
+
+    @property
+    def has_sessions(self) -> bool:
+        """Whether the application has a session."""
+
+    def flush(self) -> None: ...
+    def commit(self) -> None: ...
+    def rollback(self) -> None: ...
+
+    def commit_items(self) -> None:
+        """Commit the items so far. It costs nothing where nothing was done."""
+
+    def count_uncommitted(self) -> list[str]:
+        """The uncommitted changes, such as ``1 new Post``."""
+
+    def translate_error(self, controller: str, error: BaseException) -> BaseException:
+        """A clearer error in place of a driver's, or the error itself."""
+
+    def release(self, give_back: bool) -> None:
+        """Roll back the uncommitted changes, and close the sessions.
+
+        :param give_back: whether the objects go back to the request's sessions first.
+        :raises BaseException: the first error, after all sessions were closed.
+        """
+
+
+class RunningStream(Protocol):
+    """The stream whose generator runs on a thread."""
+
+    @property
+    def transaction(self) -> StreamTransaction | None: ...
 
 
 class Record:
-    """The record of one thread (with gevent: of one greenlet, as TG's own stacks)."""
+    """The record that tgstream keeps for each thread: one look-up a pull.
+
+    With gevent it is the record of a greenlet, like TG's own stacks.
+    """
 
     __slots__ = ("body", "config", "context", "managers", "shielded")
 
     def __init__(self) -> None:
-        # _context: TG's stacks of this thread, which are made once and never replaced.
-        self.config = _stack(request_local.config)
-        self.context = _stack(request_local.context)
-        # _context: the body whose generator runs on this thread, if any.
-        self.body: Body | None = None
-        # _database: the dict of the thread-local transaction manager, once needed; the
-        # registries, and how many removals each is kept over.
+        # TG's stacks of this thread, which are made once and never replaced.
+        self.config = _stack_of(request_local.config)
+        self.context = _stack_of(request_local.context)
+        # The body whose generator runs on this thread.
+        self.body: Any = None
+        # The package database: the dict of the thread-local transaction manager, and
+        # the number of removals that each session registry skips.
         self.managers: dict[str, Any] | None = None
-        self.shielded: dict[Registry, int] = {}
+        self.shielded: dict[Any, int] = {}
 
     @property
-    def database(self) -> Database | None:
+    def database(self) -> Any:
         """The sessions and the transaction of the stream that runs on this thread."""
         body = self.body
-        return None if body is None else body.database
+        return None if body is None else body.transaction
 
 
-def _stack(proxy: Any) -> list[tuple[Any, bool]]:
+def _stack_of(proxy: Any) -> list[tuple[Any, bool]]:
     """This thread's stack of a ``StackedObjectProxy``, made if it has none yet."""
     proxy._push_object(None)
     proxy._pop_object()
@@ -71,24 +109,19 @@ class Context:
     calls.
 
     :param tg_locals: TG's ``RequestLocals`` of the request.
-    :param database: what goes in place of the thread's sessions and transaction.
     """
 
-    __slots__ = (
-        *("_config", "_context", "_database", "_outer"),
-        *("environ", "run", "tg_locals"),
-    )
+    __slots__ = ("_config", "_context", "_outer", "environ", "run", "tg_locals")
 
-    def __init__(self, tg_locals: Any, database: Database | None) -> None:
+    def __init__(self, tg_locals: Any) -> None:
         self.tg_locals = tg_locals
-        self._database = database
         self.environ: dict[str, Any] = tg_locals.request.environ
         self._config = (tg_locals.config, False)
         self._context = (tg_locals, False)
-        self._outer: Body | None = None
-        self.run = contextvars.copy_context().run
+        self._outer: RunningStream | None = None
+        self.run: Callable[..., Any] = contextvars.copy_context().run
 
-    def bind(self, body: Body) -> Record:
+    def bind(self, body: RunningStream) -> Record:
         """Make this the context of the current thread, above what is bound there.
 
         :param body: the body that runs here until :meth:`unbind`.
@@ -99,28 +132,19 @@ class Context:
         record.context.append(self._context)
         self._outer = record.body
         record.body = body
-        database = self._database
-        if database is not None:
-            managers = record.managers
-            if managers is None:
-                managers = record.managers = database.managers_of_thread()
-            database.outer_manager = managers["manager"]
-            managers["manager"] = database.manager
         return record
 
     def unbind(self, record: Record) -> None:
         """Take the context off the thread again, and what was left above it."""
         record.body = self._outer
-        database = self._database
-        if database is not None:
-            record.managers["manager"] = database.outer_manager  # type: ignore[index]
         if record.context.pop() is not self._context:
-            _remove(record.context, self._context)
+            remove_from(record.context, self._context)
         if record.config.pop() is not self._config:
-            _remove(record.config, self._config)
+            remove_from(record.config, self._config)
 
 
-def _remove(stack: list[tuple[Any, bool]], bound: tuple[Any, bool]) -> None:
+def remove_from(stack: list[tuple[Any, bool]], bound: tuple[Any, bool]) -> None:
+    """Remove the newest entry that is ``bound``, and everything above it."""
     for index in range(len(stack) - 1, -1, -1):
         if stack[index] is bound:
             del stack[index:]
@@ -131,7 +155,7 @@ def check_locals() -> None:
     """Refuse to stream where TG's context is not kept for each greenlet.
 
     :raises StreamError: when gevent has patched threads after TG was imported: another
-        user's request would then be seen in the middle of a pull.
+        user's request would then be visible in the middle of a pull.
     """
     if not isinstance(request_local.context.____local__, threading.local):
         raise StreamError(
@@ -146,6 +170,6 @@ def check_locals() -> None:
 def current() -> Any:
     """TG's ``RequestLocals`` of the request that runs on this thread.
 
-    :raises TypeError: when none does.
+    :raises TypeError: when no request runs.
     """
     return request_local.context._current_obj()

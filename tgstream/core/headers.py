@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from itertools import chain
+from functools import lru_cache
 from typing import Any
 from urllib.parse import quote
 
 from ..formats.protocols import Format
 from .errors import StreamError
-from .options import Options
+from .options import FormatTraits, Options
 
 
 def charset_in(content_type: str | None) -> str | None:
@@ -22,10 +22,12 @@ def charset_in(content_type: str | None) -> str | None:
     return match and match[1]
 
 
-def set_headers(response: Any, exposed: Any, options: Options) -> None:
+def set_headers(
+    response: Any, exposed: Any, options: Options, traits: FormatTraits
+) -> None:
     """The stream's headers, where the user has set none."""
     format = options.format
-    for name, value in getattr(format, "headers", {}).items():
+    for name, value in traits.headers.items():
         response.headers.setdefault(name, value)
     if options.filename is not None and "Content-Disposition" not in response.headers:
         response.headers["Content-Disposition"] = disposition(options.filename)
@@ -33,7 +35,7 @@ def set_headers(response: Any, exposed: Any, options: Options) -> None:
         return  # TG itself sets what @expose says
     if response.content_type is None:
         _set_content_type(response, exposed(), format)
-    fixed = getattr(format, "charset", None)
+    fixed = traits.charset
     if options.charset is not None or (fixed and response.charset):
         response.charset = fixed or options.charset
 
@@ -62,21 +64,30 @@ _HOP_BY_HOP = frozenset(
 )
 """Headers of a connection, by RFC 2616, section 13.5.1, which PEP 3333 names."""
 
-_CLEAN = re.compile(
-    rf"{_TEXT}*\0(?:(?!(?i:{'|'.join(_HOP_BY_HOP)})\0){_TOKEN.pattern}\0{_TEXT}*\0)*"
-)
-"""A status line, then names and values, each with a NUL behind it."""
+
+@lru_cache(256)
+def _is_clean_name(name: str) -> bool:
+    return bool(_TOKEN.fullmatch(name)) and name.lower() not in _HOP_BY_HOP
 
 
 def is_clean(response: Any) -> bool:
     """Whether any server can send the status and the headers of a response as they are.
 
-    One look at all of them takes a fifth of the time of a look at each.
+    It looks at usual headers only. For others the answer is False, and
+    :func:`check_sendable` finds out. Three looks a stream cost 2 us.
     """
     try:
-        parts = [response.status, *chain.from_iterable(response.headerlist), ""]
-        return _CLEAN.fullmatch("\0".join(parts)) is not None
-    except TypeError:  # one of them is not a str
+        status = response.status
+        clean: bool = status.isascii() and status.isprintable()
+        for name, value in response.headerlist:
+            clean = (
+                clean
+                and value.isascii()
+                and value.isprintable()
+                and _is_clean_name(name)
+            )
+        return clean
+    except (AttributeError, TypeError):  # one of them is not a str
         return False
 
 
@@ -124,9 +135,9 @@ def _problem(what: str, value: Any) -> str:
     )
 
 
-def has_no_body(status: int) -> bool:
-    """Whether HTTP allows no body in a response with this status."""
-    return status < 200 or status in (204, 205, 304)
+def has_no_body(status: str) -> bool:
+    """Whether HTTP allows no body in a response with this status line."""
+    return status.startswith(("1", "204", "205", "304"))
 
 
 _LONGEST = 200

@@ -2,22 +2,23 @@
 
 It ends streams from outside: those whose ``max_seconds`` are over, whose client has
 disconnected, that :func:`drain` ends, and those that Python's cyclic garbage collector
-has dropped. It also gives advice about streams that wait.
+has dropped. It also runs the checks of streams that wait.
 
 - The monitor looks at a stream when a look is due, whether a server pulls the stream or
-  not. A pull pays nothing for it.
+  not. A pull pays nothing for it, and a stream that has ended is forgotten at once.
 - The monitor's thread runs no code of a user and no call of a database. An end may run
   both, so that each end that the monitor begins has a short-lived thread of its own.
 - A finaliser may run on any thread, between any two byte codes, also while that thread
-  is in this module. It only calls ``SimpleQueue.put()``, which is re-entrant and does
-  not wait.
+  is in this module. It only sets an item of a ``dict`` and calls ``SimpleQueue.put()``,
+  which is re-entrant and does not wait.
+- The monitor's thread may be about to wait, or about to end, while a stream registers.
+  ``_next_look`` is infinite while the thread looks, so that a stream that registers then
+  wakes it, and the thread looks at the registry once more after it has noted its end.
 """
 
 from __future__ import annotations
 
 import gc
-import heapq
-import itertools
 import logging
 import os
 import queue
@@ -28,13 +29,12 @@ import time
 import weakref
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
-from ..turbogears.diagnostics import LONG, look
-from .options import clock
+from .options import Plan, clock
 
 if TYPE_CHECKING:
-    from .body import Body
+    from .context import Context
     from .report import Reason
 
 log = logging.getLogger("tgstream")
@@ -42,15 +42,43 @@ log = logging.getLogger("tgstream")
 PAUSE = 0.05
 """Minimum seconds between two looks: many streams that are due share one look."""
 
+PAUSE_PER_STREAM = 2e-5
+"""Seconds that each stream adds to the pause: a look costs 0.2 us a stream."""
+
+LINGER = 10.0
+"""Seconds that the thread waits for another stream. To start it costs 100 us."""
+
+FIRST_LOOK = 10.0
+"""Maximum seconds until the first look at a stream."""
+
 LONGEST = 3600.0
 """Maximum seconds of one wait. A longer timeout can overflow."""
 
 
-class _Entry(NamedTuple):
-    due: float  # by the clock
-    number: int  # so that two entries never compare further
-    body: weakref.ref[Body]
-    seen: tuple[int, ...] | None  # the stream's progress at its last look
+class Monitored(Protocol):
+    """A running stream, as the monitor uses it."""
+
+    plan: Plan
+    context: Context
+    expires: float
+    closing: Reason | None
+
+    @property
+    def ended(self) -> bool: ...
+    @property
+    def idle(self) -> bool: ...
+    def ask_to_end(self, reason: Reason) -> bool: ...
+    def close(self) -> None: ...
+    def disown(self) -> None: ...
+
+
+class _Entry(weakref.ref[Monitored]):
+    """A stream that does not keep it, the time of its next look, and its last look."""
+
+    __slots__ = ("due", "seen")
+
+    due: float
+    seen: Any
 
 
 class Monitor:
@@ -60,91 +88,98 @@ class Monitor:
     """
 
     def __init__(self) -> None:
-        self._bodies: dict[int, weakref.ref[Body]] = {}
-        self._entries: list[_Entry] = []
-        self._numbers = itertools.count()
-        # Re-entrant: a finaliser that calls drain() may interrupt who holds it.
+        self._entries: dict[int, _Entry] = {}
+        # Re-entrant: a finaliser may interrupt its holder.
         self._lock = threading.RLock()
         self._running = False
-        # Dropped bodies that are to be ended, and None to wake the thread.
-        self._queue: queue.SimpleQueue[Body | None] = queue.SimpleQueue()
+        self._next_look = float("inf")
+        # Dropped streams that are to be ended, and None to wake the thread.
+        self._queue: queue.SimpleQueue[Monitored | None] = queue.SimpleQueue()
 
-    def register(self, body: Body) -> None:
+    def register(self, body: Monitored, now: float) -> None:
         """Count ``body`` among the running streams, until it has ended."""
-        self._bodies[id(body)] = weakref.ref(body)
+        entry = self._entries[id(body)] = _Entry(body)
+        plan = body.plan
+        idle_seconds = plan.idle_transaction_seconds or FIRST_LOOK
+        seconds = min(FIRST_LOOK, plan.disconnect_check_seconds, idle_seconds)
+        entry.due = min(now + seconds, body.expires)
+        entry.seen = None
 
-    def forget(self, body: Body) -> None:
+    def forget(self, body: Monitored) -> None:
         """Count ``body`` no longer. It may be called from a finaliser."""
-        self._bodies.pop(id(body), None)
+        self._entries.pop(id(body), None)
 
-    def running(self) -> list[Body]:
+    def running(self) -> list[Monitored]:
         """The streams of this process that have not ended."""
-        bodies = [reference() for reference in self._references()]
+        bodies = [entry() for entry in self._list()]
         return [body for body in bodies if body is not None and not body.ended]
 
-    def _references(self) -> list[weakref.ref[Body]]:
+    def _list(self) -> list[_Entry]:
         while True:
             with suppress(RuntimeError):  # another thread has registered one meanwhile
-                return list(self._bodies.values())
+                return list(self._entries.values())
 
-    def watch(self, body: Body) -> None:
-        """Look at ``body`` from now on, when a look is due.
+    def watch(self, body: Monitored) -> None:
+        """Look at ``body``, which is registered, when a look is due.
 
         :raises RuntimeError: when no thread can be started.
         """
+        if not self._running:
+            self._start()
+        entry = self._entries.get(id(body))
+        if entry is not None and entry.due < self._next_look:
+            self._queue.put(None)
+
+    def _start(self) -> None:
         with self._lock:
-            is_next = self._add(body, clock(), None)
             if not self._running:
                 _start_thread("tgstream-watch", self._run)
                 self._running = True
-            elif is_next:
-                self._queue.put(None)
 
-    def _add(self, body: Body, now: float, seen: tuple[int, ...] | None) -> bool:
-        """Look at ``body`` later. True if it is the next to look at."""
-        due = min(now + (body.plan.idle_seconds or LONG), body.expires)
-        entry = _Entry(due, next(self._numbers), weakref.ref(body), seen)
-        with self._lock:
-            heapq.heappush(self._entries, entry)
-            return self._entries[0] is entry
-
-    def hand_over(self, body: Body) -> bool:
+    def hand_over(self, body: Monitored) -> bool:
         """Have the monitor end ``body``, for who must not. False if nobody could."""
         if self._running:
-            self.register(body)  # the collector has cleared the reference to it
+            self.register(body, 0.0)  # the collector has cleared the reference to it
             self._queue.put(body)
         return self._running
 
     def _run(self) -> None:
         while True:
             try:
-                if not self._step():
+                self._wait(self._look_at_all())
+                if not self._entries and self._may_end():
                     return
             except Exception:
                 _log_failure()
                 time.sleep(PAUSE)
 
-    def _step(self) -> bool:
-        """Wait for the next look that is due, and look. False when no stream runs."""
+    def _look_at_all(self) -> float:
+        """Look at the streams whose look is due. Returns the seconds until the next."""
+        self._next_look = float("inf")
+        now, entries = clock(), self._list()
+        next_look = now + (LONGEST if entries else LINGER)
+        for entry in entries:
+            if entry.due <= now:
+                try:
+                    self._look(entry, now)
+                except Exception:
+                    _log_failure()
+                    entry.due = now + LINGER
+            next_look = min(next_look, entry.due)
+        pause = PAUSE + PAUSE_PER_STREAM * len(entries)
+        self._next_look = next_look = max(next_look, now + pause)
+        return next_look - clock()
+
+    def _may_end(self) -> bool:
+        """Whether the thread may end: no stream has registered meanwhile."""
         with self._lock:
-            if not (self._bodies or self._entries):
-                self._running = False
-                return False
-            left = self._entries[0].due - clock() if self._entries else LONG
-        if left > 0:
-            self._wait(min(max(left, PAUSE), LONGEST))
-        for entry in self._take_due():
-            try:
-                self._look(entry)
-            except Exception:
-                _log_failure()
-                if (body := entry.body()) is not None:
-                    self._add(body, clock(), None)
-        return True
+            self._running = False
+            self._running = bool(self._entries)
+            return not self._running
 
     def _wait(self, seconds: float) -> None:
         try:
-            dropped = self._queue.get(timeout=seconds)
+            dropped = self._queue.get(timeout=max(seconds, 0.0))
             while True:
                 if dropped is not None:
                     dropped.ask_to_end("disconnected")
@@ -153,40 +188,36 @@ class Monitor:
         except queue.Empty:
             pass
 
-    def _take_due(self) -> list[_Entry]:
-        now, due = clock(), []
-        with self._lock:
-            while self._entries and self._entries[0].due <= now:
-                due.append(heapq.heappop(self._entries))
-        return due
-
-    def _look(self, entry: _Entry) -> None:
-        body = entry.body()
+    def _look(self, entry: _Entry, now: float) -> None:
+        body = entry()
         if body is None or body.ended:
             return
-        now = clock()
         if now >= body.expires:
             end_soon(body, "expired")
-        elif has_left(body.context.environ):
+        elif has_disconnected(body.context.environ):
             end_soon(body, "disconnected")
         if body.closing is not None:
-            return  # whoever runs it ends it
+            entry.due = float("inf")  # its owner ends it
+            return
+        due = min(now + body.plan.disconnect_check_seconds, body.expires)
         try:
-            seen = look(body, now, entry.seen)
-        except Exception:  # it looks at values that another thread is changing
-            seen = None
-        self._add(body, now, seen)
+            for check in _checks:
+                entry.seen, next_check = check(body, now, entry.seen)
+                due = min(due, next_check)
+        except Exception:  # another thread changes what it looks at
+            entry.seen = None
+        entry.due = due
 
 
 def _log_failure() -> None:
     log.exception("The monitor of streams failed. It goes on")
 
 
-def _start_thread(name: str, target: Any, *args: Any) -> None:
-    threading.Thread(target=target, args=args, name=name, daemon=True).start()
+def _start_thread(name: str, target: Any) -> None:
+    threading.Thread(target=target, name=name, daemon=True).start()
 
 
-def end_soon(body: Body, reason: Reason) -> None:
+def end_soon(body: Monitored, reason: Reason) -> None:
     """Ask ``body`` to end, and do not wait for it. A second call does nothing.
 
     If a pull runs, the thread that pulls ends the stream when the pull returns.
@@ -196,7 +227,7 @@ def end_soon(body: Body, reason: Reason) -> None:
         _end_on_a_thread(body)
 
 
-def _end_on_a_thread(body: Body) -> None:
+def _end_on_a_thread(body: Monitored) -> None:
     if not body.idle:
         return  # its owner reads the note
     try:
@@ -213,18 +244,47 @@ def monitor() -> Monitor:
     return _monitor
 
 
-def drain(timeout: float = 5.0) -> bool:
-    """Ask every running stream of this process to end, and wait until all have.
+_Check: TypeAlias = Callable[[Any, float, Any], tuple[Any, float]]
+_checks: list[_Check] = []
+second_pull_checks: list[Callable[[Any], None]] = []
+"""Called with a stream that is pulled for its second chunk."""
 
-    Call it when the server is told to end. A stream that waits for its server ends at
-    once, one whose generator works at its next item, as if its ``max_seconds`` were
-    over: what is not committed is aborted, a format whose body may end anywhere
-    (``SSE``) ends well, any other breaks. The report says ``drained``.
+
+def register_checks(
+    at_second_pull: Callable[[Any], None], at_look: _Check
+) -> None:
+    """Check each running stream from now on.
+
+    :param at_second_pull: called with the stream, by the thread that pulls.
+    :param at_look: called by the monitor with the stream, the time by the clock, and
+        its first result at the look before, None at first. It returns any object, and
+        the time of its next look.
+    """
+    second_pull_checks.append(at_second_pull)
+    _checks.append(at_look)
+
+
+_on_drain: list[Callable[[], None]] = []
+
+
+def on_drain(callback: Callable[[], None]) -> None:
+    """Call ``callback`` while streams are drained, so that a waiting generator ends."""
+    _on_drain.append(callback)
+
+
+def drain(timeout: float = 5.0) -> bool:
+    """Ask every running stream of this process to end, and wait until all have ended.
+
+    Call it when the server shuts down. A stream that waits for its server ends at once.
+    A stream whose generator runs ends at its next item, as with ``max_seconds``:
+    uncommitted changes are rolled back, a format whose body may end anywhere (``SSE``)
+    ends normally, and any other response is aborted. The report has the reason
+    ``drained``.
 
     A stream whose generator is still making its first item ends after that item.
 
-    :param timeout: the longest time to wait, in seconds.
-    :returns: whether all have ended by then.
+    :param timeout: the maximum seconds to wait.
+    :returns: whether all streams have ended.
     """
     deadline = clock() + timeout
     while bodies := monitor().running():
@@ -239,15 +299,8 @@ def drain(timeout: float = 5.0) -> bool:
     return True
 
 
-_on_drain: list[Callable[[], None]] = []
+# Dropped streams, and forked processes.
 
-
-def on_drain(callback: Callable[[], None]) -> None:
-    """Call ``callback`` while streams are drained, so that a waiting generator ends."""
-    _on_drain.append(callback)
-
-
-# Who drops a stream.
 
 _collecting: set[int] = set()
 """The threads in which the cyclic garbage collector runs now."""
@@ -287,7 +340,7 @@ def _disown() -> None:
     _parents.extend(bodies)  # to free a generator would run its finally
 
 
-_parents: list[Body] = []
+_parents: list[Monitored] = []
 
 
 if hasattr(os, "register_at_fork"):  # not on Windows
@@ -298,26 +351,31 @@ if hasattr(os, "register_at_fork"):  # not on Windows
 
 
 _CLOSED = 7
-"""TCP_CLOSE of Linux: the client has reset the connection, or is given up."""
+"""TCP_CLOSE of Linux: the client has reset the connection, or the system gave it up."""
 
 _STATE: int | None = getattr(socket, "TCP_INFO", None)
-"""What asks a socket for its state; not every system has it."""
+"""The option that returns the state of a socket. Not every system has it."""
 
 
-def has_left(environ: Mapping[str, Any]) -> bool:
-    """Whether the client is known to be gone; False where nobody can tell.
+def has_disconnected(environ: Mapping[str, Any]) -> bool:
+    """Whether the client of a request is known to have disconnected.
 
-    waitress looks for it with ``channel_request_lookahead``. gunicorn hands out the
-    socket, whose state is asked: to read from it would be to wait for it, with gevent.
+    It waits for nothing and reads nothing. A client that has only ended its own sending
+    is still there, unless the server says otherwise. waitress knows it with
+    ``channel_request_lookahead``. gunicorn passes the socket, whose state is read.
+
+    :returns: False where the server cannot tell.
     """
-    told: Callable[[], bool] | None = environ.get("waitress.client_disconnected")
+    disconnected: Callable[[], bool] | None = environ.get(
+        "waitress.client_disconnected"
+    )
     connection = environ.get("gunicorn.socket")
     try:
-        if told is not None:
-            return told()
+        if disconnected is not None:
+            return disconnected()
         if connection is None or _STATE is None:
             return False
         state: bytes = connection.getsockopt(socket.IPPROTO_TCP, _STATE, 1)
-    except Exception:  # no TCP, as a proxy's Unix socket; closed; or another's object
+    except Exception:  # no TCP, such as a proxy's Unix socket; closed; or no socket
         return False
     return state == bytes([_CLOSED])

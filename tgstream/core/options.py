@@ -1,8 +1,4 @@
-"""The options of a stream: what may be asked, checked where it is asked.
-
-Rule: an option that makes no sense is refused at decoration, in one sentence that says
-where, what was wrong, and what to write instead.
-"""
+"""The options of a stream, checked where they are given."""
 
 from __future__ import annotations
 
@@ -10,20 +6,22 @@ import codecs
 import random
 import re
 import time
-from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, TypeAlias
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, TypedDict
 
 from ..formats.protocols import Format
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 Commit: TypeAlias = Literal["end", "each", "manual"] | int
 
 clock = time.perf_counter
 
 
-class Options(NamedTuple):
-    """What was asked of a stream, checked; None where it was left open."""
+class StreamOptions(TypedDict, total=False):
+    """The options of ``@stream`` and of :class:`Stream`; :class:`Stream` tells each."""
 
-    format: Format | None
     commit: Commit | None
     chunk_size: int | None
     filename: str | None
@@ -32,47 +30,63 @@ class Options(NamedTuple):
     max_seconds: float | None
     limit: int | None
 
+
+_NAMES = StreamOptions.__annotations__.keys()
+
+
+class Options(NamedTuple):
+    """The format and the options of a stream. None is an option that was not given."""
+
+    format: Format | None = None
+    commit: Commit | None = None
+    chunk_size: int | None = None
+    filename: str | None = None
+    charset: str | None = None
+    length: int | None = None
+    max_seconds: float | None = None
+    limit: int | None = None
+
     def or_else(self, others: Options) -> Options:
-        """These options, and where one was left open, that of ``others``."""
+        """These options. Those that were not given are taken from ``others``."""
         own = {name: v for name, v in self._asdict().items() if v is not None}
         return others._replace(**own)
 
 
 def check(
-    where: str,
-    format: Any = None,
-    commit: Any = None,
-    chunk_size: Any = None,
-    filename: Any = None,
-    charset: Any = None,
-    length: Any = None,
-    max_seconds: Any = None,
-    limit: Any = None,
+    where: str, format: Any = None, **options: Unpack[StreamOptions]
 ) -> Options:
-    """The options of the stream ``where``.
+    """Check the options of a stream.
 
-    :raises TypeError: when one is of a wrong type.
-    :raises ValueError: when one has a value that makes no sense.
+    :param where: the place that gives them, for error messages.
+    :raises TypeError: when an option is unknown or has a wrong type.
+    :raises ValueError: when an option has an invalid value.
     """
+    if unknown := sorted(options.keys() - _NAMES):
+        raise TypeError(
+            f"{where}: unknown option {', '.join(unknown)}. The options are "
+            f"{', '.join(sorted(_NAMES))}"
+        )
     if isinstance(format, type):
         format = format()
+    checked = Options(format=format, **options)
     _check_format(where, format)
-    _check_commit(where, commit)
-    _check_bytes(where, "chunk_size", chunk_size, "bytes, or 0 for a chunk an item")
-    _check_bytes(where, "length", length, "bytes, all that the stream will yield")
+    _check_commit(where, checked.commit)
+    _check_bytes(where, "chunk_size", checked.chunk_size)
+    _check_bytes(where, "length", checked.length)
+    filename, limit = checked.filename, checked.limit
     if filename is not None and not isinstance(filename, str):
-        raise TypeError(f"{where}: filename={filename!r} is no text; give it a str")
-    if charset is not None:
-        check_charset(where, charset)
-    _check_seconds(where, max_seconds)
+        raise TypeError(
+            f"{where}: filename must be a str, got "
+            f"{type(filename).__name__}: {filename!r:.80}"
+        )
+    if checked.charset is not None:
+        check_charset(where, checked.charset)
+    _check_seconds(where, checked.max_seconds)
     if limit is not None and (not _is_whole(limit) or limit < 1):
         raise ValueError(
-            f"{where}: limit={limit!r} makes no sense; it is a number of streams, from "
-            "1 on, or None for no limit"
+            f"{where}: limit must be an integer >= 1 or None, got {limit!r}"
         )
-    return Options(
-        *(format, commit, chunk_size, filename, charset, length, max_seconds, limit)
-    )
+    return checked
 
 
 def _check_format(where: str, format: Any) -> None:
@@ -81,8 +95,8 @@ def _check_format(where: str, format: Any) -> None:
     ):
         return
     raise TypeError(
-        f"{where}: {format!r} is no format; a format has an attribute content_type and "
-        "a method encode(items)"
+        f"{where}: a format must have an attribute content_type and a method "
+        f"encode(items), got {type(format).__name__}: {format!r:.80}"
     )
 
 
@@ -91,15 +105,16 @@ def _check_commit(where: str, commit: Any) -> None:
         return
     if not _is_whole(commit) or commit < 1:
         raise ValueError(
-            f"{where}: commit={commit!r} makes no sense; it is 'end', 'each', 'manual' "
-            "or a number of items, from 1 on"
+            f"{where}: commit must be 'end', 'each', 'manual' or a number of items "
+            f">= 1, got {commit!r}"
         )
 
 
-def _check_bytes(where: str, option: str, value: Any, what: str) -> None:
+def _check_bytes(where: str, option: str, value: Any) -> None:
     if value is not None and (not _is_whole(value) or value < 0):
         raise ValueError(
-            f"{where}: {option}={value!r} makes no sense; it is a number of {what}"
+            f"{where}: {option} must be a number of bytes, an integer >= 0, or None, "
+            f"got {value!r}"
         )
 
 
@@ -111,8 +126,7 @@ def _check_seconds(where: str, value: Any) -> None:
     ):
         return
     raise ValueError(
-        f"{where}: max_seconds={value!r} makes no sense; it is a number of seconds "
-        "above 0, or None for no bound"
+        f"{where}: max_seconds must be a number of seconds > 0 or None, got {value!r}"
     )
 
 
@@ -121,39 +135,74 @@ def _is_whole(value: Any) -> bool:
 
 
 def check_charset(where: str, charset: Any) -> None:
-    """Refuse what cannot be a charset: its name is also sent, in ``Content-Type``.
+    """Check the name of an encoding. It is also sent, in ``Content-Type``.
 
-    :raises ValueError: when it is not the name of an encoding for text.
+    :raises ValueError: when it is not the name of a text encoding.
     """
     try:
         if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._:+-]*", charset) is None:
             raise LookupError
         codecs.getincrementalencoder(charset)
-        "".encode(charset)  # which refuses rot13: from text to text, or from bytes
+        "".encode(charset)  # fails for rot13 and others that do not encode to bytes
     except (LookupError, TypeError, UnicodeError):
         raise ValueError(
-            f"{where}: charset={charset!r} is not known to Python as a text encoding; "
-            "name one that is, or leave it out for UTF-8"
+            f"{where}: charset={charset!r} is not known to Python as a text encoding. "
+            "Pass a known encoding, or omit charset for UTF-8"
         ) from None
 
 
+class FormatTraits(NamedTuple):
+    """The optional attributes of a format, read when a stream starts."""
+
+    commit: Commit | None
+    chunk_size: int | None
+    charset: str | None
+    headers: Mapping[str, str]
+    endless: bool
+    heartbeat: float | None
+
+    @classmethod
+    def of(cls, format: Format | None) -> FormatTraits:
+        """Read the attributes that ``format`` has."""
+        if format is None:
+            return _NO_TRAITS
+        return cls(
+            commit=getattr(format, "commit", None),
+            chunk_size=getattr(format, "chunk_size", None),
+            charset=getattr(format, "charset", None),
+            headers=getattr(format, "headers", {}),
+            endless=getattr(format, "endless", False),
+            heartbeat=getattr(format, "heartbeat", None),
+        )
+
+
+_NO_TRAITS = FormatTraits(None, None, None, {}, False, None)
+
+
 class Plan(NamedTuple):
-    """How a body is to be made: the options of a stream, resolved for one request."""
+    """The options of one stream, completed by its format and by the application."""
 
     controller: str
     format: Format | None
-    every: int  # items after which it commits, 0: at the end
-    manual: bool
-    chunk_size: int  # bytes, 0: a chunk an item
-    chunk_seconds: float
-    charset: Callable[[], str]
-    length: Callable[[], int | None]  # bytes of the whole body, where they are known
-    max_seconds: float | None = None  # of its life
-    idle_seconds: float = 0.0  # with a transaction open, to be told of; 0: never
+    traits: FormatTraits
+    commit_every: int
+    """Items after which the stream commits. 0 is a commit at its end."""
+    commit_manually: bool
+    chunk_size: int
+    """Bytes of a chunk. 0 is a chunk for each item."""
+    flush_seconds: float
+    """Seconds after which a pull sends the output that it has buffered."""
+    max_seconds: float | None
+    idle_transaction_seconds: float
+    disconnect_check_seconds: float
 
     def lifetime(self) -> float:
-        """Seconds that it may live. Where clients come back, not all at once."""
+        """The maximum seconds of the stream.
+
+        It is up to a tenth less if clients reconnect, so that they do not reconnect all
+        at once.
+        """
         if self.max_seconds is None:
             return float("inf")
-        share = random.uniform(0.9, 1) if getattr(self.format, "endless", False) else 1
+        share = random.uniform(0.9, 1) if self.traits.endless else 1
         return self.max_seconds * share

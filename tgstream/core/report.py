@@ -1,6 +1,6 @@
-"""What is told of a stream: its warnings, its errors, and how it ended, told once.
+"""The report of a stream: how it ended, what it sent, and the lines of its log.
 
-Rule: to tell it never changes how it ended.
+To report an end never changes it: an error of a log handler or of a hook is logged.
 """
 
 from __future__ import annotations
@@ -10,19 +10,17 @@ import os
 import sys
 import threading
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn, TypeAlias
+from typing import Literal, NamedTuple, NoReturn, TypeAlias
 
 import tg
 
 from .errors import StreamError
-from .options import clock
-
-if TYPE_CHECKING:
-    from .body import Body
 
 log = logging.getLogger("tgstream")
 
 Reason: TypeAlias = Literal["completed", "failed", "disconnected", "expired", "drained"]
+
+HOOK = "tgstream.finished"
 
 
 class Report(NamedTuple):
@@ -30,9 +28,10 @@ class Report(NamedTuple):
 
     ``reason`` is ``'completed'``, ``'failed'``, ``'disconnected'`` (closed before its
     end, or dropped), ``'expired'`` (by ``max_seconds``) or ``'drained'`` (by
-    :func:`drain`); ``error`` is the first that was raised, also while it closed.
-    ``seconds`` and ``first_chunk_seconds`` count from the start of the stream; the
-    latter is None where no chunk was made. ``commits`` counts committed transactions.
+    :func:`drain`). ``error`` is the first error of the stream, including errors while
+    it closed. ``seconds`` and ``first_chunk_seconds`` are counted from the start of the
+    stream. ``first_chunk_seconds`` is None if there was no chunk. ``commits`` is the
+    number of committed transactions.
     """
 
     reason: Reason
@@ -47,23 +46,16 @@ class Report(NamedTuple):
     commits: int
 
 
-def tell(body: Body, error: BaseException | None) -> None:
-    """Log how ``body`` ended, and tell those who registered for the hook."""
-    assert body.reason is not None
-    report = Report(
-        reason=body.reason,
-        error=error,
-        controller=body.plan.controller,
-        path=body.context.tg_locals.request.path,
-        items=body.encoding.items,
-        chunks=body.chunks,
-        bytes=body.bytes,
-        seconds=clock() - body.started,
-        first_chunk_seconds=body.first_chunk_seconds,
-        commits=0 if body.database is None else body.database.manager.commits,
-    )
+def is_needed(level: int) -> bool:
+    """Whether a log handler or a hook may receive the report of a stream."""
+    return log.isEnabledFor(level) or bool(tg.hooks._hooks.get(HOOK))
+
+
+def log_end(report: Report, level: int) -> None:
+    """Log the report, and pass it to the hooks."""
+    error = report.error
     log.log(
-        _level(body, error),
+        level,
         "%s at %s %s: %d items, %d chunks, %d bytes, %d commits in %.3f s",
         report.controller,
         report.path,
@@ -76,7 +68,7 @@ def tell(body: Body, error: BaseException | None) -> None:
         exc_info=None if error is None else (type(error), error, error.__traceback__),
     )
     try:
-        tg.hooks.notify("tgstream.finished", args=(report,), trap_exceptions=True)
+        tg.hooks.notify(HOOK, args=(report,), trap_exceptions=True)
     except BaseException:  # TG traps Exception alone
         log.exception("%s: a hook of tgstream.finished failed", report.controller)
 
@@ -91,10 +83,20 @@ def log_disconnect(controller: str, error: BaseException) -> None:
     )
 
 
+def warn_uncommitted(controller: str, changes: list[str]) -> None:
+    """Warn about changes that ``commit='manual'`` does not commit or send."""
+    log.warning(
+        "%s ended with uncommitted changes, which are rolled back: %s. With "
+        "commit='manual' call commit() to store and send them, or rollback()",
+        controller,
+        ", ".join(changes),
+    )
+
+
 def leave_child(controller: str, error: BaseException | None) -> NoReturn:
     """Exit a forked process that comes out of its parent's generator.
 
-    Its database connection and its client are the parent's. Whatever else it did would
+    Its database connection and its client are the parent's. Any other action would
     roll back the parent's transaction, or write into the parent's response.
     """
     code = error.code if isinstance(error, SystemExit) else 1
@@ -111,53 +113,23 @@ def leave_child(controller: str, error: BaseException | None) -> NoReturn:
     os._exit(code if isinstance(code, int) else int(code is not None))
 
 
-def _level(body: Body, error: BaseException | None) -> int:
-    if error is not None:
-        return logging.ERROR
-    broken = body.reason in _BOUNDED and ended_early(body) is not None
-    return logging.WARNING if broken else logging.DEBUG
-
-
-_BOUNDED = {"expired": "was ended by max_seconds={:g}", "drained": "was drained"}
-"""Reasons that are nobody's fault, in words."""
-
-
-def tell_late(body: Body) -> None:
-    """Warn of what was changed when it had left already."""
-    if body.late is not None and (names := body.late()):
-        log.warning(
-            "%s changed what had left with its first chunk, so that the client cannot "
-            "see it: %s; change it before the first yield",
-            body.plan.controller,
-            ", ".join(names),
-        )
-
-
-def tell_left(controller: str, left: list[str]) -> None:
-    """Warn of what ``commit='manual'`` does not store or send."""
-    log.warning(
-        "%s ended with uncommitted changes, which are rolled back: %s. With "
-        "commit='manual' call commit() to store and send them, or rollback()",
-        controller,
-        ", ".join(left),
-    )
-
-
-def ended_early(body: Body) -> StreamError | None:
-    """Why what there was is not the whole; None where a body may end anywhere."""
-    bounded = _BOUNDED.get(body.closing or "")
-    if bounded and getattr(body.plan.format, "endless", False):
-        return None
-    how = (bounded or "was closed").format(body.plan.max_seconds)
-    return StreamError(f"{body.plan.controller} {how} before its end")
+def describe_early_end(
+    controller: str, reason: Reason | None, max_seconds: float | None
+) -> str:
+    """The sentence for a stream that was ended before its last chunk."""
+    if reason == "expired" and max_seconds is not None:
+        how = f"was ended by max_seconds={max_seconds:g}"
+    else:
+        how = "was drained" if reason == "drained" else "was closed"
+    return f"{controller} {how} before its end"
 
 
 def as_error(controller: str, error: BaseException) -> BaseException:
-    """What a server takes for an error: some exceptions would end its thread instead.
+    """An error that does not stop the server's thread.
 
-    The client would then wait for ever, or every other one lose its stream. In the main
-    thread a KeyboardInterrupt is what it says. A kill or a timeout of gevent is for the
-    greenlet, and reaches whoever started it.
+    ``SystemExit`` and others would end the thread or the process: the client would wait
+    forever, or other clients lose their streams. ``KeyboardInterrupt`` in the main
+    thread, and a kill or a timeout of gevent, are returned unchanged.
     """
     if (
         isinstance(error, Exception)
@@ -168,18 +140,17 @@ def as_error(controller: str, error: BaseException) -> BaseException:
         )
     ):
         return error
-    kind = type(error).__name__
-    raised = StreamError(
-        f"{controller} raised {kind}, which is for threads and processes, not for a "
-        "response; raise an Exception in a stream, or return to end it"
+    replacement = StreamError(
+        f"{controller} raised {type(error).__name__}, which would stop the server's "
+        "thread. Raise an Exception subclass, or return to end the stream"
     )
-    raised.__cause__ = error
-    return raised
+    replacement.__cause__ = error
+    return replacement
 
 
 def is_of_gevent(error: BaseException | None) -> bool:
     """True for a kill or a timeout, which gevent raises in a greenlet that switches."""
-    gevent: Any = sys.modules.get("gevent")
+    gevent = sys.modules.get("gevent")
     return gevent is not None and isinstance(
         error, gevent.GreenletExit | gevent.Timeout
     )

@@ -1,108 +1,101 @@
-"""``Stream``, and the hooks that its generator may call.
-
-Rule: here is what a user holds in hand; what happens to it is told in ``_body``.
-"""
+"""``Stream``, and the functions that its generator may call."""
 
 from __future__ import annotations
 
 import builtins
-import threading
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from ..formats.protocols import Format
 from .body import Body
 from .cleanup import close
-from .context import thread
 from .errors import StreamError
 from .heartbeat import beating
-from .limits import Seat
-from .options import Commit, Options, Plan, check
+from .options import Options, StreamOptions, check
 from .source import claim, is_iterable, open_source, resolve_proxy, source_of
+from .context import thread
 
 if TYPE_CHECKING:
-    from ..database.database import Database
+    from typing_extensions import Unpack
+
+    from ..formats.protocols import Format
+    from .context import Context, StreamTransaction
+    from .limits import Seat
+    from .options import Plan
 
 
 class Stream:
     """The response of a controller, sent to the client while it is made.
 
-    Return it from an exposed method; what ``items`` yields is encoded, and sent chunk
-    by chunk, with TG's context and a database session of its own bound. Do not return
-    the same one twice: a stream serves one request.
+    Return it from an exposed method. The items are encoded and sent chunk by chunk, with
+    TG's context and a database session of its own bound. A stream serves one request:
+    make a new one in each.
 
-    What commits when: items that run out are committed before the last byte leaves
-    (``commit='end'``); after every item, before its chunk leaves (``'each'``), or every
-    so many (a number); only by :func:`commit` (``'manual'``). A stream that raises, or
-    whose client leaves, aborts what is not committed; one never started did nothing.
+    Commits: all items are committed before the last byte is sent (``commit='end'``);
+    each item is committed before its chunk is sent (``'each'``), or each so many items
+    (a number); or only :func:`commit` commits (``'manual'``). If a stream raises, or its
+    client disconnects, uncommitted changes are rolled back.
 
     :param items: an iterable of items, or an open binary file.
-    :param format: what encodes the items, a class or an object; None for ``str`` and
-        bytes, which leave as they are.
-    :param commit: ``'end'``, ``'each'``, ``'manual'`` or a number of items; None for
-        the format's own, or ``'end'``.
-    :param chunk_size: bytes to gather before a chunk leaves, 0 for a chunk an item;
-        None for the format's own.
+    :param format: a class or an object that encodes the items. None for items that are
+        ``str`` or bytes.
+    :param commit: ``'end'``, ``'each'``, ``'manual'`` or a number of items. None for
+        the default of the format, or ``'end'``.
+    :param chunk_size: bytes to buffer before a chunk is sent. 0 for a chunk for each
+        item, None for the default of the format.
     :param filename: the name under which a browser saves the response.
-    :param charset: what text is encoded with; None for the response's, or UTF-8.
-    :param length: the bytes of the whole body, where they are known: the client is told
-        and can show progress, and a stream that makes more or fewer fails.
-    :param max_seconds: how long it may live; None for no bound. It is then closed, also
-        when nobody pulls it any more, and what is not committed is aborted. A format
-        whose body may end anywhere (``SSE``) ends well, any other breaks. With such a
-        format it is up to a tenth less, so that clients do not come back all at once.
-    :param limit: how many streams of the controller may run at once in this process;
-        None for no limit. The next is answered with 503 and ``Retry-After``, before
+    :param charset: the encoding of text. None for the charset of the response, or UTF-8.
+    :param length: the bytes of the whole body, if they are known. Browsers then show
+        progress, and a stream that sends more or fewer bytes fails.
+    :param max_seconds: the maximum duration. None for no maximum. The stream is then
+        closed, even if no server pulls it, and uncommitted changes are rolled back. A
+        format whose body may end anywhere (``SSE``) ends normally, any other response
+        is aborted. With such a format it is up to a tenth less, so that clients do not
+        reconnect all at once.
+    :param limit: the maximum number of open streams of the controller in this process.
+        None for no maximum. The next request gets 503 and ``Retry-After``, before
         anything runs (with ``Stream``, when the controller has returned).
-    :raises TypeError: when ``items`` is not iterable, or an option is of a wrong type.
-    :raises ValueError: when an option makes no sense.
+    :raises TypeError: when ``items`` is not iterable, or an option has a wrong type.
+    :raises ValueError: when an option has an invalid value.
     """
 
     def __init__(
         self,
         items: Any,
         format: Format | type[Format] | None = None,
-        *,
-        commit: Commit | None = None,
-        chunk_size: int | None = None,
-        filename: str | None = None,
-        charset: str | None = None,
-        length: int | None = None,
-        max_seconds: float | None = None,
-        limit: int | None = None,
+        **options: Unpack[StreamOptions],
     ) -> None:
-        options = check(
-            *("Stream", format, commit, chunk_size, filename, charset, length),
-            *(max_seconds, limit),
-        )
+        checked = check("Stream", format, **options)
         items = resolve_proxy(items)
         if not is_iterable(items):
             raise TypeError(
-                f"a Stream is made of an iterable, not of {type(items).__name__}; "
-                "call the generator function, or return the value without Stream"
+                f"Stream: items must be iterable, got {type(items).__name__}: "
+                f"{items!r:.80}. Call the generator function, or return the value "
+                "without Stream"
             )
-        self._hold(items, options, None)
+        self._set_up(items, checked, None)
 
     @classmethod
     def _of(cls, items: Any, options: Options, controller: Any) -> Stream:
         stream = cls.__new__(cls)
-        stream._hold(items, options, controller)
+        stream._set_up(items, options, controller)
         return stream
 
-    def _hold(self, items: Any, options: Options, controller: Any) -> None:
-        self._body: Body | None = None
-        self._claimed = threading.Lock()
-        self._claimant: Any = None
+    _body: Body | None = None
+    _seat: Seat | None = None
+    _length: int | None = None  # bytes of the whole body, for HEAD
+    _claimant: Any = None  # the request that has it, and has not started it
+
+    def _set_up(self, items: Any, options: Options, controller: Any) -> None:
+        self._unclaimed: deque[None] = deque([None])
         self._source = source_of(items)
         self._options = options
         self._controller = controller
-        self._seat: Seat | None = None
-        self._length: int | None = None  # bytes of the whole body, for HEAD
 
     def _adopt(
         self, options: Options, controller: Any, seat: Seat | None, request: Any
     ) -> None:
-        """Apply the decorator's options where this stream, which it got, has none."""
+        """Use the decorator's options where this stream, which it got, has none."""
         if self._claimant is not request:
             self._claim(request)
             self._claimant = request
@@ -115,7 +108,7 @@ class Stream:
         self._controller = controller
 
     def _prepare(self, request: Any) -> None:
-        """Take the stream for its request, and its source as the options mean it."""
+        """Claim the stream, and open its source as its options need it."""
         if self._claimant is not request:
             self._claim(request)
         self._claimant = None  # to start it twice is an error again
@@ -124,76 +117,96 @@ class Stream:
 
     @property
     def items(self) -> int:
-        """How many items the generator has yielded."""
+        """The number of items that the generator has yielded."""
         return self._body.encoding.items if self._body else 0
 
     @property
     def chunks(self) -> int:
-        """How many chunks were made for the server."""
+        """The number of chunks that were made for the server."""
         return self._body.chunks if self._body else 0
 
     @property
     def bytes(self) -> int:
-        """How many bytes these chunks hold."""
+        """The number of bytes of these chunks."""
         return self._body.bytes if self._body else 0
 
     @property
     def ending(self) -> bool:
-        """Whether it was asked to end, and will at its next item.
+        """Whether the stream was asked to end, and ends at its next item.
 
-        By :func:`drain`, by its ``max_seconds``, or because the client has left. A
-        generator that works long before its next item may look, and return.
+        The reason is :func:`drain`, its ``max_seconds``, or a client that has
+        disconnected. A generator that works long before its next item may check it, and
+        return.
         """
         return self._body is not None and self._body.closing is not None
 
     def __iter__(self) -> Iterator[builtins.bytes]:
-        if self._body is None:
+        body = self._body
+        if body is None:
             return iter(())
-        body, chunks = self._body, self._body.iterate(self)
-        seconds = getattr(self._options.format, "heartbeat", None)
+        seconds = body.plan.traits.heartbeat
         if not seconds:
-            return chunks
+            return body.iterate(self)
         # If the iterator is dropped, it closes the stream in a finaliser.
         close, ending = body.close_as_wrapper, lambda: body.closing is not None
-        return beating(chunks, seconds, close, ending)
+        return beating(body.iterate(self), seconds, close, ending)
 
     def close(self) -> None:
-        """End the stream, as a server does at its end or when the client has left.
+        """End the stream, as a server does at its end or if the client disconnects.
 
-        It does not raise, and may be called twice, from any thread.
+        It does not raise. It may be called twice, and from any thread.
         """
         if self._body is not None:
             self._body.close_as_wrapper()
 
     def __del__(self) -> None:
-        body = getattr(self, "_body", None)
-        if body is not None:
-            body.drop()
+        if self._body is not None:
+            self._body.drop()
 
     def _claim(self, request: Any) -> None:
-        """Take the stream for one request; the second to ask gets an error."""
-        if not self._claimed.acquire(blocking=False) or not claim(
-            self._source, request.environ
-        ):
+        """Use the stream for this request. The second request gets an error."""
+        try:
+            self._unclaimed.pop()
+        except IndexError:
+            is_first = False
+        else:
+            is_first = claim(self._source, request.environ)
+        if not is_first:
             raise StreamError(
-                "a Stream, and the generator in it, serves one request and was given "
-                "to a second; make it anew in each, and no @cached on its controller"
+                "a Stream, and the generator in it, serves one request, but was "
+                "returned to a second request. Make a new one in each request, and "
+                "remove @cached from the controller"
             )
 
-    def _open(self, plan: Plan, tg_locals: Any, database: Database | None) -> Body:
-        self._body = body = Body(self._source, plan, tg_locals, database, self)
+    def _open(
+        self,
+        plan: Plan,
+        charset: Callable[[], str],
+        length: Callable[[], int | None],
+        context: Context,
+        transaction: StreamTransaction | None,
+    ) -> Body:
+        self._body = body = Body(
+            self._source,
+            plan=plan,
+            charset=charset,
+            length=length,
+            context=context,
+            transaction=transaction,
+            stream=self,
+        )
         body.seat, self._seat = self._seat, None
         self._source = None
         return body
 
     def _discard(self) -> None:
-        """Run nothing, but close what is open, for a request without a body."""
+        """Run nothing, and close the source, for a request without a body."""
         source, self._source = self._source, None
         self._leave_seat()
         close(source)
 
     def _leave_seat(self) -> None:
-        """Leave the seat at once: a traceback may keep the stream, if not its body."""
+        """Leave the seat at once: a traceback may keep the stream."""
         if self._seat is not None:
             self._seat.leave()
 
@@ -204,60 +217,59 @@ def current_stream() -> Stream:
     :returns: the :class:`Stream`, which counts ``items``, ``chunks`` and ``bytes``.
     :raises StreamError: when no stream's generator is running.
     """
-    body = _running("current_stream")
-    stream = body.stream()
-    if stream is None:  # dropped: the generator is being closed, and may still look
-        stream = Stream.__new__(Stream)
-        stream._hold((), Options(*[None] * 8), None)
+    body = _running_body("current_stream")
+    stream: Stream | None = body.stream()
+    if stream is None:  # dropped: the generator is being closed, and may still ask
+        stream = Stream._of((), Options(), None)
         stream._body = body
     return stream
 
 
 def flush() -> None:
-    """Send what the stream's generator wrote to the database, uncommitted.
+    """Flush the database session of the stream: send its changes, uncommitted.
 
     :raises StreamError: outside of a running stream, and without a database.
     """
-    _database("flush").flush()
+    _transaction_for("flush").flush()
 
 
 def commit() -> None:
-    """Commit what the stream's generator wrote; its objects stay attached.
+    """Commit the generator's changes. Its objects stay attached.
 
-    Core writes count. If it fails, the transaction is aborted, the error is raised, and
-    the stream can go on.
+    Core statements are included. If the commit fails, the transaction is rolled back,
+    the error is raised, and the stream can go on.
 
     :raises StreamError: outside of a running stream, and without a database.
     """
-    _database("commit").commit()
+    _transaction_for("commit").commit()
 
 
 def rollback() -> None:
-    """Undo what the stream's generator wrote and did not commit; the stream goes on.
+    """Roll back the generator's uncommitted changes. The stream can go on.
 
     :raises StreamError: outside of a running stream, and without a database.
     """
-    _database("rollback").rollback()
+    _transaction_for("rollback").rollback()
 
 
-def _running(hook: str) -> Body:
+def _running_body(function: str) -> Body:
     record = thread.record
-    body = record.body
+    body: Body | None = record.body
     # A request that is made inside of a generator has its own context above it.
     if body is None or record.context[-1][0] is not body.context.tg_locals:
         raise StreamError(
-            f"{hook}() belongs in the generator of a running stream, or in what it "
-            "calls on its own thread; no stream is running here"
+            f"{function}() was called where no stream is running. Call it in the "
+            "generator of a stream, or in a function that it calls on its own thread"
         )
     return body
 
 
-def _database(hook: str) -> Database:
-    body = _running(hook)
-    if body.database is None or not body.database.registries:
+def _transaction_for(function: str) -> StreamTransaction:
+    body = _running_body(function)
+    if body.transaction is None or not body.transaction.has_sessions:
         raise StreamError(
-            f"{body.plan.controller} called {hook}(), and its application has no "
-            "database session: set use_sqlalchemy, or name one in the option "
+            f"{body.plan.controller} called {function}(), but its application has no "
+            "database session. Set use_sqlalchemy, or name a session in the option "
             "tgstream.sessions"
         )
-    return body.database
+    return body.transaction

@@ -41,6 +41,14 @@ class Database:
         self.outer_manager: Any = None
         self.over = False  # its stream has ended, and its report is being told
 
+    @property
+    def commits(self) -> int:
+        return self.manager.commits
+
+    @property
+    def has_sessions(self) -> bool:
+        return bool(self.registries)
+
     @staticmethod
     def managers_of_thread() -> dict[str, Any]:
         """Where the thread-local manager keeps this thread's, under ``manager``.
@@ -104,7 +112,7 @@ class Database:
         """Undo what is not committed."""
         self.manager.abort()
 
-    def settle(self) -> None:
+    def commit_items(self) -> None:
         """End the transaction: committed unless doomed; free if nothing was done."""
         self.close_cursors()
         if self.manager.idle and all(member.idle for member in self.parts):
@@ -114,7 +122,7 @@ class Database:
         else:
             self.manager.settle()
 
-    def left(self) -> list[str]:
+    def count_uncommitted(self) -> list[str]:
         """The changes that are not committed, in words: ``1 new Post``."""
         kinds = "new", "changed", "deleted"
         counts = [Counter[str]() for _ in kinds]

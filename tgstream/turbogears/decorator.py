@@ -5,56 +5,42 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any, TypeVar, overload
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from tg.decorators import Decoration
 from webob import Response
 
-from ..core import context as _context
-from ..core.limits import held
-from ..core.options import Commit, Options, check
+from ..core import context
+from ..core.limits import take
+from ..core.options import Options, StreamOptions, check
 from ..core.source import is_streamed, resolve_proxy
 from ..core.stream import Stream
 from ..formats.protocols import Format
 from .response import end_previous
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 
 @overload
 def stream(
-    format: Format | type[Format] | None = None,
-    *,
-    commit: Commit | None = None,
-    chunk_size: int | None = None,
-    filename: str | None = None,
-    charset: str | None = None,
-    length: int | None = None,
-    max_seconds: float | None = None,
-    limit: int | None = None,
+    format: Format | type[Format] | None = None, **options: Unpack[StreamOptions]
 ) -> Callable[[F], F]: ...
 @overload
 def stream(function: F, /) -> F: ...
-def stream(
-    format: Any = None,
-    *,
-    commit: Commit | None = None,
-    chunk_size: int | None = None,
-    filename: str | None = None,
-    charset: str | None = None,
-    length: int | None = None,
-    max_seconds: float | None = None,
-    limit: int | None = None,
-) -> Any:
-    """Send what the controller yields to the client while it is made.
+def stream(format: Any = None, **options: Unpack[StreamOptions]) -> Any:
+    """Send the items of the controller to the client while they are made.
 
     The controller may be a generator function, or return any iterable or an open binary
-    file; a text, a dict, a response and None go to TG untouched. Do not decorate an
-    ``async def``. Bare or called, above or below ``@expose``; the function itself is
-    returned unchanged. Parameters, and what commits when, are those of :class:`Stream`.
+    file. A text, a dict, a response and None go to TG unchanged. Do not decorate an
+    ``async def``. Use it bare or called, above or below ``@expose``. The function itself
+    is returned unchanged. Parameters, and when a stream commits, are those of
+    :class:`Stream`.
 
-    :raises TypeError: for an ``async def``, and when an option is of a wrong type.
-    :raises ValueError: when an option makes no sense.
+    :raises TypeError: for an ``async def``, and when an option has a wrong type.
+    :raises ValueError: when an option has an invalid value.
     """
 
     function = None
@@ -68,16 +54,13 @@ def stream(
         where = f"@stream on {name_of(function)}"
         if _is_async(function):
             raise TypeError(
-                f"{where}: TurboGears calls controllers without an event loop; "
-                "write it as def, not async def"
+                f"{where}: TurboGears calls controllers without an event loop. Write "
+                "def, not async def"
             )
-        options = check(
-            *(where, format, commit, chunk_size, filename, charset, length),
-            *(max_seconds, limit),
-        )
+        checked = check(where, format, **options)
         method = getattr(function, "__func__", function)  # of a bound method
         Decoration.get_decoration(method)._register_controller_wrapper(
-            lambda caller: _streaming(caller, method, options)
+            lambda caller: _streaming_caller(caller, method, checked)
         )
         return function
 
@@ -99,22 +82,22 @@ def _is_descriptor(value: Any) -> bool:
 
 
 def _check_function(value: Any) -> None:
-    """Refuse all that TurboGears does not call as a controller, for no reason told.
+    """Refuse values that TurboGears does not call as a controller.
 
-    :raises TypeError: when ``value`` is not a function; compiled by Cython is fine.
+    :raises TypeError: when ``value`` is not a function. Cython's functions are fine.
     """
     if hasattr(value, "__code__"):
         return
-    kind = type(value).__name__
+    type_name = type(value).__name__
     if _is_descriptor(value):
         raise TypeError(
-            f"@stream must stand below @{kind}, on the function itself, got {kind}: "
-            f"{value!r:.80}. Swap the two lines"
+            f"@stream must stand below @{type_name}, on the function itself, got "
+            f"{type_name}: {value!r:.80}. Swap the two lines"
         )
     raise TypeError(
         f"@stream must decorate a function, because TurboGears calls nothing else as a "
-        f"controller, got {kind}: {value!r:.80}. Write a method that calls it, and put "
-        "@stream on that method"
+        f"controller, got {type_name}: {value!r:.80}. Write a method that calls it, and "
+        "put @stream on that method"
     )
 
 
@@ -122,28 +105,41 @@ def _is_async(function: Any) -> bool:
     return inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function)
 
 
-def _streaming(caller: Any, function: Any, options: Options) -> Callable[..., Any]:
-    """TG's controller caller, with a stream made of what the controller returns."""
+def _streaming_caller(
+    caller: Any, function: Any, options: Options
+) -> Callable[..., Any]:
+    """TG's controller caller, with a stream made of the controller's output."""
 
     def call(*args: Any) -> Any:
-        end_previous(_context.current().request.environ)
-        with held(function, options.limit) as seat:
+        tg_locals = context.current()
+        end_previous(tg_locals.response)
+        slot = None
+        if options.limit is not None:
+            slot = take(function, options.limit)
+        try:
             output = resolve_proxy(caller(*args))
             if isinstance(output, Stream):
-                output._adopt(options, function, seat, _context.current().request)
+                output._adopt(options, function, slot, tg_locals.request)
                 return output
-            given = isinstance(output, Response)
-            if given or not is_streamed(output, name_of(function)):
+            if not isinstance(output, Response) and is_streamed(
+                output, name_of(function)
+            ):
+                output = Stream._of(output, options, function)
+                output._seat = slot
                 return output
-            stream = Stream._of(output, options, function)
-        stream._seat = seat
-        return stream
+        except BaseException:  # its traceback would keep the slot for a while
+            if slot is not None:
+                slot.leave()
+            raise
+        if slot is not None:
+            slot.leave()
+        return output
 
     return call
 
 
 @lru_cache
 def name_of(function: Any) -> str:
-    """What a controller is called in messages: ``RootController.users``."""
+    """The name of a controller in messages: ``RootController.users``."""
     name: str = getattr(function, "__qualname__", repr(function))
     return name.rpartition("<locals>.")[2]

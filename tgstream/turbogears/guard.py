@@ -1,8 +1,23 @@
-"""The way out: what makes a broken stream arrive broken, whatever stands around it.
+"""The error guard: a failed stream reaches the client as an incomplete response.
 
-Rule: only what happens between the application's return and the server is told here.
-PEP 3333 forbids a second ``start_response`` without ``exc_info``; backlash calls it,
-and ends a failed body as if it were whole.
+The guard is the outermost middleware of an application. Between a stream and the server
+stand the middlewares of TurboGears and of the application, and some of them swallow an
+error or end the response as if it were complete:
+
+- *A middleware calls* ``start_response`` *again, without* ``exc_info``. PEP 3333 forbids
+  it after the first chunk. backlash does it for its error page, so that the page would
+  be appended to the data. ``start_response`` then raises an ``AssertionError``.
+- *A middleware swallows the error and ends the body.* The guard raises the error again
+  when the body has ended, before the server writes the end of the response.
+- *A middleware reads the whole body before it returns.* Its 2xx response is refused, and
+  an error page of its own is let through.
+- *A middleware does not pass on* ``close()``, as a generator that was never started. The
+  guard closes the stream itself.
+
+A stream has left the application with an :class:`Outcome`, which the guard reads. The
+body reports to it by the methods of ``core.body.Observer``. An application that was made
+before tgstream was imported has no guard. Then two objects of the request do a part of
+its work: one in ``paste.registry``, outside of backlash, and one in ``wsgi.errors``.
 """
 
 from __future__ import annotations
@@ -10,21 +25,23 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from ..core.body import Body
 from ..core.cleanup import close, first_error
 from ..core.errors import StreamError
 from .diagnostics import KEY
 
 if TYPE_CHECKING:
-    pass
+    from ..core.body import Body
 
 
 class Outcome:
-    """What the outside of the application must know of the stream that left it."""
+    """How the stream of a request ended, for the guard outside of the application."""
 
-    started = responded = cut = False
+    started = False
+    """Whether the server has taken the first chunk."""
+    responded = False
+    """Whether the server has the status and the headers."""
     closing = False
-    """Whether the server closes the response, also where nobody can tell."""
+    """Whether the server closes the response, or nobody can tell."""
     answered = False
     """Whether a middleware has begun another response because the stream failed."""
     bodiless = False
@@ -32,11 +49,53 @@ class Outcome:
     length: int | None = None
     """The Content-Length of a response without a body, if it was declared."""
     unfinished = False
-    """Whether a stream has left with the response, and has not run to its end."""
-    body: Body | None = None
+    """Whether a stream has left with the response, and is not completed."""
     error: BaseException | None = None
+    """The error of the stream."""
     refusal: BaseException | None = None
-    """What the server's ``start_response`` raised, and no later call made good."""
+    """The error of the server's ``start_response``, until a later call succeeds."""
+    late_changes: Any = None
+    """Warns about changes of the response that came too late."""
+    _body: Body | None = None
+    _disconnected = False
+
+    def leave_with(self, body: Body) -> None:
+        """The response has left the application with ``body``."""
+        self.unfinished = True
+        if not body.ended:  # the monitor may have ended it meanwhile
+            self._body = body
+        body.report_to(self)
+
+    # The methods of an Observer.
+
+    def first_chunk(self, body: Body) -> None:
+        self.started = True
+        if body.reason is None:  # TG removed it when the response left
+            body.context.environ["tg.locals"] = body.context.tg_locals
+
+    def pull_failed(self, error: BaseException) -> None:
+        self.error = error
+
+    def ended(self, body: Body, error: BaseException | None) -> None:
+        self._body = None  # so that neither keeps the other
+        self._disconnected = body.reason == "disconnected"
+        self.unfinished = body.reason != "completed"
+        if body.reason == "failed":
+            self.error = error
+        else:
+            body.context.environ.pop("tg.locals", None)
+        if self.late_changes is not None:
+            self.late_changes.warn()
+
+    # For the guard.
+
+    @property
+    def disconnected(self) -> bool:
+        """Whether the stream was closed before its end, or is being closed."""
+        body = self._body
+        return self._disconnected or (
+            body is not None and body.reason == "disconnected"
+        )
 
     @property
     def lost(self) -> bool:
@@ -44,20 +103,20 @@ class Outcome:
         return self.error is not None and not self.answered
 
     def raise_error(self) -> None:
-        """Raise the error again, where it was swallowed on the way out."""
-        if self.lost:
-            raise self.error  # type: ignore[misc]
+        """Raise the error again, in case a middleware has swallowed it."""
+        if self.error is not None and not self.answered:
+            raise self.error
         if self.refusal is not None:
             raise self.refusal
 
     def close(self) -> None:
         """Close the stream, if it has not ended."""
-        if self.body is not None:
-            self.body.close()
+        if self._body is not None:
+            self._body.close()
 
 
 class Guard:
-    """WSGI middleware outside everything of TG: a stream's failure gets through it."""
+    """WSGI middleware, outermost: it lets the failure of a stream reach the server."""
 
     def __init__(self, app: Any) -> None:
         self.app = app
@@ -77,7 +136,10 @@ class Guard:
             if outcome.bodiless:
                 headers = _without_foreign_length(headers, outcome.length)
             try:
-                write = start_response(status, headers, *filter(None, [exc_info]))
+                if exc_info is None:
+                    write = start_response(status, headers)
+                else:
+                    write = start_response(status, headers, exc_info)
             except BaseException as error:
                 outcome.refusal = outcome.refusal or error
                 raise
@@ -86,9 +148,9 @@ class Guard:
             outcome.responded = True
             return write
 
-        # No variable for the body: an error's traceback holds this frame, and a body
-        # that is dropped must end at once.
-        return _guarded(self.app(environ, start_once), outcome)
+        # No variable for the body: the traceback of an error holds this frame, and a
+        # body that is dropped must end at once.
+        return _guard_body(self.app(environ, start_once), outcome)
 
 
 def _check_second(outcome: Outcome, status: str) -> None:
@@ -98,12 +160,12 @@ def _check_second(outcome: Outcome, status: str) -> None:
             "start_response was called again, without exc_info, after the "
             "stream's first chunk (PEP 3333 forbids it)"
         )
-    if status.startswith("2"):  # of a middleware that has read all of it
+    if status.startswith("2"):  # of a middleware that has read the whole body
         outcome.raise_error()
 
 
 def _without_foreign_length(headers: Any, length: int | None) -> Any:
-    """The headers, without the length that a middleware has counted of no body."""
+    """The headers, without a length that a middleware has counted of no body."""
     own = None if length is None else str(length)
     return [
         (name, value)
@@ -112,36 +174,39 @@ def _without_foreign_length(headers: Any, length: int | None) -> Any:
     ]
 
 
-def _guarded(body: Any, outcome: Outcome) -> Any:
+def _guard_body(body: Any, outcome: Outcome) -> Any:
     if outcome.lost:  # a middleware has read the stream before it returned
         first_error([lambda: close(body)])
         outcome.raise_error()
     # A debugger begins, and responds, only when its body is iterated.
     if outcome.unfinished or outcome.bodiless or not outcome.responded:
-        return _Guarded(body, outcome)
+        return _GuardedBody(body, outcome)
     return body
 
 
-class _Guarded:
+class _GuardedBody:
+    """A body at whose end the error of its stream is raised."""
+
     def __init__(self, body: Any, outcome: Outcome) -> None:
         self._body = body
         self._outcome = outcome
         self._closed = False
 
     def __iter__(self) -> Iterator[bytes]:
+        outcome = self._outcome
         chunks = iter(self._body)
         first = next(chunks, None)  # a debugger responds with it
-        if self._outcome.bodiless:
+        if outcome.bodiless:
             for _ in chunks:
                 pass
-            yield b""  # some servers answer 500 where there is no chunk
+            yield b""  # some servers answer 500 if there is no chunk
         elif first is not None:
             yield first
             del first
             yield from chunks
-        self._outcome.raise_error()
+        outcome.raise_error()
         # Closed from inside, it may be a 304: then nobody has pulled for more.
-        if self._closed and self._outcome.cut:
+        if self._closed and outcome.disconnected:
             raise StreamError("the stream was closed before its end, and pulled again")
 
     def close(self) -> None:
@@ -152,11 +217,11 @@ class _Guarded:
             if str(error) != "generator already executing":
                 raise
         finally:
-            self._outcome.close()  # which those do not pass on that never began
+            self._outcome.close()  # a generator that never started does not
 
 
-class _Alarm:
-    """Raises a stream's error where ``RegistryManager`` cleans up, outside backlash."""
+class _RaiseOnCleanup:
+    """Raises a stream's error when ``RegistryManager`` cleans up, outside backlash."""
 
     _is_preserved = False
 
@@ -164,13 +229,13 @@ class _Alarm:
         self._outcome = outcome
 
     def _push_object(self, outcome: Outcome) -> None:
-        """Nothing: registered to be told of the end."""
+        """Nothing: it is registered for the clean-up."""
 
     def _pop_object(self, outcome: Outcome) -> None:
         self._outcome.raise_error()
 
 
-class _Errors:
+class _WatchedErrors:
     """``wsgi.errors``, which raises a stream's error when backlash swallows it."""
 
     def __init__(self, errors: Any, outcome: Outcome) -> None:
@@ -194,7 +259,14 @@ def outcome_of(environ: dict[str, Any]) -> Outcome:
         return outcome
     environ[KEY] = outcome = Outcome()
     outcome.closing = True
-    alarm = _Alarm(outcome)
-    environ["paste.registry"].register(alarm, outcome)
-    environ["wsgi.errors"] = _Errors(environ["wsgi.errors"], outcome)
+    environ["paste.registry"].register(_RaiseOnCleanup(outcome), outcome)
+    environ["wsgi.errors"] = _WatchedErrors(environ["wsgi.errors"], outcome)
     return outcome
+
+
+def remember_error(error: BaseException, environ: dict[str, Any]) -> None:
+    """Without a guard: have an error of ``start_response`` raised behind backlash."""
+    if KEY not in environ:
+        outcome = Outcome()
+        outcome.error = error
+        environ["wsgi.errors"] = _WatchedErrors(environ["wsgi.errors"], outcome)

@@ -1,14 +1,15 @@
-"""``@stream``, and the start of a stream inside the request.
+"""The hooks that TurboGears calls: the start of a stream inside the request.
 
-Rule: here is the only code that TG calls; it starts any ``Stream`` that a controller
-returns, decorated or not.
+TG calls ``before_render`` with the output of each controller. A :class:`Stream` is
+started there, decorated or not: its first chunk is made, the request's transaction ends
+by TG's rules, and the response gets the stream as its body.
 """
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import tg
@@ -17,10 +18,11 @@ from tg.decorators import Decoration
 from tg.support.converters import asbool
 from webob.exc import HTTPException
 
-from ..core import context as _context
+from ..core import context
+from ..core.context import Context
 from ..core.headers import charset_in, has_no_body, set_headers
 from ..core.limits import take
-from ..core.options import Options, Plan
+from ..core.options import FormatTraits, Options, Plan
 from ..core.settings import option
 from ..core.source import is_for_a_stream, not_streamed, resolve_proxy
 from ..core.stream import Stream
@@ -28,13 +30,10 @@ from ..database.on_commit import tm_enabled
 from ..database.registry import registry, scoped_sessions
 from .decorator import name_of
 from .guard import Guard
-from .response import check_headers, end_previous, send_off, watch_exit
+from .response import check_headers, end_previous, end_with_request, send_off
 
 if TYPE_CHECKING:
-    from ..core.body import Body
     from ..database.database import Database
-
-# What TG calls.
 
 
 class _Hooks(dict[str, Any]):
@@ -51,67 +50,151 @@ def _before_render(remainder: Any, params: Any, output: Any) -> None:
     output = resolve_proxy(output)
     if isinstance(output, Stream):
         try:
-            _start(output, _context.current())
+            _Start(output, context.current()).run()
         except BaseException:
             output._leave_seat()
             raise
     elif is_for_a_stream(output):
-        raise not_streamed(output, name_of(_dispatched(_context.current().request)))
+        raise not_streamed(output, name_of(_dispatched(context.current().request)))
 
 
-def _start(stream: Stream, tg_locals: Any) -> None:
-    """Start the stream inside the request, up to its first chunk."""
-    _context.check_locals()
-    stream._prepare(tg_locals.request)
-    options = stream._options
-    function = stream._controller or _dispatched(tg_locals.request)
+class _Start:
+    """The start of a stream inside the request, up to its first chunk."""
 
-    if stream._seat is None:
-        end_previous(tg_locals.request.environ)
+    def __init__(self, stream: Stream, tg_locals: Any) -> None:
+        self._stream = stream
+        self._tg_locals = tg_locals
+        self._options = stream._options
+        self._traits = FormatTraits.of(self._options.format)
+        self._function = stream._controller or _dispatched(tg_locals.request)
+
+    def run(self) -> None:
+        """Start it.
+
+        :raises Exception: the error of the generator, or of headers that cannot be sent.
+            The stream has then ended.
+        """
+        stream, tg_locals = self._stream, self._tg_locals
+        context.check_locals()
+        stream._prepare(tg_locals.request)
+        if stream._controller is None:  # no decorator has done it
+            end_previous(tg_locals.response)
+        self._take_seat()
+        controller = name_of(self._function)
+        check_headers(tg_locals.response, stream, controller)
+        if tg_locals.request.environ["REQUEST_METHOD"] in _RUN_NOTHING:
+            self._answer_without_body()
+        else:
+            self._open(controller)
+
+    def _take_seat(self) -> None:
+        stream = self._stream
+        if self._options.limit is not None and stream._seat is None:
+            try:
+                stream._seat = take(self._function, self._options.limit)
+            except HTTPException:
+                stream._discard()
+                raise
+
+    def _open(self, controller: str) -> None:
+        stream, tg_locals = self._stream, self._tg_locals
+        manages = tm_enabled(tg_locals)
+        database = _database_of(tg_locals, manages)
+        body = stream._open(
+            self._plan(controller),
+            self._charset,
+            self._declared_length,
+            _context_of(tg_locals, database),
+            database,
+        )
+        end_with_request(tg_locals.request.environ, body)
+        if database is not None:
+            try:
+                database.take_over(manages, lambda: self._vetoed(tg_locals.response))
+            except BaseException:
+                body.cancel()
+                raise
+        body.start(self._vetoed)
         try:
-            stream._seat = take(function, options.limit)
-        except HTTPException:
-            stream._discard()
+            set_headers(
+                tg_locals.response, self._exposed, self._options, self._traits
+            )
+            send_off(tg_locals.response, stream)
+        except BaseException as error:
+            body.fail(error, in_request=True)
             raise
-    check_headers(tg_locals.response, stream, name_of(function))
 
-    def exposed() -> Any:
-        return Decoration.get_decoration(function).lookup_template_engine(tg_locals)
+    def _answer_without_body(self) -> None:
+        """Answer with the headers alone: those of the stream for HEAD."""
+        stream, response = self._stream, self._tg_locals.response
+        stream._discard()
+        if self._tg_locals.request.method == "HEAD":
+            stream._length = self._declared_length()
+            set_headers(response, self._exposed, self._options, self._traits)
+        else:
+            stream._length = None if has_no_body(response.status) else 0
+        send_off(response, stream)
 
-    def charset() -> str:
-        asked = options.charset or tg_locals.response.charset
-        asked = getattr(options.format, "charset", None) or asked
-        return asked or charset_in(exposed()[0]) or "utf-8"
+    def _plan(self, controller: str) -> Plan:
+        """The given options, else the format's, else the application's."""
+        options, traits = self._options, self._traits
+        config = self._tg_locals.config
+        commit, size = options.commit or traits.commit, options.chunk_size
+        if size is None:
+            size = traits.chunk_size
+        if size is None:
+            size = 0
+            if options.format is not None:
+                size = option(config, "tgstream.chunk_size")
+        return Plan(
+            controller=controller,
+            format=options.format,
+            traits=traits,
+            commit_every=commit if isinstance(commit, int) else int(commit == "each"),
+            commit_manually=commit == "manual",
+            chunk_size=size,
+            flush_seconds=option(config, "tgstream.flush_seconds") if size else 0.0,
+            max_seconds=options.max_seconds,
+            idle_transaction_seconds=option(
+                config, "tgstream.idle_transaction_seconds"
+            ),
+            disconnect_check_seconds=option(
+                config, "tgstream.disconnect_check_seconds"
+            ),
+        )
 
-    if tg_locals.request.method in _RUN_NOTHING:
-        _answer_without_body(stream, tg_locals, exposed)
-        return
-    database = _database_of(tg_locals)
-    length = partial(_declared_length, options, tg_locals.response)
-    plan = _plan(options, name_of(function), charset, length, tg_locals.config)
-    body = stream._open(plan, tg_locals, database)
-    watch_exit(tg_locals.request.environ, body)
-    if database is not None:
-        _take_over(database, body, tg_locals)
-    body.start(lambda answer: _vetoed(tg_locals, answer))
-    set_headers(tg_locals.response, exposed, options)
-    send_off(tg_locals.response, stream)
+    # Called by the body, when it needs them.
+
+    def _exposed(self) -> Any:
+        decoration = Decoration.get_decoration(self._function)
+        return decoration.lookup_template_engine(self._tg_locals)
+
+    def _charset(self) -> str:
+        asked = self._traits.charset or self._options.charset
+        asked = asked or self._tg_locals.response.charset
+        return asked or charset_in(self._exposed()[0]) or "utf-8"
+
+    def _declared_length(self) -> int | None:
+        """The bytes of the whole body, by the option or the response's headers."""
+        if self._options.length is not None:
+            return self._options.length
+        response = self._tg_locals.response
+        for name, _ in response.headerlist:
+            if name.lower() == "content-length":
+                return response.content_length or None  # TG's own is 0
+        return None
+
+    def _vetoed(self, response: Any) -> bool:
+        """Whether ``tm.commit_veto`` aborts the transaction for this response."""
+        veto = self._tg_locals.config.get("tm.commit_veto")
+        if veto is None:
+            return False
+        environ = self._tg_locals.request.environ
+        return bool(veto(environ, response.status, response.headerlist))
 
 
 _RUN_NOTHING = {"HEAD", "OPTIONS", "TRACE", "CONNECT"}
 """Methods that do not ask for the resource's content, so no generator runs."""
-
-
-def _answer_without_body(stream: Stream, tg_locals: Any, exposed: Any) -> None:
-    """Answer with the headers alone: those of the stream for HEAD, else no content."""
-    response = tg_locals.response
-    stream._discard()
-    if tg_locals.request.method == "HEAD":
-        stream._length = _declared_length(stream._options, response)
-        set_headers(response, exposed, stream._options)
-    else:
-        stream._length = None if has_no_body(response.status_int) else 0
-    send_off(response, stream)
 
 
 def _dispatched(request: Any) -> Any:
@@ -120,74 +203,37 @@ def _dispatched(request: Any) -> Any:
     return getattr(action, "__func__", action)
 
 
-def _declared_length(options: Options, response: Any) -> int | None:
-    """The bytes of the whole body, as an option or the response's headers have them."""
-    if options.length is not None:
-        return options.length
-    return response.content_length or None  # TG's own is 0, which nobody meant
+def _context_of(tg_locals: Any, database: Database | None) -> Context:
+    if database is None:
+        return Context(tg_locals)
+    _, context_class = _database_classes()
+    made: Context = context_class(tg_locals, database)
+    return made
 
 
-def _plan(
-    options: Options,
-    controller: str,
-    charset: Callable[[], str],
-    length: Callable[[], int | None],
-    config: Any,
-) -> Plan:
-    """The options: what was asked, else the format's, else the application's."""
-    format, commit, size = options.format, options.commit, options.chunk_size
-    if format is None:
-        size = size or 0
-    else:
-        commit = commit or getattr(format, "commit", None)
-        size = getattr(format, "chunk_size", None) if size is None else size
-        size = option(config, "tgstream.chunk_size") if size is None else size
-    every = commit if isinstance(commit, int) else int(commit == "each")
-    seconds = option(config, "tgstream.chunk_seconds") if size else 0.0
-    return Plan(
-        *(controller, format, every, commit == "manual", size, seconds, charset),
-        *(length, options.max_seconds),
-        option(config, "tgstream.idle_seconds"),
-    )
+def _database_of(tg_locals: Any, manages: bool) -> Database | None:
+    """The stream's sessions and transaction, in an application that has any.
 
-
-# The request's transaction.
-
-
-def _vetoed(tg_locals: Any, response: Any) -> bool:
-    veto = tg_locals.config.get("tm.commit_veto")
-    if veto is None:
-        return False
-    environ = tg_locals.request.environ
-    return bool(veto(environ, response.status, response.headerlist))
-
-
-def _take_over(database: Database, body: Body, tg_locals: Any) -> None:
-    try:
-        database.take_over(
-            tm_enabled(tg_locals), lambda: _vetoed(tg_locals, tg_locals.response)
-        )
-    except BaseException:
-        body.cancel()
-        raise
-
-
-def _database_of(tg_locals: Any) -> Database | None:
-    """The stream's sessions and transaction, in an application that has any."""
+    :param manages: whether a transaction manager runs the request.
+    """
     config = tg_locals.config
     scoped = scoped_sessions(config)
-    if not scoped and not tm_enabled(tg_locals):
+    if not scoped and not manages:
         return None
-    database: Database = _database_class()(
+    database_class, _ = _database_classes()
+    database: Database = database_class(
         tuple(map(registry, scoped)), asbool(config.get("use_sqlalchemy"))
     )
     return database
 
 
 @lru_cache
-def _database_class() -> Any:
+def _database_classes() -> tuple[Any, Any]:
     """Imported where an application has sessions or transactions, and only there."""
-    return importlib.import_module("tgstream.database.database").Database
+    return (
+        importlib.import_module("tgstream.database.database").Database,
+        importlib.import_module("tgstream.database.context").DatabaseContext,
+    )
 
 
 HOOKS = _Hooks(before_render=_before_render, after_wsgi_middlewares=Guard)

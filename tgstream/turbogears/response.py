@@ -1,4 +1,10 @@
-"""The response that takes a stream along when it leaves the application."""
+"""The response that takes a stream along when it leaves the application.
+
+When the response of a stream leaves TG, the rest of the request goes on without it: its
+context, its sessions and its transaction are taken off the thread. WebOb has no hook for
+that moment, so the class of the response is replaced by a subclass whose ``__call__``
+does it (:func:`send_off`).
+"""
 
 from __future__ import annotations
 
@@ -11,48 +17,51 @@ from ..core.body import Body
 from ..core.cleanup import close
 from ..core.errors import StreamError
 from ..core.headers import check_sendable, drop_hop_by_hop, has_no_body, is_clean
+from ..core.report import log
 from ..core.stream import Stream
 from .diagnostics import KEY, advise, advise_if_unguarded, advise_of_dropped
-from .guard import Outcome, _Errors, outcome_of
+from .guard import Outcome, outcome_of, remember_error
 
 if TYPE_CHECKING:
     from ..database.database import Database
 
-_ATTEMPT = "tgstream.attempt"
 
+class _CloseOnCleanup:
+    """Ends a stream when its request is cleaned up and another response has left."""
 
-class _Closer:
-    """Closes a stream when the request is cleaned up and another response has left."""
-
-    _is_preserved = False  # the registry looks; to find it is faster than not to
+    _is_preserved = False  # the registry looks for it
 
     def _push_object(self, body: Body) -> None:
-        """Nothing: registered to be told of the end."""
+        """Nothing: it is registered for the clean-up."""
 
     def _pop_object(self, body: Body) -> None:
-        if body.left:
+        if body.departed:
             return
         body.close()
-        if body.database is not None:
-            body.database.clear_thread()  # of more sessions than TG removes
+        if body.transaction is not None:
+            body.transaction.clear_thread()  # of more sessions than TG removes
 
 
-def watch_exit(environ: dict[str, Any], body: Body) -> None:
-    """From now on end the stream with the request, unless its response leaves."""
-    environ["paste.registry"].register(_Closer(), body)
-    environ[_ATTEMPT] = weakref.ref(body)
+_CLOSE_ON_CLEANUP = _CloseOnCleanup()
 
 
-def end_previous(environ: dict[str, Any]) -> None:
+def end_with_request(environ: dict[str, Any], body: Body) -> None:
+    """From now on end the stream with the request, unless its response leaves.
+
+    It ends a stream of an earlier attempt (``tm.attempts``) at once.
+    """
+    environ["paste.registry"].register(_CLOSE_ON_CLEANUP, body)
+
+
+def end_previous(response: Any) -> None:
     """End the stream of an earlier attempt of ``tm.attempts``, which holds a slot."""
-    attempt = environ.get(_ATTEMPT)
-    body = attempt and attempt()
-    # It runs if its generator has sent a request with this environ into an application.
-    if body is not None and body.idle and not body.left:
-        body.close()
+    if isinstance(response, StreamingResponse):
+        stream = response.tgstream()
+        if stream is not None and stream._body is not None:
+            stream._body.close()
 
 
-class _Leaving:
+class StreamingResponse:
     """A response that takes its stream along when it leaves the application."""
 
     tgstream: weakref.ref[Stream]
@@ -64,25 +73,32 @@ class _Leaving:
             return response._plain(environ, start_response)  # another body took over
         body = stream._body
         if app_iter is stream:  # WebOb forgot the length when TG set that
-            response.content_length = stream._length if body is None else body.length
+            _set_length(response, stream._length if body is None else body.length)
         try:
             _check_response(response, body)
-            if body is None or has_no_body(response.status_int):
-                _tell_bodiless(response, environ)
+            if body is None or has_no_body(response.status):
+                _declare_bodiless(response, environ)
             app_iter = response._plain(environ, start_response)
         except BaseException as error:
             if body is not None:
                 body.fail(error)
-            _remember(error, environ)
+            remember_error(error, environ)
             raise
         if body is None:  # for HEAD
             close(app_iter)
-            return [b""]  # some servers answer 500 where there is no chunk
+            return [b""]  # some servers answer 500 if there is no chunk
         # The request keeps its response, and must not keep the stream: it must end at
         # once when it is dropped.
-        del response.app_iter
+        response._app_iter = []
         _depart(body, environ)
-        return app_iter if body.database is None else _Departed(app_iter, body.database)
+        if body.transaction is None:
+            return app_iter
+        return _DepartedBody(app_iter, body.transaction)
+
+
+def _set_length(response: Any, length: int | None) -> None:
+    if length is not None or response.content_length is not None:
+        response.content_length = length
 
 
 def _check_response(response: Any, body: Body | None) -> None:
@@ -95,16 +111,16 @@ def _check_response(response: Any, body: Body | None) -> None:
         if (names := drop_hop_by_hop(response)) and body is not None:
             advise_of_dropped(body, names)
         check_sendable(where, response)
-    if body is not None and has_no_body(response.status_int) and body.complete != b"":
+    if body is not None and has_no_body(response.status) and body.complete != b"":
         raise StreamError(
             f"{where} yielded items, but a response with status {response.status_int} "
             "has no body. Set another status, or return before the first yield"
         )
 
 
-def _tell_bodiless(response: Any, environ: dict[str, Any]) -> None:
-    """Have the guard send no byte, whatever middlewares make of none."""
-    if response.status_int != 205 and has_no_body(response.status_int):
+def _declare_bodiless(response: Any, environ: dict[str, Any]) -> None:
+    """Have the guard send no byte, whatever middlewares make of no chunk."""
+    if response.status_int != 205 and has_no_body(response.status):
         response.content_length = None  # RFC 9110 forbids it, or it would be wrong
     outcome: Outcome | None = environ.get(KEY)
     if outcome is not None:
@@ -112,16 +128,12 @@ def _tell_bodiless(response: Any, environ: dict[str, Any]) -> None:
         outcome.length = response.content_length
 
 
-def _remember(error: BaseException, environ: dict[str, Any]) -> None:
-    """Have backlash raise the error of ``start_response`` again, like the guard."""
-    if KEY not in environ:
-        outcome = Outcome()
-        outcome.error = error
-        environ["wsgi.errors"] = _Errors(environ["wsgi.errors"], outcome)
+class _DepartedBody:
+    """Keeps ``DBSessionRemoverMiddleware`` from removing a session that is in use.
 
-
-class _Departed:
-    """What TG closes, for its ``DBSessionRemoverMiddleware`` to remove nothing then."""
+    That middleware of TG closes the body, and then removes the session of whatever runs
+    on the thread.
+    """
 
     def __init__(self, app_iter: Any, database: Database) -> None:
         self._app_iter = app_iter
@@ -136,17 +148,21 @@ class _Departed:
 
 
 @cache
-def _leaving(kind: Any) -> Any:
-    if hasattr(kind, "_plain"):  # tm.attempts runs again with the same response
-        return kind
-    members = {"_plain": kind.__call__, "__call__": _Leaving.__call__}
-    return type(f"Streamed{kind.__name__}", (kind,), members)
+def _streaming_class(response_class: Any) -> Any:
+    if issubclass(response_class, StreamingResponse):  # of an earlier attempt
+        return response_class
+    members = {
+        "_plain": response_class.__call__,
+        "__call__": StreamingResponse.__call__,
+    }
+    name = f"Streaming{response_class.__name__}"
+    return type(name, (response_class, StreamingResponse), members)
 
 
 def check_headers(response: Any, stream: Stream, controller: str) -> None:
     """Check the headers that the controller has set, before anything runs.
 
-    :raises StreamError: when no server could send them; the stream is then discarded.
+    :raises StreamError: when no server could send them. The stream is then discarded.
     """
     if is_clean(response):
         return
@@ -160,62 +176,61 @@ def check_headers(response: Any, stream: Stream, controller: str) -> None:
 def send_off(response: Any, stream: Stream) -> None:
     """Let ``response`` take ``stream`` along when it leaves the application.
 
-    :raises StreamError: when it cannot be sent; the stream has then ended.
+    :raises StreamError: when it cannot be sent.
     """
-    body = stream._body
-    try:
-        _check_response(response, body)
-    except StreamError as error:
-        if body is not None:
-            body.fail(error, in_request=True)
-        raise
-    response.__class__ = _leaving(response.__class__)
+    _check_response(response, stream._body)
+    response.__class__ = _streaming_class(response.__class__)
     response.tgstream = weakref.ref(stream)
 
 
 def _depart(body: Body, environ: dict[str, Any]) -> None:
     """Take everything of the request off the thread, and tell the guard."""
-    body.left = True
-    if body.database is not None:
-        body.database.clear_thread()  # while a scopefunc can still ask for the request
+    body.depart()
+    if body.transaction is not None:
+        body.transaction.clear_thread()  # while a scopefunc can still find the request
     registry = environ["paste.registry"]
     registry.cleanup()
     registry.prepare()
     if body.complete is None:
         advise_if_unguarded(body)
         advise(body)
-        body.outcome = outcome = outcome_of(environ)
-        outcome.unfinished, outcome.body = True, body
-        if body.ended:  # by the monitor, and did not find its outcome
-            outcome.body = None
-        body.late = _Late(body).changes
+        outcome = outcome_of(environ)
+        outcome.leave_with(body)
+        outcome.late_changes = LateChanges(body)
 
 
-class _Late:
-    """What is changed on the response and the session after they have left."""
+class LateChanges:
+    """Changes of the response and the session after they have left."""
 
     def __init__(self, body: Body) -> None:
-        self._tg_locals = body.context.tg_locals
-        self._before = self._state()
+        tg_locals = body.context.tg_locals
+        self._controller = body.plan.controller
+        self._response = response = tg_locals.response
+        self._session = tg_locals.session
+        self._status: str = response.status
+        self._headers: list[tuple[str, str]] = response.headerlist[:]
+        self._content = self._session_content()
 
-    def _state(self) -> tuple[str, list[tuple[str, str]], dict[str, Any] | None]:
-        response, session = self._tg_locals.response, self._tg_locals.session
-        saved = session is not None and session.accessed() and session.dirty()
-        content = {key: session[key] for key in session} if saved else None
-        return response.status, response.headerlist[:], content
+    def _session_content(self) -> dict[str, Any] | None:
+        session = self._session
+        if session is None or not (session.accessed() and session.dirty()):
+            return None
+        return {key: session[key] for key in session}
 
-    def changes(self) -> list[str]:
-        """The names of what has changed."""
-        now = self._state()
-        if now == self._before:
-            return []
-        (status, headers, session), (status_now, headers_now, session_now) = (
-            self._before,
-            now,
-        )
-        changed = {f"header {name}" for name, _ in set(headers) ^ set(headers_now)}
-        if status != status_now:
-            changed.add("status")
-        if session != session_now:
-            changed.add("tg.session")
-        return sorted(changed)
+    def warn(self) -> None:
+        """Warn about the changes, which the client cannot see."""
+        names = set()
+        headers = self._response.headerlist
+        if headers != self._headers:
+            names = {f"header {name}" for name, _ in {*headers} ^ {*self._headers}}
+        if self._response.status != self._status:
+            names.add("status")
+        if self._session_content() != self._content:
+            names.add("tg.session")
+        if names:
+            log.warning(
+                "%s modified these after the response had started: %s. The client will "
+                "not see the change. Make it before the first yield",
+                self._controller,
+                ", ".join(sorted(names)),
+            )
