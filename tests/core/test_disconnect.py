@@ -5,14 +5,19 @@ from __future__ import annotations
 import os
 import socket
 import struct
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tg import TGController, expose
 
-from tests.conftest import LiveServer
+from tests.conftest import LiveServer, MakeApp, assert_clean
+from tests.model import Model
 from tests.test_servers import Client, assert_settles
+from tests.wsgi import Call
+from tgstream import SSE, Report, stream
 from tgstream.core.monitor import has_left
 
 
@@ -29,6 +34,33 @@ def test_client_that_left_a_mute_stream_is_asked_for(
     client.leave()
     assert pipe.read_text() in ("disconnected", "completed")
     assert_settles(live, "postgresql")
+
+
+def test_short_check_notices_a_disconnect_without_idle_warnings(
+    make_app: MakeApp, sqlite_model: Model, ended: Callable[[], Report]
+) -> None:
+    """The two intervals are independent of each other."""
+
+    class Root(TGController):
+        @expose()
+        @stream(SSE)
+        def events(self) -> Iterator[str]:
+            yield "one"
+            yield "two"
+
+    options: dict[str, Any] = {
+        "tgstream__idle_transaction_seconds": 0,
+        "tgstream__disconnect_check_seconds": 0.05,
+    }
+    app = make_app(Root(), sqlite_model, **options)
+    disconnected = threading.Event()
+    environ: dict[str, Any] = {"waitress.client_disconnected": disconnected.is_set}
+    call = Call(app, "/events", **environ)
+    assert next(call) == b"data: one\n\n"
+    disconnected.set()
+    assert ended().reason == "disconnected"
+    call.close()
+    assert_clean(sqlite_model)
 
 
 def connected() -> tuple[socket.socket, socket.socket]:

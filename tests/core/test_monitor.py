@@ -33,6 +33,7 @@ from tgstream import (
 from tgstream.core import monitor as _watch
 from tgstream.core.monitor import has_left
 from tgstream.core.settings import option
+from tgstream.turbogears import diagnostics
 
 SHORT = 0.1
 
@@ -191,7 +192,8 @@ def test_stream_that_ends_slowly_is_waited_for(
                 ending.set()
                 assert go.wait(10)
 
-    app = make_app(Root(), sqlite_model, tgstream__idle_seconds=str(SHORT))
+    options = {"tgstream__disconnect_check_seconds": str(SHORT)}
+    app = make_app(Root(), sqlite_model, **options)
     call = Call(app, "/words")
     assert next(call) == b"one"
     with ThreadPoolExecutor(1) as thread:
@@ -520,7 +522,14 @@ def test_drain_returns_in_time_while_a_stream_ends_slowly(
 
 
 @pytest.mark.parametrize(
-    "name", ["idle_seconds", "chunk_seconds", "heartbeat_seconds", "channel_history"]
+    "name",
+    [
+        "idle_transaction_seconds",
+        "disconnect_check_seconds",
+        "flush_seconds",
+        "heartbeat_seconds",
+        "channel_history",
+    ],
 )
 @pytest.mark.parametrize("value", ["inf", "nan", "1e12"])
 def test_option_that_is_not_a_possible_time_is_rejected(name: str, value: str) -> None:
@@ -547,10 +556,18 @@ class Words(TGController):
 
 
 def test_very_long_duration_is_watched_like_any_other(
-    make_app: MakeApp, sqlite_model: Model, ended: Callable[[], Report]
+    make_app: MakeApp,
+    sqlite_model: Model,
+    ended: Callable[[], Report],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A wait of the monitor never overflows, so that the next stream expires."""
-    app = make_app(Words(), sqlite_model, tgstream__idle_seconds="9e9")
+    monkeypatch.setattr(diagnostics, "LONG", 0.0)
+    options = {
+        "tgstream__idle_transaction_seconds": "9e9",
+        "tgstream__disconnect_check_seconds": "9e9",
+    }
+    app = make_app(Words(), sqlite_model, **options)
     long = Call(app, "/words?seconds=1e300")
     short = Call(app, "/words")
     assert ended().reason == "expired"
@@ -574,7 +591,7 @@ def test_monitor_that_fails_is_logged_and_goes_on(
         return has_left(environ)
 
     monkeypatch.setattr(_watch, "has_left", fail_once)
-    app = make_app(Words(), sqlite_model, tgstream__idle_seconds="0.01")
+    app = make_app(Words(), sqlite_model, tgstream__disconnect_check_seconds="0.01")
     first = Call(app, "/words?seconds=3600")
     second = Call(app, "/words")
     assert ended().reason == "expired"

@@ -578,7 +578,7 @@ def test_chunks_are_gathered_up_to_their_size(make_app: MakeApp) -> None:
         def configured(self) -> Any:
             return ["abc"] * 9
 
-    app = make_app(Root(), tgstream__chunk_size=12, tgstream__chunk_seconds=60)
+    app = make_app(Root(), tgstream__chunk_size=12, tgstream__flush_seconds=60)
     assert chunks(app, "/option") == [b"abcabcabcabc"] * 2 + [b"abc"]
     assert [len(chunk) for chunk in chunks(app, "/configured")] == [14, 12, 12, 1]
 
@@ -592,7 +592,7 @@ def test_slow_items_leave_one_by_one(make_app: MakeApp) -> None:
         def slow(self) -> Any:
             return ["a", "b", "c"]
 
-    app = make_app(Root(), tgstream__chunk_seconds=0)
+    app = make_app(Root(), tgstream__flush_seconds=0)
     assert chunks(app, "/slow") == [b"a", b"b", b"c"]
 
 

@@ -115,8 +115,8 @@ def test_application_without_plugme_has_the_defaults(make_app: MakeApp) -> None:
 
 def test_option_that_cannot_be_read_is_named(make_app: MakeApp) -> None:
     """The message names the option, its value, and the default."""
-    with pytest.raises(ValueError, match=r"tgstream.chunk_seconds is 'soon'.*0\.05"):
-        option({"tgstream.chunk_seconds": "soon"}, "tgstream.chunk_seconds")
+    with pytest.raises(ValueError, match=r"tgstream.flush_seconds is 'soon'.*0\.05"):
+        option({"tgstream.flush_seconds": "soon"}, "tgstream.flush_seconds")
     with pytest.raises(ValueError, match="'many'"):
         make_app(root(), tgstream__chunk_size="many")
 

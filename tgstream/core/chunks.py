@@ -217,7 +217,7 @@ class Chunks:
 
         The clock is looked at each time: a producer that was fast may have turned slow.
         """
-        size, seconds, now = self._plan.chunk_size, self._plan.chunk_seconds, clock
+        size, seconds, now = self._plan.chunk_size, self._plan.flush_seconds, clock
         held, length = self._held, 0
         hold, due = held.append, now() + seconds
         for piece in pieces:

@@ -30,7 +30,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..turbogears.diagnostics import LONG, look
+from ..turbogears.diagnostics import Progress, look, next_look
 from .options import clock
 
 if TYPE_CHECKING:
@@ -45,12 +45,15 @@ PAUSE = 0.05
 LONGEST = 3600.0
 """Maximum seconds of one wait. A longer timeout can overflow."""
 
+NO_LOOK = 10.0
+"""Seconds of a wait while no look is due, after which the thread may end."""
+
 
 class _Entry(NamedTuple):
     due: float  # by the clock
     number: int  # so that two entries never compare further
     body: weakref.ref[Body]
-    seen: tuple[int, ...] | None  # the stream's progress at its last look
+    seen: Progress | None  # the stream's progress at its last look
 
 
 class Monitor:
@@ -100,9 +103,11 @@ class Monitor:
             elif is_next:
                 self._queue.put(None)
 
-    def _add(self, body: Body, now: float, seen: tuple[int, ...] | None) -> bool:
+    def _add(self, body: Body, now: float, seen: Progress | None) -> bool:
         """Look at ``body`` later. True if it is the next to look at."""
-        due = min(now + (body.plan.idle_seconds or LONG), body.expires)
+        check = now + body.plan.disconnect_check_seconds
+        due = min(check, next_look(body, now, seen))
+        due = min(max(due, now + PAUSE), body.expires)
         entry = _Entry(due, next(self._numbers), weakref.ref(body), seen)
         with self._lock:
             heapq.heappush(self._entries, entry)
@@ -130,7 +135,7 @@ class Monitor:
             if not (self._bodies or self._entries):
                 self._running = False
                 return False
-            left = self._entries[0].due - clock() if self._entries else LONG
+            left = self._entries[0].due - clock() if self._entries else NO_LOOK
         if left > 0:
             self._wait(min(max(left, PAUSE), LONGEST))
         for entry in self._take_due():

@@ -145,11 +145,12 @@ class Plan(NamedTuple):
     every: int  # items after which it commits, 0: at the end
     manual: bool
     chunk_size: int  # bytes, 0: a chunk an item
-    chunk_seconds: float
+    flush_seconds: float
     charset: Callable[[], str]
     length: Callable[[], int | None]  # bytes of the whole body, where they are known
     max_seconds: float | None = None  # of its life
-    idle_seconds: float = 0.0  # with a transaction open, to be told of; 0: never
+    idle_transaction_seconds: float = 0.0  # before a warning; 0: never
+    disconnect_check_seconds: float = 10.0
 
     def lifetime(self) -> float:
         """Seconds that it may live. Where clients come back, not all at once."""

@@ -36,8 +36,13 @@ class Option(NamedTuple):
 
 OPTIONS: dict[str, Option] = {
     "tgstream.chunk_size": Option(32768, lambda value: _from_0(asint(value))),
-    "tgstream.chunk_seconds": Option(0.05, lambda value: _from_0(float(value))),
-    "tgstream.idle_seconds": Option(10.0, lambda value: _from_0(float(value))),
+    "tgstream.flush_seconds": Option(0.05, lambda value: _from_0(float(value))),
+    "tgstream.idle_transaction_seconds": Option(
+        10.0, lambda value: _from_0(float(value))
+    ),
+    "tgstream.disconnect_check_seconds": Option(
+        10.0, lambda value: _above_0(float(value))
+    ),
     "tgstream.sessions": Option((), aslist),
     "tgstream.channels": Option("memory://", str),
     "tgstream.channel_history": Option(1000, lambda value: _above_0(asint(value))),

@@ -143,11 +143,12 @@ def _plan(
         size = getattr(format, "chunk_size", None) if size is None else size
         size = option(config, "tgstream.chunk_size") if size is None else size
     every = commit if isinstance(commit, int) else int(commit == "each")
-    seconds = option(config, "tgstream.chunk_seconds") if size else 0.0
+    seconds = option(config, "tgstream.flush_seconds") if size else 0.0
     return Plan(
         *(controller, format, every, commit == "manual", size, seconds, charset),
         *(length, options.max_seconds),
-        option(config, "tgstream.idle_seconds"),
+        option(config, "tgstream.idle_transaction_seconds"),
+        option(config, "tgstream.disconnect_check_seconds"),
     )
 
 

@@ -25,10 +25,12 @@ class StreamConfigurationComponent(ConfigurationComponent):  # type: ignore[misc
 
         * ``tgstream.chunk_size``: Bytes that a format, or a long page of ``render()``,
           gathers before a chunk leaves, by default 32768.
-        * ``tgstream.chunk_seconds``: Seconds after which a pull hands over what it
+        * ``tgstream.flush_seconds``: Seconds after which a pull hands over what it
           gathered when the next item arrives, by default 0.05.
-        * ``tgstream.idle_seconds``: Seconds that a stream may wait with a transaction
-          open before a warning tells of it, by default 10; 0 for never.
+        * ``tgstream.idle_transaction_seconds``: Seconds that a stream may be idle in a
+          transaction before a warning is logged, by default 10. 0 turns it off.
+        * ``tgstream.disconnect_check_seconds``: Maximum seconds between two checks
+          whether the client of a stream has disconnected, by default 10.
         * ``tgstream.sessions``: Scoped sessions beside ``DBSession``, as objects or
           as dotted names, of which each stream gets its own. None by default.
         * ``tgstream.channels``: Where the events of channels are kept, by default

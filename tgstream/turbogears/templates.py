@@ -207,7 +207,7 @@ def _gathered(pieces: Iterable[str], config: Any) -> Iterator[str]:
     come. So the head, and a page that is made slowly, leave piece by piece.
     """
     size = option(config, "tgstream.chunk_size")
-    seconds = option(config, "tgstream.chunk_seconds")
+    seconds = option(config, "tgstream.flush_seconds")
     clock = time.perf_counter
     gathered: list[str] = []
     length = fast = 0
