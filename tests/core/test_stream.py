@@ -458,4 +458,7 @@ def test_charset_of_a_response_that_is_none_is_an_error_of_its_request(
         if "\n" in charset and name == "exposed":
             continue  # what stands before the line end is what @expose says
         assert call.status.startswith("500"), name
-        assert "is not known to Python as a text encoding" in call.errors.getvalue()
+        assert (
+            "must be the name of a text encoding of Python, got"
+            in call.errors.getvalue()
+        )

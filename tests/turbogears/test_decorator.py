@@ -674,12 +674,15 @@ def test_format_that_yields_another_type_is_named(make_app: MakeApp) -> None:
         ({"chunk_size": -1}, "chunk_size=-1 makes no sense"),
         ({"chunk_size": "1"}, "chunk_size='1' makes no sense"),
         ({"filename": b"x"}, "filename=b'x' is no text"),
-        ({"charset": "nope"}, "charset='nope' is not known"),
-        ({"charset": "hex"}, "charset='hex' is not known"),
-        ({"charset": "rot13"}, "charset='rot13' is not known"),
-        ({"charset": "utf-8\r\n\r\n"}, "charset='utf-8\\r\\n\\r\\n' is not known"),
-        ({"charset": ""}, "charset='' is not known"),
-        ({"charset": 8}, "charset=8 is not known"),
+        ({"charset": "nope"}, "text encoding of Python, got 'nope'. Omit"),
+        ({"charset": "hex"}, "text encoding of Python, got 'hex'. Omit"),
+        ({"charset": "rot13"}, "text encoding of Python, got 'rot13'. Omit"),
+        (
+            {"charset": "utf-8\r\n\r\n"},
+            "text encoding of Python, got 'utf-8\\r\\n\\r\\n'. Omit",
+        ),
+        ({"charset": ""}, "text encoding of Python, got ''. Omit"),
+        ({"charset": 8}, "text encoding of Python, got 8. Omit"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(

@@ -66,7 +66,7 @@ from .report import Reason
 if TYPE_CHECKING:
     from ..database.database import Database
     from ..turbogears.guard import Outcome
-    from .limits import Seat
+    from .limits import Slot
     from .stream import Stream
 
 
@@ -106,7 +106,7 @@ class Body:
         self.encoding = Chunks(plan, self)
         self.outcome: Outcome | None = None
         self.late: Callable[[], list[str]] | None = None
-        self.seat: Seat | None = None
+        self.seat: Slot | None = None
         self.chunks = self.bytes = 0
         self.reason: Reason | None = None
         self.closing: Reason | None = None
@@ -476,7 +476,7 @@ class Body:
             self._state = State.ENDED
             monitor().forget(self)
         if self.seat is not None:
-            self.seat.leave()
+            self.seat.release()
         if self.outcome is None:
             return error  # still in the request: TG itself takes tg.locals away
         self.outcome.body = None  # so that neither keeps the other

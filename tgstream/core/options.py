@@ -67,8 +67,7 @@ def check(
     _check_seconds(where, max_seconds)
     if limit is not None and (not _is_whole(limit) or limit < 1):
         raise ValueError(
-            f"{where}: limit={limit!r} makes no sense; it is a number of streams, from "
-            "1 on, or None for no limit"
+            f"{where}: limit must be an integer >= 1 or None, got {limit!r}"
         )
     return Options(
         *(format, commit, chunk_size, filename, charset, length, max_seconds, limit)
@@ -132,8 +131,8 @@ def check_charset(where: str, charset: Any) -> None:
         "".encode(charset)  # which refuses rot13: from text to text, or from bytes
     except (LookupError, TypeError, UnicodeError):
         raise ValueError(
-            f"{where}: charset={charset!r} is not known to Python as a text encoding; "
-            "name one that is, or leave it out for UTF-8"
+            f"{where}: charset must be the name of a text encoding of Python, got "
+            f"{charset!r}. Omit it for UTF-8"
         ) from None
 
 

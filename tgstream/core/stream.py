@@ -16,7 +16,7 @@ from .cleanup import close
 from .context import thread
 from .errors import StreamError
 from .heartbeat import beating
-from .limits import Seat
+from .limits import Slot
 from .options import Commit, Options, Plan, check
 from .source import claim, is_iterable, open_source, resolve_proxy, source_of
 
@@ -96,11 +96,11 @@ class Stream:
         self._source = source_of(items)
         self._options = options
         self._controller = controller
-        self._seat: Seat | None = None
+        self._seat: Slot | None = None
         self._length: int | None = None  # bytes of the whole body, for HEAD
 
     def _adopt(
-        self, options: Options, controller: Any, seat: Seat | None, request: Any
+        self, options: Options, controller: Any, seat: Slot | None, request: Any
     ) -> None:
         """Apply the decorator's options where this stream, which it got, has none."""
         if self._claimant is not request:
@@ -110,7 +110,7 @@ class Stream:
             if self._options.limit is None:
                 self._seat = seat
             else:
-                seat.leave()
+                seat.release()
         self._options = self._options.or_else(options)
         self._controller = controller
 
@@ -195,7 +195,7 @@ class Stream:
     def _leave_seat(self) -> None:
         """Leave the seat at once: a traceback may keep the stream, if not its body."""
         if self._seat is not None:
-            self._seat.leave()
+            self._seat.release()
 
 
 def current_stream() -> Stream:

@@ -11,7 +11,7 @@ from tg.decorators import Decoration
 from webob import Response
 
 from ..core import context as _context
-from ..core.limits import held
+from ..core.limits import reserve
 from ..core.options import Commit, Options, check
 from ..core.source import is_streamed, resolve_proxy
 from ..core.stream import Stream
@@ -127,7 +127,7 @@ def _streaming(caller: Any, function: Any, options: Options) -> Callable[..., An
 
     def call(*args: Any) -> Any:
         end_previous(_context.current().request.environ)
-        with held(function, options.limit) as seat:
+        with reserve(function, options.limit) as seat:
             output = resolve_proxy(caller(*args))
             if isinstance(output, Stream):
                 output._adopt(options, function, seat, _context.current().request)

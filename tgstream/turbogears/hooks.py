@@ -19,7 +19,7 @@ from webob.exc import HTTPException
 
 from ..core import context as _context
 from ..core.headers import charset_in, has_no_body, set_headers
-from ..core.limits import take
+from ..core.limits import acquire
 from ..core.options import Options, Plan
 from ..core.settings import option
 from ..core.source import is_for_a_stream, not_streamed, resolve_proxy
@@ -69,7 +69,7 @@ def _start(stream: Stream, tg_locals: Any) -> None:
     if stream._seat is None:
         end_previous(tg_locals.request.environ)
         try:
-            stream._seat = take(function, options.limit)
+            stream._seat = acquire(function, options.limit)
         except HTTPException:
             stream._discard()
             raise
