@@ -15,7 +15,7 @@ from .body import Body
 from .cleanup import close
 from .context import thread
 from .errors import StreamError
-from .heartbeat import beating
+from .heartbeat import add_heartbeats
 from .limits import Slot
 from .options import Commit, Options, Plan, check
 from .source import claim, is_iterable, open_source, resolve_proxy, source_of
@@ -154,8 +154,8 @@ class Stream:
         if not seconds:
             return chunks
         # If the iterator is dropped, it closes the stream in a finaliser.
-        close, ending = body.close_as_wrapper, lambda: body.closing is not None
-        return beating(chunks, seconds, close, ending)
+        close, is_ending = body.close_as_wrapper, lambda: body.closing is not None
+        return add_heartbeats(chunks, seconds, close, is_ending)
 
     def close(self) -> None:
         """End the stream, as a server does at its end or when the client has left.
