@@ -21,7 +21,7 @@ from ..core import context as _context
 from ..core.headers import charset_in, has_no_body, set_headers
 from ..core.limits import acquire
 from ..core.options import Options, Plan
-from ..core.settings import option
+from ..core.settings import read_option
 from ..core.source import is_for_a_stream, not_streamed, resolve_proxy
 from ..core.stream import Stream
 from ..database.on_commit import tm_enabled
@@ -141,14 +141,14 @@ def _plan(
     else:
         commit = commit or getattr(format, "commit", None)
         size = getattr(format, "chunk_size", None) if size is None else size
-        size = option(config, "tgstream.chunk_size") if size is None else size
+        size = read_option(config, "tgstream.chunk_size") if size is None else size
     every = commit if isinstance(commit, int) else int(commit == "each")
-    seconds = option(config, "tgstream.flush_seconds") if size else 0.0
+    seconds = read_option(config, "tgstream.flush_seconds") if size else 0.0
     return Plan(
         *(controller, format, every, commit == "manual", size, seconds, charset),
         *(length, options.max_seconds),
-        option(config, "tgstream.idle_transaction_seconds"),
-        option(config, "tgstream.disconnect_check_seconds"),
+        read_option(config, "tgstream.idle_transaction_seconds"),
+        read_option(config, "tgstream.disconnect_check_seconds"),
     )
 
 
