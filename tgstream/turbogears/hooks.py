@@ -18,7 +18,7 @@ from tg.support.converters import asbool
 from webob.exc import HTTPException
 
 from ..core import context as _context
-from ..core.headers import charset_in, has_no_body, set_headers
+from ..core.headers import find_charset, has_no_body, set_headers
 from ..core.limits import acquire
 from ..core.options import Options, Plan
 from ..core.settings import read_option
@@ -81,7 +81,7 @@ def _start(stream: Stream, tg_locals: Any) -> None:
     def charset() -> str:
         asked = options.charset or tg_locals.response.charset
         asked = getattr(options.format, "charset", None) or asked
-        return asked or charset_in(exposed()[0]) or "utf-8"
+        return asked or find_charset(exposed()[0]) or "utf-8"
 
     if tg_locals.request.method in _RUN_NOTHING:
         _answer_without_body(stream, tg_locals, exposed)

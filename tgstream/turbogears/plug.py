@@ -31,8 +31,8 @@ class StreamConfigurationComponent(ConfigurationComponent):  # type: ignore[misc
           transaction before a warning is logged, by default 10. 0 turns it off.
         * ``tgstream.disconnect_check_seconds``: Maximum seconds between two checks
           whether the client of a stream has disconnected, by default 10.
-        * ``tgstream.sessions``: Scoped sessions in addition to ``DBSession``, objects or
-          dotted names, of which each stream gets its own. None by default.
+        * ``tgstream.sessions``: Scoped sessions besides ``DBSession``, as objects or as
+          dotted names. Each stream gets its own sessions. None by default.
         * ``tgstream.channels``: The store of the events of channels, by default
           ``memory://``, which only this process can read. ``redis://host:port/db``,
           ``rediss://`` or ``unix://`` for Redis or Valkey.

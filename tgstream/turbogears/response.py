@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ..core.body import Body
 from ..core.cleanup import close
 from ..core.errors import StreamError
-from ..core.headers import check_sendable, drop_hop_by_hop, has_no_body, is_clean
+from ..core.headers import check_sendable, drop_hop_by_hop, has_no_body
 from ..core.stream import Stream
 from .diagnostics import KEY, advise, advise_if_unguarded, advise_of_dropped
 from .guard import Outcome, _Errors, outcome_of
@@ -91,10 +91,9 @@ def _check_response(response: Any, body: Body | None) -> None:
     :raises StreamError: when they cannot, or do not.
     """
     where = "the response to HEAD" if body is None else body.plan.controller
-    if not is_clean(response):
-        if (names := drop_hop_by_hop(response)) and body is not None:
-            advise_of_dropped(body, names)
-        check_sendable(where, response)
+    if (names := drop_hop_by_hop(response)) and body is not None:
+        advise_of_dropped(body, names)
+    check_sendable(where, response)
     if body is not None and has_no_body(response.status_int) and body.complete != b"":
         raise StreamError(
             f"{where} yielded items, but a response with status {response.status_int} "
@@ -148,8 +147,6 @@ def check_headers(response: Any, stream: Stream, controller: str) -> None:
 
     :raises StreamError: when no server could send them; the stream is then discarded.
     """
-    if is_clean(response):
-        return
     try:
         check_sendable(controller, response)
     except StreamError:
