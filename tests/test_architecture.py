@@ -13,6 +13,18 @@ FOLDER = Path(tgstream.__file__).parent
 MODULES = sorted(
     str(path.relative_to(FOLDER).with_suffix("")) for path in FOLDER.rglob("*.py")
 )
+MAY_IMPORT = {
+    "formats": set[str](),
+    "core": {"formats"},
+    "database": {"formats", "core"},
+    "exports": {"formats", "core", "database"},
+    "live": {"formats", "core", "database"},
+    "turbogears": {"formats", "core", "database"},
+    "testing": {"formats", "core", "database"},
+    "doctor": {"core", "database", "live", "turbogears", "testing"},
+}
+"""What each package may import beside itself. The modules outside may import all."""
+
 RESERVED = {"model", "lib", "helpers", "controllers", "bootstrap", "public", "partials"}
 
 
@@ -31,10 +43,80 @@ def imports(module: str) -> set[str]:
     return found
 
 
+def dotted(module: str) -> str:
+    """``core/__init__`` is ``tgstream.core``."""
+    return "tgstream." + module.replace("/", ".").removesuffix(".__init__")
+
+
+FILES = {dotted(module).removesuffix(".__init__"): module for module in MODULES}
+
+
+def own_imports(module: str) -> set[str]:
+    """The modules of tgstream that a module imports.
+
+    It counts imports for types, imports in functions, and names of modules in strings,
+    as :func:`importlib.import_module` takes them.
+    """
+    path = ["tgstream", *module.split("/")]
+    found = set()
+    for node in ast.walk(tree(module)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(path[: -node.level]) if node.level else ""
+            origin = ".".join(filter(None, [base, node.module]))
+            found |= {f"{origin}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Call) and "import_module" in ast.unparse(node.func):
+            found |= {
+                each.value for each in node.args if isinstance(each, ast.Constant)
+            }
+    return {
+        FILES[name]
+        for imported in found
+        for name in (imported, imported.rpartition(".")[0])
+        if name in FILES and FILES[name] not in ("__init__", module)
+    }
+
+
+def package_of(module: str) -> str:
+    package, slash, _ = module.partition("/")
+    return package if slash else ""
+
+
 def test_modules_were_found() -> None:
     """The tests below read all modules, in packages too."""
     assert "__init__" in MODULES
     assert len(MODULES) > 50
+
+
+def test_packages_are_those_with_a_rule() -> None:
+    """A new package gets a row before it gets code."""
+    assert {package_of(module) for module in MODULES} == {"", *MAY_IMPORT}
+
+
+@pytest.mark.parametrize("package", MAY_IMPORT)
+def test_package_imports_only_the_packages_of_its_row(package: str) -> None:
+    """Imports for types and imports in functions are no exception."""
+    allowed = {package, *MAY_IMPORT[package]}
+    wrong = {
+        f"{module} -> {imported}"
+        for module in MODULES
+        if package_of(module) == package
+        for imported in own_imports(module)
+        if package_of(imported) not in allowed
+    }
+    assert wrong == set()
+
+
+def test_no_modules_import_each_other() -> None:
+    """There is no circle, neither of two modules nor of more."""
+    graph = {module: own_imports(module) for module in MODULES}
+    while leaves := {module for module, below in graph.items() if not below & {*graph}}:
+        graph = {module: graph[module] for module in graph.keys() - leaves}
+    circles = {
+        f"{module} -> {below}" for module in graph for below in graph[module] & {*graph}
+    }
+    assert circles == set()
 
 
 def test_all_is_a_literal_of_what_can_be_imported() -> None:

@@ -802,7 +802,7 @@ def test_cached_stream_is_refused(make_app: MakeApp, order: str) -> None:
         cache__type="memory",
     )
     assert get(app, "/letters", HTTP_X_OF="1").text == "a1b"
-    with pytest.raises(StreamError, match="no @cached"):
+    with pytest.raises(StreamError, match="remove @cached"):
         Call(app, "/letters", checked=False, HTTP_X_OF="2")
 
 
@@ -1082,7 +1082,7 @@ def test_stream_of_another_thread_is_not_running_here(
             yield "one"
 
     assert get(make_app(Root(), model), "/words").text == "one"
-    assert "no stream is running here" in str(refused[0])
+    assert "where no stream is running" in str(refused[0])
     assert model.names() == ["ada"]
 
 

@@ -5,15 +5,20 @@ from __future__ import annotations
 import os
 import socket
 import struct
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tg import TGController, expose
 
-from tests.conftest import LiveServer
+from tests.conftest import LiveServer, MakeApp, assert_clean
+from tests.model import Model
 from tests.test_servers import Client, assert_settles
-from tgstream.core.monitor import has_left
+from tests.wsgi import Call
+from tgstream import SSE, Report, stream
+from tgstream.core.monitor import has_disconnected
 
 
 @pytest.mark.parametrize("server", ["waitress", "gunicorn-gthread", "gunicorn-gevent"])
@@ -31,6 +36,33 @@ def test_client_that_left_a_mute_stream_is_asked_for(
     assert_settles(live, "postgresql")
 
 
+def test_short_check_notices_a_disconnect_without_idle_warnings(
+    make_app: MakeApp, sqlite_model: Model, ended: Callable[[], Report]
+) -> None:
+    """The two intervals are independent of each other."""
+
+    class Root(TGController):
+        @expose()
+        @stream(SSE)
+        def events(self) -> Iterator[str]:
+            yield "one"
+            yield "two"
+
+    options: dict[str, Any] = {
+        "tgstream__idle_transaction_seconds": 0,
+        "tgstream__disconnect_check_seconds": 0.05,
+    }
+    app = make_app(Root(), sqlite_model, **options)
+    disconnected = threading.Event()
+    environ: dict[str, Any] = {"waitress.client_disconnected": disconnected.is_set}
+    call = Call(app, "/events", **environ)
+    assert next(call) == b"data: one\n\n"
+    disconnected.set()
+    assert ended().reason == "disconnected"
+    call.close()
+    assert_clean(sqlite_model)
+
+
 def connected() -> tuple[socket.socket, socket.socket]:
     """Both ends of a connection."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -43,10 +75,10 @@ def test_client_that_is_there_has_not_left() -> None:
     client, server = connected()
     environ = {"gunicorn.socket": server}
     with client, server:
-        assert not has_left(environ)
+        assert not has_disconnected(environ)
         client.shutdown(socket.SHUT_WR)
         assert server.recv(1) == b""
-        assert not has_left(environ)
+        assert not has_disconnected(environ)
         server.sendall(b"the rest")
         assert client.recv(100) == b"the rest"
 
@@ -57,7 +89,7 @@ def test_client_that_reset_the_connection_has_left() -> None:
     client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     client.close()
     with server:
-        assert has_left({"gunicorn.socket": server})
+        assert has_disconnected({"gunicorn.socket": server})
         with pytest.raises(ConnectionResetError):
             server.recv(1)
 
@@ -67,11 +99,11 @@ def test_nobody_knows_of_a_client_elsewhere() -> None:
     one, other = socket.socketpair()
     with one, other:
         environs: list[dict[str, Any]] = [{}, {"gunicorn.socket": one}]
-        assert not any(map(has_left, environs))
-    assert not has_left({"gunicorn.socket": one})
+        assert not any(map(has_disconnected, environs))
+    assert not has_disconnected({"gunicorn.socket": one})
 
 
 def test_who_cannot_be_asked_ends_no_watch() -> None:
     """What a middleware has put there may raise anything; nobody has left then."""
-    assert not has_left({"waitress.client_disconnected": lambda: 1 / 0})
-    assert not has_left({"gunicorn.socket": object()})
+    assert not has_disconnected({"waitress.client_disconnected": lambda: 1 / 0})
+    assert not has_disconnected({"gunicorn.socket": object()})

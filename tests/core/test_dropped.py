@@ -86,7 +86,7 @@ def test_stream_in_cyclic_garbage_ends_on_a_thread_of_its_own(
     with dropped.lock:
         gc.collect()
     assert dropped.reasons.get(timeout=10) == "disconnected"
-    assert dropped.threads[0] in ("tgstream-end", "tgstream-heart")
+    assert dropped.threads[0] in ("tgstream-end", "tgstream-heartbeat")
     assert model.names() == ["ada"]
     assert_clean(model)
 
@@ -102,7 +102,7 @@ def test_stream_that_only_old_garbage_holds_ends_on_a_thread_of_its_own(
     with dropped.lock:
         gc.collect(0)
     assert dropped.reasons.get(timeout=10) == "disconnected"
-    assert dropped.threads[0] in ("tgstream-end", "tgstream-heart")
+    assert dropped.threads[0] in ("tgstream-end", "tgstream-heartbeat")
     assert_clean(model)
 
 

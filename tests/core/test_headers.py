@@ -1,4 +1,4 @@
-"""The headers of a stream: here the name under which a browser saves it."""
+"""``filename=``: the name under which a browser saves a download."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tg import TGController, expose
 from tests.conftest import MakeApp
 from tests.wsgi import get
 from tgstream import Stream
-from tgstream.core.headers import disposition
+from tgstream.core.headers import make_content_disposition
 
 TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 QUOTED = r'"(?:[\t !#-\[\]-~]|\\[\t -~])*"'
@@ -25,35 +25,35 @@ EXT_VALUE = rf"(?i:UTF-8)''(?:%[0-9A-Fa-f]{{2}}|{ATTR_CHAR})*"
 
 def parameters(value: str) -> dict[str, str]:
     """The parameters of a ``Content-Disposition``, by the grammar of RFC 6266, 4.1."""
-    kind, rest = re.fullmatch(rf"({TOKEN})(.*)", value, re.DOTALL).groups()  # type: ignore[union-attr]
-    assert kind == "attachment"
-    found: dict[str, str] = {}
+    disposition, rest = re.fullmatch(rf"({TOKEN})(.*)", value, re.DOTALL).groups()  # type: ignore[union-attr]
+    assert disposition == "attachment"
+    parsed: dict[str, str] = {}
     while rest:
         match = re.match(rf"; *({TOKEN})=({QUOTED}|{TOKEN})", rest)
         assert match is not None, rest
-        name, said, rest = match[1].lower(), match[2], rest[match.end() :]
-        assert name not in found
+        name, value, rest = match[1].lower(), match[2], rest[match.end() :]
+        assert name not in parsed
         if name.endswith("*"):
-            assert re.fullmatch(EXT_VALUE, said)
-            encoded = said.partition("''")[2].encode()
-            said = re.sub(
+            assert re.fullmatch(EXT_VALUE, value)
+            encoded = value.partition("''")[2].encode()
+            value = re.sub(
                 b"%(..)", lambda m: bytes.fromhex(m[1].decode()), encoded
             ).decode()
-        elif said.startswith('"'):
-            said = re.sub(r"\\(.)", r"\1", said[1:-1])
-        found[name] = said
-    return found
+        elif value.startswith('"'):
+            value = re.sub(r"\\(.)", r"\1", value[1:-1])
+        parsed[name] = value
+    return parsed
 
 
 def names(filename: str) -> tuple[str, str]:
-    """The name that an old client reads, and the one that a client reads."""
-    said = parameters(disposition(filename))
-    assert said.keys() <= {"filename", "filename*"}
-    return said["filename"], said.get("filename*", said["filename"])
+    """The name that an old client uses, and the name that any other client uses."""
+    parsed = parameters(make_content_disposition(filename))
+    assert parsed.keys() <= {"filename", "filename*"}
+    return parsed["filename"], parsed.get("filename*", parsed["filename"])
 
 
-def by_email(value: str) -> Any:
-    """The name that Python's own MIME parser reads."""
+def parse_as_email(value: str) -> Any:
+    """The name that Python's own MIME parser finds."""
     message = EmailMessage()
     message["Content-Disposition"] = value
     params: Any = message["Content-Disposition"].params
@@ -64,11 +64,11 @@ def by_email(value: str) -> Any:
     "filename",
     ["users.csv", "my users (1).csv", "a;b,c=d.csv", "a'b.csv", "a.tar.gz", "README"],
 )
-def test_disposition_of_a_plain_name_is_the_name(filename: str) -> None:
-    """What is ASCII and harmless goes out as it is, once."""
-    value = disposition(filename)
+def test_plain_file_name_is_sent_unchanged(filename: str) -> None:
+    """A harmless ASCII name is sent once, as it is."""
+    value = make_content_disposition(filename)
     assert value == f'attachment; filename="{filename}"'
-    assert by_email(value) == filename
+    assert parse_as_email(value) == filename
     assert names(filename) == (filename, filename)
 
 
@@ -89,13 +89,13 @@ def test_disposition_of_a_plain_name_is_the_name(filename: str) -> None:
         ("*'()!.数", "*'()!"),
     ],
 )
-def test_disposition_of_another_name_has_a_fallback(
+def test_file_name_that_is_not_ascii_has_a_fallback(
     filename: str, fallback: str
 ) -> None:
-    """What ASCII cannot say goes out twice, as RFC 6266 advises."""
+    """The name is sent twice (RFC 6266)."""
     assert names(filename) == (fallback, filename)
-    value = disposition(filename)
-    assert by_email(value.replace(f'filename="{fallback}"; ', "")) == filename
+    value = make_content_disposition(filename)
+    assert parse_as_email(value.replace(f'filename="{fallback}"; ', "")) == filename
 
 
 @pytest.mark.parametrize(
@@ -141,8 +141,8 @@ def test_disposition_of_another_name_has_a_fallback(
     ],
     ids=ascii,
 )
-def test_disposition_lets_nothing_harmful_through(filename: str, name: str) -> None:
-    """No path, no header, no device, and no character that turns others around."""
+def test_file_name_loses_its_harmful_parts(filename: str, name: str) -> None:
+    """Paths, headers, devices, and characters that reverse others are removed."""
     assert names(filename)[1] == name
 
 
@@ -164,16 +164,16 @@ def test_disposition_lets_nothing_harmful_through(filename: str, name: str) -> N
     ],
     ids=lambda name: f"{name[:2]}{len(name)}",
 )
-def test_disposition_cuts_a_long_name(filename: str, name: str) -> None:
-    """At what a file system takes, which counts bytes; the suffix stays."""
+def test_long_file_name_is_truncated(filename: str, name: str) -> None:
+    """It has at most as many bytes as a file system allows, and keeps its suffix."""
     assert names(filename)[1] == name
     assert len(name.encode()) <= 200
 
 
-def test_disposition_looks_at_a_hostile_name_once() -> None:
-    """Many characters of a kind that could be trimmed take no time to speak of."""
+def test_very_long_file_name_takes_linear_time() -> None:
+    """Many characters that might be trimmed do not slow down a regular expression."""
     for part in (" ", ".", "a ", ". ", "a:", "\u202e", "/", "数"):
-        assert len(disposition("a" + part * 100_000 + "b")) < 1000
+        assert len(make_content_disposition("a" + part * 100_000 + "b")) < 1000
 
 
 @pytest.mark.parametrize(
@@ -188,8 +188,8 @@ def test_disposition_looks_at_a_hostile_name_once() -> None:
         "\uff0e\uff0e",
     ],
 )
-def test_fallback_takes_no_look_alike_for_its_ascii(filename: str) -> None:
-    """A wide slash is a letter to a file system; in ASCII it would be a path."""
+def test_fallback_does_not_convert_look_alikes_to_ascii(filename: str) -> None:
+    """A wide slash is harmless in a file name, but an ASCII slash starts a path."""
     assert not re.search(r'[/\\"%]', names(filename)[0])
     assert not names(filename)[0].startswith(".")
 
@@ -205,25 +205,23 @@ texts = st.text(st.sampled_from(TRICKY) | st.characters(), max_size=20)
 @given(texts | texts.map(lambda text: text * 40))
 @example("C:D:x")
 @example("C:.D:x")
-def test_disposition_of_any_text_is_harmless(filename: str) -> None:
-    """One header, its two parameters, and names that no file system misreads."""
-    value = disposition(filename)
+def test_any_text_makes_a_harmless_file_name(filename: str) -> None:
+    """There is one header with two parameters, and file systems accept both names."""
+    value = make_content_disposition(filename)
     assert re.fullmatch("[ -~]+", value)
     for name in names(filename):
         assert not re.search(r"[/\\]|^[A-Za-z]:|^[\s.]|[\s.]$|^$", name)
         assert not {"Zl", "Zp"} & {unicodedata.category(c) for c in name}
         assert all(unicodedata.category(c)[0] != "C" for c in name)
         assert not re.match(r"(?i)(con|prn|aux|nul|com[1-9]|lpt[1-9]) *(\.|$)", name)
-        assert len(name.encode()) <= 201  # a device's has one more
+        assert len(name.encode()) <= 201  # the underscore before the name of a device
         assert names(name)[1] == name
     assert not re.search(r'["%]', names(filename)[0])
 
 
 @pytest.mark.parametrize("filename", ['a"\r\nX-Evil: 1\r\n\r\n.csv', "\ud800é\0.csv"])
-def test_response_with_a_hostile_name_has_one_header_of_it(
-    make_app: MakeApp, filename: str
-) -> None:
-    """Nothing of it gets into the other headers, and the server can send it."""
+def test_hostile_file_name_makes_one_header(make_app: MakeApp, filename: str) -> None:
+    """It adds no other header, and the server can send the response."""
 
     class Root(TGController):
         @expose(content_type="text/plain")
@@ -231,6 +229,6 @@ def test_response_with_a_hostile_name_has_one_header_of_it(
             return Stream(["a"], filename=filename)
 
     call = get(make_app(Root()), "/download")
-    assert call.headers["Content-Disposition"] == disposition(filename)
+    assert call.headers["Content-Disposition"] == make_content_disposition(filename)
     assert "X-Evil" not in call.headers
     assert call.text == "a"

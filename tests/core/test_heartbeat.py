@@ -1,4 +1,4 @@
-"""``SSE(heartbeat=...)``: a generator on a thread of its own, which may wait."""
+"""``SSE(heartbeat=...)``: comments are sent while the generator waits."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from tests.model import Model, Note
 from tests.test_servers import Client, assert_settles
 from tests.wsgi import Call, get
 from tgstream import SSE, Event, Report, StreamError, current_stream, drain, stream
-from tgstream.core.heartbeat import BEAT
+from tgstream.core.heartbeat import HEARTBEAT
 
 SHORT = 0.02
 
 
 class Waiting(TGController):
-    """Events, each of which waits to be let go."""
+    """Event streams. The generator waits before each event, until the test goes on."""
 
     def __init__(self, model: Model) -> None:
         self.model = model
         self.go = threading.Semaphore(0)
         self.waits = threading.Event()
         self.seen: list[Any] = []
-        expose()(Waiting.events)  # TG forgets it between tests
+        expose()(Waiting.events)  # each test resets TG, which forgets it
 
     @stream(SSE(heartbeat=SHORT))
     def events(self, fail: str = "") -> Iterator[Event]:
@@ -56,34 +56,34 @@ def waiting(model: Model) -> Waiting:
     return Waiting(model)
 
 
-def test_comment_comes_while_the_generator_waits(
+def test_heartbeat_is_sent_while_the_generator_waits(
     make_app: MakeApp, model: Model, waiting: Waiting, reports: list[Report]
 ) -> None:
-    """And the events as they come, bound and committed on the generator's thread."""
+    """The events follow at once, bound and committed on the generator's thread."""
     call = Call(make_app(waiting, model), "/events")
-    assert [next(call) for _ in range(3)] == [b": open\n\n", BEAT, BEAT]
+    assert [next(call) for _ in range(3)] == [b": open\n\n", HEARTBEAT, HEARTBEAT]
     for number in range(3):
         waiting.go.release()
         chunk = next(call)
-        while chunk == BEAT:
+        while chunk == HEARTBEAT:
             chunk = next(call)
         assert chunk == b"data: %d\n\n" % number
         assert model.texts()[number] == f"note {number}"
-    assert call.read().replace(BEAT, b"") == b""
-    assert waiting.seen == [("tgstream-heart", "/events")] * 3 + ["closed"]
+    assert call.read().replace(HEARTBEAT, b"") == b""
+    assert waiting.seen == [("tgstream-heartbeat", "/events")] * 3 + ["closed"]
     assert [(r.reason, r.items, r.commits) for r in reports] == [("completed", 4, 3)]
     assert_clean(model)
 
 
-def test_failure_is_the_servers(
+def test_heartbeat_stream_raises_the_error_of_its_generator(
     make_app: MakeApp, model: Model, waiting: Waiting, reports: list[Report]
 ) -> None:
-    """It arrives in the pull that waits for the event."""
+    """The pull that waits for the event raises it."""
     call = Call(make_app(waiting, model), "/events?fail=1")
-    assert [next(call), next(call)] == [b": open\n\n", BEAT]
+    assert [next(call), next(call)] == [b": open\n\n", HEARTBEAT]
     waiting.go.release()
     with pytest.raises(LookupError, match="no event"):
-        while next(call) == BEAT:
+        while next(call) == HEARTBEAT:
             pass
     call.close()
     assert [report.reason for report in reports] == ["failed"]
@@ -91,36 +91,38 @@ def test_failure_is_the_servers(
     assert_clean(model)
 
 
-@pytest.mark.parametrize("leave", [Call.close, Call.drop])
+@pytest.mark.parametrize("end", [Call.close, Call.drop])
 @pytest.mark.parametrize("pulls", [0, 1, 2])
-def test_client_that_leaves_ends_it_at_its_next_yield(
+def test_heartbeat_stream_without_its_client_ends_at_the_next_yield(
     make_app: MakeApp,
     model: Model,
     waiting: Waiting,
     ended: Callable[[], Report],
-    leave: Callable[[Call], None],
+    end: Callable[[Call], None],
     pulls: int,
 ) -> None:
-    """Closed or dropped, and at once where it does not wait."""
+    """The body is closed or dropped. A generator that does not wait ends at once."""
     call = Call(make_app(waiting, model), "/events", checked=False)
     for _ in range(pulls):
         next(call)
     assert pulls < 2 or waiting.waits.wait(10)
-    leave(call)
+    end(call)
     del call
     gc.collect()
     waiting.go.release()
     report = ended()
     assert (report.reason, waiting.seen[-1]) == ("disconnected", "closed")
     for thread in threading.enumerate():
-        if thread.name == "tgstream-heart":
+        if thread.name == "tgstream-heartbeat":
             thread.join(10)
     assert model.texts() == ([] if pulls < 2 else ["note 0"])
     assert_clean(model)
 
 
-def test_stream_of_one_item_beats_not(make_app: MakeApp, sqlite_model: Model) -> None:
-    """What is whole with its first chunk needs no thread."""
+def test_heartbeat_stream_of_one_item_needs_no_thread(
+    make_app: MakeApp, sqlite_model: Model
+) -> None:
+    """A body that is complete with its first chunk is sent as it is."""
 
     class Root(TGController):
         @expose()
@@ -134,10 +136,10 @@ def test_stream_of_one_item_beats_not(make_app: MakeApp, sqlite_model: Model) ->
     assert get(app, "/events?count=0").text == ""
 
 
-def test_bound_ends_a_generator_that_waits(
+def test_heartbeat_stream_sends_the_last_event_of_an_expired_stream(
     make_app: MakeApp, model: Model, ended: Callable[[], Report]
 ) -> None:
-    """At its next yield; the client's next pull is the end."""
+    """The generator ends at its next yield, and the next pull ends the response."""
     go = threading.Event()
 
     class Root(TGController):
@@ -152,66 +154,68 @@ def test_bound_ends_a_generator_that_waits(
             yield Event("never")
 
     call = Call(make_app(Root(), model), "/events")
-    body = call.read().replace(BEAT, b"")
+    body = call.read().replace(HEARTBEAT, b"")
     assert body == b": open\n\ndata: last\n\n"
     assert ended().reason == "expired"
     assert model.texts() == ["last"]
     assert_clean(model)
 
 
-@pytest.mark.parametrize("bound", ["expired", "drained"])
-def test_heartbeat_ends_a_stream_whose_generator_waits_on(
+@pytest.mark.parametrize("reason", ["expired", "drained"])
+def test_heartbeat_ends_the_response_while_the_generator_waits(
     make_app: MakeApp,
     sqlite_model: Model,
     ended: Callable[[], Report],
-    bound: str,
+    reason: str,
 ) -> None:
-    """The client has its end, and comes back; the generator ends at its next yield."""
+    """The client can reconnect at once. The generator ends at its next yield."""
     go = threading.Event()
 
     class Root(TGController):
         @expose()
-        @stream(SSE(heartbeat=SHORT), max_seconds=0.1 if bound == "expired" else None)
+        @stream(SSE(heartbeat=SHORT), max_seconds=0.1 if reason == "expired" else None)
         def events(self) -> Iterator[Event]:
             yield Event(comment="open")
             assert go.wait(10)
             yield Event("unheard")
 
     call = Call(make_app(Root(), sqlite_model), "/events")
-    assert [next(call), next(call)] == [b": open\n\n", BEAT]
-    if bound == "drained":
+    assert [next(call), next(call)] == [b": open\n\n", HEARTBEAT]
+    if reason == "drained":
         assert not drain(timeout=0)
-    assert call.read().replace(BEAT, b"") == b""
+    assert call.read().replace(HEARTBEAT, b"") == b""
     go.set()
     report = ended()
-    assert (report.reason, report.error) == (bound, None)
+    assert (report.reason, report.error) == (reason, None)
     assert_clean(sqlite_model)
 
 
 @pytest.mark.parametrize("server", ["waitress", "gunicorn-gthread", "gunicorn-gevent"])
-def test_client_that_left_a_silent_stream_is_noticed(
+def test_heartbeat_detects_a_disconnect(
     live_server: Callable[..., LiveServer], postgresql: str, server: str
 ) -> None:
-    """By the comments, which fail to be written; nothing is left of it."""
+    """The server cannot write the comment, and the stream releases all it holds."""
     live = live_server(server, "stream_app", f"postgresql={postgresql}")
     client = Client(live, "/postgresql/silent")
     assert client.response.read1(100) == b": open\n\n"
-    assert client.response.read1(100) == BEAT
+    assert client.response.read1(100) == HEARTBEAT
     client.leave()
     assert_settles(live, "postgresql")
 
 
 @pytest.mark.parametrize("heartbeat", [0, -1, "9", float("inf"), float("nan")])
-def test_heartbeat_that_makes_no_sense_is_refused(heartbeat: Any) -> None:
-    """At decoration, in one sentence."""
+def test_heartbeat_that_is_not_a_positive_number_is_rejected(heartbeat: Any) -> None:
+    """The error is raised when the format is made. So is that of ``retry``."""
     with pytest.raises(ValueError, match=r"heartbeat=.*above 0, or None"):
         SSE(heartbeat=heartbeat)
     with pytest.raises(ValueError, match=r"SSE: retry=-1"):
         SSE(retry=-1)
 
 
-def test_hooks_work_on_the_thread(make_app: MakeApp, model: Model) -> None:
-    """They are the stream's there, and nobody's elsewhere."""
+def test_commit_and_rollback_work_on_the_thread_of_the_generator(
+    make_app: MakeApp, model: Model
+) -> None:
+    """They belong to the stream there, and raise on any other thread."""
 
     class Root(TGController):
         @expose()
@@ -256,7 +260,7 @@ print(get(app, "/events").text, end="")
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc and RLIMIT_AS")
 def test_events_are_sent_without_a_heartbeat_if_no_thread_can_be_started() -> None:
-    """No event is lost, where backlash would hide the error of the thread."""
+    """No event is lost. Without this, backlash would hide the error of the thread."""
     command = [sys.executable, "-c", NO_THREAD]
     ran = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert ran.stdout == "data: a\n\ndata: b\n\ndata: c\n\n", ran.stderr

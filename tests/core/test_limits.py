@@ -1,4 +1,4 @@
-"""``limit``: how many streams of a controller run at once in a process."""
+"""``limit=``: how many streams of a controller run at once in a process."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tgstream import SSE, Stream, stream
 
 
 def root(model: Model, ran: list[str]) -> TGController:
-    """Streams of which two may run at once, and one without a limit."""
+    """Two controllers that may stream twice at once, and one without a limit."""
 
     class Root(TGController):
         @expose(content_type="text/plain")
@@ -50,7 +50,7 @@ def root(model: Model, ran: list[str]) -> TGController:
 def test_stream_above_the_limit_is_answered_with_503(
     make_app: MakeApp, sqlite_model: Model, path: str
 ) -> None:
-    """It is told when to come back; other controllers go on."""
+    """The response has ``Retry-After``. Other controllers are not limited."""
     ran: list[str] = []
     app = make_app(root(sqlite_model, ran), sqlite_model)
     first, second = Call(app, path), Call(app, path)
@@ -58,18 +58,28 @@ def test_stream_above_the_limit_is_answered_with_503(
     refused = get(app, path)
     assert refused.status.startswith("503 ")
     assert refused.headers["Retry-After"] == "5"
-    assert len(ran) == count  # nothing of the decorated one has run
+    assert "Too many open streams. Please try again in 5 seconds." in refused.text
+    assert len(ran) == count  # no code of the decorated controller has run
     assert get(app, "/free").text == "onetwo"
     assert first.read() == second.read() == b"onetwo"
     assert get(app, path).text == "onetwo"
     assert_clean(sqlite_model)
 
 
+def statuses_without_gc(app: Any, path: str) -> list[int]:
+    """The statuses of three responses, between which no garbage is collected."""
+    gc.disable()
+    try:
+        return [get(app, path).status_int for _ in range(3)]
+    finally:
+        gc.enable()
+
+
 @pytest.mark.parametrize("path", ["/refuse", "/send"])
-def test_answer_in_place_of_a_stream_leaves_its_seat(
+def test_response_instead_of_a_stream_releases_its_slot(
     make_app: MakeApp, sqlite_model: Model, path: str
 ) -> None:
-    """At once: the traceback of ``abort()`` goes when the garbage is collected."""
+    """At once, although garbage holds the traceback of ``abort()`` for longer."""
 
     class Root(TGController):
         @expose()
@@ -82,37 +92,31 @@ def test_answer_in_place_of_a_stream_leaves_its_seat(
         def send(self) -> None:
             redirect("/elsewhere")
 
-    app = make_app(Root(), sqlite_model)
-    gc.disable()
-    try:
-        answers = [get(app, path).status_int for _ in range(3)]
-    finally:
-        gc.enable()
-    assert answers == [answers[0]] * 3
-    assert answers[0] in (302, 404)
+    statuses = statuses_without_gc(make_app(Root(), sqlite_model), path)
+    assert statuses == [404 if path == "/refuse" else 302] * 3
     assert_clean(sqlite_model)
 
 
-@pytest.mark.parametrize("leave", [Call.close, Call.drop, Call.read])
-def test_seat_is_left_however_a_stream_ends(
-    make_app: MakeApp, sqlite_model: Model, leave: Callable[[Call], Any]
+@pytest.mark.parametrize("end", [Call.close, Call.drop, Call.read])
+def test_slot_is_released_however_a_stream_ends(
+    make_app: MakeApp, sqlite_model: Model, end: Callable[[Call], Any]
 ) -> None:
-    """Whole, closed or dropped."""
+    """The stream is closed, dropped, or read to its end."""
     app = make_app(root(sqlite_model, []), sqlite_model)
     for _ in range(3):
         calls = [Call(app, "/words", checked=False) for _ in range(2)]
         assert [next(call) for call in calls] == [b"one", b"one"]
         for call in calls:
-            leave(call)
+            end(call)
     assert_clean(sqlite_model)
 
 
 @pytest.mark.parametrize("query", ["?fail=page", "?fail=1"])
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
-def test_seat_is_left_where_there_is_no_stream(
+def test_slot_is_released_if_no_stream_starts(
     make_app: MakeApp, sqlite_model: Model, query: str, method: str
 ) -> None:
-    """A page, an error and a ``HEAD`` take none for long."""
+    """A page, an error and a ``HEAD`` release it with their response."""
     app = make_app(root(sqlite_model, []), sqlite_model)
     for _ in range(3):
         call = Call(app, f"/words{query}", method=method)
@@ -122,8 +126,8 @@ def test_seat_is_left_where_there_is_no_stream(
     assert get(app, "/words").text == "onetwo"
 
 
-def test_seat_is_left_where_a_stream_cannot_be_started(make_app: MakeApp) -> None:
-    """At once: the traceback of the error goes when the garbage is collected."""
+def test_slot_is_released_if_a_stream_cannot_be_started(make_app: MakeApp) -> None:
+    """At once, although garbage holds the traceback of the error for longer."""
 
     class OnlyRead:
         def read(self, size: int) -> bytes:
@@ -136,18 +140,14 @@ def test_seat_is_left_where_a_stream_cannot_be_started(make_app: MakeApp) -> Non
             return OnlyRead()
 
     app = make_app(Root(), errorpage__enabled=True)
-    gc.disable()
-    try:
-        answers = [get(app, "/events").status_int for _ in range(3)]
-    finally:
-        gc.enable()
-    assert answers == [404] * 3  # the error page, which this application lacks
+    # Not 503. The application lacks an error page, so that TG answers 404.
+    assert statuses_without_gc(app, "/events") == [404] * 3
 
 
 @pytest.mark.parametrize("limit", [0, -1, "9", True, 1.5])
-def test_limit_that_makes_no_sense_is_refused(limit: Any) -> None:
-    """At decoration, in one sentence."""
-    with pytest.raises(ValueError, match=r"limit=.*from 1 on, or None"):
+def test_limit_that_is_not_a_number_of_streams_is_rejected(limit: Any) -> None:
+    """The error is raised at decoration."""
+    with pytest.raises(ValueError, match=r"limit must be an integer >= 1 or None, got"):
         stream(limit=limit)(lambda: None)
 
 
@@ -155,7 +155,7 @@ def test_limit_that_makes_no_sense_is_refused(limit: Any) -> None:
 def test_limit_of_the_decorator_applies_to_a_stream(
     make_app: MakeApp, sqlite_model: Model, own: int | None
 ) -> None:
-    """Its slot is the stream's, or is released at once where that has its own limit."""
+    """Its slot is the stream's, but is released if the stream has its own limit."""
 
     class Root(TGController):
         @expose(content_type="text/plain")

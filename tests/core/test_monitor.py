@@ -31,8 +31,9 @@ from tgstream import (
     stream,
 )
 from tgstream.core import monitor as _watch
-from tgstream.core.monitor import has_left
-from tgstream.core.settings import option
+from tgstream.core.monitor import has_disconnected
+from tgstream.core.settings import read_option
+from tgstream.turbogears import diagnostics
 
 SHORT = 0.1
 
@@ -191,7 +192,8 @@ def test_stream_that_ends_slowly_is_waited_for(
                 ending.set()
                 assert go.wait(10)
 
-    app = make_app(Root(), sqlite_model, tgstream__idle_seconds=str(SHORT))
+    options = {"tgstream__disconnect_check_seconds": str(SHORT)}
+    app = make_app(Root(), sqlite_model, **options)
     call = Call(app, "/words")
     assert next(call) == b"one"
     with ThreadPoolExecutor(1) as thread:
@@ -385,9 +387,11 @@ def test_bound_that_cannot_be_kept_is_an_ordinary_error(
 
 
 @pytest.mark.parametrize("seconds", [0, -1, "9", True, float("inf"), float("nan")])
-def test_bound_that_makes_no_sense_is_refused(seconds: Any) -> None:
-    """At decoration, in one sentence."""
-    with pytest.raises(ValueError, match=r"max_seconds=.*above 0, or None"):
+def test_invalid_max_seconds_is_rejected(seconds: Any) -> None:
+    """At decoration."""
+    with pytest.raises(
+        ValueError, match="max_seconds must be a number of seconds > 0 or"
+    ):
         stream(max_seconds=seconds)(lambda: None)
 
 
@@ -520,13 +524,20 @@ def test_drain_returns_in_time_while_a_stream_ends_slowly(
 
 
 @pytest.mark.parametrize(
-    "name", ["idle_seconds", "chunk_seconds", "heartbeat_seconds", "channel_history"]
+    "name",
+    [
+        "idle_transaction_seconds",
+        "disconnect_check_seconds",
+        "flush_seconds",
+        "heartbeat_seconds",
+        "channel_history",
+    ],
 )
 @pytest.mark.parametrize("value", ["inf", "nan", "1e12"])
 def test_option_that_is_not_a_possible_time_is_rejected(name: str, value: str) -> None:
     """It is an error where the option is read, and not later on some thread."""
-    with pytest.raises(ValueError, match=rf"tgstream\.{name} is '{value}'"):
-        option({f"tgstream.{name}": value}, f"tgstream.{name}")
+    with pytest.raises(ValueError, match=rf"tgstream\.{name} has an .*'{value}'"):
+        read_option({f"tgstream.{name}": value}, f"tgstream.{name}")
 
 
 @pytest.mark.parametrize("heartbeat", [float("inf"), 1e12])
@@ -547,10 +558,18 @@ class Words(TGController):
 
 
 def test_very_long_duration_is_watched_like_any_other(
-    make_app: MakeApp, sqlite_model: Model, ended: Callable[[], Report]
+    make_app: MakeApp,
+    sqlite_model: Model,
+    ended: Callable[[], Report],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A wait of the monitor never overflows, so that the next stream expires."""
-    app = make_app(Words(), sqlite_model, tgstream__idle_seconds="9e9")
+    monkeypatch.setattr(diagnostics, "LONG", 0.0)
+    options = {
+        "tgstream__idle_transaction_seconds": "9e9",
+        "tgstream__disconnect_check_seconds": "9e9",
+    }
+    app = make_app(Words(), sqlite_model, **options)
     long = Call(app, "/words?seconds=1e300")
     short = Call(app, "/words")
     assert ended().reason == "expired"
@@ -571,10 +590,10 @@ def test_monitor_that_fails_is_logged_and_goes_on(
     def fail_once(environ: Any) -> bool:
         for error in looks:
             raise error
-        return has_left(environ)
+        return has_disconnected(environ)
 
-    monkeypatch.setattr(_watch, "has_left", fail_once)
-    app = make_app(Words(), sqlite_model, tgstream__idle_seconds="0.01")
+    monkeypatch.setattr(_watch, "has_disconnected", fail_once)
+    app = make_app(Words(), sqlite_model, tgstream__disconnect_check_seconds="0.01")
     first = Call(app, "/words?seconds=3600")
     second = Call(app, "/words")
     assert ended().reason == "expired"

@@ -113,7 +113,7 @@ def test_hook_outside_of_a_stream_says_where_it_belongs(
     make_app: MakeApp, hook: Callable[[], Any]
 ) -> None:
     """Neither without a request, nor in a controller's body, nor on another thread."""
-    message = rf"^{hook.__name__}\(\) belongs in the generator of a running stream"
+    message = rf"^{hook.__name__}\(\) was called where no stream is running"
 
     def refused() -> str:
         with pytest.raises(StreamError, match=message):
@@ -162,8 +162,9 @@ def test_hook_without_a_database_says_so(
 
     for enabled in (True, False):
         assert get(make_app(Root(), tm__enabled=enabled), "/write").text == (
-            f"Root.write called {hook.__name__}(), and its application has no database "
-            "session: set use_sqlalchemy, or name one in the option tgstream.sessions"
+            f"Root.write called {hook.__name__}(), but its application has no database "
+            "session. Set use_sqlalchemy, or name a session in the option "
+            "tgstream.sessions"
         )
 
 
@@ -458,4 +459,7 @@ def test_charset_of_a_response_that_is_none_is_an_error_of_its_request(
         if "\n" in charset and name == "exposed":
             continue  # what stands before the line end is what @expose says
         assert call.status.startswith("500"), name
-        assert "is not known to Python as a text encoding" in call.errors.getvalue()
+        assert (
+            "must be the name of a text encoding of Python, got"
+            in call.errors.getvalue()
+        )

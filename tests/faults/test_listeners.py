@@ -155,7 +155,7 @@ def stuck(server: LiveServer, path: str) -> socket.socket:
 def test_clients_that_take_nothing_expire_and_hold_up_nobody(
     server: LiveServer,
 ) -> None:
-    """``max_seconds`` ends all of them, their seats are free and so is their memory;
+    """``max_seconds`` ends all of them, their slots are free and so is their memory;
     meanwhile another listener gets every event."""
     before = ask(server, "/vitals")
     path = f"/memory/feed?name=stuck&seconds=1&limit={MANY}"
@@ -170,7 +170,7 @@ def test_clients_that_take_nothing_expire_and_hold_up_nobody(
             assert reader.numbers(8) == [*range(first, first + 8)]
         wait_until(lambda: ended(server, "stuck", "expired") == MANY, "not all expire")
         print(ask(server, "/vitals"))
-        Listener(server, path).close()  # there is a seat
+        Listener(server, path).close()  # a slot is free
         publish(server, "stuck", 32)
         assert reader.numbers(1) == [32]
     # On threads, who is blocked in a write is so until the connection is gone.

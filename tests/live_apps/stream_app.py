@@ -41,20 +41,20 @@ def make_app(
     :param plugged: ``no`` for applications that know nothing of tgstream.
     :param drains: ``yes`` for a server that drains when it is told to end; ``run.py``
         looks for it.
-    :param looks: how often a stream that waits is looked at, in seconds.
+    :param looks: seconds between two checks whether a client has disconnected.
     :param urls: databases by name, each of which gets an application.
     """
     # TG warns of what it registers anew for the second application of a process.
     logging.getLogger("tg.configurator.application").setLevel("ERROR")
     tg.hooks.register("tgstream.finished", tell)
     models = {name: Model(url) for name, url in urls.items()}
-    idle = {"tgstream.idle_seconds": looks}
-    apps = {name: variant(plugged, **idle, **kind) for name, kind in WIRINGS.items()}
+    checks = {"tgstream.disconnect_check_seconds": looks}
+    apps = {name: variant(plugged, **checks, **kind) for name, kind in WIRINGS.items()}
     for name, model in models.items():
         url = model.url.render_as_string(hide_password=False)
         database = {"use_sqlalchemy": True, "sqlalchemy.url": url, "model": model}
         model.seed("ada", "bob", "eve")
-        apps[name] = variant(plugged, **idle, **database)
+        apps[name] = variant(plugged, **checks, **database)
     if plugged == "no":
         assert "tgstream" not in sys.modules
     return Mounted(apps, models)

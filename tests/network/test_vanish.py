@@ -37,7 +37,7 @@ def vanished(network: Network, server: LiveServer, path: str) -> Iterator[None]:
 def test_clients_that_vanish_expire_and_hold_up_nobody(
     live_server: Start, network: Network, name: str
 ) -> None:
-    """With ``max_seconds`` all of them end, and all is back: seats, threads, memory."""
+    """With ``max_seconds`` all of them end, and all is back: slots, threads, memory."""
     server = live_server(name, "listening", "host=0.0.0.0", "threads=64", "beat=0.2")
     before = ask(server, "/vitals")
     path = f"/memory/feed?name=vanish&seconds=6&limit={MANY}"
@@ -53,7 +53,7 @@ def test_clients_that_vanish_expire_and_hold_up_nobody(
     took = time.monotonic() - begun
     wait_until(lambda: ask(server, "/vitals")["alive"] == 1, "streams are left")
     with ExitStack() as stack:
-        for _ in range(MANY):  # there are as many seats, and threads
+        for _ in range(MANY):  # as many slots are free, and threads
             stack.callback(Listener(server, path).close)
         after = ask(server, "/vitals")
         grown = (after["memory"] - before["memory"]) / 2**20

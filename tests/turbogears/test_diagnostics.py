@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,6 +26,7 @@ from tests.wsgi import Call, get
 from tgstream import stream
 from tgstream.core import monitor
 from tgstream.turbogears import diagnostics
+from tgstream.turbogears.diagnostics import look, next_look
 
 ROOT = Path(__file__).parents[2]
 
@@ -240,12 +242,14 @@ def test_debugbar_is_told_of(tmp_path: Path) -> None:
 # What is seen while it runs.
 
 
+@pytest.mark.parametrize("check", [0.01, 3600])
 def test_transaction_that_is_open_while_the_client_waits_is_told_of(
     make_app: MakeApp,
     model: Model,
     warnings: queue.Queue[str],
+    check: float,
 ) -> None:
-    """A connection is pinned, whatever the generator did."""
+    """A connection is pinned, however often the server is asked about its client."""
 
     class Root(TGController):
         @expose(content_type="text/plain")
@@ -254,7 +258,11 @@ def test_transaction_that_is_open_while_the_client_waits_is_told_of(
             yield str(model.DBSession.query(User).count())
             yield "more"
 
-    call = Call(make_app(Root(), model, tgstream__idle_seconds=0.05), "/names")
+    options = {
+        "tgstream__idle_transaction_seconds": 0.05,
+        "tgstream__disconnect_check_seconds": check,
+    }
+    call = Call(make_app(Root(), model, **options), "/names")
     assert next(call) == b"0"
     line = warnings.get(timeout=10)
     assert "Root.names has not been asked for more for 0.05 s with a tran" in line
@@ -277,7 +285,9 @@ def test_transaction_that_is_open_while_the_generator_waits_is_told_of(
             assert go.wait(10)
             yield "second"
 
-    call = Call(make_app(Root(), model, tgstream__idle_seconds=0.05), "/names")
+    call = Call(
+        make_app(Root(), model, tgstream__idle_transaction_seconds=0.05), "/names"
+    )
     assert next(call) == b"first"
     puller = threading.Thread(target=call.read)
     puller.start()
@@ -286,6 +296,63 @@ def test_transaction_that_is_open_while_the_generator_waits_is_told_of(
     )
     go.set()
     puller.join()
+
+
+def running_body(idle_transaction_seconds: float) -> Any:
+    """A body of which :func:`look` sees what a body has."""
+    return SimpleNamespace(
+        started=0.0,
+        idle=True,
+        chunks=0,
+        encoding=SimpleNamespace(items=0),
+        context=SimpleNamespace(
+            environ={"wsgi.multithread": True}, tg_locals=SimpleNamespace(config={})
+        ),
+        plan=SimpleNamespace(
+            controller="Root.names", idle_transaction_seconds=idle_transaction_seconds
+        ),
+        transaction=SimpleNamespace(idle=False, commits=0),
+    )
+
+
+def test_idle_transaction_warning_is_not_early_with_frequent_checks(
+    advice: Callable[[], list[str]],
+) -> None:
+    """The time counts from the last progress, and the warning is given once."""
+    body = running_body(idle_transaction_seconds=10)
+    seen = None
+    for second in range(100, 160):
+        body.chunks = min(second, 125)  # it makes progress until then
+        seen = look(body, second, seen)
+        assert len(advice()) == (second >= 135)
+    assert "Root.names has not been asked for more for 10 s with" in advice()[0]
+
+
+def test_idle_transaction_is_timed_anew_after_its_end(
+    advice: Callable[[], list[str]],
+) -> None:
+    """A stream that ends its transaction between two checks is not idle in it."""
+    body = running_body(idle_transaction_seconds=10)
+    seen = None
+    for second in range(100, 200):
+        body.transaction.idle = second % 8 == 0
+        seen = look(body, second, seen)
+    assert advice() == []
+
+
+def test_next_look_is_when_a_warning_may_be_due() -> None:
+    """For the only worker ten seconds after the start, then for the transaction."""
+    body = running_body(idle_transaction_seconds=7)
+    assert next_look(body, 1, None) == 8
+    assert next_look(body, 4, None) == 10
+    seen = look(body, 10, None)
+    assert next_look(body, 10, seen) == 17
+    assert next_look(body, 13, look(body, 13, seen)) == 17
+    assert next_look(body, 17, look(body, 17, seen)) == 24
+    body.plan.idle_transaction_seconds = 0
+    assert next_look(body, 17, look(body, 17, None)) == float("inf")
+    body.plan.idle_transaction_seconds, body.transaction = 7, None
+    assert next_look(body, 17, look(body, 17, None)) == float("inf")
 
 
 def test_stream_that_waits_without_a_transaction_is_not_told_of(
@@ -308,7 +375,7 @@ def test_stream_that_waits_without_a_transaction_is_not_told_of(
             yield str(model.DBSession.query(User).count())
             yield "more"
 
-    app = make_app(Root(), model, tgstream__idle_seconds=0.05)
+    app = make_app(Root(), model, tgstream__idle_transaction_seconds=0.05)
     free, held = Call(app, "/free"), Call(app, "/held")
     assert "Root.held" in warnings.get(timeout=10)
     for call in free, held:
@@ -320,10 +387,13 @@ def test_worker_for_one_request_at_a_time_is_told_of(
     make_app: MakeApp, monkeypatch: pytest.MonkeyPatch, warnings: queue.Queue[str]
 ) -> None:
     """When a stream has held it for long; that is ten seconds, here less."""
-    monkeypatch.setattr(monitor, "LONG", 0.05)
+    monkeypatch.setattr(monitor, "FIRST_LOOK", 0.05)
     monkeypatch.setattr(diagnostics, "LONG", 0.05)
     environ: dict[str, Any] = {"wsgi.multithread": False, "wsgi.multiprocess": False}
-    options = {"tgstream__idle_seconds": 0}
+    options: dict[str, Any] = {
+        "tgstream__idle_transaction_seconds": 0,
+        "tgstream__disconnect_check_seconds": 3600,
+    }
     app = make_app(Words(), **options)
     several = Call(app, "/more", **{**environ, "wsgi.multiprocess": True})
     call = Call(app, "/words", **environ)

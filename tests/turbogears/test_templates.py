@@ -569,7 +569,7 @@ def test_long_page_leaves_in_chunks(make_page_app: MakeApp) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"tgstream.chunk_size": "0"}, {"tgstream.chunk_seconds": "1e-9"}]
+    "options", [{"tgstream.chunk_size": "0"}, {"tgstream.flush_seconds": "1e-9"}]
 )
 def test_page_that_is_waited_for_leaves_piece_by_piece(
     make_page_app: MakeApp, options: dict[str, str]

@@ -75,7 +75,7 @@ from .report import Reason, Report
 
 if TYPE_CHECKING:
     from .context import Context, StreamTransaction
-    from .limits import Seat
+    from .limits import Slot
 
 
 class State(Enum):
@@ -125,15 +125,14 @@ class Body:
     observer: Observer | None = None
     departed = False
     """Whether its response has left the application."""
-    seat: Seat | None = None
-    chunks = bytes = 0
+    slot: Slot | None = None
     reason: Reason | None = None
     closing: Reason | None = None
     """The note to the owner: the reason to end."""
     first_chunk_seconds: float | None = None
     _state = NEW
     _disowned = _watched = False
-    _chunks: Generator[bytes, None, None] = (chunk for chunk in ())
+    _chunks: Generator[bytes, None, None] = (chunk for chunk in [b""])
     _first: bytes | None = None
     _length: int | None = None
 
@@ -154,6 +153,7 @@ class Body:
         # Weak: a stream that is dropped must end at once, not with the next collection.
         self.stream = weakref.ref(stream)
         self.encoding = Chunks(plan, charset, self)
+        self.chunks = self.bytes = 0
         self._token: deque[None] = deque()
         self._source = source
         self._declared_length = length
@@ -535,8 +535,8 @@ class Body:
         finally:
             self._state = ENDED
             monitor().forget(self)
-        if self.seat is not None:
-            self.seat.leave()
+        if self.slot is not None:
+            self.slot.release()
         if self.observer is not None:
             self.observer.ended(self, error if reason == "failed" else None)
         return error

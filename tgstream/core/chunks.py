@@ -55,7 +55,7 @@ _BEFORE_CHECKPOINT = 64
 class Chunks:
     """The chunks of one body. It counts the items that it has taken.
 
-    :param charset: returns the charset of the response. It is called for the first text.
+    :param charset: returns the charset of the response. Called for the first text.
     """
 
     last = False

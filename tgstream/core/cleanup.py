@@ -1,7 +1,4 @@
-"""To end what is open, whatever fails on the way.
-
-Rule: each step runs though the one before failed, and the first error is the one told.
-"""
+"""Runs every step of a cleanup, although steps before it fail."""
 
 from __future__ import annotations
 
@@ -12,17 +9,21 @@ from typing import Any
 def first_error(
     steps: Iterable[Callable[[], None]], first: BaseException | None = None
 ) -> BaseException | None:
-    """Run every step, and return the first error: ``first``, or what one raised."""
+    """Run every step, and return the first error instead of raising it.
+
+    :param steps: functions without arguments.
+    :param first: an error that was raised before, if any. It then is the first.
+    """
     for step in steps:
         try:
             step()
         except BaseException as error:
-            first = error if first is None else first  # one may be falsy
+            first = error if first is None else first  # an exception may be falsy
     return first
 
 
-def close(thing: Any) -> None:
-    """Close what can be closed."""
-    method = getattr(thing, "close", None)
+def close(resource: Any) -> None:
+    """Call the ``close()`` of a resource, if it has one."""
+    method = getattr(resource, "close", None)
     if method is not None:
         method()

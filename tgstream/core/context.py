@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class StreamTransaction(Protocol):
-    """The sessions and the transaction of one stream, as the stream uses them."""
+    """The sessions and the transaction of one stream."""
 
     @property
     def commits(self) -> int:
@@ -42,6 +42,16 @@ class StreamTransaction(Protocol):
 
     def translate_error(self, controller: str, error: BaseException) -> BaseException:
         """A clearer error in place of a driver's, or the error itself."""
+
+    @property
+    def idle(self) -> bool:
+        """Whether no connection and no change is held."""
+
+    def clear_thread(self) -> None:
+        """Remove the request's sessions from the thread that its response leaves."""
+
+    def shield(self) -> None:
+        """Keep the thread's own session over the next removal, which is TG's."""
 
     def release(self, give_back: bool) -> None:
         """Roll back the uncommitted changes, and close the sessions.

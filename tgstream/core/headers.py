@@ -1,12 +1,14 @@
-"""The headers of a stream: its content type, its charset, the name of a download.
+"""The headers of a stream: content type, charset, and the file name of a download.
 
-Rule: what the user set wins; and whatever text comes in, a harmless header comes out.
+A header that the controller has set stays. Every header that tgstream makes, whatever
+the text it is made from, is one that any server can send.
 """
 
 from __future__ import annotations
 
 import re
 import unicodedata
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 from urllib.parse import quote
@@ -16,23 +18,32 @@ from .errors import StreamError
 from .options import FormatTraits, Options
 
 
-def charset_in(content_type: str | None) -> str | None:
-    """The charset that a content type names, if it does."""
+def find_charset(content_type: str | None) -> str | None:
+    """The charset parameter of a content type, if it has one."""
     match = re.search(r"charset=[\"']?([^\s;\"']+)", content_type or "")
     return match and match[1]
 
 
 def set_headers(
-    response: Any, exposed: Any, options: Options, traits: FormatTraits
+    response: Any,
+    exposed: Callable[[], tuple[Any, ...]],
+    options: Options,
+    traits: FormatTraits,
 ) -> None:
-    """The stream's headers, where the user has set none."""
+    """Set the stream's headers that the controller has not set.
+
+    :param exposed: returns what ``@expose`` declares: content type, engine, template.
+    :param options: the stream's.
+    :param traits: of the stream's format.
+    """
     format = options.format
     for name, value in traits.headers.items():
         response.headers.setdefault(name, value)
     if options.filename is not None and "Content-Disposition" not in response.headers:
-        response.headers["Content-Disposition"] = disposition(options.filename)
+        disposition = make_content_disposition(options.filename)
+        response.headers["Content-Disposition"] = disposition
     if format is None and options.charset is None:
-        return  # TG itself sets what @expose says
+        return  # TG sets the content type of @expose
     if response.content_type is None:
         _set_content_type(response, exposed(), format)
     fixed = traits.charset
@@ -45,60 +56,64 @@ def _set_content_type(response: Any, exposed: Any, format: Format | None) -> Non
     if format is not None and (content_type == "text/html" or engine or template):
         content_type = format.content_type
     response.headers["Content-Type"] = content_type
-    if content_type.startswith("text/") and charset_in(content_type) is None:
+    if content_type.startswith("text/") and find_charset(content_type) is None:
         response.charset = "utf-8"
 
 
 _TOKEN = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
-"""The name of a header, by RFC 9110."""
+"""The syntax of a header's name, by RFC 9110."""
 
-_TEXT = r"[\t\x20-\x7e\x80-\xff]"
-_FORBIDDEN = re.compile(_TEXT.replace("[", "[^", 1))
-"""Characters that neither a header's value nor a status line can hold."""
+_FORBIDDEN = re.compile(r"[^\t\x20-\x7e\x80-\xff]")
+"""Characters that neither a header's value nor a status line can contain."""
 
-_HOP_BY_HOP = frozenset(
-    {
-        *("connection", "keep-alive", "proxy-authenticate", "proxy-authorization"),
-        *("te", "trailers", "transfer-encoding", "upgrade"),
-    }
-)
-"""Headers of a connection, by RFC 2616, section 13.5.1, which PEP 3333 names."""
+_HOP_BY_HOP = {
+    "connection",
+    "keep-alive",
+    "proxy-authenticate",
+    "proxy-authorization",
+    "te",
+    "trailers",
+    "transfer-encoding",
+    "upgrade",
+}
+"""Headers of one connection, by RFC 2616, section 13.5.1, to which PEP 3333 refers."""
 
 
 @lru_cache(256)
-def _is_clean_name(name: str) -> bool:
+def _is_usual_name(name: str) -> bool:
     return bool(_TOKEN.fullmatch(name)) and name.lower() not in _HOP_BY_HOP
 
 
-def is_clean(response: Any) -> bool:
-    """Whether any server can send the status and the headers of a response as they are.
+def is_usual(response: Any) -> bool:
+    """Whether all headers are printable ASCII, and none is the server's to set.
 
-    It looks at usual headers only. For others the answer is False, and
-    :func:`check_sendable` finds out. Three looks a stream cost 2 us.
+    Most responses are, so that :func:`check_sendable`, which takes five times as long,
+    is needed for few.
     """
     try:
         status = response.status
-        clean: bool = status.isascii() and status.isprintable()
+        usual: bool = status.isascii() and status.isprintable()
         for name, value in response.headerlist:
-            clean = (
-                clean
+            usual = (
+                usual
                 and value.isascii()
                 and value.isprintable()
-                and _is_clean_name(name)
+                and _is_usual_name(name)
             )
-        return clean
+        return usual
     except (AttributeError, TypeError):  # one of them is not a str
         return False
 
 
 def drop_hop_by_hop(response: Any) -> list[str]:
-    """Remove the headers that PEP 3333 leaves to the server, such as ``Connection``.
+    """Remove the headers that only a server may set (PEP 3333), such as ``Connection``.
 
-    :returns: their names.
+    :returns: the names of the removed headers.
     """
     headers = response.headerlist
     names = [name for name, _ in headers if str(name).lower() in _HOP_BY_HOP]
-    headers[:] = [(name, value) for name, value in headers if name not in names]
+    if names:
+        headers[:] = [(name, value) for name, value in headers if name not in names]
     return names
 
 
@@ -106,32 +121,33 @@ def check_sendable(where: str, response: Any) -> None:
     """Check that any server can send the status line and the headers.
 
     :param where: the controller.
-    :raises StreamError: when one cannot be sent. The response has lost that header, so
-        that an error page can be sent with the others.
+    :raises StreamError: when a server could not. The response has lost the header in
+        question, so that an error page can be sent with the others.
     """
-    headers = response.headerlist
-    if problem := _problem("the status", response.status):
+    if problem := _find_problem("the status", response.status):
         raise StreamError(f"{where}: {problem}")
+    headers = response.headerlist
     for index, (name, value) in enumerate(headers):
-        problem = f"the header name {name!r} is not valid. Use letters, digits and '-'"
         if isinstance(name, str) and _TOKEN.fullmatch(name):
-            problem = _problem(f"the value of the header {name}", value)
+            problem = _find_problem(f"the value of the header {name}", value)
+        else:
+            problem = f"the header name {name!r} is invalid. Use letters, digits and -"
         if problem:
             del headers[index]
             raise StreamError(f"{where}: {problem}")
 
 
-def _problem(what: str, value: Any) -> str:
-    """Why a text cannot be sent; empty if it can."""
+def _find_problem(subject: str, value: Any) -> str:
+    """Why a server cannot send a value, or an empty string if it can."""
     if not isinstance(value, str):
-        return f"{what} is {type(value).__name__}: {value!r}. Convert it to a str"
-    found = _FORBIDDEN.search(value)
-    if found is None:
+        return f"{subject} must be a str, got {type(value).__name__}: {value!r:.80}"
+    match = _FORBIDDEN.search(value)
+    if match is None:
         return ""
     return (
-        f"{what} contains {found[0]!a} at position {found.start()}. It must be "
-        "Latin-1 without line breaks and control characters. Remove the character, or "
-        "quote the text with urllib.parse.quote()"
+        f"{subject} must be Latin-1 without line breaks and control characters, got "
+        f"{match[0]!a} at position {match.start()}. Remove the character, or quote the "
+        "text with urllib.parse.quote()"
     )
 
 
@@ -140,47 +156,47 @@ def has_no_body(status: str) -> bool:
     return status.startswith(("1", "204", "205", "304"))
 
 
-_LONGEST = 200
-"""Bytes of a name: file systems take 255, and a browser adds ``(1).crdownload``."""
+_MAX_BYTES = 200
+"""Of a file name. File systems allow 255, and browsers add ``(1).crdownload``."""
 
 _SPACES = [0x20, 0xA0, 0x1680, *range(0x2000, 0x200B), 0x202F, 0x205F, 0x3000]
-_EDGES = "." + "".join(map(chr, _SPACES))
-"""What no name begins or ends with."""
+_TRIMMED = "." + "".join(map(chr, _SPACES))
+"""Characters that a file name must not begin or end with."""
 
 _DEVICE = re.compile(
     r"(con|prn|aux|nul|(com|lpt)[1-9¹²³]|con(in|out)\$)\s*(\.|$)", re.IGNORECASE
 )
-"""Names that Windows keeps for its devices, with any suffix."""
+"""Names that Windows reserves for its devices, with any suffix."""
 
 
-def disposition(filename: str) -> str:
-    """The value that makes a browser save a response as ``filename``.
+def make_content_disposition(filename: str) -> str:
+    """The ``Content-Disposition`` that makes a browser save a response as a file.
 
-    Path parts, control and formatting characters cannot get through, whatever the name
-    says. Names that are not plain ASCII go out twice, as RFC 6266 advises: as
-    ``filename*``, and as an ASCII fallback.
+    Path parts, control characters and formatting characters are removed. A name that is
+    not plain ASCII is sent twice (RFC 6266): as ``filename*``, and as an ASCII
+    fallback.
 
-    :param filename: the wished name, which may come from a user.
+    :param filename: the name, which may come from a user.
     :returns: ``attachment; filename=...``, ASCII.
     """
-    name = _safe(filename)
-    # Canonical: a compatible form would make a slash of what only looks like one.
+    name = _sanitize(filename)
+    # NFD, not NFKD: that would convert characters that look like a slash to a slash.
     letters = unicodedata.normalize("NFD", name).encode("ascii", "ignore").decode()
-    fallback = _safe(re.sub(r'["\\%]', "_", letters))
+    fallback = _sanitize(re.sub(r'["\\%]', "_", letters))
     value = f'attachment; filename="{fallback}"'
     if fallback != name:
         value += f"; filename*=UTF-8''{quote(name, safe='')}"
     return value
 
 
-def _safe(filename: str) -> str:
-    """The last path part, without what a screen or a file system could misread."""
+def _sanitize(filename: str) -> str:
+    """The last part of a path, without what a user or a file system could misread."""
     name = re.split(r"[/\\]", filename)[-1]
     name = "".join(c for c in name if not _is_hidden(c))
     stem, dot, suffix = name.rpartition(".")
-    if dot and not stem.strip(_EDGES):
-        name = f"download.{suffix.strip(_EDGES)}"
-    name = _cut(name.strip(_EDGES)).strip(_EDGES) or "download"
+    if dot and not stem.strip(_TRIMMED):
+        name = f"download.{suffix.strip(_TRIMMED)}"
+    name = _truncate(name.strip(_TRIMMED)).strip(_TRIMMED) or "download"
     name = re.sub(r"^([A-Za-z]):", r"\1_", name)  # a drive
     return f"_{name}" if _DEVICE.match(name) else name
 
@@ -190,11 +206,11 @@ def _is_hidden(character: str) -> bool:
     return category[0] == "C" or category in ("Zl", "Zp")
 
 
-def _cut(name: str) -> str:
-    """As much of ``name`` as a file system takes, with a suffix of ordinary length."""
+def _truncate(name: str) -> str:
+    """The name cut to the length that a file system allows, with a short suffix."""
     stem, dot, suffix = name.rpartition(".")
     ending = (dot + suffix).encode()
     if not dot or len(ending) > 11:
         stem, ending = name, b""
-    kept = stem.encode()[: _LONGEST - len(ending)].decode(errors="ignore")
-    return kept + ending.decode()
+    start = stem.encode()[: _MAX_BYTES - len(ending)].decode(errors="ignore")
+    return start + ending.decode()

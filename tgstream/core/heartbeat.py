@@ -1,7 +1,9 @@
-"""A heartbeat for a generator that may wait long: it gets a thread of its own.
+"""The heartbeat of an event stream whose generator waits for its next event.
 
-Rule: a pull waits for the next chunk no longer than a beat; the generator is asked for
-one item when the server asks for one, and never for more.
+A generator cannot be interrupted while it waits, so it runs on a thread of its own. The
+thread that pulls waits for the next chunk no longer than the interval of the heartbeat,
+and then sends a comment. The generator makes one chunk for each chunk that the server
+pulls, and never works ahead.
 """
 
 from __future__ import annotations
@@ -10,92 +12,95 @@ import threading
 from collections.abc import Callable, Iterator
 from queue import SimpleQueue
 
-BEAT = b":\n\n"
-"""A comment, which clients of an event stream pass over."""
+HEARTBEAT = b":\n\n"
+"""A comment, which clients of an event stream ignore."""
 
 
-class _Puller:
-    """A thread that takes one chunk each time it is asked (with gevent, a greenlet)."""
+class _Worker:
+    """A thread (with gevent, a greenlet) that makes one chunk for each request."""
 
     def __init__(self, chunks: Iterator[bytes]) -> None:
-        self._asked: SimpleQueue[bool] = SimpleQueue()
-        self._ready = threading.Event()
+        self._requests: SimpleQueue[bool] = SimpleQueue()  # False: no more will come
+        self._done = threading.Event()
         self._chunk: bytes | None = None
         self._error: BaseException | None = None
-        self.busy = False
+        self._requested = False
         threading.Thread(
-            target=self._run, args=(chunks,), name="tgstream-heart", daemon=True
+            target=self._run, args=(chunks,), name="tgstream-heartbeat", daemon=True
         ).start()
 
     def _run(self, chunks: Iterator[bytes]) -> None:
-        while self._asked.get():
+        while self._requests.get():
             self._chunk = None
             try:
                 self._chunk = next(chunks, None)
             except BaseException as error:
                 self._error = error
-            self._ready.set()
+            self._done.set()
 
-    def ask(self) -> None:
-        """Begin with the next chunk, unless it is being made."""
-        if not self.busy:
-            self.busy = True
-            self._ready.clear()
-            self._asked.put(True)
+    def request(self) -> None:
+        """Request the next chunk, unless it is requested already."""
+        if not self._requested:
+            self._requested = True
+            self._done.clear()
+            self._requests.put(True)
 
-    def is_ready(self, seconds: float) -> bool:
-        """Whether the chunk is made, once it is, or the time has passed."""
-        return self._ready.wait(seconds)
+    def wait(self, seconds: float) -> bool:
+        """Wait for the requested chunk. True if it is there in time."""
+        return self._done.wait(seconds)
 
-    def take(self) -> bytes | None:
-        """The chunk; None at the end.
+    def result(self) -> bytes | None:
+        """The requested chunk; None at the end.
 
-        :raises BaseException: what was raised while it was made.
+        :raises BaseException: the error that the chunk raised instead.
         """
-        self.busy = False
+        self._requested = False
         if self._error is not None:
             error, self._error = self._error, None
             raise error
         return self._chunk
 
-    def end(self) -> None:
-        """Let the thread end, when its chunk is made."""
-        self._asked.put(False)
+    def stop(self) -> None:
+        """Let the thread end after the chunk that it makes now."""
+        self._requests.put(False)
 
 
-def beating(
+def add_heartbeats(
     chunks: Iterator[bytes],
     seconds: float,
     close: Callable[[], None],
-    ending: Callable[[], bool],
+    is_ending: Callable[[], bool],
 ) -> Iterator[bytes]:
-    """The chunks, and a comment where none was made for so many seconds.
+    """Yield the chunks, and a comment whenever none has come for ``seconds``.
 
-    :param chunks: the first of which is made.
-    :param ending: whether the stream is to end, be it at a comment.
-    :param close: ends the stream; called when this is closed, or dropped.
+    If no thread can be started, the chunks come without a heartbeat.
+
+    :param chunks: an iterator whose first chunk is made already.
+    :param close: ends the stream. Called when this generator is closed or dropped.
+    :param is_ending: whether the stream was asked to end. It then ends instead of a
+        heartbeat.
     """
     first = next(chunks, None)
     if first is None:
         return
     yield first
     try:
-        puller = _Puller(chunks)
-    except RuntimeError:  # no thread can be started: events without a heartbeat
+        worker = _Worker(chunks)
+    except RuntimeError:
         yield from chunks
         return
-    del chunks  # the thread's, and gone with it
+    del chunks  # only the thread holds it, so that it is freed with the thread
     try:
         while True:
-            puller.ask()
-            if not puller.is_ready(seconds):
-                if ending():
+            worker.request()
+            if not worker.wait(seconds):
+                if is_ending():
                     return  # the generator ends at its next yield
-                yield BEAT
-            elif (chunk := puller.take()) is None:
+                yield HEARTBEAT
+            elif (chunk := worker.result()) is None:
                 return
             else:
                 yield chunk
     finally:
         close()
-        puller.end()
+        worker.stop()

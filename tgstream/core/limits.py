@@ -1,7 +1,8 @@
-"""How many streams of a controller may run at once in a process.
+"""Limits how many streams of a controller run at once in a process.
 
-Rule: a seat is taken before anything of a stream runs, and left once, however it ends.
-Nothing here locks: a seat may be left by garbage collection, anywhere.
+A slot is acquired before any code of a stream runs, and released once, however the
+stream ends. Nothing here takes a lock: Python's garbage collector may release a slot
+on any thread, between any two byte codes. The operations of a ``deque`` are atomic.
 """
 
 from __future__ import annotations
@@ -15,56 +16,59 @@ from weakref import WeakKeyDictionary
 from webob.exc import HTTPServiceUnavailable
 
 RETRY_SECONDS = 5
-"""What a client that found no seat is told to wait."""
+"""The ``Retry-After`` of a response to a client that got no slot."""
 
 
-class Seat:
-    """One of the streams that may run; dropped, it is left."""
+class Slot:
+    """The right to run one stream. A slot that is dropped is released."""
 
     def __init__(self, free: deque[None]) -> None:
         self._free: deque[None] | None = free
 
-    def leave(self) -> None:
-        """Let another stream have it; a second time is no harm."""
+    def release(self) -> None:
+        """Make room for another stream. A second call does nothing."""
         free, self._free = self._free, None
         if free is not None:
             free.append(None)
 
-    __del__ = leave
+    __del__ = release
 
 
-_seats: WeakKeyDictionary[Any, dict[int, deque[None]]] = WeakKeyDictionary()
+_free_slots: WeakKeyDictionary[Any, dict[int, deque[None]]] = WeakKeyDictionary()
 
 
-def take(controller: Any, limit: int | None) -> Seat | None:
-    """A seat among the streams of a controller; None where they have no limit.
+def acquire(controller: Any, limit: int | None) -> Slot | None:
+    """Acquire one of the controller's slots.
 
-    :raises HTTPServiceUnavailable: when all are taken, with ``Retry-After``.
+    :returns: the slot; None if the controller has no limit.
+    :raises HTTPServiceUnavailable: with ``Retry-After``, when no slot is free.
     """
     if limit is None:
         return None
-    of_controller = _seats.setdefault(controller, {})
-    free = of_controller.setdefault(limit, deque([None] * limit))
+    slots_by_limit = _free_slots.setdefault(controller, {})
+    free = slots_by_limit.setdefault(limit, deque([None] * limit))
     try:
         free.pop()
     except IndexError:
         raise HTTPServiceUnavailable(
-            f"all seats for streams of this kind are taken ({limit}); come back later",
+            f"Too many open streams. Please try again in {RETRY_SECONDS} seconds.",
             headers=[("Retry-After", str(RETRY_SECONDS))],
         ) from None
-    return Seat(free)
+    return Slot(free)
 
 
 @contextmanager
-def held(controller: Any, limit: int | None) -> Iterator[Seat | None]:
-    """A seat, left at once by an error: its traceback would keep it for a while.
+def reserve(controller: Any, limit: int | None) -> Iterator[Slot | None]:
+    """Acquire a slot for the block, and release it if the block raises.
 
-    :raises HTTPServiceUnavailable: as :func:`take`.
+    Without the release the traceback of the error would hold the slot for a while.
+
+    :raises HTTPServiceUnavailable: see :func:`acquire`.
     """
-    seat = take(controller, limit)
+    slot = acquire(controller, limit)
     try:
-        yield seat
+        yield slot
     except BaseException:
-        if seat is not None:
-            seat.leave()
+        if slot is not None:
+            slot.release()
         raise

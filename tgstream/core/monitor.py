@@ -12,8 +12,8 @@ has dropped. It also runs the checks of streams that wait.
   is in this module. It only sets an item of a ``dict`` and calls ``SimpleQueue.put()``,
   which is re-entrant and does not wait.
 - The monitor's thread may be about to wait, or about to end, while a stream registers.
-  ``_next_look`` is infinite while the thread looks, so that a stream that registers then
-  wakes it, and the thread looks at the registry once more after it has noted its end.
+  ``_next_look`` is infinite while the thread looks, so that a stream that registers
+  then wakes it. The thread reads the registry once more after it has noted its end.
 """
 
 from __future__ import annotations
@@ -250,9 +250,7 @@ second_pull_checks: list[Callable[[Any], None]] = []
 """Called with a stream that is pulled for its second chunk."""
 
 
-def register_checks(
-    at_second_pull: Callable[[Any], None], at_look: _Check
-) -> None:
+def register_checks(at_second_pull: Callable[[Any], None], at_look: _Check) -> None:
     """Check each running stream from now on.
 
     :param at_second_pull: called with the stream, by the thread that pulls.

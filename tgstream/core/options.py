@@ -52,9 +52,7 @@ class Options(NamedTuple):
         return others._replace(**own)
 
 
-def check(
-    where: str, format: Any = None, **options: Unpack[StreamOptions]
-) -> Options:
+def check(where: str, format: Any = None, **options: Unpack[StreamOptions]) -> Options:
     """Check the options of a stream.
 
     :param where: the place that gives them, for error messages.
@@ -146,8 +144,8 @@ def check_charset(where: str, charset: Any) -> None:
         "".encode(charset)  # fails for rot13 and others that do not encode to bytes
     except (LookupError, TypeError, UnicodeError):
         raise ValueError(
-            f"{where}: charset={charset!r} is not known to Python as a text encoding. "
-            "Pass a known encoding, or omit charset for UTF-8"
+            f"{where}: charset must be the name of a text encoding of Python, got "
+            f"{charset!r}. Omit it for UTF-8"
         ) from None
 
 

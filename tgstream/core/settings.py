@@ -1,7 +1,7 @@
 """The ``tgstream.*`` options of an application, and how to read them.
 
-An option is a row of ``OPTIONS``. It is read from the configuration of the running
-application, never at import.
+``OPTIONS`` is the only list of them. An option is read from the configuration of the
+running application, never at import.
 """
 
 from __future__ import annotations
@@ -15,49 +15,70 @@ from tg.support.converters import asint, aslist
 T = TypeVar("T", int, float)
 
 
-def _from_0(number: T) -> T:
+def _check_not_negative(number: T) -> T:
     if not 0 <= number <= TIMEOUT_MAX:
-        raise ValueError("it must be a finite number, 0 or above")
+        raise ValueError("it must be a finite number >= 0")
     return number
 
 
-def _above_0(number: T) -> T:
+def _check_positive(number: T) -> T:
     if not 0 < number <= TIMEOUT_MAX:
-        raise ValueError("it must be a finite number above 0")
+        raise ValueError("it must be a finite number > 0")
     return number
+
+
+def _to_size(value: Any) -> int:
+    return _check_not_negative(asint(value))
+
+
+def _to_count(value: Any) -> int:
+    return _check_positive(asint(value))
+
+
+def _to_seconds(value: Any) -> float:
+    return _check_not_negative(float(value))
+
+
+def _to_interval(value: Any) -> float:
+    return _check_positive(float(value))
 
 
 class Option(NamedTuple):
-    """One row: the default, and what makes a value of an ``.ini`` file's text."""
+    """An option: its default, and the function that converts a value to its type.
+
+    The value is text if it comes from an ``.ini`` file.
+    """
 
     default: Any
-    coerce: Callable[[Any], Any]
+    convert: Callable[[Any], Any]
 
 
 OPTIONS: dict[str, Option] = {
-    "tgstream.chunk_size": Option(32768, lambda value: _from_0(asint(value))),
-    "tgstream.chunk_seconds": Option(0.05, lambda value: _from_0(float(value))),
-    "tgstream.idle_seconds": Option(10.0, lambda value: _from_0(float(value))),
+    "tgstream.chunk_size": Option(32768, _to_size),
+    "tgstream.flush_seconds": Option(0.05, _to_seconds),
+    "tgstream.idle_transaction_seconds": Option(10.0, _to_seconds),
+    "tgstream.disconnect_check_seconds": Option(10.0, _to_interval),
     "tgstream.sessions": Option((), aslist),
     "tgstream.channels": Option("memory://", str),
-    "tgstream.channel_history": Option(1000, lambda value: _above_0(asint(value))),
-    "tgstream.heartbeat_seconds": Option(15.0, lambda value: _above_0(float(value))),
+    "tgstream.channel_history": Option(1000, _to_count),
+    "tgstream.heartbeat_seconds": Option(15.0, _to_interval),
 }
 
 
-def option(config: Mapping[str, Any], name: str) -> Any:
-    """The value of the option ``name`` in an application's configuration.
+def read_option(config: Mapping[str, Any], name: str) -> Any:
+    """Read an option from an application's configuration.
 
     :param config: the configuration of the running application.
     :param name: a key of ``OPTIONS``.
-    :raises ValueError: when the value is not of the option's kind.
+    :returns: the value, converted to the option's type; the default if it is not set.
+    :raises ValueError: when the value cannot be converted, or is out of range.
     """
-    row = OPTIONS[name]
-    value = config.get(name, row.default)
+    option = OPTIONS[name]
+    value = config.get(name, option.default)
     try:
-        return row.coerce(value)
+        return option.convert(value)
     except ValueError as error:
         raise ValueError(
-            f"the option {name} is {value!r}, which cannot be read: {error}; "
-            f"leave it out for the default, {row.default!r}"
+            f"the option {name} has an invalid value, {value!r}: {error}. Omit it for "
+            f"the default, {option.default!r}"
         ) from error

@@ -9,27 +9,27 @@ from typing import TYPE_CHECKING, Any
 
 from .body import Body
 from .cleanup import close
+from .context import thread
 from .errors import StreamError
-from .heartbeat import beating
+from .heartbeat import add_heartbeats
 from .options import Options, StreamOptions, check
 from .source import claim, is_iterable, open_source, resolve_proxy, source_of
-from .context import thread
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from ..formats.protocols import Format
     from .context import Context, StreamTransaction
-    from .limits import Seat
+    from .limits import Slot
     from .options import Plan
 
 
 class Stream:
     """The response of a controller, sent to the client while it is made.
 
-    Return it from an exposed method. The items are encoded and sent chunk by chunk, with
-    TG's context and a database session of its own bound. A stream serves one request:
-    make a new one in each.
+    Return it from an exposed method. The items are encoded and sent chunk by chunk,
+    with TG's context and a database session of its own bound. A stream serves one
+    request: make a new one in each.
 
     Commits: all items are committed before the last byte is sent (``commit='end'``);
     each item is committed before its chunk is sent (``'each'``), or each so many items
@@ -82,7 +82,7 @@ class Stream:
         return stream
 
     _body: Body | None = None
-    _seat: Seat | None = None
+    _slot: Slot | None = None
     _length: int | None = None  # bytes of the whole body, for HEAD
     _claimant: Any = None  # the request that has it, and has not started it
 
@@ -93,17 +93,17 @@ class Stream:
         self._controller = controller
 
     def _adopt(
-        self, options: Options, controller: Any, seat: Seat | None, request: Any
+        self, options: Options, controller: Any, slot: Slot | None, request: Any
     ) -> None:
         """Use the decorator's options where this stream, which it got, has none."""
         if self._claimant is not request:
             self._claim(request)
             self._claimant = request
-        if seat is not None:
+        if slot is not None:
             if self._options.limit is None:
-                self._seat = seat
+                self._slot = slot
             else:
-                seat.leave()
+                slot.release()
         self._options = self._options.or_else(options)
         self._controller = controller
 
@@ -149,7 +149,7 @@ class Stream:
             return body.iterate(self)
         # If the iterator is dropped, it closes the stream in a finaliser.
         close, ending = body.close_as_wrapper, lambda: body.closing is not None
-        return beating(body.iterate(self), seconds, close, ending)
+        return add_heartbeats(body.iterate(self), seconds, close, ending)
 
     def close(self) -> None:
         """End the stream, as a server does at its end or if the client disconnects.
@@ -195,20 +195,20 @@ class Stream:
             transaction=transaction,
             stream=self,
         )
-        body.seat, self._seat = self._seat, None
+        body.slot, self._slot = self._slot, None
         self._source = None
         return body
 
     def _discard(self) -> None:
         """Run nothing, and close the source, for a request without a body."""
         source, self._source = self._source, None
-        self._leave_seat()
+        self._leave_slot()
         close(source)
 
-    def _leave_seat(self) -> None:
-        """Leave the seat at once: a traceback may keep the stream."""
-        if self._seat is not None:
-            self._seat.leave()
+    def _leave_slot(self) -> None:
+        """Leave the slot at once: a traceback may keep the stream."""
+        if self._slot is not None:
+            self._slot.release()
 
 
 def current_stream() -> Stream:

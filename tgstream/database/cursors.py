@@ -79,7 +79,7 @@ def check_commits(hook: str, session: Session) -> None:
     """
     if database_of(session) is not None:
         body = current_stream()._body
-        if body is not None and body.plan.every:
+        if body is not None and body.plan.commit_every:
             raise cursor_open(f"{body.plan.controller} commits after its items: ")
 
 

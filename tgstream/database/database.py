@@ -42,6 +42,10 @@ class Database:
         self.over = False  # its stream has ended, and its report is being told
 
     @property
+    def idle(self) -> bool:
+        return all(member.idle for member in self.parts)
+
+    @property
     def commits(self) -> int:
         return self.manager.commits
 

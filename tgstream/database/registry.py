@@ -13,7 +13,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from ..core.context import thread
-from ..core.settings import option
+from ..core.settings import read_option
 
 if TYPE_CHECKING:
     from sqlalchemy.orm import Session, scoped_session
@@ -110,7 +110,7 @@ def scoped_sessions(config: Mapping[str, Any]) -> list[Any]:
         if isinstance(scoped, orm.scoped_session) and scoped not in found:
             found.append(scoped)
     if config.get("tgstream.sessions"):
-        named = map(_resolve, option(config, "tgstream.sessions"))
+        named = map(_resolve, read_option(config, "tgstream.sessions"))
         found += [scoped for scoped in named if scoped not in found]
     return found
 

@@ -12,7 +12,7 @@ from urllib.parse import unquote
 
 from tg.support.converters import asbool
 
-from ..core.settings import OPTIONS, option
+from ..core.settings import OPTIONS, read_option
 from ..database.engines import binds_of_factory, is_shared
 from ..database.registry import scoped_sessions
 from ..live.channel import REDIS, own_words, shown_url
@@ -52,7 +52,7 @@ def options(config: Config) -> list[Finding]:
     ]
     for name in sorted(given & OPTIONS.keys()):
         try:
-            option(config, name)
+            read_option(config, name)
         except (ValueError, TypeError):
             row = f"The default is {OPTIONS[name].default!r}; leave it out for that."
             found.append(

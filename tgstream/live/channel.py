@@ -17,7 +17,7 @@ import tg
 
 from ..core import context as _context
 from ..core.report import log
-from ..core.settings import option
+from ..core.settings import read_option
 from ..database.on_commit import send
 from ..formats.sse import Event, check_type, encoded
 from .backends.memory import Memory
@@ -118,7 +118,7 @@ class Channel:
                 f"{self!r}: after={after!r:.80} is no text; give what last_event_id() "
                 "returns"
             )
-        beat = option(tg.config, "tgstream.heartbeat_seconds")
+        beat = read_option(tg.config, "tgstream.heartbeat_seconds")
         return _hub().listen(self.name, after, beat)
 
 
@@ -142,8 +142,8 @@ _hubs: dict[tuple[int, str, int], Hub] = {}
 
 def _hub() -> Hub:
     """The back end of the application that runs here."""
-    url: str = option(tg.config, "tgstream.channels")
-    history: int = option(tg.config, "tgstream.channel_history")
+    url: str = read_option(tg.config, "tgstream.channels")
+    history: int = read_option(tg.config, "tgstream.channel_history")
     _warn_of_processes(url)
     key = os.getpid(), url, history  # a forked process makes its own
     # Two threads that ask at once get the same.

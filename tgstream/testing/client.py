@@ -17,7 +17,7 @@ from webob import Request
 from webob.headers import ResponseHeaders
 
 from ..core.cleanup import close
-from ..core.headers import charset_in
+from ..core.headers import find_charset
 from ..core.report import Report
 from ..formats.sse import Event
 from . import decoders as _items
@@ -170,7 +170,7 @@ class OpenStream:
                 f"({self.status}), which {method}() cannot read; it reads "
                 f"{' and '.join(kinds)}"
             )
-        return _items.text(self, charset_in(self.headers.get("Content-Type")))
+        return _items.text(self, find_charset(self.headers.get("Content-Type")))
 
     # What servers and clients do.
 

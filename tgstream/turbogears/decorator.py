@@ -11,7 +11,7 @@ from tg.decorators import Decoration
 from webob import Response
 
 from ..core import context
-from ..core.limits import take
+from ..core.limits import acquire
 from ..core.options import Options, StreamOptions, check
 from ..core.source import is_streamed, resolve_proxy
 from ..core.stream import Stream
@@ -115,7 +115,7 @@ def _streaming_caller(
         end_previous(tg_locals.response)
         slot = None
         if options.limit is not None:
-            slot = take(function, options.limit)
+            slot = acquire(function, options.limit)
         try:
             output = resolve_proxy(caller(*args))
             if isinstance(output, Stream):
@@ -125,14 +125,14 @@ def _streaming_caller(
                 output, name_of(function)
             ):
                 output = Stream._of(output, options, function)
-                output._seat = slot
+                output._slot = slot
                 return output
         except BaseException:  # its traceback would keep the slot for a while
             if slot is not None:
-                slot.leave()
+                slot.release()
             raise
         if slot is not None:
-            slot.leave()
+            slot.release()
         return output
 
     return call

@@ -12,9 +12,11 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tg.support.converters import asbool
+
+from ..core.monitor import register_checks
 
 if TYPE_CHECKING:
     from ..core.body import Body
@@ -161,17 +163,24 @@ def name_of(frame: FrameType) -> str:
     return f"{frame.f_globals.get('__name__', '')}.{name}"
 
 
-# While it runs, by the watch.
+# While it runs, by the monitor.
 
 
-def look(body: Body, now: float, seen: tuple[int, ...] | None) -> tuple[int, ...]:
-    """Tell of a stream that waits with a transaction open, or holds the only worker.
+class Progress(NamedTuple):
+    """How far a stream was when the monitor first found it in its transaction."""
+
+    counts: tuple[int, int, int]  # its chunks, items and commits
+    since: float  # by the clock
+
+
+def look(body: Body, now: float, seen: Progress | None) -> Progress | None:
+    """Warn of a stream that is idle in a transaction, or holds the only worker.
 
     :param now: by the clock.
-    :param seen: how far it was ``idle_seconds`` ago, with a transaction open.
-    :returns: how far it is now; () without a transaction.
+    :param seen: what the look before has returned; None for the first.
+    :returns: the stream's progress; None if it has no open transaction.
     """
-    if now - body.started >= LONG and _is_only(body.context.environ):
+    if now >= body.started + LONG and _is_only(body.context.environ):
         _tell(
             body,
             "worker",
@@ -180,24 +189,41 @@ def look(body: Body, now: float, seen: tuple[int, ...] | None) -> tuple[int, ...
             "gevent (gunicorn --worker-class gthread --threads 8, waitress)",
             now - body.started,
         )
-    database = body.database
-    if not body.plan.idle_seconds or database is None:
-        return ()
-    if all(member.idle for member in database.parts):
-        return ()
-    where = (body.chunks, body.encoding.items, database.manager.commits)
-    if where == seen:
-        _tell(
-            body,
-            "idle",
-            "%s has %s for %g s with a transaction open, which pins a connection and "
-            "whatever it has locked. Commit before it waits (commit='each', or "
-            "tgstream.commit()), read with rows(..., key=...), or raise "
-            "tgstream.idle_seconds",
-            "not been asked for more" if body.idle else "yielded nothing",
-            body.plan.idle_seconds,
-        )
-    return where
+    seconds, database = body.plan.idle_transaction_seconds, body.transaction
+    if not seconds or database is None:
+        return None
+    if database.idle:
+        return None
+    counts = (body.chunks, body.encoding.items, database.commits)
+    if seen is None or counts != seen.counts:
+        return Progress(counts, now)
+    if now < seen.since + seconds:
+        return seen  # a look for another purpose
+    _tell(
+        body,
+        "idle",
+        "%s has %s for %g s with a transaction open, which pins a connection and "
+        "whatever it has locked. Commit before it waits (commit='each', or "
+        "tgstream.commit()), read with rows(..., key=...), or raise "
+        "tgstream.idle_transaction_seconds",
+        "not been asked for more" if body.idle else "yielded nothing",
+        seconds,
+    )
+    return Progress(counts, now)
+
+
+def next_look(body: Body, now: float, seen: Progress | None) -> float:
+    """When :func:`look` can have something new to warn of, by the clock.
+
+    :param seen: what it has returned ``now``.
+    """
+    due = body.started + LONG
+    if due <= now:
+        due = float("inf")
+    seconds = body.plan.idle_transaction_seconds
+    if seconds and body.transaction is not None:
+        due = min(due, (now if seen is None else seen.since) + seconds)
+    return due
 
 
 def _is_only(environ: dict[str, Any]) -> bool:
@@ -207,3 +233,14 @@ def _is_only(environ: dict[str, Any]) -> bool:
     uwsgi: Any = sys.modules.get("uwsgi")  # --async tells of itself nowhere else
     option: Callable[[bytes], Any] = getattr(uwsgi, "opt", {}).get
     return not (option(b"async") or option(b"gevent"))
+
+
+def check(
+    body: Body, now: float, seen: Progress | None
+) -> tuple[Progress | None, float]:
+    """:func:`look`, and the time of the next look."""
+    seen = look(body, now, seen)
+    return seen, next_look(body, now, seen)
+
+
+register_checks(at_second_pull=advise_if_buffered, at_look=check)

@@ -8,7 +8,6 @@ by TG's rules, and the response gets the stream as its body.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -20,10 +19,10 @@ from webob.exc import HTTPException
 
 from ..core import context
 from ..core.context import Context
-from ..core.headers import charset_in, has_no_body, set_headers
-from ..core.limits import take
-from ..core.options import FormatTraits, Options, Plan
-from ..core.settings import option
+from ..core.headers import find_charset, has_no_body, set_headers
+from ..core.limits import acquire
+from ..core.options import FormatTraits, Plan
+from ..core.settings import read_option
 from ..core.source import is_for_a_stream, not_streamed, resolve_proxy
 from ..core.stream import Stream
 from ..database.on_commit import tm_enabled
@@ -50,54 +49,55 @@ def _before_render(remainder: Any, params: Any, output: Any) -> None:
     output = resolve_proxy(output)
     if isinstance(output, Stream):
         try:
-            _Start(output, context.current()).run()
+            _Start(output, context.current()).run(output)
         except BaseException:
-            output._leave_seat()
+            output._leave_slot()
             raise
     elif is_for_a_stream(output):
         raise not_streamed(output, name_of(_dispatched(context.current().request)))
 
 
 class _Start:
-    """The start of a stream inside the request, up to its first chunk."""
+    """The start of a stream inside the request, up to its first chunk.
+
+    The body keeps it for its charset, so that it must not keep the stream.
+    """
 
     def __init__(self, stream: Stream, tg_locals: Any) -> None:
-        self._stream = stream
         self._tg_locals = tg_locals
         self._options = stream._options
         self._traits = FormatTraits.of(self._options.format)
         self._function = stream._controller or _dispatched(tg_locals.request)
 
-    def run(self) -> None:
+    def run(self, stream: Stream) -> None:
         """Start it.
 
         :raises Exception: the error of the generator, or of headers that cannot be sent.
             The stream has then ended.
         """
-        stream, tg_locals = self._stream, self._tg_locals
+        tg_locals = self._tg_locals
         context.check_locals()
         stream._prepare(tg_locals.request)
         if stream._controller is None:  # no decorator has done it
             end_previous(tg_locals.response)
-        self._take_seat()
+        self._acquire_slot(stream)
         controller = name_of(self._function)
         check_headers(tg_locals.response, stream, controller)
         if tg_locals.request.environ["REQUEST_METHOD"] in _RUN_NOTHING:
-            self._answer_without_body()
+            self._answer_without_body(stream)
         else:
-            self._open(controller)
+            self._open(stream, controller)
 
-    def _take_seat(self) -> None:
-        stream = self._stream
-        if self._options.limit is not None and stream._seat is None:
+    def _acquire_slot(self, stream: Stream) -> None:
+        if self._options.limit is not None and stream._slot is None:
             try:
-                stream._seat = take(self._function, self._options.limit)
+                stream._slot = acquire(self._function, self._options.limit)
             except HTTPException:
                 stream._discard()
                 raise
 
-    def _open(self, controller: str) -> None:
-        stream, tg_locals = self._stream, self._tg_locals
+    def _open(self, stream: Stream, controller: str) -> None:
+        tg_locals = self._tg_locals
         manages = tm_enabled(tg_locals)
         database = _database_of(tg_locals, manages)
         body = stream._open(
@@ -116,17 +116,15 @@ class _Start:
                 raise
         body.start(self._vetoed)
         try:
-            set_headers(
-                tg_locals.response, self._exposed, self._options, self._traits
-            )
+            set_headers(tg_locals.response, self._exposed, self._options, self._traits)
             send_off(tg_locals.response, stream)
         except BaseException as error:
             body.fail(error, in_request=True)
             raise
 
-    def _answer_without_body(self) -> None:
+    def _answer_without_body(self, stream: Stream) -> None:
         """Answer with the headers alone: those of the stream for HEAD."""
-        stream, response = self._stream, self._tg_locals.response
+        response = self._tg_locals.response
         stream._discard()
         if self._tg_locals.request.method == "HEAD":
             stream._length = self._declared_length()
@@ -145,7 +143,7 @@ class _Start:
         if size is None:
             size = 0
             if options.format is not None:
-                size = option(config, "tgstream.chunk_size")
+                size = read_option(config, "tgstream.chunk_size")
         return Plan(
             controller=controller,
             format=options.format,
@@ -153,12 +151,14 @@ class _Start:
             commit_every=commit if isinstance(commit, int) else int(commit == "each"),
             commit_manually=commit == "manual",
             chunk_size=size,
-            flush_seconds=option(config, "tgstream.flush_seconds") if size else 0.0,
+            flush_seconds=read_option(config, "tgstream.flush_seconds")
+            if size
+            else 0.0,
             max_seconds=options.max_seconds,
-            idle_transaction_seconds=option(
+            idle_transaction_seconds=read_option(
                 config, "tgstream.idle_transaction_seconds"
             ),
-            disconnect_check_seconds=option(
+            disconnect_check_seconds=read_option(
                 config, "tgstream.disconnect_check_seconds"
             ),
         )
@@ -172,7 +172,7 @@ class _Start:
     def _charset(self) -> str:
         asked = self._traits.charset or self._options.charset
         asked = asked or self._tg_locals.response.charset
-        return asked or charset_in(self._exposed()[0]) or "utf-8"
+        return asked or find_charset(self._exposed()[0]) or "utf-8"
 
     def _declared_length(self) -> int | None:
         """The bytes of the whole body, by the option or the response's headers."""

@@ -1,4 +1,4 @@
-"""How the ``tgstream.*`` options enter an application: ``plugme``."""
+"""``plugme``: adds the ``tgstream.*`` options to an application's configuration."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tg.configurator.base import (
     ConfigurationComponent,
 )
 
-from ..core.settings import OPTIONS, option
+from ..core.settings import OPTIONS, read_option
 
 log = logging.getLogger("tgstream")
 
@@ -23,48 +23,50 @@ class StreamConfigurationComponent(ConfigurationComponent):  # type: ignore[misc
 
     Options:
 
-        * ``tgstream.chunk_size``: Bytes that a format, or a long page of ``render()``,
-          gathers before a chunk leaves, by default 32768.
-        * ``tgstream.chunk_seconds``: Seconds after which a pull hands over what it
-          gathered when the next item arrives, by default 0.05.
-        * ``tgstream.idle_seconds``: Seconds that a stream may wait with a transaction
-          open before a warning tells of it, by default 10; 0 for never.
-        * ``tgstream.sessions``: Scoped sessions beside ``DBSession``, as objects or
-          as dotted names, of which each stream gets its own. None by default.
-        * ``tgstream.channels``: Where the events of channels are kept, by default
-          ``memory://``, in this process alone; ``redis://host:port/db``, also
-          ``rediss://`` and ``unix://``, for a Redis or a Valkey.
+        * ``tgstream.chunk_size``: Bytes of output that a format, or a long page of
+          ``render()``, buffers before a chunk is sent, by default 32768.
+        * ``tgstream.flush_seconds``: Maximum seconds to buffer output before sending a
+          chunk, checked when the next item arrives, by default 0.05.
+        * ``tgstream.idle_transaction_seconds``: Seconds that a stream may be idle in a
+          transaction before a warning is logged, by default 10. 0 turns it off.
+        * ``tgstream.disconnect_check_seconds``: Maximum seconds between two checks
+          whether the client of a stream has disconnected, by default 10.
+        * ``tgstream.sessions``: Scoped sessions besides ``DBSession``, as objects or as
+          dotted names. Each stream gets its own sessions. None by default.
+        * ``tgstream.channels``: The store of the events of channels, by default
+          ``memory://``, which only this process can read. ``redis://host:port/db``,
+          ``rediss://`` or ``unix://`` for Redis or Valkey.
         * ``tgstream.channel_history``: Events of a channel that are kept for clients
-          that come back, by default 1000.
-        * ``tgstream.heartbeat_seconds``: Seconds of silence after which a listener is
-          sent a comment, by default 15.
+          that reconnect, by default 1000.
+        * ``tgstream.heartbeat_seconds``: Seconds without an event after which a
+          listener is sent a comment, by default 15.
 
     """
 
     id = "tgstream"
 
     def get_defaults(self) -> dict[str, Any]:
-        """The defaults, as TG merges them into the blueprint."""
-        return {name: row.default for name, row in OPTIONS.items()}
+        """The defaults. TG merges them into the blueprint."""
+        return {name: option.default for name, option in OPTIONS.items()}
 
     def get_coercion(self) -> dict[str, Callable[[Any], Any]]:
-        """What TG reads the text of an ``.ini`` file with."""
-        return {name: partial(_coerced, name) for name in OPTIONS}
+        """The functions with which TG converts the text of an ``.ini`` file."""
+        return {name: partial(_convert, name) for name in OPTIONS}
 
     def get_actions(self) -> tuple[Any, ...]:
-        """What is done when the application's configuration is there."""
-        return (ConfigReadyConfigurationAction(_warn_of_unknown),)
+        """The checks that TG runs when the application's configuration is complete."""
+        return (ConfigReadyConfigurationAction(_warn_of_unknown_options),)
 
 
-def _coerced(name: str, value: Any) -> Any:
-    return option({name: value}, name)
+def _convert(name: str, value: Any) -> Any:
+    return read_option({name: value}, name)
 
 
-def _warn_of_unknown(config: Mapping[str, Any], app: Any) -> None:
+def _warn_of_unknown_options(config: Mapping[str, Any], app: Any) -> None:
     names = {name for name in config if name.startswith("tgstream.")}
     for name in sorted(names - OPTIONS.keys()):
         log.warning(
-            "tgstream has no option %s; its options are %s",
+            "tgstream has no option %s. Its options are %s",
             name,
             ", ".join(sorted(OPTIONS)),
         )
@@ -73,10 +75,10 @@ def _warn_of_unknown(config: Mapping[str, Any], app: Any) -> None:
 def plugme(
     configurator: Any, options: Mapping[str, Any] | None = None
 ) -> dict[str, str]:
-    """Plug tgstream into an application: its defaults, and the guard of its streams.
+    """Plug tgstream into an application: its options, and the error guard.
 
-    Call it in ``config/app_cfg.py``, or let ``plug(base_config, 'tgstream')`` of
-    tgext.pluggable do so; to plug twice is to plug once.
+    Call it in ``config/app_cfg.py``, or use ``plug(base_config, 'tgstream')`` of
+    tgext.pluggable, which calls it. A second call is allowed.
 
     :param configurator: the application's configurator.
     :param options: defaults of the ``tgstream.*`` options, without the prefix.
@@ -90,12 +92,12 @@ def plugme(
     }
     if unknown := sorted(defaults.keys() - OPTIONS.keys()):
         raise ValueError(
-            f"tgstream has no option {', '.join(unknown)}; "
-            f"its options are {', '.join(sorted(OPTIONS))}"
+            f"tgstream has no option {', '.join(unknown)}. Its options are "
+            f"{', '.join(sorted(OPTIONS))}"
         )
-    # The AppConfig of older applications is a shell around one.
+    # AppConfig, which older applications use, wraps a configurator.
     configurator = getattr(configurator, "_configurator", configurator)
     configurator.update_blueprint(defaults)
-    with suppress(KeyError):  # TG's word for a component that is registered already
+    with suppress(KeyError):  # TG raises it if the component is registered already
         configurator.register(StreamConfigurationComponent)
     return {"appid": "tgstream"}

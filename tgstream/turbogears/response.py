@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING, Any
 from ..core.body import Body
 from ..core.cleanup import close
 from ..core.errors import StreamError
-from ..core.headers import check_sendable, drop_hop_by_hop, has_no_body, is_clean
+from ..core.headers import check_sendable, drop_hop_by_hop, has_no_body, is_usual
 from ..core.report import log
 from ..core.stream import Stream
 from .diagnostics import KEY, advise, advise_if_unguarded, advise_of_dropped
 from .guard import Outcome, outcome_of, remember_error
 
 if TYPE_CHECKING:
-    from ..database.database import Database
+    from ..core.context import StreamTransaction
 
 
 class _CloseOnCleanup:
@@ -42,15 +42,9 @@ class _CloseOnCleanup:
             body.transaction.clear_thread()  # of more sessions than TG removes
 
 
-_CLOSE_ON_CLEANUP = _CloseOnCleanup()
-
-
 def end_with_request(environ: dict[str, Any], body: Body) -> None:
-    """From now on end the stream with the request, unless its response leaves.
-
-    It ends a stream of an earlier attempt (``tm.attempts``) at once.
-    """
-    environ["paste.registry"].register(_CLOSE_ON_CLEANUP, body)
+    """From now on end the stream with the request, unless its response leaves."""
+    environ["paste.registry"].register(_CloseOnCleanup(), body)
 
 
 def end_previous(response: Any) -> None:
@@ -107,7 +101,7 @@ def _check_response(response: Any, body: Body | None) -> None:
     :raises StreamError: when they cannot, or do not.
     """
     where = "the response to HEAD" if body is None else body.plan.controller
-    if not is_clean(response):
+    if not is_usual(response):
         if (names := drop_hop_by_hop(response)) and body is not None:
             advise_of_dropped(body, names)
         check_sendable(where, response)
@@ -135,7 +129,7 @@ class _DepartedBody:
     on the thread.
     """
 
-    def __init__(self, app_iter: Any, database: Database) -> None:
+    def __init__(self, app_iter: Any, database: StreamTransaction) -> None:
         self._app_iter = app_iter
         self._database = database
 
@@ -164,7 +158,7 @@ def check_headers(response: Any, stream: Stream, controller: str) -> None:
 
     :raises StreamError: when no server could send them. The stream is then discarded.
     """
-    if is_clean(response):
+    if is_usual(response):
         return
     try:
         check_sendable(controller, response)

@@ -18,7 +18,7 @@ from tg.render import MissingRendererError, _get_tg_vars
 from ..core import context as _context
 from ..core.cleanup import close, first_error
 from ..core.errors import StreamError
-from ..core.settings import option
+from ..core.settings import read_option
 
 
 def render(template: str, /, **variables: Any) -> Iterator[str]:
@@ -184,7 +184,7 @@ def _with_flash(pieces: Iterator[str], tg_locals: Any) -> Iterator[str]:
     """
     request, headers = tg_locals.request, tg_locals.response.headers
     if tg.flash.cookie_name in request.cookies or "webflash.payload" in request.environ:
-        size = option(tg_locals.config, "tgstream.chunk_size")
+        size = read_option(tg_locals.config, "tgstream.chunk_size")
         cookies = headers.getall("Set-Cookie")
         head: list[str] = []
         for piece in pieces:
@@ -206,8 +206,8 @@ def _gathered(pieces: Iterable[str], config: Any) -> Iterator[str]:
     A template yields two pieces a table cell, and none of them tells that a query is to
     come. So the head, and a page that is made slowly, leave piece by piece.
     """
-    size = option(config, "tgstream.chunk_size")
-    seconds = option(config, "tgstream.chunk_seconds")
+    size = read_option(config, "tgstream.chunk_size")
+    seconds = read_option(config, "tgstream.flush_seconds")
     clock = time.perf_counter
     gathered: list[str] = []
     length = fast = 0
