@@ -70,12 +70,8 @@ def own_imports(module: str) -> set[str]:
             found |= {
                 each.value for each in node.args if isinstance(each, ast.Constant)
             }
-    return {
-        FILES[name]
-        for imported in found
-        for name in (imported, imported.rpartition(".")[0])
-        if name in FILES and FILES[name] not in ("__init__", module)
-    }
+    names = {name if name in FILES else name.rpartition(".")[0] for name in found}
+    return {FILES[name] for name in names & {*FILES}} - {"__init__", module}
 
 
 def package_of(module: str) -> str:

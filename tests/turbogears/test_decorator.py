@@ -705,7 +705,7 @@ def test_invalid_options_are_rejected(options: dict[str, Any], message: str) -> 
 def test_stream_of_a_value_that_is_not_iterable_is_rejected() -> None:
     """The helper takes an iterable, and not the function that would give one."""
     for value in (numbers, 1, "text", b"bytes", {"a": 1}, None):
-        with pytest.raises(TypeError, match="^Stream: items must be iterable, got"):
+        with pytest.raises(TypeError, match=r"^Stream: items must be iterable, got"):
             Stream(value)
 
 
