@@ -146,13 +146,13 @@ def test_rows_added_meanwhile_are_included_if_they_sort_after_the_last_key(
     """Each batch is a separate query. A deleted row does no harm."""
     model.seed("a", "c", "e", "g")
     source = iter(rows(sa.select(User.name), key=User.name, batch=2, session=session))
-    got = [next(source).name, next(source).name]
+    actual = [next(source).name, next(source).name]
     session.rollback()
     with Session(model.outside) as other:
         other.execute(sa.delete(User).where(User.name == "c"))
         other.add_all([User(name="b"), User(name="f")])
         other.commit()
-    assert [*got, *(row.name for row in source)] == ["a", "c", "e", "f", "g"]
+    assert [*actual, *(row.name for row in source)] == ["a", "c", "e", "f", "g"]
 
 
 # A transaction that the generator began.

@@ -207,18 +207,18 @@ def test_rows_apply_the_handlers_of_the_session(model: Model, key: Any) -> None:
 
     with Living(model.outside) as session:
         for statement in (sa.select(User), sa.select(User.name, User.id)):
-            found = rows(
+            result = rows(
                 statement.order_by(User.id) if key is None else statement,
                 key=key,
                 session=session,
             )
-            assert [row.name for row in found] == ["ada", "bob"]
+            assert [row.name for row in result] == ["ada", "bob"]
         other = aliased(User)
         joined = sa.select(other.name).join(User, User.id == other.id)
         assert {row.name for row in rows(joined, session=session)} == {"ada", "bob"}
         option = with_loader_criteria(User, User.name == "bob")
-        found = rows(sa.select(User).options(option), key=key, session=session)
-        assert [row.name for row in found] == ["bob"]
+        result = rows(sa.select(User).options(option), key=key, session=session)
+        assert [row.name for row in result] == ["bob"]
 
 
 def test_rows_come_from_the_result_of_a_handler(model: Model) -> None:
@@ -503,9 +503,9 @@ CELL = 256 * 1024
 
 
 @pytest.mark.parametrize("format", [CSV, NDJSON, JSONArray])
-@pytest.mark.parametrize("kind", ["cursor", "key", "yielded", "list", "source"])
+@pytest.mark.parametrize("source_type", ["cursor", "key", "yielded", "list", "source"])
 def test_large_cells_do_not_make_large_chunks_or_batches(
-    make_app: MakeApp, model: Model, kind: str, format: Any
+    make_app: MakeApp, model: Model, source_type: str, format: Any
 ) -> None:
     """After the first large row, batches and chunks are limited in bytes."""
     many = [(number, f"{number:0{CELL}}") for number in range(120)]
@@ -522,9 +522,9 @@ def test_large_cells_do_not_make_large_chunks_or_batches(
             yield self
 
     def body() -> Any:
-        found = rows(sa.select(WIDE), key=WIDE.c.id if kind == "key" else None)
-        beside = {"yielded": (row for row in found), "list": many}
-        return {**beside, "source": Source(many)}.get(kind, found)
+        result = rows(sa.select(WIDE), key=WIDE.c.id if source_type == "key" else None)
+        beside = {"yielded": (row for row in result), "list": many}
+        return {**beside, "source": Source(many)}.get(source_type, result)
 
     call = Call(make_app(Root(body, format=format), model))
     tracemalloc.start()
@@ -540,19 +540,19 @@ def test_large_cells_do_not_make_large_chunks_or_batches(
     assert peak < 16 * 1024 * 1024
 
 
-@pytest.mark.parametrize("kind", [tuple, dict, Blob, "text"], ids=str)
+@pytest.mark.parametrize("item_type", [tuple, dict, Blob, "text"], ids=str)
 def test_large_items_of_a_list_are_sent_in_several_chunks(
-    make_app: MakeApp, kind: Any
+    make_app: MakeApp, item_type: Any
 ) -> None:
     """This holds after many small items too."""
     large = "\0" * CELL  # six times as long in JSON
     texts = ["small"] * 300 + [large] * 40
     items: list[Any] = texts
-    if kind is tuple:
+    if item_type is tuple:
         items = [(1, text) for text in texts]
-    elif kind is dict:
+    elif item_type is dict:
         items = [{"a": {"b": [text]}} for text in texts]
-    elif kind is Blob:
+    elif item_type is Blob:
         items = list(map(Blob, texts))
     call = Call(make_app(Root(lambda: items, format=NDJSON)))
     chunks = list(call)

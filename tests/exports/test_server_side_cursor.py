@@ -1,4 +1,4 @@
-"""The cursor of ``rows()``: which statements have one, its plan, blocked writers."""
+"""The cursor of ``rows()``: its statements, its plan, the writers that it blocks."""
 
 from __future__ import annotations
 

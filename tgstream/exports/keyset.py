@@ -85,8 +85,8 @@ def _check_statement(statement: Any) -> None:
 def _own_clauses(statement: sa.Select[Any]) -> list[str]:
     """The clauses of a statement that would change which rows come after a key.
 
-    These attributes of SQLAlchemy are private. If one is renamed, this raises an
-    AttributeError, and does not accept the clause.
+    These attributes of SQLAlchemy are private. A renamed attribute is an
+    AttributeError here. A default instead would accept its clause.
     """
     clauses: dict[str, Any] = {
         "ORDER BY": statement._order_by_clauses,
@@ -97,7 +97,7 @@ def _own_clauses(statement: sa.Select[Any]) -> list[str]:
         "GROUP BY": statement._group_by_clauses,
         "HAVING": statement._having_criteria,
     }
-    # Not by truth: a clause has none.
+    # A clause has no truth value.
     return [
         name
         for name, clause in clauses.items()
@@ -226,7 +226,7 @@ class KeysetReader:
         return end
 
     def _equal_keys(self, key: tuple[Any, ...]) -> list[tuple[Any, ...]]:
-        """The keys that equal ``key`` in the database, at most one more than a batch.
+        """The keys that equal ``key`` in the database, up to batch + 1 keys.
 
         The database must compare them: its collation may consider strings equal.
         """

@@ -256,7 +256,7 @@ def check_session(function: str, session: Any) -> Any:
 def find_session(function: str, given: Any, of_query: Session | None) -> Session:
     """The session to use: the given one, the Query's, or the application's first.
 
-    :raises StreamError: if there is none.
+    :raises StreamError: if there is no session.
     """
     session = given if given is not None else of_query
     if session is None:
@@ -264,7 +264,7 @@ def find_session(function: str, given: Any, of_query: Session | None) -> Session
         if not scoped:
             raise StreamError(
                 f"{function}() has no session, because the application has no "
-                f"DBSession. Pass one: {function}(statement, session=...)"
+                f"DBSession. Pass a session: {function}(statement, session=...)"
             )
         session = scoped[0]
     return session() if callable(session) else session  # type: ignore[no-any-return]

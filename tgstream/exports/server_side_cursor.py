@@ -1,7 +1,7 @@
-"""The server-side cursor of ``rows()``: whether there is one, its plan, its locks.
+"""The cursor of ``rows()``: its options, its plan, and the writers that it blocks.
 
-A server-side cursor keeps the result in the database. If a statement cannot have one,
-the driver fetches the whole result.
+A server-side cursor keeps the result in the database. For some statements and
+connections a server-side cursor is impossible. The driver then fetches all rows.
 """
 
 from __future__ import annotations

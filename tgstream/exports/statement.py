@@ -1,8 +1,8 @@
 """The statement of ``rows()`` or ``copy()``: its columns, its engine, its execution.
 
 A statement is executed by its session, so that everything that an application adds to
-the session applies, such as an event handler that filters by tenant. Only ORM objects
-are left out: mapped classes are replaced by their columns.
+the session applies, for example an event handler that filters by tenant. There are no
+ORM objects: mapped classes are replaced by their columns.
 """
 
 from __future__ import annotations
@@ -185,8 +185,8 @@ class OtherEngineError(StreamError):
 def find_dialect(session: Session, statement: Any) -> sa.Dialect:
     """The dialect that probably executes a ``select()``. A connection makes it certain.
 
-    ``get_bind()`` gets the arguments that the session would pass. If it needs more,
-    such as an identity or a shard, only the execution of a statement has that.
+    ``get_bind()`` gets the arguments that the session would pass. An identity or a
+    shard, if it needs that, is known only when a statement is executed.
     """
     arguments = {"clause": statement}
     for column in statement.column_descriptions[:1]:
