@@ -16,7 +16,9 @@ import sqlalchemy as sa
 from sqlalchemy.dialects import mysql
 from sqlalchemy.dialects import postgresql as pg
 from sqlalchemy.engine.default import DefaultDialect
+from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import Session, aliased
+from sqlalchemy.sql.functions import FunctionElement
 
 from tests.model import Model, Note, User
 from tgstream import StreamError, rows
@@ -52,9 +54,9 @@ def assert_same_rows(
 ) -> None:
     """Reading by key gives the same rows as a single ORDER BY in the database."""
     expected = session.execute(statement.order_by(*key)).all()
-    got = list(rows(statement, key=key, batch=batch, session=session))
-    assert list(map(repr, got)) == list(map(repr, expected))
-    assert len(got) > 0
+    actual = list(rows(statement, key=key, batch=batch, session=session))
+    assert list(map(repr, actual)) == list(map(repr, expected))
+    assert len(actual) > 0
 
 
 # Order, NULLs and ties.
@@ -105,8 +107,8 @@ def test_rows_with_the_same_key_stay_in_a_batch(session: Session, fill: Fill) ->
     """A key that is not unique is an error only if its rows do not fit."""
     table = fill([sa.Column("a", sa.Integer)], [(n // 3,) for n in range(100)])
     for batch in (3, 4, 7, 50):
-        got = rows(sa.select(table), key=table.c.a, batch=batch, session=session)
-        assert sorted(row.id for row in got) == list(range(1, 101))
+        actual = rows(sa.select(table), key=table.c.a, batch=batch, session=session)
+        assert sorted(row.id for row in actual) == list(range(1, 101))
     with pytest.raises(StreamError, match="Add the primary key"):
         list(rows(sa.select(table), key=table.c.a, batch=2, session=session))
 
@@ -116,20 +118,20 @@ def test_rows_with_the_same_key_may_exceed_the_first_batch(
 ) -> None:
     """The first batches are small. They grow until the rows fit."""
     table = fill([sa.Column("a", sa.Integer)], [(n // 60,) for n in range(150)])
-    got = rows(sa.select(table), key=table.c.a, session=session, batch=60)
-    assert sorted(row.id for row in got) == list(range(1, 151))
+    actual = rows(sa.select(table), key=table.c.a, session=session, batch=60)
+    assert sorted(row.id for row in actual) == list(range(1, 151))
 
 
 def test_collation_with_equal_strings_loses_no_row(
     session: Session, fill: Fill, model: Model
 ) -> None:
     """'ada' and 'ADA' may be equal in the database, and then stay together."""
-    kind = sa.String(10, collation="NOCASE") if model.sqlite else sa.String(10)
+    column_type = sa.String(10, collation="NOCASE") if model.sqlite else sa.String(10)
     texts = ["ada", "ADA", "Ada", "bob", "BOB", "cyd"]
-    table = fill([sa.Column("name", kind)], [(text,) for text in texts])
+    table = fill([sa.Column("name", column_type)], [(text,) for text in texts])
     for batch in (3, 4):
-        got = rows(sa.select(table), key=table.c.name, batch=batch, session=session)
-        assert sorted(row.id for row in got) == [1, 2, 3, 4, 5, 6]
+        actual = rows(sa.select(table), key=table.c.name, batch=batch, session=session)
+        assert sorted(row.id for row in actual) == [1, 2, 3, 4, 5, 6]
 
 
 def test_key_may_be_null_because_of_an_outer_join(
@@ -207,9 +209,9 @@ def test_key_of_any_type_continues_after_the_last_row(
     session: Session, fill: Fill, name: str, shown: str
 ) -> None:
     """The database compares its own value, not Python's."""
-    kind, values = TYPES[name]
+    column_type, values = TYPES[name]
     table = fill(
-        [sa.Column("value", kind)],
+        [sa.Column("value", column_type)],
         [(value,) for value in [*values, None, *reversed(values)]],
     )
     columns = list(table.c) if shown == "shown" else [table.c.id]
@@ -225,16 +227,16 @@ def test_after_takes_the_value_of_a_row(
     session: Session, fill: Fill, name: str
 ) -> None:
     """A client can continue with the last key that it received."""
-    kind, values = TYPES[name]
-    column = sa.Column("value", kind, nullable=False)
+    column_type, values = TYPES[name]
+    column = sa.Column("value", column_type, nullable=False)
     table = fill([column], [(value,) for value in [*values, *values]])
     statement = sa.select(table)
     key = table.c.value, table.c.id
-    whole = list(rows(statement, key=key, session=session))
-    for index, row in enumerate(whole):
+    all_rows = list(rows(statement, key=key, session=session))
+    for index, row in enumerate(all_rows):
         after = row.value, row.id
         rest = rows(statement, key=key, after=after, session=session, batch=2)
-        assert list(rest) == whole[index + 1 :]
+        assert list(rest) == all_rows[index + 1 :]
 
 
 def test_hidden_digits_of_a_numeric_are_compared(
@@ -247,8 +249,8 @@ def test_hidden_digits_of_a_numeric_are_compared(
     for key in [(table.c.amount, table.c.id), (table.c.amount.desc(), table.c.id)]:
         assert_same_rows(session, sa.select(table), key, 3)
     if model.sqlite:
-        got = rows(sa.select(table), key=table.c.amount, batch=3, session=session)
-        assert [row.id for row in got] == list(range(1, 21))
+        actual = rows(sa.select(table), key=table.c.amount, batch=3, session=session)
+        assert [row.id for row in actual] == list(range(1, 21))
 
 
 def test_interval_of_months_is_compared_by_the_database(
@@ -265,8 +267,8 @@ def test_interval_of_months_is_compared_by_the_database(
         statement = sa.text(f"UPDATE keyed SET span = '{span}' WHERE id = {id}")
         session.execute(statement)
     session.commit()
-    got = rows(sa.select(table), key=table.c.span, batch=1, session=session)
-    assert [row.id for row in got] == [1, 2, 3, 4]
+    actual = rows(sa.select(table), key=table.c.span, batch=1, session=session)
+    assert [row.id for row in actual] == [1, 2, 3, 4]
 
 
 def test_nan_can_be_a_key(session: Session, fill: Fill, model: Model) -> None:
@@ -275,8 +277,8 @@ def test_nan_can_be_a_key(session: Session, fill: Fill, model: Model) -> None:
     column = sa.Column("value", sa.Float())
     table = fill([column], [(value,) for value in (1.0, nan, 2.0, nan, nan)])
     assert_same_rows(session, sa.select(table), (table.c.value, table.c.id), 1)
-    got = rows(sa.select(table), key=table.c.value, batch=3, session=session)
-    assert sorted(row.id for row in got) == [1, 2, 3, 4, 5]
+    actual = rows(sa.select(table), key=table.c.value, batch=3, session=session)
+    assert sorted(row.id for row in actual) == [1, 2, 3, 4, 5]
     with pytest.raises(StreamError, match="Add the primary key"):
         list(rows(sa.select(table), key=table.c.value, batch=2, session=session))
 
@@ -295,8 +297,8 @@ def test_key_is_the_column_and_not_its_column_expression(
 
     table = fill([sa.Column("value", sa.Float)], [(1.4,), (2.4,), (3.4,)])
     rounded = sa.type_coerce(table.c.value, Rounded)
-    got = rows(sa.select(table.c.id), key=rounded, batch=1, session=session)
-    assert [row.id for row in got] == [1, 2, 3]
+    actual = rows(sa.select(table.c.id), key=rounded, batch=1, session=session)
+    assert [row.id for row in actual] == [1, 2, 3]
 
 
 def test_key_that_is_greater_than_itself_is_an_error(
@@ -324,12 +326,12 @@ def test_key_that_is_not_selected_is_not_in_the_rows(
     assert [tuple(row) for row in source] == [("ada",), ("bob",), ("cyd",)]
     assert source.fields == ["name"]
     by_id = rows(sa.select(User.name), key=User.id.desc(), session=session, batch=1)
-    found = list(by_id)
-    assert [row._asdict() for row in found] == [
+    result = list(by_id)
+    assert [row._asdict() for row in result] == [
         {"name": name} for name in ("cyd", "bob", "ada")
     ]
-    assert [row.name for row in found] == ["cyd", "bob", "ada"]
-    assert found[0]._fields == tuple(by_id.fields)
+    assert [row.name for row in result] == ["cyd", "bob", "ada"]
+    assert result[0]._fields == tuple(by_id.fields)
 
 
 def test_key_may_be_of_a_class_an_alias_or_a_subquery(
@@ -351,9 +353,9 @@ def test_key_may_be_of_a_class_an_alias_or_a_subquery(
         ),
     ]
     for statement, key in cases:
-        found = list(rows(statement, key=key, batch=3, session=session))
+        result = list(rows(statement, key=key, batch=3, session=session))
         expected = session.connection().execute(statement.order_by(*key)).all()
-        assert [tuple(row) for row in found] == [tuple(row) for row in expected]
+        assert [tuple(row) for row in result] == [tuple(row) for row in expected]
     query = session.query(User).filter(User.id > 3)
     assert [row.id for row in rows(query, key=User.id)] == list(range(4, 11))
 
@@ -394,6 +396,24 @@ def test_statement_that_cannot_continue_after_a_key_is_refused(
     """rows() itself raises the error, which names the clause."""
     with pytest.raises(StreamError, match=rf"{clause}.*subquery\(\)|subquery\(\)"):
         rows(statement, key=User.id)
+
+
+@pytest.mark.parametrize(
+    "attribute",
+    [
+        *("_order_by_clauses", "_limit_clause", "_offset_clause", "_fetch_clause"),
+        *("_distinct", "_group_by_clauses", "_having_criteria", "_with_options"),
+        *("_prefixes", "_suffixes", "_hints", "_statement_hints"),
+    ],
+)
+def test_renamed_private_attribute_of_sqlalchemy_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, attribute: str
+) -> None:
+    """A clause or lock in it is not silently accepted with key=."""
+    owner = next(base for base in sa.Select.__mro__ if attribute in vars(base))
+    monkeypatch.delattr(owner, attribute)
+    with pytest.raises(AttributeError, match=attribute):
+        rows(sa.select(User), key=User.id)
 
 
 def test_wrong_key_or_after_is_refused() -> None:
@@ -473,6 +493,27 @@ def test_quoted_lock_clause_is_allowed_with_key(session: Session, model: Model) 
     model.seed("ada")
     harmless = sa.select(User).where(sa.text("name <> 'FOR UPDATE' /* FOR SHARE */"))
     assert len(list(rows(harmless, key=User.id, session=session))) == 1
+
+
+class Today(FunctionElement[dt.date]):
+    """A function without a name, as in SQLAlchemy's documentation."""
+
+    type = sa.Date()
+    inherit_cache = True
+
+
+@compiles(Today)
+def compile_today(element: Any, compiler: Any, **options: Any) -> str:
+    return "CURRENT_DATE"
+
+
+def test_function_without_a_name_is_allowed_with_key(
+    session: Session, model: Model
+) -> None:
+    """An application can define such a class with its own compiler."""
+    model.seed("ada", "bob")
+    statement = sa.select(User).where(Today().is_not(None))
+    assert len(list(rows(statement, key=User.id, session=session))) == 2
 
 
 def test_statement_that_writes_is_refused_with_key() -> None:

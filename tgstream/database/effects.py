@@ -64,7 +64,10 @@ def lock_of(statement: Any) -> str | None:
     for part in visitors.iterate(statement):
         if isinstance(part, ForUpdateArg):
             return "with_for_update()"
-        texts = [part.name] if isinstance(part, FunctionElement) else _texts(part)
+        if isinstance(part, FunctionElement):
+            texts = iter([getattr(part, "name", "")])  # a class may have no name
+        else:
+            texts = _texts(part)
         for text in texts:
             if found := _LOCKS.search(_QUOTED.sub(" ", text)):
                 return found[0]

@@ -267,4 +267,4 @@ def find_session(function: str, given: Any, of_query: Session | None) -> Session
                 f"DBSession. Pass a session: {function}(statement, session=...)"
             )
         session = scoped[0]
-    return session() if callable(session) else session  # type: ignore[no-any-return]
+    return session() if callable(session) else session
