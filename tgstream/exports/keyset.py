@@ -85,8 +85,8 @@ def _check_statement(statement: Any) -> None:
 def _own_clauses(statement: sa.Select[Any]) -> list[str]:
     """The clauses of a statement that would change which rows come after a key.
 
-    These attributes of SQLAlchemy are private. A renamed attribute is an
-    AttributeError here. A default instead would accept its clause.
+    These attributes of SQLAlchemy are private. If one is renamed, reading it must fail:
+    a default value would accept the clause, and rows would be lost.
     """
     clauses: dict[str, Any] = {
         "ORDER BY": statement._order_by_clauses,
@@ -97,12 +97,12 @@ def _own_clauses(statement: sa.Select[Any]) -> list[str]:
         "GROUP BY": statement._group_by_clauses,
         "HAVING": statement._having_criteria,
     }
-    # A clause has no truth value.
-    return [
-        name
-        for name, clause in clauses.items()
-        if clause is not None and clause is not False and clause != ()
-    ]
+    return [name for name, clause in clauses.items() if _is_set(clause)]
+
+
+def _is_set(clause: Any) -> bool:
+    """True for a flag, a tuple of clauses or a clause, which has no truth value."""
+    return bool(clause) if isinstance(clause, bool | tuple) else clause is not None
 
 
 def _check_effects(statement: sa.Select[Any]) -> None:
