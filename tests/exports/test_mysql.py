@@ -1,4 +1,4 @@
-"""MySQL's peculiarities, as far as they need no server; tests/mariadb has one."""
+"""The rules for MySQL and MariaDB that need no server. tests/mariadb uses a server."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from sqlalchemy.dialects import mysql
 
 from tests.model import Model
 from tgstream import StreamError
-from tgstream.exports.keyset_columns import terms_of
-from tgstream.exports.mysql import alone, compares
+from tgstream.exports.keyset_columns import parse_key
+from tgstream.exports.mysql import refuse_other_statements, sorts_as_returned
 
 
 class Letters(sa.types.TypeDecorator[Any]):
-    """A type of an application's own."""
+    """A custom type of an application."""
 
     impl = sa.Enum
     cache_ok = True
 
 
 @pytest.mark.parametrize(
-    ("kind", "expected"),
+    ("column_type", "expected"),
     [
         (sa.BigInteger(), True),
         (sa.Numeric(10, 2), True),
@@ -44,9 +44,11 @@ class Letters(sa.types.TypeDecorator[Any]):
     ],
     ids=repr,
 )
-def test_types_that_sort_as_they_compare_are_known(kind: Any, expected: bool) -> None:
-    """Others are refused, and with them what is not known."""
-    assert compares(kind, mysql.dialect()) is expected
+def test_type_is_sorted_as_returned_or_refused(
+    column_type: Any, expected: bool
+) -> None:
+    """An unknown type is refused too."""
+    assert sorts_as_returned(column_type, mysql.dialect()) is expected
 
 
 VALUE = sa.column("value", sa.Integer)
@@ -63,20 +65,23 @@ VALUE = sa.column("value", sa.Integer)
     ],
     ids=str,
 )
-def test_place_of_nulls_is_said_in_its_words(key: Any, sql: str) -> None:
-    """It has no NULLS FIRST; where NULLs sort by themselves an index can serve."""
+def test_nulls_first_is_emulated(key: Any, sql: str) -> None:
+    """MySQL has no NULLS FIRST. The natural order needs no expression, so an index."""
     dialect = mysql.dialect()
-    (term,) = terms_of(sa.select(VALUE), key)
-    found = sa.select(VALUE).order_by(*term.on(dialect).order).compile(dialect=dialect)
-    assert str(found).partition("ORDER BY ")[2].replace("`", "") == sql
+    (column,) = parse_key(sa.select(VALUE), key)
+    order = column.for_dialect(dialect).order
+    statement = sa.select(VALUE).order_by(*order).compile(dialect=dialect)
+    assert str(statement).partition("ORDER BY ")[2].replace("`", "") == sql
 
 
-def test_connection_of_an_unbuffered_cursor_is_kept_to_it(sqlite_model: Model) -> None:
-    """Refused until it is closed, and closed by the end of its transaction."""
+def test_connection_of_an_unbuffered_cursor_refuses_other_statements(
+    sqlite_model: Model,
+) -> None:
+    """The cursor is closed with its transaction. Then other statements are allowed."""
     with sqlite_model.outside.connect() as connection:
         result = connection.exec_driver_sql("SELECT 1 UNION SELECT 2")
-        with alone([connection], result):
-            with pytest.raises(StreamError, match=r"use rows\(\.\.\., key=\.\.\.\)"):
+        with refuse_other_statements([connection], result):
+            with pytest.raises(StreamError, match=r"Use rows\(\.\.\., key=\.\.\.\)"):
                 connection.exec_driver_sql("SELECT 1")
             assert result.fetchone() == (1,)
             connection.rollback()

@@ -1,4 +1,4 @@
-"""The cursor of rows(): if there can be one, its plan, and writers that it blocks."""
+"""The cursor of ``rows()``: its statements, its plan, the writers that it blocks."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from tests.conftest import MakeApp, Root, assert_clean
 from tests.model import MakeModel, Model, Note, User
 from tests.wsgi import get
 from tgstream import CSV, StreamError, copy, rows
-from tgstream.exports import server_side_cursor as _cursor
+from tgstream.exports import server_side_cursor
 from tgstream.formats.protocols import Passed
 
-# Statements and connections that have a cursor.
+# Statements and connections with a cursor.
 
 INSERT = "INSERT INTO notes (text) VALUES ('new') RETURNING text"
 WITH_INSERT = f"WITH added AS ({INSERT}) SELECT text FROM added"
@@ -45,21 +45,21 @@ WRITES = {"insert", "with insert", "insert from with", "typed", "cte", "update"}
 @pytest.mark.parametrize("name", STATEMENTS)
 @pytest.mark.parametrize("isolation", ["READ COMMITTED", "AUTOCOMMIT"])
 @pytest.mark.parametrize("function", [rows, copy])
-def test_statement_that_returns_rows_is_read(
+def test_statement_that_returns_rows_can_be_read(
     make_model: MakeModel, postgresql: str, name: str, isolation: str, function: Any
 ) -> None:
-    """By a cursor if there can be one, and else without, on each kind of connection."""
+    """It is read with a cursor if possible, on a connection of either kind."""
     model = make_model(postgresql)
     model.seed("old")
     engine = model.outside.execution_options(isolation_level=isolation)
     with Session(engine) as session:
-        found = list(function(STATEMENTS[name], session=session))
+        items = list(function(STATEMENTS[name], session=session))
         session.commit()
     if function is copy:
-        found = b"".join(found).splitlines()[1:]
-    assert len(found) >= 1
+        items = b"".join(items).splitlines()[1:]
+    assert len(items) >= 1
     if name not in ("show", "explain"):
-        assert found in ([("new",)], [b"new"])
+        assert items in ([("new",)], [b"new"])
     written = [*model.texts(), *model.names()]
     assert written.count("new") == (name in WRITES)
 
@@ -75,10 +75,10 @@ def test_statement_that_returns_rows_is_read(
         "SELECT i FROM generate_series(1, 50) AS i -- INTO nothing",
     ],
 )
-def test_query_is_read_by_a_cursor_of_the_server(
+def test_query_is_read_by_a_server_side_cursor(
     make_model: MakeModel, postgresql: str, text: str
 ) -> None:
-    """A statement that DECLARE CURSOR accepts is not fetched as a whole."""
+    """A statement that DECLARE CURSOR accepts is not fetched at once."""
     model = make_model(postgresql)
     with Session(model.outside) as session:
         source = rows(sa.text(text), session=session).batches()
@@ -89,10 +89,10 @@ def test_query_is_read_by_a_cursor_of_the_server(
 
 @pytest.mark.parametrize("option", ["engine", "session", "connect"])
 @pytest.mark.parametrize("key", [None, User.id])
-def test_autocommit_needs_no_transaction_to_read(
+def test_rows_work_in_autocommit(
     make_model: MakeModel, postgresql: str, option: str, key: Any
 ) -> None:
-    """AUTOCOMMIT can be set in three places, and beside stream_results for all."""
+    """AUTOCOMMIT can be set in three places, together with stream_results."""
     model = make_model(postgresql)
     model.seed("ada", "bob")
     everywhere: dict[str, Any] = {"stream_results": True}
@@ -111,14 +111,14 @@ def test_autocommit_needs_no_transaction_to_read(
         if option == "session":
             options: Any = {"isolation_level": "AUTOCOMMIT"}
             session.connection(execution_options=options)
-        found = list(rows(sa.select(User.name), key=key, session=session))
-    assert sorted(found) == [("ada",), ("bob",)]
+        items = list(rows(sa.select(User.name), key=key, session=session))
+    assert sorted(items) == [("ada",), ("bob",)]
 
 
-def test_rows_that_a_stream_writes_and_reads_are_committed_with_it(
+def test_insert_returning_is_committed_with_the_stream(
     make_app: MakeApp, make_model: MakeModel, postgresql: str
 ) -> None:
-    """INSERT ... RETURNING is a part of the stream's transaction."""
+    """A stream that fails rolls it back."""
     model = make_model(postgresql)
 
     def body(fails: bool) -> Iterator[str]:
@@ -135,8 +135,8 @@ def test_rows_that_a_stream_writes_and_reads_are_committed_with_it(
     assert_clean(model)
 
 
-def test_statement_without_rows_is_an_error_in_a_sentence(session: Session) -> None:
-    """Also on PostgreSQL, whose cursor would give a syntax error."""
+def test_statement_without_rows_is_refused(session: Session) -> None:
+    """On PostgreSQL the error does not come from DECLARE CURSOR."""
     with pytest.raises(StreamError, match="returns no rows"):
         list(rows(sa.text("DELETE FROM notes"), session=session))
 
@@ -149,7 +149,7 @@ def fraction(session: Session) -> Any:
 
 
 def test_cursor_is_planned_for_all_rows(make_model: MakeModel, postgresql: str) -> None:
-    """Not for the first tenth; until the transaction ends, and by one statement."""
+    """One more statement sets it, until the transaction ends."""
     model = make_model(postgresql)
     sent: list[str] = []
     engine = sa.create_engine(postgresql, poolclass=sa.StaticPool)
@@ -167,10 +167,10 @@ def test_cursor_is_planned_for_all_rows(make_model: MakeModel, postgresql: str) 
     assert model.names() == []
 
 
-def test_plan_that_the_application_chose_is_kept(
+def test_plan_of_the_application_is_kept(
     make_model: MakeModel, postgresql: str
 ) -> None:
-    """A value of cursor_tuple_fraction other than the default is left alone."""
+    """A cursor_tuple_fraction other than the default is not changed."""
     make_model(postgresql)
     with Session(sa.create_engine(postgresql, poolclass=sa.NullPool)) as session:
         session.execute(sa.text("SET LOCAL cursor_tuple_fraction = 0.5"))
@@ -178,10 +178,10 @@ def test_plan_that_the_application_chose_is_kept(
         assert fraction(session) == "0.5"
 
 
-def test_planning_is_no_change_of_the_stream(
+def test_planning_does_not_count_as_a_write(
     make_app: MakeApp, make_model: MakeModel, postgresql: str
 ) -> None:
-    """rows(key=...) after a cursor still gives its connection back."""
+    """rows(key=...) after a cursor still returns its connection to the pool."""
     model = make_model(postgresql)
     model.seed("ada", "bob")
 
@@ -197,16 +197,16 @@ def test_planning_is_no_change_of_the_stream(
     assert_clean(model)
 
 
-# Writers that it blocks.
+# Blocked writers.
 
 
-def wal(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [each for each in caplog.messages if "WAL" in each]
+def warnings_of_wal(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [message for message in caplog.messages if "WAL" in message]
 
 
 def read_slowly(session: Session, monkeypatch: pytest.MonkeyPatch, end: bool) -> None:
-    """Read with a client for which a writer does not wait any longer."""
-    monkeypatch.setattr(_cursor, "WRITERS_WAIT", 0.0)
+    """Read so slowly that a waiting writer gives up."""
+    monkeypatch.setattr(server_side_cursor, "BUSY_TIMEOUT", 0.0)
     batches = rows(sa.select(User), session=session, batch=1).batches()
     next(batches)
     if end:
@@ -215,73 +215,75 @@ def read_slowly(session: Session, monkeypatch: pytest.MonkeyPatch, end: bool) ->
 
 
 @pytest.mark.parametrize("end", [True, False])
-def test_slow_client_of_an_sqlite_file_is_warned_of_once(
+def test_slow_reading_of_an_sqlite_file_is_warned_about_once(
     sqlite_model: Model,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
     end: bool,
 ) -> None:
-    """One warning an engine, also if the client never asks for another batch."""
+    """There is a warning per engine, even if the client stops reading."""
     sqlite_model.seed("ada", "bob", "cyd")
     with Session(sqlite_model.outside) as session:
         read_slowly(session, monkeypatch, end)
         read_slowly(session, monkeypatch, end)
-    (message,) = wal(caplog)
+    (message,) = warnings_of_wal(caplog)
     assert "PRAGMA journal_mode=WAL" in message
     assert "key=" in message
     assert "'delete'" in message
 
 
-def test_client_that_is_quick_is_not_warned_of(
+def test_fast_reading_of_an_sqlite_file_has_no_warning(
     sqlite_model: Model, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Writers wait for five seconds."""
+    """Writers wait for five seconds before they fail."""
     sqlite_model.seed("ada", "bob", "cyd")
     with Session(sqlite_model.outside) as session:
         assert len(list(rows(sa.select(User), session=session, batch=1))) == 3
-    assert wal(caplog) == []
+    assert warnings_of_wal(caplog) == []
 
 
-@pytest.mark.parametrize("kind", ["wal", "memory", "key", "postgresql"])
-def test_nothing_is_warned_of_where_no_writer_is_blocked(
-    kind: str,
+@pytest.mark.parametrize("case", ["wal", "memory", "key", "postgresql"])
+def test_slow_reading_that_blocks_no_writer_has_no_warning(
+    case: str,
     make_model: MakeModel,
     postgresql: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """In WAL mode, in memory, between the batches of a key, and on PostgreSQL."""
+    """This holds in WAL mode, in memory, with key= and on PostgreSQL."""
     url = f"sqlite:///{tmp_path}/test.db"
-    url = {"memory": "sqlite://", "postgresql": postgresql}.get(kind, url)
+    url = {"memory": "sqlite://", "postgresql": postgresql}.get(case, url)
     engine = sa.create_engine(url)
     User.metadata.drop_all(engine)
     User.metadata.create_all(engine)
     with Session(engine) as session:
-        if kind == "wal":
+        if case == "wal":
             session.connection().exec_driver_sql("PRAGMA journal_mode=WAL")
         session.add_all([User(name=name) for name in "abc"])
         session.commit()
-        if kind == "key":
-            monkeypatch.setattr(_cursor, "WRITERS_WAIT", 0.0)
+        if case == "key":
+            monkeypatch.setattr(server_side_cursor, "BUSY_TIMEOUT", 0.0)
             by_key = rows(sa.select(User), key=User.id, session=session, batch=1)
             assert len(list(by_key)) == 3
         else:
             read_slowly(session, monkeypatch, True)
     engine.dispose()
-    assert wal(caplog) == []
+    assert warnings_of_wal(caplog) == []
 
 
 WITH_BYTES = "name,data\r\na,b'\\x00\\xff'\r\n"
 
 
-def test_bytes_of_psycopg2_are_bytes(make_model: MakeModel, postgresql: str) -> None:
-    """It has a memoryview for a bytea, which no format writes as an address."""
+def test_bytea_of_psycopg2_is_written_as_bytes(
+    make_model: MakeModel, postgresql: str
+) -> None:
+    """psycopg2 returns a memoryview, whose str() would be an address."""
     model = make_model(postgresql.replace("+psycopg:", "+psycopg2:"))
     statement = sa.text("SELECT 'a' AS name, '\\x00ff'::bytea AS data")
     with Session(model.outside) as session:
-        batched = Passed(found := rows(statement, session=session), found.batches())
+        batched = Passed(source := rows(statement, session=session), source.batches())
         assert "".join(map(str, CSV().encode_batches(batched))) == WITH_BYTES
-        assert "".join(map(str, CSV().encode(found))) == WITH_BYTES
-        [row] = found
+        assert "".join(map(str, CSV().encode(source))) == WITH_BYTES
+        [row] = source
         assert isinstance(row.data, memoryview)

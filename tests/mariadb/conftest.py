@@ -1,4 +1,4 @@
-"""A MariaDB server in place of the other databases; ``.ci/mariadb`` starts one."""
+"""MariaDB in place of the other databases. ``.ci/mariadb`` starts the server."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from tests.model import Model
 
 
 class MariaModel(Model):
-    """The model of an application on MariaDB, with means to look from outside."""
+    """The model of an application on MariaDB, which tests can query from outside."""
 
     def connect(self) -> Any:
-        """A connection of PyMySQL's own."""
+        """Open a connection of PyMySQL, without SQLAlchemy."""
         return pymysql.connect(
             user=self.url.username,
             database=self.url.database,
@@ -34,20 +34,20 @@ class MariaModel(Model):
             return list(cursor.fetchall())
 
     def idle_in_transaction(self) -> int:
-        """How many transactions are open; this list is no cache, as INNODB_TRX is."""
+        """The number of open transactions. INNODB_TRX is cached, so not used."""
         ((_, _, status),) = self.look("SHOW ENGINE INNODB STATUS")
         listed = status.partition("LIST OF TRANSACTIONS")[2]
         transactions = listed.partition("\n--------\n")[0].split("---TRANSACTION")[1:]
         return sum(
-            re.match(r"[^\n]*, ACTIVE", each) is not None
-            for each in transactions
-            if "SHOW ENGINE INNODB STATUS" not in each.upper()
+            re.match(r"[^\n]*, ACTIVE", lines) is not None
+            for lines in transactions
+            if "SHOW ENGINE INNODB STATUS" not in lines.upper()
         )
 
 
 @pytest.fixture(params=["mysql", "mariadb"])
 def url(request: pytest.FixtureRequest) -> str:
-    """The database, under each of the names that SQLAlchemy has for it."""
+    """The URL of the database, with each of SQLAlchemy's two names for it."""
     _, _, rest = os.environ["TGSTREAM_MARIADB"].partition("+")
     return f"{request.param}+{rest}"
 

@@ -1,4 +1,4 @@
-"""rows() and copy() through one unbuffered cursor, and streams, on MariaDB."""
+"""``rows()`` and ``copy()`` with an unbuffered cursor, and streams, on MariaDB."""
 
 from __future__ import annotations
 
@@ -25,11 +25,13 @@ from tests.model import Note, User
 from tests.wsgi import Call, get
 from tgstream import CSV, NDJSON, StreamError, copy, rows
 
-# What rows are.
+# Items.
 
 
-def test_entities_become_their_columns(session: Session, model: MariaModel) -> None:
-    """Their fields are known, with rows and without."""
+def test_rows_have_the_columns_of_mapped_classes(
+    session: Session, model: MariaModel
+) -> None:
+    """The fields are known, with or without rows."""
     source = rows(sa.select(User), session=session)
     assert list(source) == []
     assert source.fields == ["id", "name"]
@@ -40,7 +42,7 @@ def test_entities_become_their_columns(session: Session, model: MariaModel) -> N
 
 
 def test_text_and_unions_are_read(session: Session, model: MariaModel) -> None:
-    """Whatever selects: with parameters, with percent signs."""
+    """Parameters and percent signs are kept."""
     model.seed("ada", "b%s")
     text = sa.text("SELECT name FROM users WHERE name LIKE '%s' AND id = :id")
     assert [row.name for row in rows(text.bindparams(id=2), session=session)] == ["b%s"]
@@ -51,17 +53,17 @@ def test_text_and_unions_are_read(session: Session, model: MariaModel) -> None:
 def test_cursor_is_unbuffered(
     session: Session, model: MariaModel, numbers: sa.TextClause
 ) -> None:
-    """The driver's cursor is the one that buffers nothing; the server still sends."""
-    kinds: list[type] = []
+    """The driver's cursor buffers nothing, so the server is still sending."""
+    cursor_types: list[type] = []
     event.listen(
         model.outside,
         "before_cursor_execute",
-        lambda connection, cursor, *rest: kinds.append(type(cursor)),
+        lambda connection, cursor, *rest: cursor_types.append(type(cursor)),
     )
     batches = rows(numbers, session=session).batches()
     next(batches)
-    assert kinds == [SSCursor]
-    running = [each[7] for each in model.look("SHOW PROCESSLIST")]
+    assert cursor_types == [SSCursor]
+    running = [process[7] for process in model.look("SHOW PROCESSLIST")]
     assert any("seq_1_to_100000" in str(text) for text in running)
     batches.close()
 
@@ -69,7 +71,7 @@ def test_cursor_is_unbuffered(
 def test_memory_does_not_grow_with_the_rows(
     session: Session, numbers: sa.TextClause
 ) -> None:
-    """A hundred thousand rows, read to the end, never hold a megabyte."""
+    """Reading 100,000 rows takes less than 1 MiB."""
     assert sum(map(len, rows(numbers, session=session).batches())) == 100000
     tracemalloc.start()
     try:
@@ -80,7 +82,7 @@ def test_memory_does_not_grow_with_the_rows(
         tracemalloc.stop()
 
 
-# One statement at a time.
+# Other statements.
 
 
 OTHERS: dict[str, Callable[[Session], Any]] = {
@@ -96,32 +98,32 @@ OTHERS: dict[str, Callable[[Session], Any]] = {
 def test_other_statement_is_refused_and_no_row_is_lost(
     session: Session, numbers: sa.TextClause, other: Callable[[Session], Any]
 ) -> None:
-    """PyMySQL would end the cursor as if it were whole; here it goes on."""
+    """PyMySQL would end the cursor as if it were complete. Here it continues."""
     source = iter(rows(numbers, session=session))
-    got = [next(source) for _ in range(20)]
-    with pytest.raises(StreamError, match=r"use rows\(\.\.\., key=\.\.\.\)"):
+    actual = [next(source) for _ in range(20)]
+    with pytest.raises(StreamError, match=r"Use rows\(\.\.\., key=\.\.\.\)"):
         other(session)
-    got += source
-    assert [row.i for row in got] == list(range(1, 100001))
+    actual += source
+    assert [row.i for row in actual] == list(range(1, 100001))
     session.execute(sa.text("SELECT 1"))
 
 
 def test_flush_is_refused(session: Session, numbers: sa.TextClause) -> None:
-    """It rolls back, as any flush that fails; reading on is an error, not an end."""
+    """The failed flush rolls back. Then reading is an error, and not the end."""
     source = iter(rows(numbers, session=session))
     next(source)
     session.add(User(name="ada"))
-    with pytest.raises(StreamError, match="takes no other statement"):
+    with pytest.raises(StreamError, match="execute no other statement"):
         session.flush()
     with pytest.raises(sa.exc.ResourceClosedError):
         list(source)
 
 
 @pytest.mark.parametrize("end", [Session.commit, Session.rollback, Session.close])
-def test_cursor_whose_transaction_ended_does_not_end_quietly(
+def test_cursor_whose_transaction_ended_does_not_look_complete(
     session: Session, numbers: sa.TextClause, end: Callable[[Session], None]
 ) -> None:
-    """What is read of half the rows is never taken for the whole."""
+    """Reading after a commit, rollback or close is an error."""
     source = iter(rows(numbers, session=session))
     next(source)
     end(session)
@@ -130,8 +132,10 @@ def test_cursor_whose_transaction_ended_does_not_end_quietly(
     assert session.scalar(sa.text("SELECT 1")) == 1
 
 
-def test_other_session_is_free_meanwhile(make_app: MakeApp, model: MariaModel) -> None:
-    """A session of its own reads, and the stream's writes."""
+def test_other_session_can_write_while_rows_are_read(
+    make_app: MakeApp, model: MariaModel
+) -> None:
+    """A separate session reads, and the stream's session writes."""
     model.seed("ada", "bob")
 
     def body() -> Iterator[str]:
@@ -146,10 +150,10 @@ def test_other_session_is_free_meanwhile(make_app: MakeApp, model: MariaModel) -
     assert_clean(model)
 
 
-def test_connection_is_usable_after_an_early_end(
+def test_connection_is_usable_after_rows_ended_early(
     session: Session, numbers: sa.TextClause
 ) -> None:
-    """What was not read is read away."""
+    """The remaining rows are discarded."""
     for _ in range(2):
         source = rows(numbers, session=session).batches()
         next(source)
@@ -157,11 +161,11 @@ def test_connection_is_usable_after_an_early_end(
         assert session.scalar(sa.text("SELECT 7")) == 7
 
 
-def test_handler_that_answers_needs_no_connection(session: Session) -> None:
-    """A cache that gives a Result of its own keeps no statement off."""
+def test_result_of_a_handler_blocks_no_connection(session: Session) -> None:
+    """A cache can return its own Result. Other statements are allowed then."""
     frozen = session.execute(sa.text("SELECT 'cached' AS name")).freeze()
-    answer = iter([frozen(), None])
-    event.listen(session, "do_orm_execute", lambda state: next(answer))
+    results = iter([frozen(), None])
+    event.listen(session, "do_orm_execute", lambda state: next(results))
     source = iter(rows(sa.select(User.name), session=session))
     assert next(source).name == "cached"
     assert session.scalar(sa.text("SELECT 7")) == 7
@@ -179,15 +183,15 @@ ENDS: dict[str, Callable[[], Any]] = {
 
 
 @pytest.mark.parametrize("end", ENDS.values(), ids=ENDS)
-@pytest.mark.parametrize("stop", ["exhausted", "broken off"])
-def test_end_of_the_transaction_waits_for_the_cursor(
+@pytest.mark.parametrize("stop", ["exhausted", "stopped"])
+def test_transaction_cannot_end_while_rows_are_read(
     make_app: MakeApp,
     model: MariaModel,
     numbers: sa.TextClause,
     end: Callable[[], Any],
     stop: str,
 ) -> None:
-    """Refused while rows are read, in a sentence; welcome once they were."""
+    """A commit or rollback is an error until the rows are read or closed."""
 
     def body() -> Iterator[str]:
         source = iter(rows(numbers))
@@ -195,7 +199,7 @@ def test_end_of_the_transaction_waits_for_the_cursor(
             if row.i == 20:
                 with pytest.raises(StreamError, match=r"key=\.\.\."):
                     end()
-                if stop == "broken off":
+                if stop == "stopped":
                     break
         yield str(row.i)
         source.close()  # type: ignore[attr-defined]
@@ -210,10 +214,10 @@ def test_end_of_the_transaction_waits_for_the_cursor(
 
 
 @pytest.mark.parametrize("commit", ["each", 3])
-def test_automatic_commits_are_refused_where_reading_starts(
+def test_automatic_commits_are_refused_when_reading_starts(
     make_app: MakeApp, model: MariaModel, commit: Any
 ) -> None:
-    """Before the first chunk, so that an error page can be shown."""
+    """The error comes before the first chunk, so the client gets an error page."""
 
     def body() -> Iterator[str]:
         for row in rows(sa.select(User)):
@@ -226,10 +230,10 @@ def test_automatic_commits_are_refused_where_reading_starts(
 
 
 @pytest.mark.parametrize("end", ["exhausted", "closed", "dropped", "failed", "kept"])
-def test_stream_ends_its_own_cursors(
+def test_open_cursor_is_closed_with_the_stream(
     make_app: MakeApp, model: MariaModel, numbers: sa.TextClause, end: str
 ) -> None:
-    """However it ends, an open cursor is no hindrance, and what was written counts."""
+    """A stream that succeeds still commits, and a failed one still rolls back."""
     kept: list[Any] = []
 
     def body() -> Iterator[str]:
@@ -241,14 +245,14 @@ def test_stream_ends_its_own_cursors(
         for row in next(source):
             yield row.text
         if end == "failed":
-            raise ValueError("half-way")
+            raise ValueError("halfway")
 
     call = Call(make_app(Root(body), model), checked=False)
     assert next(call) == b"text1"
     if end in ("exhausted", "kept"):
         list(call)
     elif end == "failed":
-        with pytest.raises(ValueError, match="half-way"):
+        with pytest.raises(ValueError, match="halfway"):
             list(call)
     if end == "dropped":
         call.drop()
@@ -263,7 +267,7 @@ def test_stream_ends_its_own_cursors(
     assert_clean(model)
 
 
-def plain(model: MariaModel, statement: str) -> list[tuple[Any, ...]]:
+def fetch_with_pymysql(model: MariaModel, statement: str) -> list[tuple[Any, ...]]:
     with closing(model.connect()) as connection, connection.cursor() as cursor:
         cursor.execute(statement)
         return list(cursor.fetchall())
@@ -279,10 +283,10 @@ def fill(model: MariaModel) -> None:
 
 
 @pytest.mark.parametrize("make", ["rows", "key", "copy"])
-def test_csv_is_what_the_driver_gives(
+def test_csv_has_the_values_of_the_driver(
     make_app: MakeApp, model: MariaModel, make: str
 ) -> None:
-    """Python's csv reads from the stream what PyMySQL alone reads."""
+    """Python's csv reads the same values as PyMySQL alone."""
     fill(model)
     statement = sa.select(Note)
     makes: dict[str, Callable[[], Any]] = {
@@ -295,27 +299,29 @@ def test_csv_is_what_the_driver_gives(
         ["id", "text", "user_id"],
         *(
             ["" if value is None else str(value) for value in row]
-            for row in plain(model, "SELECT id, text, user_id FROM notes ORDER BY id")
+            for row in fetch_with_pymysql(
+                model, "SELECT id, text, user_id FROM notes ORDER BY id"
+            )
         ),
     ]
     assert_clean(model)
 
 
 @pytest.mark.parametrize("key", [None, Note.id])
-def test_json_is_what_the_driver_gives(
+def test_json_has_the_values_of_the_driver(
     make_app: MakeApp, model: MariaModel, key: Any
 ) -> None:
-    """Python's json reads from the stream what PyMySQL alone reads."""
+    """Python's json reads the same values as PyMySQL alone."""
     fill(model)
     body = lambda: rows(sa.select(Note), key=key, batch=50)  # noqa: E731
     text = get(make_app(Root(body, format=NDJSON), model)).text
-    assert [tuple(json.loads(line).values()) for line in text.splitlines()] == plain(
-        model, "SELECT id, text, user_id FROM notes ORDER BY id"
-    )
+    assert [
+        tuple(json.loads(line).values()) for line in text.splitlines()
+    ] == fetch_with_pymysql(model, "SELECT id, text, user_id FROM notes ORDER BY id")
     assert_clean(model)
 
 
-# The stream's own transaction.
+# The transaction of the stream.
 
 
 def write(model: MariaModel, *texts: str) -> Iterator[str]:
@@ -326,7 +332,7 @@ def write(model: MariaModel, *texts: str) -> Iterator[str]:
 
 
 def test_stream_commits_at_its_end(make_app: MakeApp, model: MariaModel) -> None:
-    """Nothing before, all of it then."""
+    """Nothing is committed before."""
     call = Call(make_app(Root(lambda: write(model, "a", "b")), model))
     assert next(call) == b"a"
     assert model.texts() == []
@@ -335,8 +341,8 @@ def test_stream_commits_at_its_end(make_app: MakeApp, model: MariaModel) -> None
     assert_clean(model)
 
 
-def test_stream_that_fails_stores_nothing(make_app: MakeApp, model: MariaModel) -> None:
-    """What was flushed is undone."""
+def test_stream_that_fails_rolls_back(make_app: MakeApp, model: MariaModel) -> None:
+    """Flushed changes are rolled back."""
 
     def body() -> Iterator[str]:
         yield from write(model, "a", "b")
@@ -348,10 +354,10 @@ def test_stream_that_fails_stores_nothing(make_app: MakeApp, model: MariaModel) 
     assert_clean(model)
 
 
-def test_stream_that_aborts_shows_its_page(
+def test_abort_before_the_first_chunk_shows_the_error_page(
     make_app: MakeApp, model: MariaModel
 ) -> None:
-    """Before the first chunk it is an ordinary request."""
+    """The status is that of abort()."""
 
     def body() -> Iterator[str]:
         list(rows(sa.select(User)))
@@ -362,10 +368,10 @@ def test_stream_that_aborts_shows_its_page(
     assert_clean(model)
 
 
-def test_each_commits_before_the_client_sees(
+def test_commit_each_commits_before_the_chunk_is_sent(
     make_app: MakeApp, model: MariaModel
 ) -> None:
-    """And holds no connection while it waits."""
+    """The stream holds no connection while it waits."""
     call = Call(make_app(Root(lambda: write(model, "a", "b"), commit="each"), model))
     assert next(call) == b"a"
     assert model.texts() == ["a"]

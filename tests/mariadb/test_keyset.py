@@ -1,4 +1,4 @@
-"""rows() by key on MariaDB: NULLs, collations, types, and what is held in between."""
+"""``rows(key=...)`` on MariaDB: NULLs, collations, types and transactions."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from sqlalchemy.orm import Session
 import tgstream
 from tests.conftest import MakeApp, Root, assert_clean, pool
 
-# Claims that hold here word for word.
-from tests.exports.test_keyset import (  # noqa: F401
-    test_what_was_written_is_not_committed_by_reading,
+# This test runs here unchanged.
+from tests.exports.test_keyset_transaction import (  # noqa: F401
+    test_reading_by_key_does_not_commit_changes,
 )
 from tests.mariadb.conftest import MariaModel
 from tests.model import Note, User
@@ -34,16 +34,16 @@ Fill = Callable[..., sa.Table]
 
 @pytest.fixture
 def fill(model: MariaModel, session: Session) -> Iterator[Fill]:
-    """Makes a table of rows that are numbered by ``id``."""
+    """Creates a table whose rows are numbered by ``id``."""
     metadata = sa.MetaData()
 
-    def make(kinds: dict[str, Any], values: list[tuple[Any, ...]]) -> sa.Table:
-        columns = [sa.Column(name, kind) for name, kind in kinds.items()]
+    def make(types: dict[str, Any], values: list[tuple[Any, ...]]) -> sa.Table:
+        columns = [sa.Column(name, type_) for name, type_ in types.items()]
         id = sa.Column("id", sa.Integer, primary_key=True)
         table = sa.Table("keyed", metadata, id, *columns)
         metadata.drop_all(model.outside)
         metadata.create_all(model.outside)
-        dicts = [dict(zip(kinds, each, strict=True)) for each in values]
+        dicts = [dict(zip(types, row, strict=True)) for row in values]
         session.execute(sa.insert(table), dicts)
         session.commit()
         return table
@@ -56,7 +56,7 @@ def fill(model: MariaModel, session: Session) -> Iterator[Fill]:
 # Order and NULLs.
 
 
-SENSES: dict[str, tuple[Callable[[Any], Any], bool, bool]] = {
+ORDERS: dict[str, tuple[Callable[[Any], Any], bool, bool]] = {
     "asc": (lambda column: column, False, False),
     "desc": (lambda column: column.desc(), True, True),
     "asc nulls_first": (lambda column: column.asc().nulls_first(), False, False),
@@ -66,45 +66,51 @@ SENSES: dict[str, tuple[Callable[[Any], Any], bool, bool]] = {
 }
 
 
-def place(value: int | None, descending: bool, nulls_last: bool) -> tuple[bool, int]:
-    """What Python sorts by as a column of this sense does."""
+def sort_key(value: int | None, descending: bool, nulls_last: bool) -> tuple[bool, int]:
+    """A key with which Python sorts like a column with this order."""
     if value is None:
         return nulls_last, 0
     return not nulls_last, -value if descending else value
 
 
 @pytest.mark.parametrize("batch", [1, 3, 1000])
-@pytest.mark.parametrize("first", SENSES)
-def test_every_order_gives_every_row_once(
+@pytest.mark.parametrize("first", ORDERS)
+def test_rows_by_key_come_once_in_every_order(
     session: Session, fill: Fill, first: str, batch: int
 ) -> None:
-    """NULLS FIRST and LAST too, for which MariaDB has no words; Python sorts, too."""
+    """The expected rows are sorted in Python. MariaDB has no NULLS FIRST or LAST."""
     chance = random.Random(1)
     values = [None, 1, 2, 3]
     pairs = [(chance.choice(values), chance.choice(values)) for _ in range(40)]
     table = fill({"a": sa.Integer, "b": sa.Integer}, pairs)
-    for second, down in itertools.product(SENSES, (False, True)):
-        (one, *one_place), (two, *two_place) = SENSES[first], SENSES[second]
+    for second, down in itertools.product(ORDERS, (False, True)):
+        modify_a, *order_a = ORDERS[first]
+        modify_b, *order_b = ORDERS[second]
         expected = [
-            (place(a, *one_place), place(b, *two_place), -id if down else id, id)
+            (
+                sort_key(a, *order_a),
+                sort_key(b, *order_b),
+                -id if down else id,
+                id,
+            )
             for id, (a, b) in enumerate(pairs, 1)
         ]
         id = table.c.id.desc() if down else table.c.id
-        key = one(table.c.a), two(table.c.b), id
-        got = rows(sa.select(table), key=key, batch=batch, session=session)
-        assert [row.id for row in got] == [each[-1] for each in sorted(expected)]
+        key = modify_a(table.c.a), modify_b(table.c.b), id
+        actual = rows(sa.select(table), key=key, batch=batch, session=session)
+        assert [row.id for row in actual] == [keys[-1] for keys in sorted(expected)]
 
 
-def test_place_of_nulls_in_a_column_without_them(
+def test_order_of_nulls_is_ignored_in_a_column_without_nulls(
     session: Session, model: MariaModel
 ) -> None:
-    """It is no matter, and takes no index away."""
+    """The rows are sorted by the column alone."""
     model.seed("ada", "bob", "cyd")
     for key in (User.id.nulls_last(), User.id.asc().nulls_first()):
-        found = rows(sa.select(User), key=key, batch=1, session=session)
-        assert [row.id for row in found] == [1, 2, 3]
-    found = rows(sa.select(User), key=User.id.desc().nulls_first(), session=session)
-    assert [row.id for row in found] == [3, 2, 1]
+        result = rows(sa.select(User), key=key, batch=1, session=session)
+        assert [row.id for row in result] == [1, 2, 3]
+    result = rows(sa.select(User), key=User.id.desc().nulls_first(), session=session)
+    assert [row.id for row in result] == [3, 2, 1]
 
 
 # Collations.
@@ -123,34 +129,36 @@ def test_place_of_nulls_in_a_column_without_them(
         ("utf8mb4_general_ci", ["a", "a ", "a  "]),
     ],
 )
-def test_texts_that_a_collation_takes_for_one_stay_together(
+def test_strings_that_are_equal_in_a_collation_stay_together(
     session: Session, fill: Fill, collation: str, texts: list[str]
 ) -> None:
-    """The database is asked whether they are equal: Python cannot know."""
-    kind = sa.String(10, collation=collation)
-    table = fill({"name": kind}, [(text,) for text in ["zz", *texts, "!", *texts]])
-    same = len(texts) * 2
+    """The database compares them, because Python has no collations."""
+    column_type = sa.String(10, collation=collation)
+    table = fill(
+        {"name": column_type}, [(text,) for text in ["zz", *texts, "!", *texts]]
+    )
+    equal = len(texts) * 2
     count = sa.select(sa.func.count(sa.distinct(table.c.name)))
     assert session.scalar(count) == 3
     for key in (table.c.name, table.c.name.desc()):
-        for batch in (same, same + 1):
-            got = rows(sa.select(table), key=key, batch=batch, session=session)
-            assert sorted(row.id for row in got) == list(range(1, same + 3))
-        with pytest.raises(StreamError, match="add the primary key"):
-            few = same - 1
+        for batch in (equal, equal + 1):
+            actual = rows(sa.select(table), key=key, batch=batch, session=session)
+            assert sorted(row.id for row in actual) == list(range(1, equal + 3))
+        with pytest.raises(StreamError, match="Add the primary key"):
+            few = equal - 1
             list(rows(sa.select(table), key=key, batch=few, session=session))
     both = table.c.name, table.c.id
-    got = rows(sa.select(table), key=both, batch=1, session=session)
-    assert list(got) == list(session.execute(sa.select(table).order_by(*both)))
+    actual = rows(sa.select(table), key=both, batch=1, session=session)
+    assert list(actual) == list(session.execute(sa.select(table).order_by(*both)))
 
 
-def test_texts_that_differ_are_no_group(session: Session, fill: Fill) -> None:
-    """A unique key of texts is read in batches of any size."""
+def test_different_strings_need_not_stay_together(session: Session, fill: Fill) -> None:
+    """A unique key of strings is read in batches of any size."""
     texts = ["東京", "京都", "大阪", "a", "b", "Ż", "100%", "it's", "back\\slash", ""]
-    kind = sa.String(10, collation="utf8mb4_bin")
-    table = fill({"name": kind}, [(text,) for text in texts])
-    got = rows(sa.select(table), key=table.c.name, batch=1, session=session)
-    assert [row.name for row in got] == sorted(texts)
+    column_type = sa.String(10, collation="utf8mb4_bin")
+    table = fill({"name": column_type}, [(text,) for text in texts])
+    actual = rows(sa.select(table), key=table.c.name, batch=1, session=session)
+    assert [row.name for row in actual] == sorted(texts)
 
 
 # Types.
@@ -185,53 +193,53 @@ TYPES: dict[str, tuple[Any, list[Any]]] = {
     "binary": (sa.BINARY(4), [b"\x00\x01\x02\x03", b"\xff\xfe\x00\x80"]),
     "varbinary": (sa.VARBINARY(9), [b"", b"\x00", b"\xff", b"a'\\"]),
     "interval": (sa.Interval(), [dt.timedelta(days=n) for n in (1, 30, 400)]),
-    "enum of texts": (sa.Enum("b", "a", native_enum=False, length=5), ["b", "a"]),
+    "enum of strings": (sa.Enum("b", "a", native_enum=False, length=5), ["b", "a"]),
 }
 
 
 @pytest.mark.parametrize("name", TYPES)
 @pytest.mark.parametrize("shown", [True, False])
-def test_key_of_any_type_goes_on_where_it_stopped(
+def test_key_of_any_type_continues_after_the_last_row(
     session: Session, fill: Fill, name: str, shown: bool
 ) -> None:
-    """A key's value is compared as the database has it, not as Python shows it."""
-    kind, values = TYPES[name]
-    several = [(value,) for value in [*values, None, *reversed(values)]]
-    table = fill({"value": sa.types.to_instance(kind)}, several)
+    """The database compares its own value, not Python's."""
+    column_type, values = TYPES[name]
+    repeated = [(value,) for value in [*values, None, *reversed(values)]]
+    table = fill({"value": sa.types.to_instance(column_type)}, repeated)
     statement = sa.select(table) if shown else sa.select(table.c.id)
     for key in [(table.c.value, table.c.id), (table.c.value.desc(), table.c.id)]:
         expected = session.execute(statement.order_by(*key)).all()
         for batch in (1, 2, 3):
-            got = list(rows(statement, key=key, batch=batch, session=session))
-            assert list(map(repr, got)) == list(map(repr, expected))
+            actual = list(rows(statement, key=key, batch=batch, session=session))
+            assert list(map(repr, actual)) == list(map(repr, expected))
 
 
 @pytest.mark.parametrize("name", TYPES.keys() - {"interval", "binary", "varbinary"})
-def test_after_begins_behind_a_value_that_a_row_showed(
+def test_after_takes_the_value_of_a_row(
     session: Session, fill: Fill, name: str
 ) -> None:
-    """What a client saw last is where it goes on, in the type that it saw."""
-    kind, values = TYPES[name]
+    """A client can continue with the last key that it received."""
+    column_type, values = TYPES[name]
     if name == "decimal, rounded in Python":
         values = [1, 2, 3]
-    table = fill({"value": kind}, [(value,) for value in [*values, *values]])
+    table = fill({"value": column_type}, [(value,) for value in [*values, *values]])
     key = table.c.value, table.c.id
-    whole = list(rows(sa.select(table), key=key, session=session))
-    for index, row in enumerate(whole):
+    all_rows = list(rows(sa.select(table), key=key, session=session))
+    for index, row in enumerate(all_rows):
         after = row.value, row.id
         rest = rows(sa.select(table), key=key, after=after, session=session, batch=2)
-        assert list(rest) == whole[index + 1 :]
+        assert list(rest) == all_rows[index + 1 :]
 
 
 class Wrapped(sa.types.TypeDecorator[Any]):
-    """A type of the application's own."""
+    """A custom type of an application."""
 
     impl = sa.Enum
     cache_ok = True
 
 
 @pytest.mark.parametrize(
-    "kind",
+    "column_type",
     [
         sa.Float(),
         sa.REAL(),
@@ -246,13 +254,13 @@ class Wrapped(sa.types.TypeDecorator[Any]):
     ],
     ids=repr,
 )
-def test_type_that_does_not_sort_as_it_compares_is_refused(
-    session: Session, kind: Any
+def test_type_that_is_not_sorted_as_returned_is_refused(
+    session: Session, column_type: Any
 ) -> None:
-    """In a sentence, before anything runs."""
-    value = sa.column("value", kind)
+    """The error comes before anything is executed."""
+    value = sa.column("value", column_type)
     source = rows(sa.select(value).select_from(User), key=value, session=session)
-    with pytest.raises(StreamError, match=r"does not compare value.*cast\(\)"):
+    with pytest.raises(StreamError, match=r"cannot use value.*cast\(\)"):
         list(source)
 
 
@@ -260,13 +268,13 @@ def test_type_that_does_not_sort_as_it_compares_is_refused(
 
 
 def free(model: MariaModel) -> bool:
-    """No connection is out, no transaction open, and no table in use by one."""
-    model.look("LOCK TABLES users WRITE NOWAIT")  # the connection's end unlocks it
+    """True if no connection is in use, no transaction open and no table locked."""
+    model.look("LOCK TABLES users WRITE NOWAIT")  # until the connection is closed
     return pool(model).checkedout() == 0 and model.idle_in_transaction() == 0
 
 
-def test_open_transaction_is_noticed(model: MariaModel) -> None:
-    """What the tests below look at does show one that has only read."""
+def test_open_transaction_is_detected(model: MariaModel) -> None:
+    """The checks of the tests below detect a transaction that has only read."""
     with Session(model.outside) as session:
         session.execute(sa.select(User))
         assert model.idle_in_transaction() == 1
@@ -276,10 +284,10 @@ def test_open_transaction_is_noticed(model: MariaModel) -> None:
 
 
 @pytest.mark.parametrize("commit", ["end", "each", "manual", 2])
-def test_nothing_is_held_between_batches(
+def test_no_connection_is_held_between_batches(
     make_app: MakeApp, model: MariaModel, commit: Any
 ) -> None:
-    """While the client reads a batch, its connection serves others."""
+    """While the client reads a batch, the connection is free."""
     model.seed(*(f"user{number}" for number in range(9)))
 
     def body() -> Iterator[str]:
@@ -295,10 +303,10 @@ def test_nothing_is_held_between_batches(
     assert_clean(model)
 
 
-def test_transaction_that_was_open_before_is_held_until_it_ends(
+def test_earlier_transaction_stays_open_over_the_batches(
     make_app: MakeApp, model: MariaModel
 ) -> None:
-    """MariaDB does not say whether something was written in it, so it is let be."""
+    """MariaDB does not report whether it has writes, so a batch does not end it."""
     model.seed(*(f"user{number}" for number in range(6)))
 
     def body(ends: bool) -> Iterator[str]:
@@ -317,10 +325,10 @@ def test_transaction_that_was_open_before_is_held_until_it_ends(
 
 
 @pytest.mark.parametrize("commit", [tgstream.commit, transaction.commit])
-def test_commit_and_other_statements_between_rows_are_safe(
+def test_commit_and_other_statements_between_rows_keep_the_rows(
     make_app: MakeApp, model: MariaModel, commit: Callable[[], None]
 ) -> None:
-    """With a key, no cursor is open: what was written can be committed row by row."""
+    """With key= no cursor is open, so a generator can commit after each row."""
     model.seed(*(f"user{number}" for number in range(5)))
 
     def body() -> Iterator[str]:
@@ -336,10 +344,10 @@ def test_commit_and_other_statements_between_rows_are_safe(
     assert_clean(model)
 
 
-def test_client_that_leaves_between_batches_leaves_nothing(
+def test_disconnect_between_batches_rolls_back(
     make_app: MakeApp, model: MariaModel
 ) -> None:
-    """What was written and not committed is undone."""
+    """Uncommitted changes are rolled back."""
     model.seed(*(f"user{number}" for number in range(5)))
 
     def body() -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""A PgBouncer in front of the tests' PostgreSQL; ``.ci/pgbouncer`` installs it."""
+"""PgBouncer in front of PostgreSQL. ``.ci/pgbouncer`` installs it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ BACKENDS = 3
 
 
 class PgBouncer(LiveServer):
-    """A PgBouncer in transaction mode, which changes the backend with each one."""
+    """PgBouncer in transaction mode: each transaction may get another backend."""
 
     def __init__(self, command: str, server: Path) -> None:
         owner = server.stat()  # PgBouncer refuses to run as root
@@ -57,7 +57,7 @@ class PgBouncer(LiveServer):
         )
 
     def warm_up(self) -> None:
-        """Have all its backends, by as many transactions at once."""
+        """Make PgBouncer open all its backends, with as many parallel transactions."""
         with ExitStack() as stack:
             pids = set()
             for _ in range(BACKENDS):
@@ -76,7 +76,7 @@ class PgBouncer(LiveServer):
 
 @pytest.fixture
 def pgbouncer(postgresql: str) -> Iterator[PgBouncer]:
-    """A PgBouncer in front of PostgreSQL."""
+    """PgBouncer in front of PostgreSQL."""
     server = Path(str(sa.make_url(postgresql).query["host"]))
     pgbouncer = PgBouncer(os.environ["TGSTREAM_PGBOUNCER"], server)
     yield pgbouncer
@@ -85,7 +85,7 @@ def pgbouncer(postgresql: str) -> Iterator[PgBouncer]:
 
 @pytest.fixture
 def model(make_model: MakeModel, postgresql: str, pgbouncer: PgBouncer) -> Model:
-    """A model whose tables are made, and looked at, past PgBouncer."""
+    """A model whose tables are created and queried without PgBouncer."""
     model = make_model(postgresql)
     model.seed(*(f"user{number}" for number in range(60)))
     pgbouncer.warm_up()

@@ -1,7 +1,7 @@
-"""Streams through PgBouncer in transaction mode, with psycopg 3's defaults and without.
+"""Streams through PgBouncer in transaction mode, with and without prepared statements.
 
-psycopg prepares a statement that it runs for the sixth time, on the backend of that
-transaction. PgBouncer gives the next transaction another backend.
+psycopg 3 prepares a statement when it executes it for the sixth time, on the backend of
+that transaction. PgBouncer gives the next transaction another backend.
 """
 
 from __future__ import annotations
@@ -54,11 +54,11 @@ STREAMS: dict[str, tuple[Callable[[Model], Any], dict[str, Any]]] = {
 def make_pooled_app(
     make_app: MakeApp, model: Model, pgbouncer: PgBouncer
 ) -> Callable[..., Any]:
-    """Makes an application whose connections go through PgBouncer."""
+    """Creates an application whose connections go through PgBouncer."""
 
     def make(name: str, **options: Any) -> Any:
-        body, its_options = STREAMS[name]
-        root = Root(lambda: body(model), **its_options)
+        body, stream_options = STREAMS[name]
+        root = Root(lambda: body(model), **stream_options)
         model.url, direct = sa.make_url(pgbouncer.url), model.url
         app = make_app(root, model, trace_errors__enable=False, **options)
         model.url = direct
@@ -71,7 +71,7 @@ def make_pooled_app(
 def test_prepared_statements_break_a_stream(
     make_pooled_app: Callable[..., Any], name: str
 ) -> None:
-    """With psycopg's defaults a statement is not on the backend that it gets."""
+    """With psycopg's defaults the backend does not have the prepared statement."""
     app = make_pooled_app(name)
     with pytest.raises(sa.exc.DBAPIError, match="prepared statement"):
         get(app)
@@ -81,7 +81,7 @@ def test_prepared_statements_break_a_stream(
 def test_stream_is_complete_with_the_line_of_the_docs(
     make_pooled_app: Callable[..., Any], model: Model, name: str
 ) -> None:
-    """Without prepared statements any backend will do."""
+    """Without prepared statements every backend works."""
     app = make_pooled_app(name, **AS_DOCUMENTED)
     assert get(app).text.split() == [f"user{number}" for number in range(60)]
     if name == "commit='each'":
@@ -90,10 +90,10 @@ def test_stream_is_complete_with_the_line_of_the_docs(
 
 
 @pytest.mark.parametrize("line", [False, True])
-def test_doctor_names_the_pooler(
+def test_doctor_reports_the_pooler(
     make_pooled_app: Callable[..., Any], model: Model, line: bool
 ) -> None:
-    """Unless psycopg prepares nothing."""
+    """It does not warn if prepared statements are switched off."""
     make_pooled_app("rows()", **(AS_DOCUMENTED if line else {}))
     found = {each.name: each for each in settings({"DBSession": model.DBSession})}
     finding = found["prepared statements"]

@@ -6,14 +6,13 @@ reads in batches ends it after each, unless something was written.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from ..core.context import thread
 from ..core.stream import current_stream
-from ..formats.protocols import largest_of
 from .errors import cursor_open
 
 if TYPE_CHECKING:
@@ -24,31 +23,6 @@ if TYPE_CHECKING:
 
 OWN = "tgstream_rows"
 """The execution option of the statements that rows() and copy() run."""
-
-
-FETCH = 1 << 20
-"""Bytes of text that are fetched at once, if the rows are as large as those before."""
-
-
-class Sizes:
-    """The sizes of batches: small at first, for a slow query to be seen.
-
-    :param most: rows of a batch, at most.
-    """
-
-    def __init__(self, most: int) -> None:
-        self._most = most
-        self.size = min(16, most)
-
-    def room_after(self, rows: Sequence[Any]) -> int:
-        """How many rows there may be in a batch behind these, if they are as large."""
-        most = FETCH // (largest_of(rows) or 1)
-        return max(0, min(self.size, most) - len(rows)) if rows else 0
-
-    def grow(self, rows: Sequence[Any] = ()) -> None:
-        """Make the next batch larger, unless the rows of the last one were large."""
-        most = FETCH // (largest_of(rows) or 1)
-        self.size = max(1, min(self.size * 2, self._most, most))
 
 
 def database_of(session: Session) -> Database | None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.sql import visitors
+from sqlalchemy.sql.dml import UpdateBase
 from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.sql.selectable import ForUpdateArg
 
@@ -52,7 +53,7 @@ def is_query(statement: Any) -> bool:
 def writes(statement: Any) -> bool:
     """True if an INSERT, UPDATE or DELETE is in a select(), as a CTE is."""
     return any(
-        getattr(part, "is_dml", False)
+        isinstance(part, UpdateBase)
         or (isinstance(part, sa.TextualSelect) and not is_query(part))
         for part in visitors.iterate(statement)
     )
@@ -63,7 +64,10 @@ def lock_of(statement: Any) -> str | None:
     for part in visitors.iterate(statement):
         if isinstance(part, ForUpdateArg):
             return "with_for_update()"
-        texts = [part.name] if isinstance(part, FunctionElement) else _texts(part)
+        if isinstance(part, FunctionElement):
+            texts = iter([getattr(part, "name", "")])  # a class may have no name
+        else:
+            texts = _texts(part)
         for text in texts:
             if found := _LOCKS.search(_QUOTED.sub(" ", text)):
                 return found[0]
@@ -84,7 +88,7 @@ def only_reads(statement: Any) -> bool:
 
 
 def _only_reads(part: Any) -> bool:
-    if isinstance(part, ForUpdateArg) or getattr(part, "is_dml", False):
+    if isinstance(part, ForUpdateArg | UpdateBase):
         return False
     if isinstance(part, FunctionElement):
         packages = getattr(part, "packagenames", ())
@@ -98,8 +102,9 @@ def _texts(part: Any) -> Iterator[str]:
         yield part.text
     elif isinstance(part, sa.ColumnClause) and part.is_literal:
         yield str(part.name)
-    elif isinstance(part, sa.Select | sa.CompoundSelect):
-        for name in ("_prefixes", "_suffixes"):
-            yield from (str(text) for text, _ in getattr(part, name, ()))
-        yield from getattr(part, "_hints", {}).values()
-        yield from (text for _, text in getattr(part, "_statement_hints", ()))
+    elif isinstance(part, sa.Select):
+        # These are private. A rename raises an AttributeError, and hides no lock.
+        for text, _ in (*part._prefixes, *part._suffixes):
+            yield str(text)
+        yield from part._hints.values()
+        yield from (text for _, text in part._statement_hints)

@@ -1,1 +1,1 @@
-"""The rows that a statement selects, as items."""
+"""Exports: the rows that a statement selects, as items for any format."""

@@ -1,7 +1,8 @@
-"""Rows in batches by key: each batch is a query that begins behind the last one's key.
+"""Keyset pagination: each batch is a query that starts after the last row's key.
 
-Rule: no row is lost and none comes twice, or it is refused; so a value of the key goes
-back to the database exactly as the driver gave it, whatever Python makes of it.
+No row is lost and no row comes twice. A statement or key for which this cannot be
+certain is refused. So a key's value is sent back to the database exactly as the driver
+returned it, whatever type Python has for it.
 """
 
 from __future__ import annotations
@@ -14,99 +15,108 @@ from sqlalchemy.engine import result_tuple
 from sqlalchemy.sql import visitors
 
 from ..core.errors import StreamError
-from ..database.cursors import Sizes
 from ..database.effects import lock_of, writes
+from .batch_sizes import BatchSizes
 from .keyset_columns import (
-    bind,
-    in_selection,
-    may_tie,
-    raw_of,
-    same,
-    selected,
-    terms_of,
+    bind_driver_value,
+    find_position,
+    is_same_key,
+    may_be_equal,
+    parse_key,
+    selected_columns,
+    to_driver_value,
 )
 
-Fetch = Callable[[Any], tuple[list[str], Sequence[Any]]]
+FetchRows = Callable[[Any], tuple[list[str], Sequence[Any]]]
+"""Executes a statement, and returns the names of its columns and its rows."""
 
 _LABEL = "_tgstream_key_"
-
-_CLAUSES = {
-    "_order_by_clauses": "ORDER BY",
-    "_limit_clause": "LIMIT",
-    "_offset_clause": "OFFSET",
-    "_fetch_clause": "FETCH",
-    "_distinct": "DISTINCT",
-    "_group_by_clauses": "GROUP BY",
-    "_having_criteria": "HAVING",
-}
 
 
 class Keyset:
     """A statement that is read by key.
 
-    :raises TypeError: when the key is none, or ``after`` no value of it.
-    :raises StreamError: when the statement cannot be continued behind a key.
+    :raises TypeError: if ``key`` has no columns, or ``after`` does not match it.
+    :raises StreamError: if the statement cannot continue after a key.
     """
 
     def __init__(self, statement: Any, key: Any, after: Any) -> None:
         _check_statement(statement)
         self.statement: sa.Select[Any] = statement
-        self.terms = terms_of(statement, key)
+        self.columns = parse_key(statement, key)
         self.after: tuple[Any, ...] | None = None
         if after is not None:
             self.after = after if isinstance(after, tuple) else (after,)
-            if len(self.after) != len(self.terms):
+            if len(self.after) != len(self.columns):
                 raise TypeError(
-                    f"rows(after={after!r}) has {len(self.after)} values, and its key "
-                    f"has {len(self.terms)} columns; give one for each, in a tuple"
+                    f"rows(): after must have a value per column of key=, got "
+                    f"{len(self.after)} for {len(self.columns)}: {after!r}. Pass a "
+                    "tuple"
                 )
 
-    def run(self, dialect: Any, batch: int, fetch: Fetch) -> Run:
-        """An iterator of batches.
+    def read(self, dialect: Any, batch: int, fetch_rows: FetchRows) -> KeysetReader:
+        """Return an iterator of batches.
 
-        :param dialect: that of the database.
-        :param batch: how many rows a batch has, at most.
-        :param fetch: runs a statement, and gives its fields and its rows.
+        :param dialect: the dialect of the database.
+        :param batch: maximum number of rows in a batch.
         """
-        return Run(self, dialect, batch, fetch)
+        return KeysetReader(self, dialect, batch, fetch_rows)
 
 
 def _check_statement(statement: Any) -> None:
     if not isinstance(statement, sa.Select):
         raise StreamError(
-            "rows(key=...) adds a WHERE to its statement, which a union and text() "
-            "cannot take; make it a subquery() and select() from that"
+            "rows(key=...) adds a WHERE clause, which a union or text() cannot take. "
+            "Make the statement a subquery() and select() from it"
         )
-    found = [name for slot, name in _CLAUSES.items() if _is_set(statement, slot)]
+    clauses = _own_clauses(statement)
     _check_effects(statement)
-    columns = [each["expr"] for each in statement.column_descriptions]
+    columns = [column["expr"] for column in statement.column_descriptions]
     if any(_has_window(column) for column in columns):
-        found.append("a window function")
-    if found:
+        clauses.append("a window function")
+    if clauses:
         raise StreamError(
-            f"rows(key=...) orders and limits its statement, which has "
-            f"{' and '.join(found)} of its own: leave that out, or make the statement "
-            "a subquery() and select() from that"
+            "rows(key=...) adds its own ORDER BY and LIMIT, but the statement has "
+            f"{' and '.join(clauses)}. Remove that, or make the statement a subquery() "
+            "and select() from it"
         )
+
+
+def _own_clauses(statement: sa.Select[Any]) -> list[str]:
+    """The clauses of a statement that would change which rows come after a key.
+
+    These attributes of SQLAlchemy are private. If one is renamed, reading it must fail:
+    a default value would accept the clause, and rows would be lost.
+    """
+    clauses: dict[str, Any] = {
+        "ORDER BY": statement._order_by_clauses,
+        "LIMIT": statement._limit_clause,
+        "OFFSET": statement._offset_clause,
+        "FETCH": statement._fetch_clause,
+        "DISTINCT": statement._distinct,
+        "GROUP BY": statement._group_by_clauses,
+        "HAVING": statement._having_criteria,
+    }
+    return [name for name, clause in clauses.items() if _is_set(clause)]
+
+
+def _is_set(clause: Any) -> bool:
+    """True for a flag, a tuple of clauses or a clause, which has no truth value."""
+    return bool(clause) if isinstance(clause, bool | tuple) else clause is not None
 
 
 def _check_effects(statement: sa.Select[Any]) -> None:
     if (lock := lock_of(statement)) is not None:
         raise StreamError(
-            f"rows(key=...) cannot read a statement with {lock}: the transaction ends "
+            f"rows(key=...) cannot read a statement with {lock}. Its transaction ends "
             "after each batch, and its locks with it, before the rows are used. Use "
-            "rows() without key=, or lock each row where you work on it"
+            "rows() without key=, or lock each row where you change it"
         )
     if writes(statement):
         raise StreamError(
-            "rows(key=...) cannot read a statement with an INSERT, UPDATE or DELETE "
-            "in it, because it would run again for each batch. Use rows() without key="
+            "rows(key=...) cannot read a statement that contains INSERT, UPDATE or "
+            "DELETE, because it would run again for each batch. Use rows() without key="
         )
-
-
-def _is_set(statement: Any, slot: str) -> bool:
-    value = getattr(statement, slot, None)
-    return value is not None and value is not False and value != ()
 
 
 def _has_window(column: Any) -> bool:
@@ -116,137 +126,155 @@ def _has_window(column: Any) -> bool:
     )
 
 
-class Run:
-    """One reading of a keyset's rows: the batches, one after the other.
+class KeysetReader:
+    """Reads the rows of a keyset once, in batches. The first batch may be empty.
 
-    ``fields`` are the names of the columns, known once a batch was asked for; the first
-    batch may be empty.
+    ``fields`` are the names of the columns. They are known after the first batch.
     """
 
-    def __init__(self, keyset: Keyset, dialect: Any, batch: int, fetch: Fetch) -> None:
+    def __init__(
+        self, keyset: Keyset, dialect: Any, batch: int, fetch_rows: FetchRows
+    ) -> None:
         self.fields: Sequence[str] = ()
-        self._terms = tuple(term.on(dialect) for term in keyset.terms)
+        self._columns = tuple(column.for_dialect(dialect) for column in keyset.columns)
         self._dialect = dialect
         self._batch = batch
-        self._fetch = fetch
-        self._position: tuple[Any, ...] | None = None
+        self._fetch_rows = fetch_rows
+        self._after_key: tuple[Any, ...] | None = None
         if keyset.after is not None:
-            pairs = zip(self._terms, keyset.after, strict=True)
-            self._position = tuple(raw_of(term, v, dialect) for term, v in pairs)
-        self._last: tuple[Any, ...] | None = None
+            self._after_key = tuple(
+                to_driver_value(column, value, dialect)
+                for column, value in zip(self._columns, keyset.after, strict=True)
+            )
+        self._last_key: tuple[Any, ...] | None = None
         self._prepare(keyset.statement)
 
     def _prepare(self, statement: sa.Select[Any]) -> None:
-        """Order by the key, and have the columns of the key that rows do not show."""
-        columns, dialect = selected(statement), self._dialect
-        places = [in_selection(term, columns, dialect) for term in self._terms]
-        hidden = [each for each, place in enumerate(places) if place is None]
+        """Order by the key, and select its columns that the rows do not have."""
+        selected, dialect = selected_columns(statement), self._dialect
+        positions = [
+            find_position(column, selected, dialect) for column in self._columns
+        ]
+        hidden = [n for n, position in enumerate(positions) if position is None]
         self._hidden = len(hidden)
-        for number, each in enumerate(hidden):
-            column = self._terms[each].exactly(dialect)
-            statement = statement.add_columns(column.label(f"{_LABEL}{number}"))
-            places[each] = number - len(hidden)  # from the end
-        self._places = places
+        for number, index in enumerate(hidden):
+            expression = self._columns[index].exact_expression(dialect)
+            statement = statement.add_columns(expression.label(f"{_LABEL}{number}"))
+            positions[index] = number - len(hidden)  # from the end
+        self._key_positions = positions
         self._statement = statement.order_by(
-            *(each for term in self._terms for each in term.order)
+            *(order for column in self._columns for order in column.order)
         )
 
     def __iter__(self) -> Iterator[Sequence[Any]]:
-        sizes = Sizes(self._batch)
+        sizes = BatchSizes(self._batch)
         while True:
             size = sizes.size
-            rows = self._more(size + 1)
-            end = len(rows) if len(rows) <= size else self._cut(rows, size)
-            if end or len(rows) <= size:
+            rows = self._fetch(size + 1)
+            is_last = len(rows) <= size
+            end = len(rows) if is_last else self._complete_groups(rows, size)
+            if end or is_last:
                 if end:
-                    self._last = self._position = self._key(rows[end - 1])
+                    self._last_key = self._after_key = self._key_of(rows[end - 1])
                 sizes.grow(rows)
-                yield self._shown(rows[:end])
-                if len(rows) <= size:
+                yield self._without_hidden(rows[:end])
+                if is_last:
                     return
             elif size == self._batch:
                 raise StreamError(
-                    f"rows(key=...): more than {size} rows have the same key, "
-                    f"{self._key(rows[-1])}, which is too many to come at once; add "
-                    "the primary key to key="
+                    f"rows(key=...): more than batch={size} rows have the same key "
+                    f"{self._key_of(rows[-1])}. Add the primary key to key="
                 )
-            else:  # all have one key: what they take does not matter
+            else:  # all rows have the same key: fetch more, however large they are
                 sizes.grow()
 
-    def _more(self, limit: int) -> Sequence[Any]:
+    def _fetch(self, limit: int) -> Sequence[Any]:
         statement = self._statement
-        if self._position is not None:
-            statement = statement.where(self._behind(self._position))
-        fields, rows = self._fetch(statement.limit(limit))
+        if self._after_key is not None:
+            statement = statement.where(self._after(self._after_key))
+        fields, rows = self._fetch_rows(statement.limit(limit))
         self.fields = fields[: len(fields) - self._hidden]
-        if rows and self._last is not None and same(self._key(rows[0]), self._last):
+        last_key = self._last_key
+        if (
+            rows
+            and last_key is not None
+            and is_same_key(self._key_of(rows[0]), last_key)
+        ):
             raise StreamError(
-                f"rows(key=...): the database gave a row with the key {self._last} as "
-                "one behind that key, and would for ever; its type cannot be compared "
-                "with what it shows, so choose another key"
+                f"rows(key=...): the database returned the key {last_key} as greater "
+                "than itself, so reading would never end. It does not compare this "
+                "type by the values that it returns. Choose another key"
             )
         return rows
 
-    def _key(self, row: Any) -> tuple[Any, ...]:
-        return tuple([row[place] for place in self._places])
+    def _key_of(self, row: Any) -> tuple[Any, ...]:
+        return tuple([row[position] for position in self._key_positions])
 
-    def _cut(self, rows: Sequence[Any], size: int) -> int:
-        """How many rows can go: those of one key are not parted."""
-        end, following = size, self._key(rows[size])
-        if may_tie(self._terms, self._key(rows[end - 1]), following):
-            tied = self._tied(following)
-            if len(tied) > self._batch:
+    def _complete_groups(self, rows: Sequence[Any], size: int) -> int:
+        """The number of rows to return, so that rows with equal keys stay together."""
+        end, next_key = size, self._key_of(rows[size])
+        if may_be_equal(self._columns, self._key_of(rows[end - 1]), next_key):
+            equal_keys = self._equal_keys(next_key)
+            if len(equal_keys) > self._batch:
                 return 0
-            alike = set(tied)
+            distinct_keys = set(equal_keys)
             while end and (
-                (key := self._key(rows[end - 1])) in alike or same(key, following)
+                (key := self._key_of(rows[end - 1])) in distinct_keys
+                or is_same_key(key, next_key)
             ):
                 end -= 1
         return end
 
-    def _tied(self, key: tuple[Any, ...]) -> list[tuple[Any, ...]]:
-        """The keys that the database takes for ``key``; a batch and one at most."""
-        equals = (
-            term.equals(bind(value, self._dialect))
-            for term, value in zip(self._terms, key, strict=True)
-        )
-        statement = self._statement.where(*equals).limit(self._batch + 1)
-        return [self._key(row) for row in self._fetch(statement)[1]]
+    def _equal_keys(self, key: tuple[Any, ...]) -> list[tuple[Any, ...]]:
+        """The keys that equal ``key`` in the database, up to batch + 1 keys.
 
-    def _shown(self, rows: Sequence[Any]) -> Sequence[Any]:
+        The database must compare them: its collation may consider strings equal.
+        """
+        conditions = (
+            column.equals(bind_driver_value(value, self._dialect))
+            for column, value in zip(self._columns, key, strict=True)
+        )
+        statement = self._statement.where(*conditions).limit(self._batch + 1)
+        return [self._key_of(row) for row in self._fetch_rows(statement)[1]]
+
+    def _without_hidden(self, rows: Sequence[Any]) -> Sequence[Any]:
         if not self._hidden:
             return rows
         width = len(self.fields)
-        make = result_tuple(list(self.fields))
-        return [make(row[:width]) for row in rows]
+        make_row = result_tuple(list(self.fields))
+        return [make_row(row[:width]) for row in rows]
 
     # The condition.
 
-    def _behind(self, position: tuple[Any, ...]) -> sa.ColumnElement[bool]:
-        """True for the rows whose key sorts behind ``position``."""
-        values = tuple(bind(value, self._dialect) for value in position)
-        terms = self._terms
-        if self._by_row(position):
-            left, right = sa.tuple_(*(t.raw for t in terms)), sa.tuple_(*values)
-            return left < right if terms[0].descending else left > right
+    def _after(self, key: tuple[Any, ...]) -> sa.ColumnElement[bool]:
+        """True for the rows that sort after ``key``."""
+        values = tuple(bind_driver_value(value, self._dialect) for value in key)
+        columns = self._columns
+        if self._can_compare_tuples(key):
+            left = sa.tuple_(*(column.untyped for column in columns))
+            right = sa.tuple_(*values)
+            return left < right if columns[0].descending else left > right
         branches: list[sa.ColumnElement[bool]] = []
         equal: list[sa.ColumnElement[bool]] = []
-        for term, value in zip(terms, values, strict=True):
-            branches.append(sa.and_(*equal, term.behind(value)))
-            equal.append(term.equals(value))
+        for column, value in zip(columns, values, strict=True):
+            branches.append(sa.and_(*equal, column.after(value)))
+            equal.append(column.equals(value))
         condition = sa.or_(*branches)
-        first, value = terms[0], values[0]
-        if len(terms) > 1 and value is not None and not first.nullable:
-            # It says nothing new, and lets the database find the place in an index.
-            bound = first.raw <= value if first.descending else first.raw >= value
+        first, value = columns[0], values[0]
+        if len(columns) > 1 and value is not None and not first.nullable:
+            # Redundant, but the database can use it to find the start in an index.
+            bound = (
+                first.untyped <= value if first.descending else first.untyped >= value
+            )
             return sa.and_(bound, condition)
         return condition
 
-    def _by_row(self, position: tuple[Any, ...]) -> bool:
+    def _can_compare_tuples(self, key: tuple[Any, ...]) -> bool:
+        """True if the database can compare the whole key as one tuple."""
         return (
-            len(self._terms) > 1
+            len(self._columns) > 1
             and self._dialect.name in ("postgresql", "sqlite")
-            and not any(term.nullable for term in self._terms)
-            and None not in position
-            and len({term.descending for term in self._terms}) == 1
+            and not any(column.nullable for column in self._columns)
+            and None not in key
+            and len({column.descending for column in self._columns}) == 1
         )

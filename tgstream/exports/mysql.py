@@ -1,6 +1,6 @@
-"""MySQL and MariaDB, where they and their drivers differ from what rows() relies on.
+"""MySQL and MariaDB, where they or their drivers cannot do what ``rows()`` needs.
 
-Rule: what would lose rows without a word is refused in a sentence.
+Everything that would lose rows silently is refused with an error.
 """
 
 from __future__ import annotations
@@ -15,48 +15,57 @@ from sqlalchemy.types import TypeDecorator
 
 from ..core.errors import StreamError
 
-NAMES = frozenset({"mysql", "mariadb"})
+DIALECT_NAMES = frozenset({"mysql", "mariadb"})
 
-_COMPARED = sa.Integer, sa.Numeric, sa.Uuid, sa.Boolean, sa.Date, sa.DateTime, sa.Time
-_LONG = 256  # characters, of up to four bytes
+_SORTABLE = sa.Integer, sa.Numeric, sa.Uuid, sa.Boolean, sa.Date, sa.DateTime, sa.Time
+_TOO_LONG = 256  # characters, each of up to four bytes
 
 
-def compares(kind: Any, dialect: Any) -> bool:
-    """True for a type whose values sort as they compare with what a driver shows.
+def sorts_as_returned(column_type: Any, dialect: Any) -> bool:
+    """True for a type that is sorted by the values which the driver returns.
 
-    ENUM and SET sort by number, FLOAT is shown rounded, the literal of a BIT is a text;
-    and of what is long only the first bytes sort (``max_sort_length``, 1024).
+    ENUM and SET are sorted by number. FLOAT is returned rounded. The literal of a BIT
+    is a string. Long values are sorted by their first bytes only (``max_sort_length``,
+    1024). The answer for an unknown type is False.
     """
-    from sqlalchemy.dialects import mysql  # here it is known that there is one
+    # Imported here, where the dialect is in use: it takes longer than a short export.
+    from sqlalchemy.dialects import mysql
 
-    while isinstance(kind, TypeDecorator):
-        kind = kind.load_dialect_impl(dialect)
-    if isinstance(kind, sa.Float):
-        return isinstance(kind, sa.Double)
-    if (isinstance(kind, sa.Enum) and kind.native_enum) or isinstance(kind, mysql.SET):
+    while isinstance(column_type, TypeDecorator):
+        column_type = column_type.load_dialect_impl(dialect)
+    if isinstance(column_type, sa.Float):
+        return isinstance(column_type, sa.Double)
+    if isinstance(column_type, sa.Enum) and column_type.native_enum:
         return False
-    if isinstance(kind, sa.String | sa.BINARY | sa.VARBINARY):
-        return (kind.length or _LONG) < _LONG
-    return isinstance(kind, _COMPARED)
+    if isinstance(column_type, mysql.SET):
+        return False
+    if isinstance(column_type, sa.String | sa.BINARY | sa.VARBINARY):
+        return (column_type.length or _TOO_LONG) < _TOO_LONG
+    return isinstance(column_type, _SORTABLE)
 
 
 @contextmanager
-def alone(connections: Sequence[sa.Connection], cursor: Any) -> Iterator[None]:
-    """Keep other statements off a connection while ``cursor`` is read from it.
+def refuse_other_statements(
+    connections: Sequence[sa.Connection], cursor: Any
+) -> Iterator[None]:
+    """Refuse other statements on a connection while ``cursor`` is read from it.
 
-    Its rows are on their way, unbuffered: before another statement PyMySQL reads them
-    away, and the cursor then ends as if it had given them all.
+    The rows of an unbuffered cursor arrive while they are read. Before another
+    statement PyMySQL discards the rest of them, and the cursor then ends as if it were
+    complete.
 
-    :param connections: the one that it is read from; none, if it is no such cursor.
-    :raises StreamError: in place of the other statement.
+    :param connections: the connection of the cursor, or nothing if the cursor is not
+        unbuffered.
+    :raises StreamError: where the other statement is executed.
     """
 
     def refuse(*args: Any) -> None:
         if not cursor.closed:
             raise StreamError(
-                "rows() reads from this connection, which on MySQL and MariaDB takes "
-                "no other statement before the last row; use rows(..., key=...), whose "
-                "batches are fetched whole, or give rows() a session of its own"
+                "rows() is reading from this connection, on which MySQL and MariaDB "
+                "execute no other statement before the last row. Use rows(..., "
+                "key=...), which fetches whole batches, or pass rows() a separate "
+                "session"
             )
 
     def close(*args: Any) -> None:
@@ -71,5 +80,6 @@ def alone(connections: Sequence[sa.Connection], cursor: Any) -> Iterator[None]:
     finally:
         for connection in connections:
             for name, listener in listeners.items():
-                with suppress(sa.exc.InvalidRequestError):  # all this is garbage
+                # Garbage collection may have removed the listener already.
+                with suppress(sa.exc.InvalidRequestError):
                     event.remove(connection, name, listener)

@@ -1,7 +1,7 @@
-"""``rows()``: what a statement selects, as items for any format, in constant memory.
+"""``rows()``: the rows of a statement as items for any format, in constant memory.
 
-Rule: nothing runs before it is iterated; and what was opened is closed with the
-iterator, whoever closes it.
+Nothing is executed before the rows are iterated. Closing the iterator, by whomever,
+closes the cursor.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import tg
 
 from ..core.errors import StreamError
 from ..database.cursors import (
-    Sizes,
     check_commits,
     database_of,
     end_reading,
@@ -24,6 +23,7 @@ from ..database.cursors import (
 )
 from ..database.registry import scoped_sessions
 from ..formats.protocols import BATCH
+from .batch_sizes import BatchSizes
 
 if TYPE_CHECKING:
     import sqlalchemy as sa
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from ..database.database import Database
     from .keyset import Keyset
-    from .statement import Prepared
+    from .statement import PreparedStatement
 
 
 def rows(
@@ -42,71 +42,73 @@ def rows(
     after: Any = None,
     session: Any = None,
 ) -> Rows:
-    """The rows of a statement as items for any format, fetched in batches.
+    """Return the rows of a statement as items for any format, fetched in batches.
 
-    Entities become their mapped columns, but for deferred ones; an item is SQLAlchemy's
-    ``Row``. The statement runs when the rows are iterated, and again when they are
-    again, in the stream's own session, with what the application's handlers add to it.
+    Mapped classes are replaced by their columns, except deferred ones. Each item is a
+    ``Row`` of SQLAlchemy. The statement is executed each time the rows are iterated, in
+    the stream's own session, so that the event handlers of your application apply.
 
-    Without ``key`` one cursor reads one snapshot, and holds the stream's transaction:
-    a commit or rollback before its end is refused, and so are automatic commits.
-    On MySQL and MariaDB so is any other statement of the session. Where PostgreSQL
-    can have no cursor (AUTOCOMMIT, INSERT ... RETURNING, SHOW) the driver fetches all
-    rows at once.
+    Without ``key`` one cursor reads one snapshot in the stream's transaction. Until the
+    last row, a commit or rollback is an error, and so are automatic commits. On MySQL
+    and MariaDB any other statement of the session is an error too. If PostgreSQL cannot
+    use a cursor (AUTOCOMMIT, INSERT ... RETURNING, SHOW), the driver fetches all rows
+    at once.
 
-    With ``key`` each batch is a query of its own, that goes on behind the last one's
-    key. In between nothing is held: the transaction is over and the connection back in
-    the pool, unless something was written and not committed. A transaction that the
-    generator began goes on if it may hold more than reads: a lock, a ``SET LOCAL``, an
-    open cursor. A commit is welcome. Rows that are added or changed meanwhile are seen
-    if they sort behind.
+    With ``key`` each batch is a separate query that continues after the last row's key.
+    Between batches the transaction is over and the connection is back in the pool,
+    unless there are uncommitted changes. A transaction that the generator began stays
+    open if it may hold more than reads: a lock, a ``SET LOCAL``, an open cursor. You
+    can commit at any time. Rows that are added or changed meanwhile are included if
+    they sort after the rows that were already read.
 
-    :param statement: ``select()``, a ``Query``; without ``key`` also a union or
+    :param statement: a ``select()`` or a ``Query``. Without ``key`` also a union or
         ``text()``.
-    :param batch: how many rows are fetched at once, at most.
-    :param key: columns that identify a row and by which the rows are ordered: one, or a
-        tuple; each may be ``desc()``, ``nulls_first()`` and ``nulls_last()``.
-    :param after: what the rows begin behind: a value of the key, or a tuple of them.
-    :param session: a session or scoped session in place of the stream's own; to end
-        its transaction is left to its owner.
-    :raises TypeError: when an argument is of a wrong kind.
-    :raises ValueError: when ``batch`` is no whole number from 1 on.
-    :raises StreamError: when the statement has run already, or cannot be read by key:
-        it locks rows, writes, or has an order of its own.
+    :param batch: maximum number of rows that are fetched at once.
+    :param key: columns that identify a row and order the rows: a column or a tuple of
+        columns, each with ``desc()``, ``nulls_first()`` or ``nulls_last()`` if needed.
+    :param after: start after this key: a value, or a tuple with a value per column.
+    :param session: a session or scoped session to use instead of the stream's own. Its
+        owner must end its transaction.
+    :raises TypeError: if an argument has the wrong type.
+    :raises ValueError: if ``batch`` is not an integer >= 1.
+    :raises StreamError: if the statement was already executed, or cannot be read by key
+        because it locks rows, writes, or has its own order or limit.
     """
-    from .statement import prepared
+    from .statement import prepare
 
     if not isinstance(batch, int) or isinstance(batch, bool) or batch < 1:
-        raise ValueError(
-            f"rows(batch={batch!r}) makes no sense; it is a number of rows, from 1 on"
-        )
-    found = prepared("rows", statement)
+        raise ValueError(f"rows(): batch must be an integer >= 1, got {batch!r}")
+    prepared = prepare("rows", statement)
     keyset = None
     if key is not None:
         from .keyset import Keyset
 
-        keyset = Keyset(found.statement, key, after)
+        keyset = Keyset(prepared.statement, key, after)
     elif after is not None:
         raise TypeError(
-            f"rows(after={after!r}) has no key to compare with; give key= as well"
+            f"rows(): after={after!r} needs key=, the columns of its values. Pass both"
         )
-    return Rows(found, batch, keyset, check_session("rows", session))
+    return Rows(prepared, batch, keyset, check_session("rows", session))
 
 
 def is_statement(value: Any) -> bool:
-    """True for a statement that :func:`rows` takes. It imports nothing."""
+    """True for a statement that :func:`rows` takes. It does not import SQLAlchemy."""
     if "sqlalchemy.orm" not in sys.modules:
         return False
-    from .statement import KINDS
+    from .statement import STATEMENT_TYPES
 
-    return isinstance(value, KINDS)
+    return isinstance(value, STATEMENT_TYPES)
 
 
 class Rows:
-    """What :func:`rows` returns: an iterable of ``Row`` that knows its batches."""
+    """The result of :func:`rows`: an iterable of ``Row`` that comes in batches."""
 
     def __init__(
-        self, prepared: Prepared, batch: int, keyset: Keyset | None, session: Any
+        self,
+        prepared: PreparedStatement,
+        batch: int,
+        keyset: Keyset | None,
+        session: Any,
     ) -> None:
         self.fields: Sequence[str] = ()
         self._prepared = prepared
@@ -120,132 +122,149 @@ class Rows:
                 yield from batch
 
     def batches(self) -> Generator[Sequence[Any], None, None]:
-        """The rows, a batch at a time; close it to close the cursor."""
-        session = session_of("rows", self._session, self._prepared.session)
+        """The rows, a batch at a time. Close the generator to close the cursor."""
+        session = find_session("rows", self._session, self._prepared.session)
         if self._keyset is None:
-            yield from self._by_cursor(session)
+            yield from self._read_by_cursor(session)
         else:
-            yield from self._by_key(session, self._keyset)
+            yield from self._read_by_key(session, self._keyset)
 
-    def _by_cursor(self, session: Session) -> Iterator[Sequence[Any]]:
-        from .mysql import NAMES, alone
-        from .server_side_cursor import WriterWatch, cursor_options
+    def _read_by_cursor(self, session: Session) -> Iterator[Sequence[Any]]:
+        from .mysql import DIALECT_NAMES, refuse_other_statements
+        from .server_side_cursor import BlockedWriterWarning, cursor_options
         from .statement import execute
 
         check_commits("rows", session)
         connections: list[sa.Connection] = []
 
-        def prepare(connection: sa.Connection, statement: Any) -> Mapping[str, Any]:
+        def choose_options(
+            connection: sa.Connection, statement: Any
+        ) -> Mapping[str, Any]:
             connections.append(connection)
             return cursor_options(connection, statement, self._batch)
 
-        result = execute(session, self._prepared.statement, {}, prepare)
-        unbuffered = [each for each in connections if each.dialect.name in NAMES]
-        lock = WriterWatch(connections)
-        with opened(session, result), alone(unbuffered, result), closing(lock):
-            self.fields = self._fields(result)
-            sizes = Sizes(min(self._batch, BATCH))
-            # SQLAlchemy has the first row already where it reads by a cursor of the
-            # server. It shows how many can be fetched at once.
+        result = execute(session, self._prepared.statement, choose_options)
+        unbuffered = [
+            connection
+            for connection in connections
+            if connection.dialect.name in DIALECT_NAMES
+        ]
+        warning = BlockedWriterWarning(connections)
+        with (
+            opened(session, result),
+            refuse_other_statements(unbuffered, result),
+            closing(warning),
+        ):
+            self.fields = self._get_fields(result)
+            sizes = BatchSizes(min(self._batch, BATCH))
+            # A server-side cursor of SQLAlchemy has already fetched the first row. Its
+            # size shows how many rows can be fetched at once.
             batch = result.fetchmany(1)
             if room := sizes.room_after(batch):
                 batch = [*batch, *result.fetchmany(room)]
             while batch:
                 sizes.grow(batch)
                 yield batch
-                lock.look()
+                warning.check()
                 batch = result.fetchmany(sizes.size)
 
-    def _by_key(self, session: Session, keyset: Keyset) -> Iterator[Sequence[Any]]:
-        from .statement import OtherEngine, dialect_of
+    def _read_by_key(self, session: Session, keyset: Keyset) -> Iterator[Sequence[Any]]:
+        from .statement import OtherEngineError, find_dialect
 
         database = database_of(session)
         if database is not None:
             watch(session, database)
-        dialect = dialect_of(session, self._prepared.statement)
-        batches = self._batches_on(dialect, session, keyset, database)
+        dialect = find_dialect(session, self._prepared.statement)
+        batches = self._read_on_dialect(dialect, session, keyset, database)
         try:
             first = next(batches, None)
-        except OtherEngine as other:
-            batches = self._batches_on(other.dialect, session, keyset, database)
+        except OtherEngineError as other:
+            batches = self._read_on_dialect(other.dialect, session, keyset, database)
             first = next(batches, None)
         if first is not None:
             yield first
             yield from batches
 
-    def _batches_on(
+    def _read_on_dialect(
         self,
         dialect: sa.Dialect,
         session: Session,
         keyset: Keyset,
         database: Database | None,
     ) -> Iterator[Sequence[Any]]:
-        """The batches; OtherEngine before the first if the dialect is not this one."""
-        from ..database.effects import only_reads
-        from .statement import OtherEngine, execute
+        """The batches by key.
 
-        name = f"{dialect.name}+{dialect.driver}"
+        :raises OtherEngineError: if the session uses an engine of another dialect,
+            before the first batch if possible.
+        """
+        from ..database.effects import only_reads
+        from .statement import OtherEngineError, execute
+
+        expected = f"{dialect.name}+{dialect.driver}"
         may_write = not only_reads(keyset.statement)
 
-        def fetch(statement: Any) -> tuple[list[str], Sequence[Any]]:
+        def fetch_rows(statement: Any) -> tuple[list[str], Sequence[Any]]:
             began = not session.in_transaction()
             connections: list[sa.Connection] = []
 
-            def prepare(connection: sa.Connection, statement: Any) -> Mapping[str, Any]:
-                its = connection.dialect
-                if connections or name != f"{its.name}+{its.driver}":
-                    raise OtherEngine("rows", its, name)
+            def choose_options(
+                connection: sa.Connection, statement: Any
+            ) -> Mapping[str, Any]:
+                actual = connection.dialect
+                if connections or expected != f"{actual.name}+{actual.driver}":
+                    raise OtherEngineError("rows", actual, expected)
                 connections.append(connection)
                 return {"stream_results": False}
 
-            result = execute(session, statement, {}, prepare)
-            fetched = self._fields(result), result.all()
+            result = execute(session, statement, choose_options)
+            fetched = self._get_fields(result), result.all()
             if database is not None:
                 end_reading(session, database, began, connections if may_write else ())
             return fetched
 
-        run = keyset.run(dialect, self._batch, fetch)
-        for batch in run:
-            self.fields = run.fields
+        reader = keyset.read(dialect, self._batch, fetch_rows)
+        for batch in reader:
+            self.fields = reader.fields
             if batch:
                 yield batch
 
-    def _fields(self, result: sa.Result[Any]) -> list[str]:
-        from .statement import fields_of
+    def _get_fields(self, result: sa.Result[Any]) -> list[str]:
+        from .statement import get_fields
 
-        return fields_of("rows", result)
-
-
-# Whose session it is, for rows() and copy() alike.
+        return get_fields("rows", result)
 
 
-def check_session(hook: str, session: Any) -> Any:
-    """``session``, if it is one.
+# The session of rows() and copy().
 
-    :raises TypeError: when it is not.
+
+def check_session(function: str, session: Any) -> Any:
+    """Return ``session`` if it is a session, a scoped session or None.
+
+    :param function: the name for the error message, ``rows`` or ``copy``.
+    :raises TypeError: if it is something else.
     """
     if session is not None and not (
         hasattr(session, "execute") and hasattr(session, "get_bind")
     ):
         raise TypeError(
-            f"{hook}(session={session!r}) is no session; give a Session or a "
-            "scoped_session, or leave it out for the stream's own"
+            f"{function}(): session must be a Session or a scoped_session, got "
+            f"{session!r}. Leave it out to use the stream's own session"
         )
     return session
 
 
-def session_of(hook: str, asked: Any, statements: Any) -> Session:
-    """The session to run in: what was asked for, the Query's, the application's.
+def find_session(function: str, given: Any, of_query: Session | None) -> Session:
+    """The session to use: the given one, the Query's, or the application's first.
 
-    :raises StreamError: when there is none.
+    :raises StreamError: if there is no session.
     """
-    session = asked if asked is not None else statements
+    session = given if given is not None else of_query
     if session is None:
         scoped = scoped_sessions(tg.config)
         if not scoped:
             raise StreamError(
-                f"{hook}() has no session to run its statement in: the application has "
-                f"no DBSession; give {hook}(statement, session=...)"
+                f"{function}() has no session, because the application has no "
+                f"DBSession. Pass a session: {function}(statement, session=...)"
             )
         session = scoped[0]
-    return session() if callable(session) else session  # type: ignore[no-any-return]
+    return session() if callable(session) else session

@@ -1,7 +1,8 @@
-"""What a statement selects, and how it is run: with the session's own rules, as rows.
+"""The statement of ``rows()`` or ``copy()``: its columns, its engine, its execution.
 
-Rule: whatever an application hangs on its session applies (a handler that filters by
-tenant); only the objects of the ORM are left out, which cost more than the database.
+A statement is executed by its session, so that everything that an application adds to
+the session applies, for example an event handler that filters by tenant. There are no
+ORM objects: mapped classes are replaced by their columns.
 """
 
 from __future__ import annotations
@@ -20,230 +21,255 @@ from ..core.errors import StreamError
 from ..database.cursors import OWN
 from ..formats.fields import mapped_columns
 
-KINDS = sa.Select, sa.CompoundSelect, sa.TextualSelect, sa.TextClause, Query
+STATEMENT_TYPES = (
+    sa.Select,
+    sa.CompoundSelect,
+    sa.TextualSelect,
+    sa.TextClause,
+    Query,
+)
 
 
-class Prepared(NamedTuple):
-    """A statement whose entities became columns, and the session it came with."""
+class PreparedStatement(NamedTuple):
+    """A statement whose mapped classes became columns, and the session of a Query."""
 
     statement: Any
     session: Session | None
 
 
-def prepared(hook: str, statement: Any) -> Prepared:
-    """What :func:`execute` runs for ``statement``.
+def prepare(function: str, statement: Any) -> PreparedStatement:
+    """Check a statement, and replace its mapped classes by their columns.
 
-    :raises TypeError: when it is none that selects, or has options for entities.
-    :raises StreamError: when it has run already.
+    :param function: the name for error messages, ``rows`` or ``copy``.
+    :raises TypeError: if it is not a statement that selects, or has loader options.
+    :raises StreamError: if it was already executed.
     """
     if isinstance(statement, sa.Result | sa.ScalarResult | sa.MappingResult):
         raise StreamError(
-            f"{hook}() was given a Result, which belongs to the transaction that its "
-            "statement ran in; give it the statement itself"
+            f"{function}() got a Result, which belongs to the transaction in which its "
+            "statement was executed. Pass the statement itself"
         )
-    if not isinstance(statement, KINDS):
+    if not isinstance(statement, STATEMENT_TYPES):
         raise TypeError(
-            f"{hook}() was given {_named(statement)}; give it what selects: select(), "
-            "a union, text(), or a Query"
+            f"{function}() needs a statement that selects, got {_describe(statement)}. "
+            "Pass a select(), a union, text() or a Query"
         )
     session = None
     if isinstance(statement, Query):
         session, statement = statement.session, statement.statement
     if isinstance(statement, sa.Select):
-        _check_options(hook, statement)
-        statement = _as_columns(statement)
-    return Prepared(statement, session)
+        _check_options(function, statement)
+        statement = _select_columns(statement)
+    return PreparedStatement(statement, session)
 
 
-def _named(value: Any) -> str:
+def _describe(value: Any) -> str:
     return f"the class {value.__name__}" if isinstance(value, type) else repr(value)
 
 
-def _check_options(hook: str, statement: Any) -> None:
+def _check_options(function: str, statement: sa.Select[Any]) -> None:
     if any(isinstance(option, Load) for option in statement._with_options):
         raise TypeError(
-            f"{hook}() gives columns, to which options as joinedload() and load_only() "
-            "do not apply: leave them out, and name the columns in select()"
+            f"{function}() selects columns, so loader options such as joinedload() and "
+            "load_only() have no effect. Remove them, and name the columns in select()"
         )
 
 
-def _as_columns(statement: sa.Select[Any]) -> sa.Select[Any]:
-    """The statement with the columns of its entities, under the attributes' names."""
-    exprs = [each["expr"] for each in statement.column_descriptions]
-    parts = [part for expr in exprs for part in _parts(expr)]
-    columns = list(_labelled(parts))
-    if all(a is b for a, b in zip(columns, exprs, strict=False)) and (
-        len(columns) == len(exprs)
+def _select_columns(statement: sa.Select[Any]) -> sa.Select[Any]:
+    """Select the columns of mapped classes, under the names of their attributes."""
+    selected = [column["expr"] for column in statement.column_descriptions]
+    expanded = [part for expr in selected for part in _expand_entity(expr)]
+    columns = list(_label_columns(expanded))
+    if all(a is b for a, b in zip(columns, selected, strict=False)) and (
+        len(columns) == len(selected)
     ):
         return statement
     return statement.with_only_columns(*columns)
 
 
-def _parts(expr: Any) -> Iterator[Any]:
+def _expand_entity(expr: Any) -> Iterator[Any]:
     if isinstance(expr, Bundle):
         for part in expr.exprs:
-            yield from _parts(part)
+            yield from _expand_entity(part)
         return
-    looked: Any = sa.inspect(expr, raiseerr=False)
-    if isinstance(looked, Mapper) or getattr(looked, "is_aliased_class", False):
-        for name in mapped_columns(looked.mapper.class_) or ():
-            yield getattr(looked.entity, name)
+    inspected: Any = sa.inspect(expr, raiseerr=False)
+    if isinstance(inspected, Mapper) or getattr(inspected, "is_aliased_class", False):
+        for name in mapped_columns(inspected.mapper.class_) or ():
+            yield getattr(inspected.entity, name)
     else:
         yield expr
 
 
-def _labelled(parts: list[Any]) -> Iterator[Any]:
-    """The attributes named as ``session.execute()`` does, and each its own name."""
+def _label_columns(columns: list[Any]) -> Iterator[Any]:
+    """Name attributes as ``session.execute()`` does. No two get the same name."""
     used: set[str | None] = set()
-    for part in parts:
-        inner = getattr(part, "expression", None)
+    for column in columns:
+        inner = getattr(column, "expression", None)
         if not (
-            isinstance(part, QueryableAttribute) and isinstance(inner, sa.ColumnElement)
+            isinstance(column, QueryableAttribute)
+            and isinstance(inner, sa.ColumnElement)
         ):
-            used.add(getattr(part, "name", None))
-            yield part
+            used.add(getattr(column, "name", None))
+            yield column
             continue
-        name = _unused(part.key, used)
+        name = _unused_name(column.key, used)
         used.add(name)
-        yield part if getattr(inner, "name", None) == name else part.label(name)
+        yield column if getattr(inner, "name", None) == name else column.label(name)
 
 
-def _unused(name: str, used: Collection[str | None]) -> str:
-    number, found = 0, name
-    while found in used:
+def _unused_name(name: str, used: Collection[str | None]) -> str:
+    number, candidate = 0, name
+    while candidate in used:
         number += 1
-        found = f"{name}_{number}"
-    return found
+        candidate = f"{name}_{number}"
+    return candidate
 
 
-# To run it.
+# Execution.
 
 
 def execute(
     session: Session,
     statement: Any,
-    options: Mapping[str, Any],
-    prepare: Callable[[sa.Connection, Any], Mapping[str, Any]] = lambda *args: {},
+    choose_options: Callable[[sa.Connection, Any], Mapping[str, Any]],
 ) -> sa.Result[Any]:
-    """The rows of ``statement``, as its driver gives them.
+    """Execute ``statement`` and return its rows as the driver returns them.
 
-    Handlers of ``do_orm_execute`` run as ever. The one that is added, and so the last,
-    answers with a Result of the connection, which has no part of the ORM in it.
+    Handlers of ``do_orm_execute`` run as usual. The handler that is added here runs
+    last, and returns a Result of the connection, which has no part of the ORM.
 
-    :param prepare: called with the connection and the statement before it runs there,
-        and returns more options. No other call knows for certain which engine it is.
+    :param choose_options: is called with the connection and the statement before it is
+        executed there, and returns its execution options. No earlier call knows for
+        certain which engine executes the statement.
     """
 
-    def on_connection(state: Any) -> Any:
+    def execute_on_connection(state: Any) -> Any:
         if OWN not in state.local_execution_options:
             return None  # a handler's own statement
-        # Not the session's attribute: that is for those who use it themselves.
+        # Not session.connection(), after which a stream keeps its transaction open.
         connection = type(session).connection(
             session, bind_arguments=state.bind_arguments
         )
-        more = prepare(connection, state.statement)
+        options = choose_options(connection, state.statement)
         return connection.execute(
             state.statement,
             state.parameters or {},
-            execution_options={**state.local_execution_options, **more},
+            execution_options={**state.local_execution_options, **options},
         )
 
-    event.listen(session, "do_orm_execute", on_connection)
+    event.listen(session, "do_orm_execute", execute_on_connection)
     try:
-        return session.execute(statement, execution_options={**options, OWN: True})
+        return session.execute(statement, execution_options={OWN: True})
     finally:
-        event.remove(session, "do_orm_execute", on_connection)
+        event.remove(session, "do_orm_execute", execute_on_connection)
 
 
-class OtherEngine(StreamError):
-    """The session runs a statement on another engine than it seemed: on ``dialect``."""
+class OtherEngineError(StreamError):
+    """The session executes a statement on another engine than expected.
 
-    def __init__(self, hook: str, dialect: sa.Dialect, expected: str) -> None:
+    :param function: the name for the message, ``rows`` or ``copy``.
+    :param dialect: the dialect of the engine that executes the statement.
+    :param expected: the name of the expected dialect and driver.
+    """
+
+    def __init__(self, function: str, dialect: sa.Dialect, expected: str) -> None:
         super().__init__(
-            f"{hook}() reads on {expected}, but the session ran a statement of it on "
-            f"{dialect.name}+{dialect.driver}. Make get_bind() return one engine for "
-            f"all statements of {hook}(), or give it a session of one engine"
+            f"{function}() reads from {expected}, but the session executed one of its "
+            f"statements on {dialect.name}+{dialect.driver}. Make get_bind() return "
+            f"one engine for all statements of {function}(), or pass a session that "
+            "has one engine"
         )
         self.dialect = dialect
 
 
-def dialect_of(session: Session, statement: Any) -> sa.Dialect:
-    """The dialect that a select() will probably run on; only its connection knows.
+def find_dialect(session: Session, statement: Any) -> sa.Dialect:
+    """The dialect that probably executes a ``select()``. A connection makes it certain.
 
-    The arguments are those that the session would give ``get_bind()``. What else it
-    may need, an identity or a shard, the execution of a statement alone has.
+    ``get_bind()`` gets the arguments that the session would pass. An identity or a
+    shard, if it needs that, is known only when a statement is executed.
     """
     arguments = {"clause": statement}
-    for each in statement.column_descriptions[:1]:
-        if (entity := each.get("entity")) is not None:
+    for column in statement.column_descriptions[:1]:
+        if (entity := column.get("entity")) is not None:
             arguments["mapper"] = sa.inspect(entity).mapper
     with suppress(Exception):
         return session.get_bind(**arguments).dialect
 
-    def found(connection: sa.Connection, statement: Any) -> Any:
-        raise OtherEngine("rows", connection.dialect, "an unknown engine")
+    def stop(connection: sa.Connection, statement: Any) -> Any:
+        raise OtherEngineError("rows", connection.dialect, "an unknown engine")
 
     try:
-        execute(session, statement, {}, found)
-    except OtherEngine as other:
+        execute(session, statement, stop)
+    except OtherEngineError as other:
         return other.dialect
-    return DefaultDialect()  # a handler has answered
+    return DefaultDialect()  # a handler has returned a result
 
 
-def compiled(
-    session: Session, statement: Any, name: str, driver: str
-) -> tuple[sa.Connection, str, Any] | None:
-    """A statement as its driver gets it: the connection, the text, the parameters.
+class DriverStatement(NamedTuple):
+    """A statement as the driver of ``connection`` receives it."""
 
-    It is run, for all that an application adds to be added, but told to give no row.
+    connection: sa.Connection
+    text: str
+    parameters: Any
 
-    :param name: the only database on which it is; elsewhere nothing runs, nor where a
-        handler answers, and there is no such text.
-    :param driver: its driver.
+
+def compile_for_driver(
+    session: Session, statement: Any, dialect_name: str, driver: str
+) -> DriverStatement | None:
+    """Return a statement with everything that the application adds to it.
+
+    To collect these additions the statement is executed, wrapped in a query that
+    returns no rows. The result is None, and nothing is executed, if the session would
+    use another dialect or driver, or if a handler returns a result.
     """
     connections: list[sa.Connection] = []
-    found: list[tuple[str, Any]] = []
+    statements: list[DriverStatement] = []
 
-    def nothing(conn: Any, cursor: Any, text: str, parameters: Any, *rest: Any) -> Any:
+    def select_nothing(
+        connection: Any, cursor: Any, text: str, parameters: Any, *rest: Any
+    ) -> Any:
         text = text.rstrip().rstrip(";")
-        found.append((text, parameters))
+        statements.append(DriverStatement(connections[0], text, parameters))
         return f"SELECT * FROM (\n{text}\n) AS nothing WHERE false", parameters
 
-    def listen(connection: sa.Connection, statement: Any) -> Mapping[str, Any]:
+    def add_listener(connection: sa.Connection, statement: Any) -> Mapping[str, Any]:
         dialect = connection.dialect
-        if connections or (dialect.name, dialect.driver) != (name, driver):
-            raise OtherEngine("copy", dialect, f"{name}+{driver}")
+        if connections or (dialect.name, dialect.driver) != (dialect_name, driver):
+            raise OtherEngineError("copy", dialect, f"{dialect_name}+{driver}")
         connections.append(connection)
-        event.listen(connection, "before_cursor_execute", nothing, retval=True)
+        event.listen(connection, "before_cursor_execute", select_nothing, retval=True)
         return {"stream_results": False}
 
     try:
-        with execute(session, statement, {}, listen) as result:
-            fields_of("copy", result)
-    except OtherEngine:
+        with execute(session, statement, add_listener) as result:
+            get_fields("copy", result)
+    except OtherEngineError:
         if connections:
             raise
         return None
     finally:
         for connection in connections:
-            event.remove(connection, "before_cursor_execute", nothing)
-    return (connections[0], *found[-1]) if found else None
+            event.remove(connection, "before_cursor_execute", select_nothing)
+    return statements[-1] if statements else None
 
 
-def fields_of(hook: str, result: sa.Result[Any]) -> list[str]:
-    """The names of the columns of ``result``, which is closed when they are no good.
+def get_fields(function: str, result: sa.Result[Any]) -> list[str]:
+    """Return the names of the columns of ``result``.
 
-    :raises StreamError: when there are none, or one comes twice.
+    :raises StreamError: if there is no column, or two have the same name. The result
+        is closed then.
     """
     if not getattr(result, "returns_rows", True):
-        raise StreamError(f"the statement of {hook}() returns no rows; give a select()")
-    # Of a quoted name, which is a str of its own kind, JSON encoders want no part.
+        raise StreamError(
+            f"{function}(): the statement returns no rows. Pass a select()"
+        )
+    # "".join() makes a plain str of a quoted_name, which JSON encoders reject.
     fields = ["".join(name) for name in tuple(result.keys())]
     if len(set(fields)) < len(fields):
-        twice = next(name for name in fields if fields.count(name) > 1)
+        duplicate = next(name for name in fields if fields.count(name) > 1)
         result.close()
         raise StreamError(
-            f"the statement of {hook}() has two columns named {twice!r}; give them "
-            "names of their own, with label() or AS"
+            f"{function}(): the statement has two columns named {duplicate!r}. Give "
+            "each column its own name with label() or AS"
         )
     return fields
