@@ -28,11 +28,13 @@ def _check_positive(number: T) -> T:
 
 
 def _to_size(value: Any) -> int:
-    return _check_not_negative(asint(value))
+    size: int = asint(value)
+    return _check_not_negative(size)
 
 
 def _to_count(value: Any) -> int:
-    return _check_positive(asint(value))
+    count: int = asint(value)
+    return _check_positive(count)
 
 
 def _to_seconds(value: Any) -> float:

@@ -18,7 +18,7 @@ from .errors import StreamError
 from .heartbeat import add_heartbeats
 from .limits import Slot
 from .options import Commit, Options, Plan, check
-from .source import claim, is_iterable, open_source, resolve_proxy, source_of
+from .source import adapt_items, claim, is_iterable, open_source, resolve_proxy
 
 if TYPE_CHECKING:
     from ..database.database import Database
@@ -93,7 +93,7 @@ class Stream:
         self._body: Body | None = None
         self._claimed = threading.Lock()
         self._claimant: Any = None
-        self._source = source_of(items)
+        self._source = adapt_items(items)
         self._options = options
         self._controller = controller
         self._seat: Slot | None = None

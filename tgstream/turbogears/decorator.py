@@ -13,7 +13,7 @@ from webob import Response
 from ..core import context as _context
 from ..core.limits import reserve
 from ..core.options import Commit, Options, check
-from ..core.source import is_streamed, resolve_proxy
+from ..core.source import check_streamable, resolve_proxy
 from ..core.stream import Stream
 from ..formats.protocols import Format
 from .response import end_previous
@@ -133,7 +133,7 @@ def _streaming(caller: Any, function: Any, options: Options) -> Callable[..., An
                 output._adopt(options, function, seat, _context.current().request)
                 return output
             given = isinstance(output, Response)
-            if given or not is_streamed(output, name_of(function)):
+            if given or not check_streamable(output, name_of(function)):
                 return output
             stream = Stream._of(output, options, function)
         stream._seat = seat
