@@ -620,7 +620,7 @@ def test_change_after_the_first_chunk_is_warned_of_once(
     app = make_app(early(late=True), **SESSION)
     assert get(app, f"/set/{what}").text == "firstlast"
     (line,) = caplog.messages
-    assert f"the client cannot see it: {named};" in line
+    assert f"after the response had started: {named}. The client" in line
 
 
 def test_session_in_use_is_not_warned_of(

@@ -53,7 +53,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from webob.exc import HTTPException
 from webob.request import DisconnectionError
 
-from ..turbogears.diagnostics import advise_if_buffered
+from ..turbogears.diagnostics import warn_if_buffered
 from . import report as _report
 from .chunks import Chunks, StreamEnding
 from .cleanup import close, first_error
@@ -251,7 +251,7 @@ class Body:
             yield chunk
         if self.reason == "completed":
             return
-        advise_if_buffered(self)
+        warn_if_buffered(self)
         chunks, context, token = self._chunks, self.context, self._token
         bind, run, unbind = context.bind, context.run, context.unbind
         while True:

@@ -30,7 +30,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..turbogears.diagnostics import Progress, look, next_look
+from ..turbogears.diagnostics import Progress, check_running, next_check
 from .options import clock
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ class Monitor:
     def _add(self, body: Body, now: float, seen: Progress | None) -> bool:
         """Look at ``body`` later. True if it is the next to look at."""
         check = now + body.plan.disconnect_check_seconds
-        due = min(check, next_look(body, now, seen))
+        due = min(check, next_check(body, now, seen))
         due = min(max(due, now + PAUSE), body.expires)
         entry = _Entry(due, next(self._numbers), weakref.ref(body), seen)
         with self._lock:
@@ -177,7 +177,7 @@ class Monitor:
         if body.closing is not None:
             return  # whoever runs it ends it
         try:
-            seen = look(body, now, entry.seen)
+            seen = check_running(body, now, entry.seen)
         except Exception:  # it looks at values that another thread is changing
             seen = None
         self._add(body, now, seen)

@@ -126,8 +126,8 @@ def tell_late(body: Body) -> None:
     """Warn of what was changed when it had left already."""
     if body.late is not None and (names := body.late()):
         log.warning(
-            "%s changed what had left with its first chunk, so that the client cannot "
-            "see it: %s; change it before the first yield",
+            "%s modified these after the response had started: %s. The client will not "
+            "see the change. Make it before the first yield",
             body.plan.controller,
             ", ".join(names),
         )

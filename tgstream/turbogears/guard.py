@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ..core.body import Body
 from ..core.cleanup import close, first_error
 from ..core.errors import StreamError
-from .diagnostics import KEY
+from .diagnostics import OUTCOME_KEY
 
 if TYPE_CHECKING:
     pass
@@ -69,7 +69,7 @@ class Guard:
 
     def __call__(self, environ: dict[str, Any], start_response: Any) -> Any:
         # The outcome does not hold start_response, which on most servers holds environ.
-        environ[KEY] = outcome = Outcome()
+        environ[OUTCOME_KEY] = outcome = Outcome()
 
         def start_once(status: str, headers: Any, exc_info: Any = None) -> Any:
             if exc_info is None:
@@ -189,10 +189,10 @@ class _Errors:
 
 def outcome_of(environ: dict[str, Any]) -> Outcome:
     """The outcome of this request: the guard's, or a substitute for it."""
-    outcome: Outcome | None = environ.get(KEY)
+    outcome: Outcome | None = environ.get(OUTCOME_KEY)
     if outcome is not None:
         return outcome
-    environ[KEY] = outcome = Outcome()
+    environ[OUTCOME_KEY] = outcome = Outcome()
     outcome.closing = True
     alarm = _Alarm(outcome)
     environ["paste.registry"].register(alarm, outcome)

@@ -12,7 +12,12 @@ from ..core.cleanup import close
 from ..core.errors import StreamError
 from ..core.headers import check_sendable, drop_hop_by_hop, has_no_body
 from ..core.stream import Stream
-from .diagnostics import KEY, advise, advise_if_unguarded, advise_of_dropped
+from .diagnostics import (
+    OUTCOME_KEY,
+    warn_if_unguarded,
+    warn_of_dropped_headers,
+    warn_of_settings,
+)
 from .guard import Outcome, _Errors, outcome_of
 
 if TYPE_CHECKING:
@@ -92,7 +97,7 @@ def _check_response(response: Any, body: Body | None) -> None:
     """
     where = "the response to HEAD" if body is None else body.plan.controller
     if (names := drop_hop_by_hop(response)) and body is not None:
-        advise_of_dropped(body, names)
+        warn_of_dropped_headers(body, names)
     check_sendable(where, response)
     if body is not None and has_no_body(response.status_int) and body.complete != b"":
         raise StreamError(
@@ -105,7 +110,7 @@ def _tell_bodiless(response: Any, environ: dict[str, Any]) -> None:
     """Have the guard send no byte, whatever middlewares make of none."""
     if response.status_int != 205 and has_no_body(response.status_int):
         response.content_length = None  # RFC 9110 forbids it, or it would be wrong
-    outcome: Outcome | None = environ.get(KEY)
+    outcome: Outcome | None = environ.get(OUTCOME_KEY)
     if outcome is not None:
         outcome.bodiless = True
         outcome.length = response.content_length
@@ -113,7 +118,7 @@ def _tell_bodiless(response: Any, environ: dict[str, Any]) -> None:
 
 def _remember(error: BaseException, environ: dict[str, Any]) -> None:
     """Have backlash raise the error of ``start_response`` again, like the guard."""
-    if KEY not in environ:
+    if OUTCOME_KEY not in environ:
         outcome = Outcome()
         outcome.error = error
         environ["wsgi.errors"] = _Errors(environ["wsgi.errors"], outcome)
@@ -179,8 +184,8 @@ def _depart(body: Body, environ: dict[str, Any]) -> None:
     registry.cleanup()
     registry.prepare()
     if body.complete is None:
-        advise_if_unguarded(body)
-        advise(body)
+        warn_if_unguarded(body)
+        warn_of_settings(body)
         body.outcome = outcome = outcome_of(environ)
         outcome.unfinished, outcome.body = True, body
         if body.ended:  # by the monitor, and did not find its outcome
