@@ -215,7 +215,7 @@ def test_line_break_in_a_path_does_not_forge_a_line_of_the_log(
 def test_stream_that_slow_request_tracing_excludes_has_no_warning(
     make_app: MakeApp, warnings: Callable[[], list[str]]
 ) -> None:
-    """Nor do pages, and streams while ``debug`` is on."""
+    """Pages have none either, and no stream has one while ``debug`` is on."""
     options = {"trace_slowreqs__enable": True, "trace_slowreqs__exclude": "/words"}
     get(make_app(Words(), **options), "/words")
     get(make_app(Words(), **options), "/single")
