@@ -224,7 +224,7 @@ def test_stream_that_slow_request_tracing_excludes_has_no_warning(
 
 
 def test_debugbar_is_warned_of(tmp_path: Path) -> None:
-    """It keeps the queries of the stream, as the warning says."""
+    """It really keeps the queries of the stream."""
     command = [sys.executable, "-m", "tests.live_apps.debugbar", f"{tmp_path}/test.db"]
     ran = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, check=True)
     kept, [line] = json.loads(ran.stdout)

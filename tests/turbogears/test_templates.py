@@ -122,8 +122,8 @@ def test_streamed_page_is_the_page_of_tg(make_page_app: MakeApp, engine: str) ->
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_page_is_sent_piece_by_piece(make_page_app: MakeApp, engine: str) -> None:
-    """Three engines yield pieces. A Mako page is one piece."""
+def test_page_is_sent_part_by_part(make_page_app: MakeApp, engine: str) -> None:
+    """Three engines yield parts. A Mako page is one part."""
     app = make_page_app(pages(f"{engine}:tests.templates.users"))
     call = Call(app, "/streamed")
     count = len(list(call))
@@ -195,7 +195,7 @@ def test_unknown_template_is_an_ordinary_error(
 
 
 def test_unknown_renderer_raises_the_error_of_tg(make_page_app: MakeApp) -> None:
-    """The message says how to add a renderer."""
+    """The message explains how to add a renderer."""
 
     class Root(TGController):
         @expose()
@@ -244,7 +244,7 @@ def test_error_in_a_template_aborts_the_page(
 
 @pytest.mark.parametrize("engine", STREAMED)
 def test_pages_are_rendered_on_any_thread(make_page_app: MakeApp, engine: str) -> None:
-    """Two pages alternate, each piece on a new thread. Each sees its own request."""
+    """Two pages alternate, each part on a new thread. Each sees its own request."""
 
     class Root(TGController):
         @expose()
@@ -405,7 +405,7 @@ def test_page_in_a_row_does_not_change_the_content_type_of_the_stream(
 
 
 def test_content_type_that_the_template_sets_stays(make_page_app: MakeApp) -> None:
-    """The template sets it in its first piece, as in an ordinary page."""
+    """The template sets it in its first part, as in an ordinary page."""
 
     class Name:
         def __str__(self) -> str:
@@ -494,7 +494,7 @@ def test_hooks_of_rendering_are_called(make_page_app: MakeApp) -> None:
     ]
 
 
-def test_cached_page_is_one_piece(make_page_app: MakeApp) -> None:
+def test_cached_page_is_one_part(make_page_app: MakeApp) -> None:
     """TG renders the page once for ``tg_cache``, and caches its text."""
     rendered: list[int] = []
 
@@ -522,7 +522,7 @@ def test_cached_page_is_one_piece(make_page_app: MakeApp) -> None:
     assert rendered == [1]
 
 
-def test_page_of_a_renderer_without_templates_is_one_piece(
+def test_page_of_a_renderer_without_templates_is_one_part(
     make_page_app: MakeApp,
 ) -> None:
     """``json`` is also a renderer, and does not get TG's variables."""
@@ -536,7 +536,7 @@ def test_page_of_a_renderer_without_templates_is_one_piece(
     assert get(make_page_app(Root()), "/page").text == '{"name": "ada"}'
 
 
-def test_page_of_a_custom_renderer_is_one_piece(make_page_app: MakeApp) -> None:
+def test_page_of_a_custom_renderer_is_one_part(make_page_app: MakeApp) -> None:
     """A subclass of TG's renderer also renders the pages that are streamed."""
 
     class Shouting(JinjaRenderer):
@@ -550,7 +550,7 @@ def test_page_of_a_custom_renderer_is_one_piece(make_page_app: MakeApp) -> None:
 
 
 def test_long_page_is_sent_in_chunks(make_page_app: MakeApp) -> None:
-    """After many fast pieces in a row, the pieces are buffered."""
+    """After many fast parts in a row, the parts are buffered."""
     rows = range(20_000)
 
     class Root(TGController):
@@ -573,10 +573,10 @@ def test_long_page_is_sent_in_chunks(make_page_app: MakeApp) -> None:
 @pytest.mark.parametrize(
     "options", [{"tgstream.chunk_size": "0"}, {"tgstream.flush_seconds": "1e-9"}]
 )
-def test_slow_page_is_sent_piece_by_piece(
+def test_slow_page_is_sent_part_by_part(
     make_page_app: MakeApp, options: dict[str, str]
 ) -> None:
-    """After a slow piece the pieces are not buffered."""
+    """After a slow part the parts are not buffered."""
 
     class Root(TGController):
         @expose()

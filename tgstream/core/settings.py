@@ -72,7 +72,7 @@ def read_option(config: Mapping[str, Any], name: str) -> Any:
 
     :param config: the configuration of the running application.
     :param name: a key of ``OPTIONS``.
-    :returns: the value, converted to the option's type; the default if it is not set.
+    :returns: the value, converted to the option's type, or the default.
     :raises ValueError: when the value cannot be converted, or is out of range.
     """
     option = OPTIONS[name]

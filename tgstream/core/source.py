@@ -24,13 +24,13 @@ from .errors import StreamError
 
 
 def resolve_proxy(value: Any) -> Any:
-    """The object behind a proxy of TG, such as ``tg.response``; else the value."""
+    """The value, or the object behind it if it is a proxy such as ``tg.response``."""
     while isinstance(value, TurboGearsObjectProxy):
         value = value._current_obj()
     return value
 
 
-# What is a stream, and what is not.
+# Values that a stream can send, and others.
 
 _adapters: list[tuple[Callable[[Any], bool], Callable[[Any], Any]]] = []
 
@@ -227,7 +227,7 @@ class _Blocks:
 
 
 def _choose_read(file: Any) -> Any:
-    """The file's ``read1()``, which waits for some bytes only; else ``read()``."""
+    """The file's ``read1()``, which waits for some bytes only, or its ``read()``."""
     read1 = getattr(file, "read1", None)
     if (
         read1 is None
@@ -263,7 +263,7 @@ def _check_complete(file: Any) -> None:
 
 
 def _find_response(file: Any) -> Any:
-    """The ``http.client`` response that ``file`` is or wraps; else None."""
+    """The ``http.client`` response that ``file`` is or wraps, if any."""
     client = sys.modules.get("http.client")
     if client is None:
         return None

@@ -1,8 +1,8 @@
 """Warnings for developers about settings and code that get in the way of a stream.
 
-Each warning says what to do, and is logged once for each controller of an application.
-The checks run when a stream starts, at its second pull, and on the thread of the
-monitor. No other pull is slowed down.
+Each warning contains the remedy, and is logged once for each controller of an
+application. The checks run when a stream starts, at its second pull, and on the thread
+of the monitor. No other pull is slowed down.
 """
 
 from __future__ import annotations
@@ -198,8 +198,8 @@ def check_running(body: Body, now: float, progress: Progress | None) -> Progress
     """Warn of a stream that is idle in a transaction, or occupies the only worker.
 
     :param now: by the clock.
-    :param progress: the result of the check before; None for the first check.
-    :returns: the stream's progress; None if it has no open transaction.
+    :param progress: the result of the previous check, or None for the first check.
+    :returns: the stream's progress, or None if it has no open transaction.
     """
     if now >= body.started + ONLY_WORKER_SECONDS:
         _warn_if_only_worker(body, now)
@@ -229,7 +229,7 @@ def check_running(body: Body, now: float, progress: Progress | None) -> Progress
 def next_check(body: Body, now: float, progress: Progress | None) -> float:
     """When :func:`check_running` can have a new warning, by the clock.
 
-    :param progress: the result of the check at ``now``; None if there was none.
+    :param progress: the result of the check at ``now``, or None if there was none.
     """
     due = body.started + ONLY_WORKER_SECONDS
     if due <= now:
@@ -256,6 +256,6 @@ def _is_only_worker(environ: dict[str, Any]) -> bool:
     """Whether no other thread, greenlet or process of the server serves requests."""
     if environ.get("wsgi.multithread") or environ.get("wsgi.multiprocess"):
         return False
-    uwsgi: Any = sys.modules.get("uwsgi")  # only its options tell of --async
+    uwsgi: Any = sys.modules.get("uwsgi")  # --async is in no other place
     get_option: Callable[[bytes], Any] = getattr(uwsgi, "opt", {}).get
     return not (get_option(b"async") or get_option(b"gevent"))

@@ -2,7 +2,7 @@
 
 TG decides everything about a page: its template, its variables, its doctype. This
 module calls the template engines as TG's renderers do, but takes the text of a page
-piece by piece, where a renderer would join the pieces.
+part by part, where a renderer would join the parts.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from ..core.settings import read_option
 
 
 def render(template: str, /, **variables: Any) -> Iterator[str]:
-    """The page that TG makes of a template, in pieces, while it is rendered.
+    """Render a template as TG does, and yield the page in parts.
 
     Return it from a controller with ``@stream``, or in a :class:`Stream`. Rendering
-    starts when the first piece is requested. If the template loops over a generator or
+    starts when the first part is requested. If the template loops over a generator or
     calls a slow function, the part of the page above it is sent first. Do not use a
     generator that is among the variables again: it is closed with the page.
 
-    Kajiki, Jinja2 and Genshi yield pieces. Mako and other renderers, and pages with
-    ``tg_cache``, yield the whole page as one piece.
+    Kajiki, Jinja2 and Genshi yield parts. Mako and other renderers, and pages with
+    ``tg_cache``, yield the whole page as one part.
 
     :param template: its name as in ``@expose``, with or without ``engine:``.
     :param variables: the variables of the template, in addition to TG's own.
@@ -57,11 +57,11 @@ def render(template: str, /, **variables: Any) -> Iterator[str]:
     renderer = tg_locals.config["render_functions"].get(engine)
     if renderer is None:
         raise MissingRendererError(engine)
-    pieces = _render_pieces(renderer, engine, name, variables)
-    pieces = _assume_content_type(pieces, tg_locals)
-    pieces = _join_until_flash(pieces, tg_locals)
-    pieces = _buffer(pieces, tg_locals.config)
-    return _close_iterators(pieces, variables.values())
+    parts = _render_parts(renderer, engine, name, variables)
+    parts = _assume_content_type(parts, tg_locals)
+    parts = _join_until_flash(parts, tg_locals)
+    parts = _buffer(parts, tg_locals.config)
+    return _close_iterators(parts, variables.values())
 
 
 def _split_name(template: str, config: Any) -> tuple[str, str]:
@@ -72,7 +72,7 @@ def _split_name(template: str, config: Any) -> tuple[str, str]:
     return (engine, name) if colon else (config["default_renderer"], template)
 
 
-def _render_pieces(
+def _render_parts(
     renderer: Any, engine: str, name: str, variables: dict[str, Any]
 ) -> Iterator[str]:
     """Do what ``tg.render_template`` does, in its order, but do not join the text."""
@@ -100,15 +100,15 @@ _CACHE_OPTIONS = ("cache_key", "cache_expire", "cache_type")
 def _generate_kajiki(
     renderer: Any, name: str, namespace: Any, params: Any
 ) -> Iterable[str]:
-    pieces: Iterable[str] = renderer.loader.load(name, **params)(namespace)
-    return pieces
+    parts: Iterable[str] = renderer.loader.load(name, **params)(namespace)
+    return parts
 
 
 def _generate_jinja(
     renderer: Any, name: str, namespace: Any, params: Any
 ) -> Iterable[str]:
-    pieces: Iterable[str] = renderer.jinja2_env.get_template(name).generate(**namespace)
-    return pieces
+    parts: Iterable[str] = renderer.jinja2_env.get_template(name).generate(**namespace)
+    return parts
 
 
 def _generate_genshi(
@@ -124,13 +124,13 @@ def _generate_genshi(
     recording_renderer = copy.copy(renderer)
     recording_renderer.load_template = load
     recording_renderer(name, namespace, **params)
-    return recorders[0].pieces
+    return recorders[0].parts
 
 
 class _Recorder:
-    """A Genshi template whose ``render()`` keeps the pieces and returns no text."""
+    """A Genshi template whose ``render()`` keeps the parts and returns no text."""
 
-    pieces: Iterable[str] = ()
+    parts: Iterable[str] = ()
 
     def __init__(self, template: Any) -> None:
         self._template = template
@@ -140,7 +140,7 @@ class _Recorder:
         return self
 
     def render(self, encoding: None, **options: Any) -> str:
-        self.pieces = self._stream.serialize(**options)
+        self.parts = self._stream.serialize(**options)
         return ""
 
 
@@ -153,28 +153,28 @@ _GENERATE: dict[str, Callable[..., Iterable[str]]] = {
 }
 
 
-# What TG does before and after it renders an ordinary page.
+# The things that TG does before and after it renders an ordinary page.
 
 
-def _assume_content_type(pieces: Iterator[str], tg_locals: Any) -> Iterator[str]:
-    """Render ``pieces`` as if the content type were set that TG sets afterwards.
+def _assume_content_type(parts: Iterator[str], tg_locals: Any) -> Iterator[str]:
+    """Render ``parts`` as if the content type were set that TG sets afterwards.
 
     Templates and renderers read it, and its charset. It is removed again after each
-    piece, because the page may be the text of an email in a stream of another type.
+    part, because the page may be the text of an email in a stream of another type.
     """
     response = tg_locals.response
     while response.content_type is None:
         assumed = _get_exposed_content_type(tg_locals)
         response.headers["Content-Type"] = assumed
         try:
-            piece = next(pieces, None)
+            part = next(parts, None)
         finally:
             if response.headers.get("Content-Type") == assumed:
                 del response.headers["Content-Type"]
-        if piece is None:
+        if part is None:
             return
-        yield piece
-    yield from pieces
+        yield part
+    yield from parts
 
 
 def _get_exposed_content_type(tg_locals: Any) -> str:
@@ -185,11 +185,11 @@ def _get_exposed_content_type(tg_locals: Any) -> str:
     return f"{name}; charset=utf-8" if textual and "charset" not in name else name
 
 
-def _join_until_flash(pieces: Iterator[str], tg_locals: Any) -> Iterator[str]:
-    """Join the pieces up to the one that shows a ``flash()`` message.
+def _join_until_flash(parts: Iterator[str], tg_locals: Any) -> Iterator[str]:
+    """Join the parts up to the one that shows a ``flash()`` message.
 
     Only the headers can delete the cookie of the message, and they are sent with the
-    first piece. If a message waits and the template does not show it, a chunk of the
+    first part. If a message waits and the template does not show it, a chunk of the
     page is joined.
     """
     request, headers = tg_locals.request, tg_locals.response.headers
@@ -197,43 +197,43 @@ def _join_until_flash(pieces: Iterator[str], tg_locals: Any) -> Iterator[str]:
         size = read_option(tg_locals.config, "tgstream.chunk_size")
         cookies = headers.getall("Set-Cookie")
         head: list[str] = []
-        for piece in pieces:
-            head.append(piece)
-            size -= len(piece)
+        for part in parts:
+            head.append(part)
+            size -= len(part)
             if size <= 0 or headers.getall("Set-Cookie") != cookies:
                 break
         yield "".join(head)
-    yield from pieces
+    yield from parts
 
 
-_UNBUFFERED_PIECES = 256
-"""Fast pieces in a row after which the pieces are buffered."""
+_UNBUFFERED_PARTS = 256
+"""Fast parts in a row after which the parts are buffered."""
 
 
-def _buffer(pieces: Iterable[str], config: Any) -> Iterator[str]:
-    """Yield pieces one by one, and buffer them after many fast ones in a row.
+def _buffer(parts: Iterable[str], config: Any) -> Iterator[str]:
+    """Yield parts one by one, and buffer them after many fast ones in a row.
 
-    A template yields two pieces for each table cell, and a piece does not show whether
+    A template yields two parts for each table cell, and a part does not show whether
     the next one waits for a query. So the head of a page, and a page that is rendered
-    slowly, are sent piece by piece.
+    slowly, are sent part by part.
     """
     size = read_option(config, "tgstream.chunk_size")
     seconds = read_option(config, "tgstream.flush_seconds")
     clock = time.perf_counter
     buffered: list[str] = []
     length = 0
-    fast = 0  # pieces in a row
+    fast = 0  # parts in a row
     start = clock()
     last = start
-    for piece in pieces:
-        if not piece:
+    for part in parts:
+        if not part:
             continue
-        buffered.append(piece)
-        length += len(piece)
+        buffered.append(part)
+        length += len(part)
         now = clock()
         fast = fast + 1 if now - last < seconds else 0
         last = now
-        if fast < _UNBUFFERED_PIECES or length >= size or now - start >= seconds:
+        if fast < _UNBUFFERED_PARTS or length >= size or now - start >= seconds:
             yield "".join(buffered)
             buffered.clear()
             length = 0
@@ -243,8 +243,8 @@ def _buffer(pieces: Iterable[str], config: Any) -> Iterator[str]:
         yield "".join(buffered)
 
 
-def _close_iterators(pieces: Iterator[str], variables: Iterable[Any]) -> Iterator[str]:
-    """Yield the pieces, and close the iterators among ``variables`` afterwards.
+def _close_iterators(parts: Iterator[str], variables: Iterable[Any]) -> Iterator[str]:
+    """Yield the parts, and close the iterators among ``variables`` afterwards.
 
     A Kajiki template is a reference cycle. Without this, its iterators would stay open
     until Python's cyclic garbage collector runs.
@@ -252,7 +252,7 @@ def _close_iterators(pieces: Iterator[str], variables: Iterable[Any]) -> Iterato
     iterators = [value for value in variables if isinstance(value, Iterator)]
     steps = [partial(close, iterator) for iterator in iterators]
     try:
-        yield from pieces
+        yield from parts
     except GeneratorExit:
         pass  # the page was closed early, so that only errors of the steps are raised
     except BaseException:
