@@ -1,4 +1,4 @@
-"""Whether a client has left: its server is asked, before a write fails."""
+"""Whether a client has disconnected, which some servers know before a write fails."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from tgstream.core.monitor import has_disconnected
 
 
 @pytest.mark.parametrize("server", ["waitress", "gunicorn-gthread", "gunicorn-gevent"])
-def test_client_that_left_a_mute_stream_is_asked_for(
+def test_disconnect_of_a_silent_stream_is_noticed(
     live_server: Callable[..., LiveServer], postgresql: str, tmp_path: Path, server: str
 ) -> None:
-    """Its generator has nothing to say, and sees that it is to end."""
+    """Its generator has nothing to send, and ends because of ``ending``."""
     live = live_server(server, "stream_app", "looks=0.1", f"postgresql={postgresql}")
     pipe = tmp_path / "reason"
     os.mkfifo(pipe)
@@ -36,10 +36,10 @@ def test_client_that_left_a_mute_stream_is_asked_for(
     assert_settles(live, "postgresql")
 
 
-def test_short_check_notices_a_disconnect_without_idle_warnings(
+def test_disconnect_is_noticed_without_idle_warnings(
     make_app: MakeApp, sqlite_model: Model, ended: Callable[[], Report]
 ) -> None:
-    """The two intervals are independent of each other."""
+    """The interval of the check does not depend on that of the warning."""
 
     class Root(TGController):
         @expose()
@@ -70,8 +70,8 @@ def connected() -> tuple[socket.socket, socket.socket]:
         return client, listener.accept()[0]
 
 
-def test_client_that_is_there_has_not_left() -> None:
-    """Nor has one that has only ended its own sending, and waits for the rest."""
+def test_connected_client_has_not_left() -> None:
+    """A client that only shuts down its sending side still waits for the response."""
     client, server = connected()
     environ = {"gunicorn.socket": server}
     with client, server:
@@ -83,8 +83,8 @@ def test_client_that_is_there_has_not_left() -> None:
         assert client.recv(100) == b"the rest"
 
 
-def test_client_that_reset_the_connection_has_left() -> None:
-    """And asking does not take the error from the server, that has yet to see it."""
+def test_client_that_reset_the_connection_has_disconnected() -> None:
+    """The check does not consume the error, so that the server gets it as well."""
     client, server = connected()
     client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     client.close()
@@ -94,8 +94,8 @@ def test_client_that_reset_the_connection_has_left() -> None:
             server.recv(1)
 
 
-def test_nobody_knows_of_a_client_elsewhere() -> None:
-    """Without a word of the server, over a Unix socket, and once it is closed."""
+def test_unknown_client_has_not_left() -> None:
+    """No server key, a Unix socket, and a closed socket give no information."""
     one, other = socket.socketpair()
     with one, other:
         environs: list[dict[str, Any]] = [{}, {"gunicorn.socket": one}]
@@ -103,7 +103,7 @@ def test_nobody_knows_of_a_client_elsewhere() -> None:
     assert not has_disconnected({"gunicorn.socket": one})
 
 
-def test_who_cannot_be_asked_ends_no_watch() -> None:
-    """What a middleware has put there may raise anything; nobody has left then."""
+def test_check_that_raises_means_that_the_client_has_not_left() -> None:
+    """A middleware may have replaced the object with any other."""
     assert not has_disconnected({"waitress.client_disconnected": lambda: 1 / 0})
     assert not has_disconnected({"gunicorn.socket": object()})

@@ -564,7 +564,7 @@ def test_very_long_duration_is_watched_like_any_other(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A wait of the monitor never overflows, so that the next stream expires."""
-    monkeypatch.setattr(diagnostics, "LONG", 0.0)
+    monkeypatch.setattr(diagnostics, "ONLY_WORKER_SECONDS", 0.0)
     options = {
         "tgstream__idle_transaction_seconds": "9e9",
         "tgstream__disconnect_check_seconds": "9e9",

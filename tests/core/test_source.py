@@ -24,12 +24,12 @@ from tg import TGController, expose
 from tests.conftest import LiveServer, MakeApp
 from tests.wsgi import Call, get
 from tgstream import Stream, stream
-from tgstream.core.source import BLOCK
+from tgstream.core.source import BLOCK_SIZE
 
 Start = Callable[..., LiveServer]
 
 
-def app_of(make_app: MakeApp, make: Callable[[], Any]) -> Any:
+def make_file_app(make_app: MakeApp, make: Callable[[], Any]) -> Any:
     """An application whose root streams the file that ``make`` returns."""
 
     class Root(TGController):
@@ -42,21 +42,21 @@ def app_of(make_app: MakeApp, make: Callable[[], Any]) -> Any:
 
 
 def first(call: Call) -> bytes:
-    """The first bytes of a response."""
+    """The first chunk of a response that is not empty."""
     return next(chunk for chunk in call if chunk)
 
 
-# Bytes are sent as they come.
+# Bytes are sent as soon as they can be read.
 
 
-def test_pipe_is_sent_as_it_is_written(make_app: MakeApp) -> None:
-    """A program's output is sent before the program has ended."""
+def test_pipe_is_sent_while_it_is_written(make_app: MakeApp) -> None:
+    """The output of a program is sent before the program has ended."""
     script = "import os; os.write(1, b'one\\n'); os.read(0, 1); os.write(1, b'two\\n')"
     process = subprocess.Popen(
         [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
     assert process.stdin is not None
-    call = Call(app_of(make_app, lambda: process.stdout))
+    call = Call(make_file_app(make_app, lambda: process.stdout))
     assert first(call) == b"one\n"
     process.stdin.close()
     assert call.read() == b"two\n"
@@ -68,45 +68,45 @@ def test_pipe_is_sent_as_it_is_written(make_app: MakeApp) -> None:
 def test_nonblocking_pipe_without_data_has_not_ended(
     make_app: MakeApp, buffering: int
 ) -> None:
-    """Neither None of a raw file nor b"" of ``read1()`` is taken for the end."""
+    """``None`` from a raw file and ``b""`` from ``read1()`` do not mean the end."""
     reader, writer = os.pipe()
     os.set_blocking(reader, False)
     os.write(writer, b"one")
-    call = Call(app_of(make_app, lambda: os.fdopen(reader, "rb", buffering)))
+    call = Call(make_file_app(make_app, lambda: os.fdopen(reader, "rb", buffering)))
     assert first(call) == b"one"
 
     def write_late() -> None:
         os.write(writer, b"two")
         os.close(writer)
 
-    later = threading.Timer(0.2, write_late)  # the stream has looked before
+    later = threading.Timer(0.2, write_late)  # after the stream has read in vain
     later.start()
     assert call.read() == b"two"
     later.join()
 
 
 def test_nonblocking_socket_without_data_has_not_ended(make_app: MakeApp) -> None:
-    """A socket's file gives None as a pipe's does."""
+    """The file of a socket returns ``None`` as well."""
     ours, theirs = socket.socketpair()
     ours.setblocking(False)
     theirs.sendall(b"one")
     with ours, theirs:
         file = socket.SocketIO(ours, "r")
-        call = Call(app_of(make_app, lambda: file))
+        call = Call(make_file_app(make_app, lambda: file))
         assert first(call) == b"one"
 
         def send_late() -> None:
             theirs.sendall(b"two")
             theirs.shutdown(socket.SHUT_WR)
 
-        later = threading.Timer(0.2, send_late)  # the stream has looked before
+        later = threading.Timer(0.2, send_late)  # after the stream has read in vain
         later.start()
         assert call.read() == b"two"
         later.join()
 
 
 class Reader:
-    """A file that can do nothing but ``read()``."""
+    """A file whose only method is ``read()``."""
 
     def __init__(self, data: bytes) -> None:
         self._file = io.BytesIO(data)
@@ -116,7 +116,7 @@ class Reader:
 
 
 class Buffered(io.BufferedIOBase):
-    """A file whose ``read1()`` is that of its abstract base, which only raises."""
+    """A file that inherits the abstract ``read1()``, which only raises."""
 
     def __init__(self, data: bytes) -> None:
         self._file = io.BytesIO(data)
@@ -171,18 +171,18 @@ FILES: dict[str, Callable[[bytes], Any]] = {
 }
 
 
-@pytest.mark.parametrize("kind", FILES)
-def test_file_of_every_kind_is_sent_whole(make_app: MakeApp, kind: str) -> None:
-    """In blocks, with ``read1()`` and ``close()`` where it has them."""
+@pytest.mark.parametrize("name", FILES)
+def test_file_of_any_type_is_sent_completely(make_app: MakeApp, name: str) -> None:
+    """It is read in blocks, and closed."""
     data = b"0123456789\n" * 20_000
-    file = FILES[kind](data)
-    app = app_of(make_app, lambda: file)
+    file = FILES[name](data)
+    app = make_file_app(make_app, lambda: file)
     assert Call(app).read() == data
     assert getattr(file, "closed", True)
 
 
-def test_file_that_only_reads_needs_no_format(make_app: MakeApp) -> None:
-    """It has no lines that a format could take."""
+def test_file_with_only_read_cannot_have_a_format(make_app: MakeApp) -> None:
+    """It has no lines that a format could encode."""
 
     class Root(TGController):
         @expose()
@@ -199,11 +199,11 @@ def test_file_that_only_reads_needs_no_format(make_app: MakeApp) -> None:
         get(make_app(Root(), trace_errors__enable=False))
 
 
-# An upstream that is cut.
+# Truncated responses of an upstream server.
 
 
 class Upstream:
-    """A web server that answers one request with these bytes, and hangs up."""
+    """A web server that sends these bytes to one client, and disconnects."""
 
     def __init__(self, answer: bytes) -> None:
         self._listener = socket.create_server(("127.0.0.1", 0))
@@ -226,7 +226,7 @@ class Upstream:
         self._listener.close()
 
 
-CUT = {
+TRUNCATED = {
     "length": b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nhalf\n",
     "chunk": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n9\r\nhalf\n",
     "chunks": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhalf\n\r\n",
@@ -234,38 +234,40 @@ CUT = {
 
 
 @pytest.mark.parametrize("wrap", [None, io.TextIOWrapper], ids=["bytes", "text"])
-@pytest.mark.parametrize("how", CUT)
-def test_response_that_was_cut_fails_the_stream(
-    make_app: MakeApp, how: str, wrap: Any
+@pytest.mark.parametrize("framing", TRUNCATED)
+def test_truncated_response_fails_the_stream(
+    make_app: MakeApp, framing: str, wrap: Any
 ) -> None:
-    """``http.client`` itself returns b"" there, as at the end."""
-    with Upstream(CUT[how]) as upstream:
+    """``http.client`` itself returns ``b""``, like at the end."""
+    with Upstream(TRUNCATED[framing]) as upstream:
         response = urlopen(upstream.url)
         file = response if wrap is None else wrap(response)
         with pytest.raises(http.client.IncompleteRead):
-            Call(app_of(make_app, lambda: file)).read()
+            Call(make_file_app(make_app, lambda: file)).read()
 
 
 @pytest.mark.parametrize("framing", ["length", "chunks", "close"])
-def test_response_is_sent_whole_and_closed(make_app: MakeApp, framing: str) -> None:
-    """With any framing of the upstream's."""
+def test_response_is_sent_completely_and_closed(
+    make_app: MakeApp, framing: str
+) -> None:
+    """The upstream server may use any framing."""
     answer = {
         "length": b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello",
-        "chunks": CUT["chunks"] + b"0\r\n\r\n",
+        "chunks": TRUNCATED["chunks"] + b"0\r\n\r\n",
         "close": b"HTTP/1.1 200 OK\r\n\r\nhello",
     }[framing]
     with Upstream(answer) as upstream:
         response = urlopen(upstream.url)
-        body = Call(app_of(make_app, lambda: response)).read()
+        body = Call(make_file_app(make_app, lambda: response)).read()
     assert body == (b"half\n" if framing == "chunks" else b"hello")
     assert response.closed
 
 
-# The request's own body.
+# The body of the request.
 
 
 def post(app: Any, file: io.BytesIO, length: int) -> Call:
-    """A request whose body is in a file of the server's."""
+    """A request whose body is read from a file of the server."""
     environ: dict[str, Any] = {
         "wsgi.input": file,
         "CONTENT_LENGTH": str(length),
@@ -274,15 +276,14 @@ def post(app: Any, file: io.BytesIO, length: int) -> Call:
     return Call(app, method="POST", checked=False, **environ)
 
 
-class Socket(io.BytesIO):
-    """What a server reads a connection from: more than one request."""
+class Connection(io.BytesIO):
+    """A file of the server, with more than one request in it."""
 
 
 @pytest.mark.parametrize("name", ["environ", "body_file"])
 def test_request_body_ends_at_its_length(make_app: MakeApp, name: str) -> None:
-    """What follows is the next request, and the server's file stays open."""
-
-    app = app_of(
+    """The bytes after it are the next request, and the server's file stays open."""
+    app = make_file_app(
         make_app,
         lambda: (
             tg.request.environ["wsgi.input"]
@@ -290,20 +291,19 @@ def test_request_body_ends_at_its_length(make_app: MakeApp, name: str) -> None:
             else tg.request.body_file
         ),
     )
-    file = Socket(b"x" * BLOCK + b"body" + b"GET /next HTTP/1.1")
-    for data in (b"x" * BLOCK, b"body"):
+    file = Connection(b"x" * BLOCK_SIZE + b"body" + b"GET /next HTTP/1.1")
+    for data in (b"x" * BLOCK_SIZE, b"body"):
         call = post(app, file, len(data))
         assert call.read() == data
         assert not file.closed
     assert file.read() == b"GET /next HTTP/1.1"
 
 
-def test_request_body_that_was_cut_fails_the_stream(make_app: MakeApp) -> None:
-    """Half of an upload is not taken for the whole."""
-
-    app = app_of(make_app, lambda: tg.request.environ["wsgi.input"])
+def test_truncated_request_body_fails_the_stream(make_app: MakeApp) -> None:
+    """Half of an upload does not pass for the whole."""
+    app = make_file_app(make_app, lambda: tg.request.environ["wsgi.input"])
     with pytest.raises(ConnectionResetError, match="6 bytes of the request body"):
-        post(app, Socket(b"half"), 10).read()
+        post(app, Connection(b"half"), 10).read()
 
 
 HEAD = (
@@ -315,25 +315,27 @@ HEAD = (
 @pytest.mark.parametrize("path", [b"/input", b"/body_file"])
 @pytest.mark.parametrize("server", ["wsgiref", "waitress", "gunicorn-gthread"])
 def test_upload_is_echoed(live_server: Start, server: str, path: bytes) -> None:
-    """Complete, and on a server that hands on what it has, as it comes."""
+    """The echo is complete. wsgiref does not buffer, so its echo starts at once."""
     port = live_server(server, "echo").port
     with socket.create_connection(("127.0.0.1", port), 20) as connection:
         connection.sendall(HEAD % (b"POST", path) + b"first")
-        file, got = connection.makefile("rb"), b""
+        file, received = connection.makefile("rb"), b""
         if server == "wsgiref":
-            while b"first" not in got:
-                got += file.read1()
+            while b"first" not in received:
+                received += file.read1()
         connection.sendall(b"later")
-        got += file.read()
+        received += file.read()
         file.close()
-    assert b" 200 OK\r\n" in got
-    body = got.partition(b"\r\n\r\n")[2]
+    assert b" 200 OK\r\n" in received
+    body = received.partition(b"\r\n\r\n")[2]
     assert b"first" in body and b"later" in body
 
 
 @pytest.mark.parametrize("server", ["waitress", "gunicorn-gthread"])
-def test_options_leaves_the_connection_usable(live_server: Start, server: str) -> None:
-    """The answer is complete, has no body, and the next request is answered."""
+def test_options_request_leaves_the_connection_usable(
+    live_server: Start, server: str
+) -> None:
+    """The response is complete and has no body, and the next request works."""
     port = live_server(server, "echo").port
     connection = http.client.HTTPConnection("127.0.0.1", port, 20)
     for path in ("/endless", "/preflight", "/endless"):
@@ -351,9 +353,9 @@ def test_options_leaves_the_connection_usable(live_server: Start, server: str) -
     connection.close()
 
 
-def test_file_is_read_from_where_it_stands(make_app: MakeApp, tmp_path: Path) -> None:
-    """An ordinary file goes out in blocks of 64 KiB."""
-    (tmp_path / "data").write_bytes(b"x" * (2 * BLOCK + 1))
-    call = Call(app_of(make_app, (tmp_path / "data").open("rb").__enter__))
-    assert [len(chunk) for chunk in call] == [BLOCK, BLOCK, 1]
+def test_ordinary_file_is_sent_in_blocks(make_app: MakeApp, tmp_path: Path) -> None:
+    """A block has 64 KiB."""
+    (tmp_path / "data").write_bytes(b"x" * (2 * BLOCK_SIZE + 1))
+    call = Call(make_file_app(make_app, (tmp_path / "data").open("rb").__enter__))
+    assert [len(chunk) for chunk in call] == [BLOCK_SIZE, BLOCK_SIZE, 1]
     call.close()

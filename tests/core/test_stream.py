@@ -214,7 +214,7 @@ def test_result_of_the_body_is_refused(make_app: MakeApp, model: Model) -> None:
         Root(), model, statement=select(User.name), trace_errors__enable=False
     )
     for path in ("/rows", "/scalars", "/mappings"):
-        with pytest.raises(StreamError, match=r"return the statement \(select"):
+        with pytest.raises(StreamError, match=r"Return the statement \(select"):
             Call(app, path)
     assert_clean(model)
 

@@ -85,7 +85,7 @@ def logged() -> Iterator[tuple[str, str]]:
             if name.startswith("log.") and texts:
                 level = name.removeprefix("log.")
                 yield LEVELS.get(level, level.upper()), str(texts[0])
-            elif name == "_tell" and texts:
+            elif name == "_warn_once" and texts:
                 yield "WARNING", str(texts[-1])
 
 

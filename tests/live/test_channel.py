@@ -593,8 +593,8 @@ def test_publish_refuses_what_cannot_be_sent(
 @pytest.mark.parametrize(
     ("name", "value", "said"),
     [
-        ("channel_history", "0", "is '0'"),
-        ("heartbeat_seconds", "-1", "is '-1'"),
+        ("channel_history", "0", "has an invalid value, '0'"),
+        ("heartbeat_seconds", "-1", "has an invalid value, '-1'"),
         ("channels", "nats://:secret@x", "begins with 'nats', which"),
         ("channels", "redis://:secret@x?protocol=3&timeout=", "says protocol, timeout"),
         ("channels", "user:secret@x", "begins with 'user', which"),

@@ -27,7 +27,7 @@ from tests.conftest import MakeApp, assert_clean
 from tests.model import Model, User
 from tests.wsgi import Call, get
 from tgstream import CSV, NDJSON, Report, Stream, StreamError, copy, rows, stream
-from tgstream.core.source import BLOCK
+from tgstream.core.source import BLOCK_SIZE
 
 
 class Words:
@@ -302,7 +302,9 @@ def test_what_nobody_can_send_is_named(
         def decorated(self) -> Any:
             return value
 
-    with pytest.raises(TypeError, match=r"^Root.decorated returned .* a generator"):
+    with pytest.raises(
+        TypeError, match=r"^Root.decorated must return a generator.* got "
+    ):
         get(make_app(Root(), trace_errors__enable=False), "/decorated")
 
 
@@ -325,7 +327,7 @@ def test_forgotten_decorator_is_told_of(
             return kinds[returned]()
 
     app = make_app(Root(), sqlite_model, trace_errors__enable=False)
-    with pytest.raises(StreamError, match=r"^Root.plain returned a .* put @stream on"):
+    with pytest.raises(StreamError, match=r"^Root.plain returned a .*with @stream, or"):
         get(app, "/plain")
     assert_clean(sqlite_model)
 
@@ -350,7 +352,7 @@ def test_file_is_read_in_blocks_and_closed(make_app: MakeApp) -> None:
 
 def test_file_serves_one_request(make_app: MakeApp) -> None:
     """The second request for the same open file gets an error, and none of its data."""
-    file = io.BytesIO(b"data" * BLOCK)
+    file = io.BytesIO(b"data" * BLOCK_SIZE)
 
     class Root(TGController):
         @expose(content_type="application/octet-stream")
@@ -362,7 +364,7 @@ def test_file_serves_one_request(make_app: MakeApp) -> None:
     first = Call(app, "/file")
     with pytest.raises(StreamError, match="returned to a second request"):
         Call(app, "/file")
-    assert first.read() == b"data" * BLOCK
+    assert first.read() == b"data" * BLOCK_SIZE
 
 
 def test_iterator_without_a_hash_streams(make_app: MakeApp) -> None:
@@ -755,7 +757,9 @@ def test_other_proxy_is_the_object_behind_it(make_app: MakeApp, name: str) -> No
             return Stream(tg.response)
 
     app = make_app(Root(), trace_errors__enable=False)
-    with pytest.raises(TypeError, match=r"^Root.decorated returned .* a generator"):
+    with pytest.raises(
+        TypeError, match=r"^Root.decorated must return a generator.* got "
+    ):
         get(app, "/decorated")
     with pytest.raises(TypeError, match="must be iterable, got Response"):
         get(app, "/helped")

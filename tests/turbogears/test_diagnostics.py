@@ -1,4 +1,4 @@
-"""What a developer is told, once for each controller, and what to do about it."""
+"""Warnings about settings and code that get in the way of a stream."""
 
 from __future__ import annotations
 
@@ -24,15 +24,14 @@ from tests.conftest import MakeApp
 from tests.model import Model, User
 from tests.wsgi import Call, get
 from tgstream import stream
-from tgstream.core import monitor
 from tgstream.turbogears import diagnostics
-from tgstream.turbogears.diagnostics import look, next_look
+from tgstream.turbogears.diagnostics import check_running, next_check
 
 ROOT = Path(__file__).parents[2]
 
 
 class Words(TGController):
-    """A stream of three chunks, and a page."""
+    """Streams of three chunks, of two and of one."""
 
     @expose(content_type="text/plain")
     @stream
@@ -50,27 +49,27 @@ class Words(TGController):
         yield "one"
 
     def __init__(self) -> None:
-        for name in "words", "more", "single":  # TG forgets it between tests
+        for name in "words", "more", "single":  # each test resets TG, which forgets it
             expose(content_type="text/plain")(getattr(Words, name))
 
 
 @pytest.fixture
-def advice(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
-    """The warnings of tgstream so far."""
+def warnings(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
+    """Returns the warnings of tgstream so far."""
 
-    def advice() -> list[str]:
+    def warnings() -> list[str]:
         return [
             record.getMessage()
             for record in caplog.records
             if record.name == "tgstream" and record.levelname == "WARNING"
         ]
 
-    return advice
+    return warnings
 
 
 @pytest.fixture
-def warnings() -> Iterator[queue.Queue[str]]:
-    """Those of the watch as well, whose thread is another, to be waited for."""
+def warning_queue() -> Iterator[queue.Queue[str]]:
+    """The warnings of tgstream, to wait for those of the monitor's thread."""
     lines: queue.Queue[str] = queue.Queue()
 
     class Handler(logging.Handler):
@@ -84,11 +83,11 @@ def warnings() -> Iterator[queue.Queue[str]]:
     logging.getLogger("tgstream").removeHandler(handler)
 
 
-# What reads the stream before the server.
+# Code that reads the whole body before the server.
 
 
 class Collecting:
-    """A middleware that collects the body, as those that compress or sign it do."""
+    """A middleware that reads the whole body, as those that compress or sign it do."""
 
     def __init__(self, app: Any) -> None:
         self.app = app
@@ -101,14 +100,14 @@ class Collecting:
 
 @webob.dec.wsgify.middleware
 def reading(request: webob.Request, app: Any) -> webob.Response:
-    """A middleware of WebOb's making that reads the body."""
+    """A middleware made by WebOb that reads the whole body."""
     response = request.get_response(app)
     assert response.body
     return response
 
 
 def passing(app: Any) -> Any:
-    """A middleware that is a generator, and hands on each chunk."""
+    """A middleware that is a generator, and passes each chunk through."""
 
     def pass_on(environ: dict[str, Any], start_response: Any) -> Iterator[bytes]:
         body = app(environ, start_response)
@@ -123,27 +122,23 @@ def passing(app: Any) -> Any:
     [(Collecting, "Collecting.__call__|__call__"), (reading, "reading")],
 )
 def test_middleware_that_reads_the_stream_is_named(
-    make_app: MakeApp, advice: Callable[[], list[str]], middleware: Any, name: str
+    make_app: MakeApp, warnings: Callable[[], list[str]], middleware: Any, name: str
 ) -> None:
-    """Nothing is streamed then, and the developer knows by whom."""
+    """The warning is logged once for each controller, not for a single chunk."""
     app = middleware(make_app(Words()))
     get(app, "/words", checked=False)
-    [line] = advice()
-    assert line.startswith("Words.words is read by tests.turbogears.test_diagnostics.")
-    assert line.split()[4].removeprefix(
-        "tests.turbogears.test_diagnostics."
-    ) in name.split("|")
+    [line] = warnings()
+    assert line.startswith(f"Words.words is not streaming: {__name__}.")
+    assert line.split()[4].removeprefix(f"{__name__}.") in name.split("|")
     get(app, "/words", checked=False)
     get(app, "/single", checked=False)
-    assert len(advice()) == 1
+    assert len(warnings()) == 1
     get(app, "/more", checked=False)
-    assert advice()[1].startswith(
-        "Words.more is read by tests.turbogears.test_diagnostics."
-    )
+    assert warnings()[1].startswith(f"Words.more is not streaming: {__name__}.")
 
 
 class Signing(ApplicationWrapper):
-    """An application wrapper that reads the body of each response."""
+    """An application wrapper that reads the whole body of each response."""
 
     def __call__(self, controller: Any, environ: Any, context: Any) -> Any:
         response = self.next_handler(controller, environ, context)
@@ -152,9 +147,9 @@ class Signing(ApplicationWrapper):
 
 
 def test_application_wrapper_that_reads_the_stream_is_named(
-    make_app: MakeApp, advice: Callable[[], list[str]]
+    make_app: MakeApp, warnings: Callable[[], list[str]]
 ) -> None:
-    """Inside of TG as well."""
+    """It is in TurboGears, not around it."""
 
     def signed() -> FullStackApplicationConfigurator:
         base_config = FullStackApplicationConfigurator()
@@ -163,44 +158,43 @@ def test_application_wrapper_that_reads_the_stream_is_named(
 
     app = make_app(Words(), configurator=signed)
     assert get(app, "/words").text == "onetwothree"
-    [line] = advice()
-    assert line.startswith(
-        "Words.words is read by tests.turbogears.test_diagnostics.Signing.__call__ "
-    )
+    [line] = warnings()
+    start = f"Words.words is not streaming: {__name__}.Signing.__call__ reads "
+    assert line.startswith(start)
 
 
 @pytest.mark.parametrize("wrap", [passing, lambda app: app])
 @pytest.mark.parametrize("debug", [False, True])
-def test_stream_that_the_server_pulls_is_not_told_of(
-    make_app: MakeApp, advice: Callable[[], list[str]], wrap: Any, debug: bool
+def test_stream_that_the_server_pulls_has_no_warning(
+    make_app: MakeApp, warnings: Callable[[], list[str]], wrap: Any, debug: bool
 ) -> None:
-    """Neither what TG puts around it nor a middleware that hands on is in the way."""
+    """TG's middlewares and those that pass chunks through do not buffer."""
     app = wrap(make_app(Words(), debug=debug))
     assert get(app, "/words").text == "onetwothree"
-    assert advice() == []
+    assert warnings() == []
 
 
-# What is set.
+# Settings.
 
 
-def test_slow_request_tracing_is_told_of(
-    make_app: MakeApp, advice: Callable[[], list[str]]
+def test_slow_request_tracing_is_warned_of(
+    make_app: MakeApp, warnings: Callable[[], list[str]]
 ) -> None:
-    """With the very setting that spares the stream."""
+    """The warning has the setting that excludes the stream."""
     options = {"trace_slowreqs__enable": True, "trace_slowreqs__interval": 7}
     app = make_app(Words(), **options)
     get(app, "/words")
     get(app, "/words")
-    [line] = advice()
+    [line] = warnings()
     assert "Words.words streams, and trace_slowreqs is on" in line
     assert "longer than 7 s" in line
-    assert line.endswith("Add its path to trace_slowreqs.exclude, here /words")
+    assert line.endswith("Add its path to trace_slowreqs.exclude: /words")
 
 
-def test_line_end_in_a_path_begins_no_line_of_the_log(
+def test_line_break_in_a_path_does_not_forge_a_line_of_the_log(
     make_app: MakeApp, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A client may put one into a URL, as ``%0D%0A``; each record stays one line."""
+    """A client can send ``%0D%0A`` in a URL. Each record is still one line."""
     caplog.set_level(logging.DEBUG, "tgstream")
 
     class Any_(TGController):
@@ -213,24 +207,24 @@ def test_line_end_in_a_path_begins_no_line_of_the_log(
     app = make_app(Any_(), trace_slowreqs__enable=True)
     assert get(app, "/a\r\nERROR forged").text == "onetwo"
     lines = [record.getMessage() for record in caplog.records]
-    assert any("trace_slowreqs.exclude, here '/a\\r\\nERROR" in line for line in lines)
+    assert any("trace_slowreqs.exclude: '/a\\r\\nERROR" in line for line in lines)
     assert any("at /a%0D%0AERROR%20forged" in line for line in lines)
     assert all(len(line.splitlines()) == 1 for line in lines)
 
 
-def test_stream_that_is_spared_by_slow_request_tracing_is_not_told_of(
-    make_app: MakeApp, advice: Callable[[], list[str]]
+def test_stream_that_slow_request_tracing_excludes_has_no_warning(
+    make_app: MakeApp, warnings: Callable[[], list[str]]
 ) -> None:
-    """By the very setting that the advice names; nor a page, nor under debug."""
+    """Pages have none either, and no stream has one while ``debug`` is on."""
     options = {"trace_slowreqs__enable": True, "trace_slowreqs__exclude": "/words"}
     get(make_app(Words(), **options), "/words")
     get(make_app(Words(), **options), "/single")
     get(make_app(Words(), trace_slowreqs__enable=True, debug=True), "/more")
-    assert advice() == []
+    assert warnings() == []
 
 
-def test_debugbar_is_told_of(tmp_path: Path) -> None:
-    """It keeps the stream's queries, as the advice says."""
+def test_debugbar_is_warned_of(tmp_path: Path) -> None:
+    """It really keeps the queries of the stream."""
     command = [sys.executable, "-m", "tests.live_apps.debugbar", f"{tmp_path}/test.db"]
     ran = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, check=True)
     kept, [line] = json.loads(ran.stdout)
@@ -239,17 +233,17 @@ def test_debugbar_is_told_of(tmp_path: Path) -> None:
     assert "debug = false" in line
 
 
-# What is seen while it runs.
+# Running streams.
 
 
 @pytest.mark.parametrize("check", [0.01, 3600])
-def test_transaction_that_is_open_while_the_client_waits_is_told_of(
+def test_idle_transaction_of_a_slow_client_is_warned_of(
     make_app: MakeApp,
     model: Model,
-    warnings: queue.Queue[str],
+    warning_queue: queue.Queue[str],
     check: float,
 ) -> None:
-    """A connection is pinned, however often the server is asked about its client."""
+    """However often the monitor checks whether the client has disconnected."""
 
     class Root(TGController):
         @expose(content_type="text/plain")
@@ -264,16 +258,18 @@ def test_transaction_that_is_open_while_the_client_waits_is_told_of(
     }
     call = Call(make_app(Root(), model, **options), "/names")
     assert next(call) == b"0"
-    line = warnings.get(timeout=10)
-    assert "Root.names has not been asked for more for 0.05 s with a tran" in line
+    line = warning_queue.get(timeout=10)
+    assert line.startswith(
+        "Root.names has been idle in a transaction for 0.05 s, waiting for the client."
+    )
     call.close()
-    assert warnings.empty()
+    assert warning_queue.empty()
 
 
-def test_transaction_that_is_open_while_the_generator_waits_is_told_of(
-    make_app: MakeApp, model: Model, warnings: queue.Queue[str]
+def test_idle_transaction_of_a_waiting_generator_is_warned_of(
+    make_app: MakeApp, model: Model, warning_queue: queue.Queue[str]
 ) -> None:
-    """While it is inside a pull."""
+    """It waits in a pull."""
     go = threading.Event()
 
     class Root(TGController):
@@ -291,15 +287,14 @@ def test_transaction_that_is_open_while_the_generator_waits_is_told_of(
     assert next(call) == b"first"
     puller = threading.Thread(target=call.read)
     puller.start()
-    assert "Root.names has yielded nothing for 0.05 s with a tran" in warnings.get(
-        timeout=10
-    )
+    line = warning_queue.get(timeout=10)
+    assert "in a transaction for 0.05 s, waiting for the generator." in line
     go.set()
     puller.join()
 
 
 def running_body(idle_transaction_seconds: float) -> Any:
-    """A body of which :func:`look` sees what a body has."""
+    """A body with the attributes that :func:`check_running` reads."""
     return SimpleNamespace(
         started=0.0,
         idle=True,
@@ -316,79 +311,78 @@ def running_body(idle_transaction_seconds: float) -> Any:
 
 
 def test_idle_transaction_warning_is_not_early_with_frequent_checks(
-    advice: Callable[[], list[str]],
+    warnings: Callable[[], list[str]],
 ) -> None:
     """The time counts from the last progress, and the warning is given once."""
     body = running_body(idle_transaction_seconds=10)
-    seen = None
+    progress = None
     for second in range(100, 160):
         body.chunks = min(second, 125)  # it makes progress until then
-        seen = look(body, second, seen)
-        assert len(advice()) == (second >= 135)
-    assert "Root.names has not been asked for more for 10 s with" in advice()[0]
+        progress = check_running(body, second, progress)
+        assert len(warnings()) == (second >= 135)
+    assert "Root.names has been idle in a transaction for 10 s" in warnings()[0]
 
 
-def test_idle_transaction_is_timed_anew_after_its_end(
-    advice: Callable[[], list[str]],
+def test_idle_transaction_time_starts_again_with_each_transaction(
+    warnings: Callable[[], list[str]],
 ) -> None:
     """A stream that ends its transaction between two checks is not idle in it."""
     body = running_body(idle_transaction_seconds=10)
-    seen = None
+    progress = None
     for second in range(100, 200):
         body.transaction.idle = second % 8 == 0
-        seen = look(body, second, seen)
-    assert advice() == []
+        progress = check_running(body, second, progress)
+    assert warnings() == []
 
 
-def test_next_look_is_when_a_warning_may_be_due() -> None:
-    """For the only worker ten seconds after the start, then for the transaction."""
+def test_next_check_is_when_a_warning_may_be_due() -> None:
+    """Ten seconds after the start for the only worker, then for the transaction."""
     body = running_body(idle_transaction_seconds=7)
-    assert next_look(body, 1, None) == 8
-    assert next_look(body, 4, None) == 10
-    seen = look(body, 10, None)
-    assert next_look(body, 10, seen) == 17
-    assert next_look(body, 13, look(body, 13, seen)) == 17
-    assert next_look(body, 17, look(body, 17, seen)) == 24
+    assert next_check(body, 1, None) == 8
+    assert next_check(body, 4, None) == 10
+    progress = check_running(body, 10, None)
+    assert next_check(body, 10, progress) == 17
+    assert next_check(body, 13, check_running(body, 13, progress)) == 17
+    assert next_check(body, 17, check_running(body, 17, progress)) == 24
     body.plan.idle_transaction_seconds = 0
-    assert next_look(body, 17, look(body, 17, None)) == float("inf")
+    assert next_check(body, 17, check_running(body, 17, None)) == float("inf")
     body.plan.idle_transaction_seconds, body.transaction = 7, None
-    assert next_look(body, 17, look(body, 17, None)) == float("inf")
+    assert next_check(body, 17, check_running(body, 17, None)) == float("inf")
 
 
-def test_stream_that_waits_without_a_transaction_is_not_told_of(
+def test_stream_that_waits_without_a_transaction_has_no_warning(
     make_app: MakeApp,
     model: Model,
-    warnings: queue.Queue[str],
+    warning_queue: queue.Queue[str],
 ) -> None:
-    """Nor one that goes on, nor one that was asked not to be."""
+    """A stream with a transaction, which started at the same time, has it."""
 
     class Root(TGController):
         @expose(content_type="text/plain")
         @stream(commit="each")
-        def free(self) -> Iterator[str]:
+        def committed(self) -> Iterator[str]:
             yield str(model.DBSession.query(User).count())
             yield "more"
 
         @expose(content_type="text/plain")
         @stream
-        def held(self) -> Iterator[str]:
+        def idle(self) -> Iterator[str]:
             yield str(model.DBSession.query(User).count())
             yield "more"
 
     app = make_app(Root(), model, tgstream__idle_transaction_seconds=0.05)
-    free, held = Call(app, "/free"), Call(app, "/held")
-    assert "Root.held" in warnings.get(timeout=10)
-    for call in free, held:
+    committed, idle = Call(app, "/committed"), Call(app, "/idle")
+    assert "Root.idle" in warning_queue.get(timeout=10)
+    for call in committed, idle:
         call.close()
-    assert warnings.empty()
+    assert warning_queue.empty()
 
 
-def test_worker_for_one_request_at_a_time_is_told_of(
-    make_app: MakeApp, monkeypatch: pytest.MonkeyPatch, warnings: queue.Queue[str]
+def test_stream_on_the_only_worker_is_warned_of(
+    make_app: MakeApp, monkeypatch: pytest.MonkeyPatch, warning_queue: queue.Queue[str]
 ) -> None:
-    """When a stream has held it for long; that is ten seconds, here less."""
-    monkeypatch.setattr(monitor, "FIRST_LOOK", 0.05)
-    monkeypatch.setattr(diagnostics, "LONG", 0.05)
+    """After ten seconds, in this test less."""
+    monkeypatch.setattr(diagnostics, "ONLY_WORKER_SECONDS", 0.05)
     environ: dict[str, Any] = {"wsgi.multithread": False, "wsgi.multiprocess": False}
     options: dict[str, Any] = {
         "tgstream__idle_transaction_seconds": 0,
@@ -399,7 +393,7 @@ def test_worker_for_one_request_at_a_time_is_told_of(
     call = Call(app, "/words", **environ)
     assert (
         "Words.words has streamed for 0 s on a worker that serves one"
-        in warnings.get(timeout=10)
+        in warning_queue.get(timeout=10)
     )
     call.close()
     several.close()

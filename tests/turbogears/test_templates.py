@@ -1,4 +1,4 @@
-"""Pages that leave while they are made, held against the pages that TG makes."""
+"""``render``: pages that are sent while they are rendered, compared with TG's own."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def reversed_text(value: str) -> str:
 
 @pytest.fixture
 def make_page_app(make_app: MakeApp) -> MakeApp:
-    """Makes applications that have templates, and all that a template may ask for."""
+    """Makes applications with all the template engines and template variables."""
 
     def make(root: TGController, model: Model | None = None, **options: Any) -> Any:
         return make_app(
@@ -76,13 +76,13 @@ def make_page_app(make_app: MakeApp) -> MakeApp:
 
 
 def prepare() -> None:
-    """What a controller does before it renders."""
+    """Do what a controller does before it renders."""
     tg.tmpl_context.mood = "fine"
     tg.request_local.context._current_obj().translator = Translations()
 
 
 def pages(template: str, **exposed: Any) -> TGController:
-    """A controller with the same page twice: whole, as TG makes it, and streamed."""
+    """A controller with the same page twice: ``whole``, by TG, and ``streamed``."""
 
     class Root(TGController):
         @expose(template, **exposed)
@@ -100,7 +100,7 @@ def pages(template: str, **exposed: Any) -> TGController:
 
 
 def assert_same(app: Any) -> Call:
-    """The streamed page, which says what the whole one says, to the byte."""
+    """Check that both pages are the same, to the byte. Return the streamed one."""
     whole, streamed = get(app, "/whole"), get(app, "/streamed")
     assert streamed.text == whole.text
     assert streamed.headers["Content-Type"] == whole.headers["Content-Type"]
@@ -108,10 +108,8 @@ def assert_same(app: Any) -> Call:
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_streamed_page_is_the_page_that_tg_makes(
-    make_page_app: MakeApp, engine: str
-) -> None:
-    """Layout, include, escaping, i18n, helpers and TG's variables: all as ever."""
+def test_streamed_page_is_the_page_of_tg(make_page_app: MakeApp, engine: str) -> None:
+    """Layout, include, escaping, i18n, helpers and TG's variables work as usual."""
     app = make_page_app(pages(f"{engine}:tests.templates.users"))
     streamed = assert_same(app)
     for text in (
@@ -124,8 +122,8 @@ def test_streamed_page_is_the_page_that_tg_makes(
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_page_leaves_piece_by_piece(make_page_app: MakeApp, engine: str) -> None:
-    """Three engines give pieces; Mako's page comes whole."""
+def test_page_is_sent_part_by_part(make_page_app: MakeApp, engine: str) -> None:
+    """Three engines yield parts. A Mako page is one part."""
     app = make_page_app(pages(f"{engine}:tests.templates.users"))
     call = Call(app, "/streamed")
     count = len(list(call))
@@ -134,18 +132,18 @@ def test_page_leaves_piece_by_piece(make_page_app: MakeApp, engine: str) -> None
 
 
 @pytest.mark.parametrize("engine", STREAMED)
-def test_head_leaves_before_the_query_begins(
+def test_page_head_is_sent_before_the_query_starts(
     make_page_app: MakeApp, model: Model, engine: str
 ) -> None:
-    """A generator among the variables begins where the template loops over it."""
-    began: list[int] = []
+    """A generator among the variables starts when the template loops over it."""
+    started: list[int] = []
 
     class Root(TGController):
         @expose()
         @stream
         def users(self) -> Iterator[str]:
             def names() -> Iterator[str]:
-                began.append(1)
+                started.append(1)
                 for user in model.DBSession.query(User).order_by(User.id):
                     assert user in model.DBSession
                     yield user.name
@@ -163,9 +161,9 @@ def test_head_leaves_before_the_query_begins(
         head += chunk.decode()
         if "HI!" in chunk.decode():
             break
-    assert not began
+    assert not started
     rest = call.read().decode()
-    assert began
+    assert started
     assert "bob" in rest
     assert_clean(model)
 
@@ -177,8 +175,8 @@ def test_head_leaves_before_the_query_begins(
         *("kajiki:users.xhtml", "users.xhtml", "tests.templates.users!xhtml"),
     ],
 )
-def test_template_is_named_as_in_expose(make_page_app: MakeApp, template: str) -> None:
-    """With its engine or without, dotted or as a path below the templates' folder."""
+def test_template_name_is_that_of_expose(make_page_app: MakeApp, template: str) -> None:
+    """With or without the engine, dotted, or as a path in the folder of templates."""
     assert_same(make_page_app(pages(template), paths={"templates": [str(FOLDER)]}))
 
 
@@ -186,7 +184,7 @@ def test_template_is_named_as_in_expose(make_page_app: MakeApp, template: str) -
 def test_unknown_template_is_an_ordinary_error(
     make_page_app: MakeApp, engine: str
 ) -> None:
-    """It is looked up inside the request, before anything has left."""
+    """It is loaded in the request, before the response starts."""
     root = pages(f"{engine}:tests.templates.nowhere")
     app = make_page_app(root, trace_errors__enable=False)
     with pytest.raises(Exception, match="nowhere") as whole:
@@ -196,8 +194,8 @@ def test_unknown_template_is_an_ordinary_error(
     assert_thread_clean()
 
 
-def test_unknown_renderer_is_tgs_own_error(make_page_app: MakeApp) -> None:
-    """The error that TG has for it says how to add one."""
+def test_unknown_renderer_raises_the_error_of_tg(make_page_app: MakeApp) -> None:
+    """The message explains how to add a renderer."""
 
     class Root(TGController):
         @expose()
@@ -205,7 +203,9 @@ def test_unknown_renderer_is_tgs_own_error(make_page_app: MakeApp) -> None:
         def page(self) -> Iterator[str]:
             with pytest.raises(MissingRendererError, match="'genshi' templates"):
                 render("genshi:tests.templates.users")
-            with pytest.raises(TypeError, match="named by a str, as in @expose"):
+            with pytest.raises(
+                TypeError, match="needs the name of a template as a str"
+            ):
                 render(None)  # type: ignore[arg-type]
             return render("tests.templates.page", name="ada")
 
@@ -213,17 +213,17 @@ def test_unknown_renderer_is_tgs_own_error(make_page_app: MakeApp) -> None:
     assert "Hello ada" in get(app, "/page").text
 
 
-def test_render_outside_of_a_request_is_refused() -> None:
-    """A template without TG's variables would be another page."""
+def test_render_outside_of_a_request_is_rejected() -> None:
+    """A template needs the variables that TG has for a request."""
     with pytest.raises(StreamError, match="outside of a request"):
         render("tests.templates.page", name="ada")
 
 
 @pytest.mark.parametrize("engine", STREAMED)
-def test_error_in_the_template_breaks_what_has_left(
+def test_error_in_a_template_aborts_the_page(
     make_page_app: MakeApp, engine: str
 ) -> None:
-    """After its head a page can only break, as any stream; nobody takes it for all."""
+    """Its head has been sent, so that the response must not look complete."""
 
     class Root(TGController):
         @expose()
@@ -243,8 +243,8 @@ def test_error_in_the_template_breaks_what_has_left(
 
 
 @pytest.mark.parametrize("engine", STREAMED)
-def test_pages_are_made_on_any_thread(make_page_app: MakeApp, engine: str) -> None:
-    """Pages in turn, each piece on another thread, see their own requests."""
+def test_pages_are_rendered_on_any_thread(make_page_app: MakeApp, engine: str) -> None:
+    """Two pages alternate, each part on a new thread. Each sees its own request."""
 
     class Root(TGController):
         @expose()
@@ -275,7 +275,7 @@ def test_pages_are_made_on_any_thread(make_page_app: MakeApp, engine: str) -> No
 def test_generator_of_a_page_is_closed_with_it(
     make_page_app: MakeApp, model: Model, engine: str, end: str
 ) -> None:
-    """At its end and when the client leaves, in the request's own context."""
+    """At its end, and when the client disconnects, in the context of the request."""
     closed: list[str] = []
 
     class Root(TGController):
@@ -302,7 +302,7 @@ def test_generator_of_a_page_is_closed_with_it(
 
 
 def test_first_error_of_a_page_is_the_one_raised(make_page_app: MakeApp) -> None:
-    """The template's own, then what a generator raises when it is closed."""
+    """The error of the template comes before that of a generator that is closed."""
 
     class Root(TGController):
         @expose()
@@ -343,7 +343,7 @@ def test_first_error_of_a_page_is_the_one_raised(make_page_app: MakeApp) -> None
     ],
 )
 @pytest.mark.parametrize("content_type", [None, "application/xhtml+xml", "text/html"])
-def test_genshi_page_has_tgs_doctype_and_method(
+def test_genshi_page_has_the_doctype_and_method_of_tg(
     make_page_app: MakeApp, options: dict[str, Any], content_type: str | None
 ) -> None:
     """They depend on the configuration and on the content type."""
@@ -352,10 +352,10 @@ def test_genshi_page_has_tgs_doctype_and_method(
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_content_type_of_the_controller_is_seen(
+def test_template_sees_the_content_type_of_the_controller(
     make_page_app: MakeApp, engine: str
 ) -> None:
-    """What the controller set on the response is what the template sees."""
+    """It is set on the response before the page is rendered."""
     template = f"{engine}:tests.templates.users"
 
     class Root(TGController):
@@ -379,10 +379,10 @@ def test_content_type_of_the_controller_is_seen(
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_text_in_another_stream_keeps_its_content_type(
+def test_page_in_a_row_does_not_change_the_content_type_of_the_stream(
     make_page_app: MakeApp, engine: str
 ) -> None:
-    """A page that is rendered into a row of a format is no page of the response."""
+    """A page can be a value in a stream of another format."""
 
     class Lines:
         content_type = "text/csv"
@@ -405,7 +405,7 @@ def test_text_in_another_stream_keeps_its_content_type(
 
 
 def test_content_type_that_the_template_sets_stays(make_page_app: MakeApp) -> None:
-    """A template may say what it is in its first part, as in an ordinary page."""
+    """The template sets it in its first part, as in an ordinary page."""
 
     class Name:
         def __str__(self) -> str:
@@ -425,7 +425,7 @@ def test_content_type_that_the_template_sets_stays(make_page_app: MakeApp) -> No
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_flash_message_is_shown_once(make_page_app: MakeApp, engine: str) -> None:
-    """Its cookie is deleted in the headers, which leave no earlier."""
+    """The headers delete its cookie, and are sent after the message is rendered."""
     app = make_page_app(pages(f"{engine}:tests.templates.users"))
     cookie = "webflash=" + quote('{"message": "well done", "status": "ok"}')
     whole = get(app, "/whole", HTTP_COOKIE=cookie)
@@ -436,8 +436,8 @@ def test_flash_message_is_shown_once(make_page_app: MakeApp, engine: str) -> Non
     assert streamed.cookies[0].startswith("webflash=; Max-Age=0;")
 
 
-def test_message_that_no_template_shows_waits_for_one(make_page_app: MakeApp) -> None:
-    """A page without a place for messages takes none; it is whole before it leaves."""
+def test_flash_message_stays_until_a_page_shows_it(make_page_app: MakeApp) -> None:
+    """A page that does not show messages keeps the cookie. One chunk is buffered."""
 
     class Root(TGController):
         @expose()
@@ -462,16 +462,16 @@ def test_message_that_no_template_shows_waits_for_one(make_page_app: MakeApp) ->
     assert len(chunks) > 200
 
 
-def test_hooks_of_rendering_are_told(make_page_app: MakeApp) -> None:
-    """What TG tells before and after it renders; a result has left by then."""
-    told: list[Any] = []
+def test_hooks_of_rendering_are_called(make_page_app: MakeApp) -> None:
+    """The hook after rendering cannot change the page, which has been sent."""
+    calls: list[Any] = []
 
     def before(engine: str, name: str, variables: Any, options: Any) -> None:
         variables["name"] += ", my dear"
-        told.append(("before", engine, name, options["cache_key"]))
+        calls.append(("before", engine, name, options["cache_key"]))
 
     def after(engine: str, name: str, variables: Any, options: Any) -> None:
-        told.append(("after", engine, name, options["result"]))
+        calls.append(("after", engine, name, options["result"]))
         options["result"] = "ignored"
 
     class Root(TGController):
@@ -488,22 +488,22 @@ def test_hooks_of_rendering_are_told(make_page_app: MakeApp) -> None:
     finally:
         tg.hooks.disconnect("before_render_call", before)
         tg.hooks.disconnect("after_render_call", after)
-    assert told == [
+    assert calls == [
         ("before", "kajiki", "tests.templates.page", None),
         ("after", "kajiki", "tests.templates.page", ""),
     ]
 
 
-def test_cached_page_comes_whole(make_page_app: MakeApp) -> None:
-    """``tg_cache`` stores a text, which TG makes and keeps."""
-    made: list[int] = []
+def test_cached_page_is_one_part(make_page_app: MakeApp) -> None:
+    """TG renders the page once for ``tg_cache``, and caches its text."""
+    rendered: list[int] = []
 
     class Root(TGController):
         @expose()
         @stream
         def page(self) -> Iterator[str]:
             def users() -> Iterator[str]:
-                made.append(1)
+                rendered.append(1)
                 yield "ada"
 
             prepare()
@@ -519,11 +519,13 @@ def test_cached_page_comes_whole(make_page_app: MakeApp) -> None:
         call.close()
     assert texts[0] == texts[1]
     assert len(texts[0]) == 1
-    assert made == [1]
+    assert rendered == [1]
 
 
-def test_renderer_without_templates_comes_whole(make_page_app: MakeApp) -> None:
-    """``json`` is a renderer as well, and gets no variables of TG's."""
+def test_page_of_a_renderer_without_templates_is_one_part(
+    make_page_app: MakeApp,
+) -> None:
+    """``json`` is also a renderer, and does not get TG's variables."""
 
     class Root(TGController):
         @expose(content_type="application/json")
@@ -534,8 +536,8 @@ def test_renderer_without_templates_comes_whole(make_page_app: MakeApp) -> None:
     assert get(make_page_app(Root()), "/page").text == '{"name": "ada"}'
 
 
-def test_renderer_of_ones_own_comes_whole(make_page_app: MakeApp) -> None:
-    """What an application does to TG's renderer is done to a streamed page too."""
+def test_page_of_a_custom_renderer_is_one_part(make_page_app: MakeApp) -> None:
+    """A subclass of TG's renderer also renders the pages that are streamed."""
 
     class Shouting(JinjaRenderer):
         def __call__(self, *args: Any, **options: Any) -> str:
@@ -547,8 +549,8 @@ def test_renderer_of_ones_own_comes_whole(make_page_app: MakeApp) -> None:
     assert "<TABLE>" in assert_same(app).text
 
 
-def test_long_page_leaves_in_chunks(make_page_app: MakeApp) -> None:
-    """Once a template has been fast for long, its pieces are gathered."""
+def test_long_page_is_sent_in_chunks(make_page_app: MakeApp) -> None:
+    """After many fast parts in a row, the parts are buffered."""
     rows = range(20_000)
 
     class Root(TGController):
@@ -571,10 +573,10 @@ def test_long_page_leaves_in_chunks(make_page_app: MakeApp) -> None:
 @pytest.mark.parametrize(
     "options", [{"tgstream.chunk_size": "0"}, {"tgstream.flush_seconds": "1e-9"}]
 )
-def test_page_that_is_waited_for_leaves_piece_by_piece(
+def test_slow_page_is_sent_part_by_part(
     make_page_app: MakeApp, options: dict[str, str]
 ) -> None:
-    """A piece that took its time is followed by pieces that leave at once."""
+    """After a slow part the parts are not buffered."""
 
     class Root(TGController):
         @expose()
@@ -587,14 +589,14 @@ def test_page_that_is_waited_for_leaves_piece_by_piece(
 
 
 def test_head_request_renders_nothing(make_page_app: MakeApp) -> None:
-    """The headers are those of the page, and no variable is asked for."""
-    asked: list[Callable[[], None]] = []
+    """The headers are those of the page, and the template uses no variable."""
+    no_calls: list[Callable[[], None]] = []
 
     class Root(TGController):
         @expose()
         @stream
         def page(self) -> Iterator[str]:
-            return render("tests.templates.page", name=asked.pop)
+            return render("tests.templates.page", name=no_calls.pop)
 
     call = get(make_page_app(Root()), "/page", method="HEAD")
     assert call.text == ""

@@ -2,4 +2,4 @@
 
 
 class StreamError(Exception):
-    """tgstream cannot do what was requested. The message says what to do instead."""
+    """tgstream cannot do what was requested. The message contains the remedy."""

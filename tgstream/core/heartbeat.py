@@ -50,7 +50,7 @@ class _Worker:
         return self._done.wait(seconds)
 
     def result(self) -> bytes | None:
-        """The requested chunk; None at the end.
+        """The requested chunk, or None at the end.
 
         :raises BaseException: the error that the chunk raised instead.
         """
@@ -77,8 +77,8 @@ def add_heartbeats(
 
     :param chunks: an iterator whose first chunk is made already.
     :param close: ends the stream. Called when this generator is closed or dropped.
-    :param is_ending: whether the stream was asked to end. It then ends instead of a
-        heartbeat.
+    :param is_ending: whether the stream must end. It is called before a comment, and
+        True ends the response.
     """
     first = next(chunks, None)
     if first is None:

@@ -40,7 +40,7 @@ _free_slots: WeakKeyDictionary[Any, dict[int, deque[None]]] = WeakKeyDictionary(
 def acquire(controller: Any, limit: int | None) -> Slot | None:
     """Acquire one of the controller's slots.
 
-    :returns: the slot; None if the controller has no limit.
+    :returns: the slot, or None if the controller has no limit.
     :raises HTTPServiceUnavailable: with ``Retry-After``, when no slot is free.
     """
     if limit is None:

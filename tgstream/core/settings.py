@@ -28,11 +28,13 @@ def _check_positive(number: T) -> T:
 
 
 def _to_size(value: Any) -> int:
-    return _check_not_negative(asint(value))
+    size: int = asint(value)
+    return _check_not_negative(size)
 
 
 def _to_count(value: Any) -> int:
-    return _check_positive(asint(value))
+    count: int = asint(value)
+    return _check_positive(count)
 
 
 def _to_seconds(value: Any) -> float:
@@ -70,7 +72,7 @@ def read_option(config: Mapping[str, Any], name: str) -> Any:
 
     :param config: the configuration of the running application.
     :param name: a key of ``OPTIONS``.
-    :returns: the value, converted to the option's type; the default if it is not set.
+    :returns: the value, converted to the option's type, or the default.
     :raises ValueError: when the value cannot be converted, or is out of range.
     """
     option = OPTIONS[name]

@@ -1,6 +1,7 @@
-"""What the items of a stream are taken from.
+"""The source of a stream's items: a generator, an iterable, a statement or a file.
 
-Rule: nothing is taken here; a source is looked at, claimed, and handed on.
+This module recognises a source, claims it for one request, and wraps a file in an
+iterator of its blocks. It takes no item.
 """
 
 from __future__ import annotations
@@ -23,38 +24,13 @@ from .errors import StreamError
 
 
 def resolve_proxy(value: Any) -> Any:
-    """The object behind a proxy of TG's, such as ``tg.response``; else the value."""
+    """The value, or the object behind it if it is a proxy such as ``tg.response``."""
     while isinstance(value, TurboGearsObjectProxy):
         value = value._current_obj()
     return value
 
 
-def is_iterable(value: Any) -> bool:
-    """True for what can be streamed: any iterable but text, bytes and mappings.
-
-    A statement is one, too, for it stands for its rows, and so is a file that can do
-    nothing but ``read()``.
-    """
-    if isinstance(value, GeneratorType):
-        return True  # as mostly: the look below takes longer
-    if isinstance(value, str | bytes | bytearray | memoryview | Mapping):
-        return False
-    return (
-        hasattr(value, "__iter__")
-        or hasattr(value, "read")
-        or _adapter_of(value) is not None
-    )
-
-
-def is_for_a_stream(value: Any) -> bool:
-    """True for what TurboGears cannot send: a statement, ``rows()`` and ``copy()``.
-
-    They would run when the request and its session are over.
-    """
-    if isinstance(value, dict | str | GeneratorType):
-        return False  # as mostly: each page is looked at
-    return isinstance(value, Batched) or _adapter_of(value) is not None
-
+# Values that a stream can send, and others.
 
 _adapters: list[tuple[Callable[[Any], bool], Callable[[Any], Any]]] = []
 
@@ -62,49 +38,84 @@ _adapters: list[tuple[Callable[[Any], bool], Callable[[Any], Any]]] = []
 def register_adapter(
     accepts: Callable[[Any], bool], make: Callable[[Any], Any]
 ) -> None:
-    """Stream values that are not iterable, such as statements.
+    """Make values that are not iterable, such as statements, a source of items.
 
-    :param accepts: True for a value of this kind. It is called for the output of each
-        controller, so it must be quick and must not import anything.
-    :param make: makes the iterable of such a value.
+    :param accepts: whether ``make`` can convert a value. It is called for the output of
+        every controller, so it must be quick and must not import anything.
+    :param make: converts such a value to an iterable.
     """
     _adapters.append((accepts, make))
 
 
-def _adapter_of(value: Any) -> Callable[[Any], Any] | None:
+def _find_adapter(value: Any) -> Callable[[Any], Any] | None:
     for accepts, make in _adapters:
         if accepts(value):
             return make
     return None
 
 
-def not_streamed(value: Any, where: str) -> StreamError:
-    """The error of a controller, ``where``, that lacks its ``@stream``."""
-    return StreamError(
-        f"{where} returned a {type(value).__name__}, which only a stream can send; put "
-        "@stream on it, or return Stream(...)"
+def is_iterable(value: Any) -> bool:
+    """Whether a stream can send a value item by item.
+
+    True for iterables, except text, bytes and mappings. Also true for statements, and
+    for files that only have ``read()``.
+    """
+    if isinstance(value, GeneratorType):
+        return True  # the usual case, and the checks below take longer
+    if isinstance(value, str | bytes | bytearray | memoryview | Mapping):
+        return False
+    return (
+        hasattr(value, "__iter__")
+        or hasattr(value, "read")
+        or _find_adapter(value) is not None
     )
 
 
-def is_streamed(value: Any, where: str) -> bool:
-    """Whether a controller's output is a stream; False for what TG sends as it is.
+def needs_stream(output: Any) -> bool:
+    """Whether a controller's output is a statement, ``rows()`` or ``copy()``.
+
+    TurboGears itself cannot send it. It would run after the end of the request and of
+    its session.
+    """
+    if isinstance(output, dict | str | GeneratorType):
+        return False  # the usual case: this is called for every page
+    return isinstance(output, Batched) or _find_adapter(output) is not None
+
+
+def make_missing_stream_error(output: Any, where: str) -> StreamError:
+    """The error for a controller that returned a statement without ``@stream``.
 
     :param where: the controller.
-    :raises TypeError: when TG would make an empty page of it.
     """
-    if is_iterable(value):
-        return True
-    if value is None or isinstance(value, str | bytes | bytearray | Mapping):
-        return False
-    raise TypeError(
-        f"{where} returned {value!r:.80}, which can neither be streamed nor sent by "
-        "TurboGears; return a generator, another iterable or a statement, or else a "
-        "text, a dict or a response"
+    return StreamError(
+        f"{where} returned a {type(output).__name__}, which only a stream can send. "
+        "Decorate the controller with @stream, or return Stream(...)"
     )
 
 
-def source_of(items: Any) -> Any:
-    """What the items are taken from, in the stream's own transaction."""
+def check_streamable(output: Any, where: str) -> bool:
+    """Whether to stream the output of a controller with ``@stream``.
+
+    :param where: the controller.
+    :returns: False if TG should send the output as it is.
+    :raises TypeError: when it is a value for which TG would send an empty page.
+    """
+    if is_iterable(output):
+        return True
+    if output is None or isinstance(output, str | bytes | bytearray | Mapping):
+        return False
+    raise TypeError(
+        f"{where} must return a generator, another iterable or a statement to stream, "
+        "or a str, a dict or a response for an ordinary page, got "
+        f"{type(output).__name__}: {output!r:.80}"
+    )
+
+
+def adapt_items(items: Any) -> Any:
+    """Convert items to a source that reads them in the stream's own transaction.
+
+    :raises StreamError: when the items are a result of the request's transaction.
+    """
     if isinstance(items, GeneratorType):
         return items
     engine = sys.modules.get("sqlalchemy.engine")
@@ -113,32 +124,58 @@ def source_of(items: Any) -> Any:
     ):
         items.close()
         raise StreamError(
-            "a Result that the controller's body ran belongs to the request's "
-            "transaction, which ends before the first item is taken: return the "
-            "statement (select(), a Query), or run it inside a generator"
+            "cannot stream a Result: the controller executed its statement in the "
+            "request's transaction, which ends before the first item is read. Return "
+            "the statement (select(), a Query), or execute it in a generator"
         )
-    make = _adapter_of(items)
+    make = _find_adapter(items)
     return items if make is None else make(items)
 
 
-BLOCK = 65536
-"""Bytes of a file that make an item, at most."""
+# One source, one request.
 
-WAIT_SECONDS = 0.05
-"""Pause before a non-blocking file without data is read again."""
+_claimed: dict[int, ref[Any]] = {}
+
+
+def claim(source: Any, environ: dict[str, Any]) -> bool:
+    """Claim an iterator or a file for one request.
+
+    :param environ: the request's.
+    :returns: False if another request has claimed it before.
+    """
+    if not (hasattr(source, "__next__") or hasattr(source, "read")):
+        return True  # not an iterator: each request iterates it from its beginning
+    if source is environ.get("wsgi.input"):
+        return True  # a server may use the same object for a whole connection
+    key = id(source)
+    # Without weak references, a second request gets an exhausted iterator.
+    with suppress(TypeError):
+        reference = ref(source, lambda dead: _claimed.pop(key, None))
+        return _claimed.setdefault(key, reference) is reference
+    return True
+
+
+# Files.
+
+BLOCK_SIZE = 65536
+"""Maximum bytes of an item that is a block of a file."""
+
+POLL_SECONDS = 0.05
+"""Seconds before a non-blocking file that had no data is read again."""
 
 
 def open_source(source: Any, raw: bool, environ: dict[str, Any]) -> Any:
-    """The source as a stream of this request iterates it: a file in blocks if ``raw``.
+    """Wrap a file so that a stream can iterate it. Other sources are returned as is.
 
-    :param raw: whether the stream has no format.
+    :param raw: whether the stream has no format, so that it sends a file's blocks.
     :param environ: the request's, whose ``wsgi.input`` belongs to the server.
+    :raises TypeError: when a format would get a file that cannot be iterated.
     """
     if isinstance(source, GeneratorType) or not hasattr(source, "read"):
         return source
-    file = _input_of(source, environ)
-    if file is not None:
-        return _Blocks(file) if raw else io.BufferedReader(file)
+    body = _find_request_body(source, environ)
+    if body is not None:
+        return _Blocks(body) if raw else io.BufferedReader(body)
     if raw and not isinstance(source, io.TextIOBase):
         return _Blocks(source)
     if not hasattr(source, "__iter__"):
@@ -147,39 +184,40 @@ def open_source(source: Any, raw: bool, environ: dict[str, Any]) -> Any:
             f"{type(source).__name__} that only has read(). Return a generator that "
             "reads it, or omit the format to send its bytes"
         )
-    return source if _response_in(source) is None else _Lines(source)
+    return source if _find_response(source) is None else _ResponseLines(source)
 
 
 class _Blocks:
-    """An open binary file in blocks, each sent as soon as some bytes have come.
+    """The blocks of a binary file. Each is sent as soon as it has some bytes.
 
-    A file's own iterator would seek line ends, and ``read()`` waits for a whole block.
+    A file's own iterator would look for line ends, and ``read()`` waits for a whole
+    block.
     """
 
     def __init__(self, file: Any) -> None:
         self._file = file
-        self._read = _read_method(file)
-        self._confirm = self._read != file.read
+        self._read = _choose_read(file)
+        self._confirm_end = self._read != file.read
 
     def __iter__(self) -> Iterator[Any]:
         while True:
-            block = self._next()
+            block = self._read_block()
             if block:
                 yield block
             elif block is None:  # not the end: a non-blocking file has no data yet
-                yield b""  # so that the body can look whether it is to end
-                time.sleep(WAIT_SECONDS)
+                yield b""  # the body checks between two items whether it must end
+                time.sleep(POLL_SECONDS)
             else:
                 break
         _check_complete(self._file)
 
-    def _next(self) -> Any:
-        """The next bytes, ``b""`` at the end, None where there are none yet."""
+    def _read_block(self) -> Any:
+        """The next bytes, ``b""`` at the end, None if there is no data yet."""
         try:
-            block = self._read(BLOCK)
-            if block == b"" and self._confirm:
-                # A BufferedReader's read1() has that for "no data yet", too.
-                block = self._file.read(BLOCK)
+            block = self._read(BLOCK_SIZE)
+            if block == b"" and self._confirm_end:
+                # read1() of a BufferedReader also returns b"" if there is no data yet.
+                block = self._file.read(BLOCK_SIZE)
             return block
         except BlockingIOError:
             return None
@@ -188,41 +226,20 @@ class _Blocks:
         close(self._file)
 
 
-def _read_method(file: Any) -> Any:
-    """``read1()``, which waits for some bytes only, where a file has it; ``read()``."""
+def _choose_read(file: Any) -> Any:
+    """The file's ``read1()``, which waits for some bytes only, or its ``read()``."""
     read1 = getattr(file, "read1", None)
     if (
         read1 is None
         or getattr(type(file), "read1", None) is io.BufferedIOBase.read1  # abstract
-        or isinstance(getattr(file, "encoding", None), str)  # text, in a wrapper
+        or isinstance(getattr(file, "encoding", None), str)  # a wrapped text file
     ):
         return file.read
     return read1
 
 
-def _check_complete(file: Any) -> None:
-    """Fail where an HTTP response was cut: ``http.client`` itself overlooks it.
-
-    :raises IncompleteRead: when there are fewer bytes than its Content-Length.
-    """
-    response = _response_in(file)
-    if response is not None and response.length:
-        kind = sys.modules["http.client"].IncompleteRead
-        raise kind(b"", response.length)
-
-
-def _response_in(file: Any) -> Any:
-    """The ``http.client`` response that is, or is wrapped by, ``file``; else None."""
-    client = sys.modules.get("http.client")
-    if client is None:
-        return None
-    wrapped = (getattr(file, name, None) for name in ("file", "buffer", "raw"))
-    responses = (f for f in (file, *wrapped) if isinstance(f, client.HTTPResponse))
-    return next(responses, None)
-
-
-class _Lines:
-    """The lines of an HTTP response, which fail where it was cut."""
+class _ResponseLines:
+    """The lines of an HTTP response. They fail if the response was truncated."""
 
     def __init__(self, file: Any) -> None:
         self._file = file
@@ -235,58 +252,64 @@ class _Lines:
         close(self._file)
 
 
-class _Input(io.RawIOBase):
-    """``wsgi.input`` up to its end, where some servers would wait forever for more.
+def _check_complete(file: Any) -> None:
+    """Check that an HTTP response was not truncated. ``http.client`` does not.
 
-    To close it leaves the server's own file open.
+    :raises IncompleteRead: when it has fewer bytes than its Content-Length.
+    """
+    response = _find_response(file)
+    if response is not None and response.length:
+        raise sys.modules["http.client"].IncompleteRead(b"", response.length)
+
+
+def _find_response(file: Any) -> Any:
+    """The ``http.client`` response that ``file`` is or wraps, if any."""
+    client = sys.modules.get("http.client")
+    if client is None:
+        return None
+    wrapped = (getattr(file, name, None) for name in ("file", "buffer", "raw"))
+    responses = (f for f in (file, *wrapped) if isinstance(f, client.HTTPResponse))
+    return next(responses, None)
+
+
+class _RequestBody(io.RawIOBase):
+    """``wsgi.input`` up to its end, after which some servers wait for more forever.
+
+    ``close()`` does not close the server's file.
     """
 
     def __init__(self, file: Any, length: int | None) -> None:
-        self._read = _read_method(file)
-        self._left = length
+        self._read = _choose_read(file)
+        self._missing = length  # bytes, None if the server ends the file itself
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int | None:
-        size = len(buffer) if self._left is None else min(len(buffer), self._left)
+        size = len(buffer)
+        if self._missing is not None:
+            size = min(size, self._missing)
         data = self._read(size) if size else b""
         if data is None:
             return None
-        if self._left is not None:
+        if self._missing is not None:
             if size and not data:
                 raise ConnectionResetError(
-                    f"the client disconnected with {self._left} bytes of the request "
-                    "body unsent"
+                    f"the client disconnected before it sent {self._missing} bytes of "
+                    "the request body"
                 )
-            self._left -= len(data)
+            self._missing -= len(data)
         buffer[: len(data)] = data
         return len(data)
 
 
-def _input_of(file: Any, environ: dict[str, Any]) -> _Input | None:
-    """The body of the request, if ``file`` is its ``wsgi.input`` or ``body_file``."""
+def _find_request_body(file: Any, environ: dict[str, Any]) -> _RequestBody | None:
+    """The request's body, if ``file`` is its ``wsgi.input`` or ``body_file``."""
     raw = getattr(file, "raw", None)
     if isinstance(raw, LimitedLengthFile) and raw.remaining == raw.maxlen:
-        file = raw.file  # WebOb's wrapper, not read yet, would wait for whole blocks
+        file = raw.file  # not read yet: WebOb's wrapper would wait for whole blocks
     if file is not environ.get("wsgi.input"):
         return None
     if environ.get("wsgi.input_terminated"):
-        return _Input(file, None)
-    return _Input(file, int(environ.get("CONTENT_LENGTH") or 0))
-
-
-_served: dict[int, ref[Any]] = {}
-
-
-def claim(source: Any, environ: dict[str, Any]) -> bool:
-    """False if this very iterator, or file, has been given to a request before."""
-    if not (hasattr(source, "__next__") or hasattr(source, "read")):
-        return True  # no iterator: each request begins anew
-    if source is environ.get("wsgi.input"):
-        return True  # a server may keep the same object for a whole connection
-    key = id(source)
-    with suppress(TypeError):  # no weak reference to it: a second finds it used up
-        reference = ref(source, lambda dead: _served.pop(key, None))
-        return _served.setdefault(key, reference) is reference
-    return True
+        return _RequestBody(file, None)
+    return _RequestBody(file, int(environ.get("CONTENT_LENGTH") or 0))

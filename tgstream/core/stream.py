@@ -13,7 +13,7 @@ from .context import thread
 from .errors import StreamError
 from .heartbeat import add_heartbeats
 from .options import Options, StreamOptions, check
-from .source import claim, is_iterable, open_source, resolve_proxy, source_of
+from .source import adapt_items, claim, is_iterable, open_source, resolve_proxy
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -88,7 +88,7 @@ class Stream:
 
     def _set_up(self, items: Any, options: Options, controller: Any) -> None:
         self._unclaimed: deque[None] = deque([None])
-        self._source = source_of(items)
+        self._source = adapt_items(items)
         self._options = options
         self._controller = controller
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from types import FrameType, FunctionType
 from typing import Any, NamedTuple
 
-from ..turbogears.diagnostics import name_of
+from ..turbogears.diagnostics import get_qualified_name
 
 KEY = "tgstream.doctor"
 """Where a request carries its probe, in the environ."""
@@ -84,7 +84,7 @@ def _layer(frame: FrameType) -> Layer | None:
     if is_wrapper:
         return None
     function = _function(frame)
-    name = short(name_of(frame)) if function is None else _name(function)
+    name = short(get_qualified_name(frame)) if function is None else _name(function)
     return Layer(name, function, False)
 
 

@@ -22,7 +22,7 @@ import tg
 from tg import TGController, expose
 
 from ..turbogears.decorator import stream
-from ..turbogears.diagnostics import _reader
+from ..turbogears.diagnostics import find_buffering_caller
 from .middleware_trace import KEY, Layer, meet_callers
 
 ITEMS = 64
@@ -69,7 +69,7 @@ class Probe:
                         "nothing is wrong"
                     )
                 if self.made == 1:
-                    self.reader = _reader(sys._getframe(1))
+                    self.reader = find_buffering_caller(sys._getframe(1))
                 self.made += 1
                 self.threads.append(threading.get_ident())
                 yield item

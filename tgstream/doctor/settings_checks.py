@@ -19,7 +19,7 @@ from ..live.channel import REDIS, own_words, shown_url
 from .finding import FAIL, NOTE, OK, WARN, Finding, said
 
 Config = Mapping[str, Any]
-_OWN = {"tgstream.guard", "tgstream.said", "tgstream.looks", "tgstream.told_of_memory"}
+_OWN = {"tgstream.diagnostics", "tgstream.told_of_memory"}
 """What tgstream itself keeps in a configuration."""
 
 

@@ -13,7 +13,7 @@ from webob import Response
 from ..core import context
 from ..core.limits import acquire
 from ..core.options import Options, StreamOptions, check
-from ..core.source import is_streamed, resolve_proxy
+from ..core.source import check_streamable, resolve_proxy
 from ..core.stream import Stream
 from ..formats.protocols import Format
 from .response import end_previous
@@ -121,7 +121,7 @@ def _streaming_caller(
             if isinstance(output, Stream):
                 output._adopt(options, function, slot, tg_locals.request)
                 return output
-            if not isinstance(output, Response) and is_streamed(
+            if not isinstance(output, Response) and check_streamable(
                 output, name_of(function)
             ):
                 output = Stream._of(output, options, function)

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..core.cleanup import close, first_error
 from ..core.errors import StreamError
-from .diagnostics import KEY
+from .diagnostics import OUTCOME_KEY
 
 if TYPE_CHECKING:
     from ..core.body import Body
@@ -128,7 +128,7 @@ class Guard:
 
     def __call__(self, environ: dict[str, Any], start_response: Any) -> Any:
         # The outcome does not hold start_response, which on most servers holds environ.
-        environ[KEY] = outcome = Outcome()
+        environ[OUTCOME_KEY] = outcome = Outcome()
 
         def start_once(status: str, headers: Any, exc_info: Any = None) -> Any:
             if exc_info is None:
@@ -254,10 +254,10 @@ class _WatchedErrors:
 
 def outcome_of(environ: dict[str, Any]) -> Outcome:
     """The outcome of this request: the guard's, or a substitute for it."""
-    outcome: Outcome | None = environ.get(KEY)
+    outcome: Outcome | None = environ.get(OUTCOME_KEY)
     if outcome is not None:
         return outcome
-    environ[KEY] = outcome = Outcome()
+    environ[OUTCOME_KEY] = outcome = Outcome()
     outcome.closing = True
     environ["paste.registry"].register(_RaiseOnCleanup(outcome), outcome)
     environ["wsgi.errors"] = _WatchedErrors(environ["wsgi.errors"], outcome)
@@ -266,7 +266,7 @@ def outcome_of(environ: dict[str, Any]) -> Outcome:
 
 def remember_error(error: BaseException, environ: dict[str, Any]) -> None:
     """Without a guard: have an error of ``start_response`` raised behind backlash."""
-    if KEY not in environ:
+    if OUTCOME_KEY not in environ:
         outcome = Outcome()
         outcome.error = error
         environ["wsgi.errors"] = _WatchedErrors(environ["wsgi.errors"], outcome)

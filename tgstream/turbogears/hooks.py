@@ -23,7 +23,7 @@ from ..core.headers import find_charset, has_no_body, set_headers
 from ..core.limits import acquire
 from ..core.options import FormatTraits, Plan
 from ..core.settings import read_option
-from ..core.source import is_for_a_stream, not_streamed, resolve_proxy
+from ..core.source import make_missing_stream_error, needs_stream, resolve_proxy
 from ..core.stream import Stream
 from ..database.on_commit import tm_enabled
 from ..database.registry import registry, scoped_sessions
@@ -53,8 +53,9 @@ def _before_render(remainder: Any, params: Any, output: Any) -> None:
         except BaseException:
             output._leave_slot()
             raise
-    elif is_for_a_stream(output):
-        raise not_streamed(output, name_of(_dispatched(context.current().request)))
+    elif needs_stream(output):
+        where = name_of(_dispatched(context.current().request))
+        raise make_missing_stream_error(output, where)
 
 
 class _Start:

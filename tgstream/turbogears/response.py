@@ -19,7 +19,12 @@ from ..core.errors import StreamError
 from ..core.headers import check_sendable, drop_hop_by_hop, has_no_body, is_usual
 from ..core.report import log
 from ..core.stream import Stream
-from .diagnostics import KEY, advise, advise_if_unguarded, advise_of_dropped
+from .diagnostics import (
+    OUTCOME_KEY,
+    warn_if_unguarded,
+    warn_of_dropped_headers,
+    warn_of_settings,
+)
 from .guard import Outcome, outcome_of, remember_error
 
 if TYPE_CHECKING:
@@ -103,7 +108,7 @@ def _check_response(response: Any, body: Body | None) -> None:
     where = "the response to HEAD" if body is None else body.plan.controller
     if not is_usual(response):
         if (names := drop_hop_by_hop(response)) and body is not None:
-            advise_of_dropped(body, names)
+            warn_of_dropped_headers(body, names)
         check_sendable(where, response)
     if body is not None and has_no_body(response.status) and body.complete != b"":
         raise StreamError(
@@ -116,7 +121,7 @@ def _declare_bodiless(response: Any, environ: dict[str, Any]) -> None:
     """Have the guard send no byte, whatever middlewares make of no chunk."""
     if response.status_int != 205 and has_no_body(response.status):
         response.content_length = None  # RFC 9110 forbids it, or it would be wrong
-    outcome: Outcome | None = environ.get(KEY)
+    outcome: Outcome | None = environ.get(OUTCOME_KEY)
     if outcome is not None:
         outcome.bodiless = True
         outcome.length = response.content_length
@@ -186,8 +191,8 @@ def _depart(body: Body, environ: dict[str, Any]) -> None:
     registry.cleanup()
     registry.prepare()
     if body.complete is None:
-        advise_if_unguarded(body)
-        advise(body)
+        warn_if_unguarded(body)
+        warn_of_settings(body)
         outcome = outcome_of(environ)
         outcome.leave_with(body)
         outcome.late_changes = LateChanges(body)

@@ -1,7 +1,8 @@
-"""``render``: a page of the application's own templates, sent while it is made.
+"""``render``: sends a page of the application's own templates while it is rendered.
 
-Rule: what a page is, TG decides: its template, its variables, its doctype. Here it is
-only taken piece by piece where TG would join it.
+TG decides everything about a page: its template, its variables, its doctype. This
+module calls the template engines as TG's renderers do, but takes the text of a page
+part by part, where a renderer would join the parts.
 """
 
 from __future__ import annotations
@@ -22,227 +23,241 @@ from ..core.settings import read_option
 
 
 def render(template: str, /, **variables: Any) -> Iterator[str]:
-    """The page that TG makes of a template, in the pieces in which it is made.
+    """Render a template as TG does, and yield the page in parts.
 
-    Return it from a controller under ``@stream``, or in a :class:`Stream`; nothing is
-    rendered before its first piece is asked for. What a template asks for late, because
-    it loops over a generator or calls a function, does not hold up what stands above
-    it. Do not use a generator that is among the variables again: it is closed with the
-    page.
+    Return it from a controller with ``@stream``, or in a :class:`Stream`. Rendering
+    starts when the first part is requested. If the template loops over a generator or
+    calls a slow function, the part of the page above it is sent first. Do not use a
+    generator that is among the variables again: it is closed with the page.
 
-    Kajiki, Jinja2 and Genshi give pieces. Mako and other renderers, and a page with
-    ``tg_cache``, come whole, as one.
+    Kajiki, Jinja2 and Genshi yield parts. Mako and other renderers, and pages with
+    ``tg_cache``, yield the whole page as one part.
 
-    :param template: its name as ``@expose`` takes it, with or without ``engine:``.
-    :param variables: what the template sees beside TG's own variables.
+    :param template: its name as in ``@expose``, with or without ``engine:``.
+    :param variables: the variables of the template, in addition to TG's own.
     :returns: an iterator of text.
-    :raises StreamError: outside of a request.
-    :raises TypeError: when ``template`` is no text.
+    :raises StreamError: when it is called outside of a request.
+    :raises TypeError: when ``template`` is not a ``str``.
     :raises tg.render.MissingRendererError: when the application has no such renderer.
     """
     if not isinstance(template, str):
         raise TypeError(
-            f"render({template!r}): a template is named by a str, as in @expose; "
-            "write render('myapp.templates.users', users=...)"
+            "render() needs the name of a template as a str, such as "
+            "render('myapp.templates.users', users=...), got "
+            f"{type(template).__name__}: {template!r:.80}"
         )
     try:
         tg_locals = _context.current()
     except TypeError:
         raise StreamError(
             f"render({template!r}) was called outside of a request, where TG has no "
-            "variables for a template; call it in a controller or in its generator"
+            "variables for a template. Call it in a controller or in its generator"
         ) from None
-    engine, name = _named(template, tg_locals.config)
+    engine, name = _split_name(template, tg_locals.config)
     renderer = tg_locals.config["render_functions"].get(engine)
     if renderer is None:
         raise MissingRendererError(engine)
-    pieces = _pieces(renderer, engine, name, variables)
-    page = _with_flash(_with_content_type(pieces, tg_locals), tg_locals)
-    return _closing(_gathered(page, tg_locals.config), variables.values())
+    parts = _render_parts(renderer, engine, name, variables)
+    parts = _assume_content_type(parts, tg_locals)
+    parts = _join_until_flash(parts, tg_locals)
+    parts = _buffer(parts, tg_locals.config)
+    return _close_iterators(parts, variables.values())
 
 
-def _named(template: str, config: Any) -> tuple[str, str]:
-    """The engine and the name of a template, told apart as ``@expose`` does."""
+def _split_name(template: str, config: Any) -> tuple[str, str]:
+    """The engine and the name of a template, as ``@expose`` splits them."""
     if template in config.get("renderers", ()):
         return template, ""
     engine, colon, name = template.partition(":")
     return (engine, name) if colon else (config["default_renderer"], template)
 
 
-def _pieces(
+def _render_parts(
     renderer: Any, engine: str, name: str, variables: dict[str, Any]
 ) -> Iterator[str]:
-    """What ``tg.render_template`` does, in its order, without joining the text."""
-    way = _WAYS.get(getattr(type(renderer).__call__, "__module__", ""))
-    if way is None or variables.get("tg_cache"):
+    """Do what ``tg.render_template`` does, in its order, but do not join the text."""
+    generate = _GENERATE.get(getattr(type(renderer).__call__, "__module__", ""))
+    if generate is None or variables.get("tg_cache"):
         yield tg.render_template(variables, engine, name)
         return
-    options: dict[str, Any] = dict.fromkeys(_CACHING)
-    told = (engine, name, variables, options)
-    tg.hooks.notify("before_render_call", told)
+    options: dict[str, Any] = dict.fromkeys(_CACHE_OPTIONS)
+    hook_arguments = (engine, name, variables, options)
+    tg.hooks.notify("before_render_call", hook_arguments)
     namespace = _get_tg_vars()
     namespace.update(variables)
-    params = {key: options[key] for key in options if key not in _CACHING}
-    yield from way(renderer, name, namespace, params)
-    options["result"] = ""  # what has left cannot be changed
-    tg.hooks.notify("after_render_call", told)
+    params = {key: options[key] for key in options if key not in _CACHE_OPTIONS}
+    yield from generate(renderer, name, namespace, params)
+    options["result"] = ""  # the page has been sent, so that a hook cannot change it
+    tg.hooks.notify("after_render_call", hook_arguments)
 
 
-_CACHING = ("cache_key", "cache_expire", "cache_type")
+_CACHE_OPTIONS = ("cache_key", "cache_expire", "cache_type")
 
 
-# How TG's renderers make a text, up to where they would join it.
+# TG's renderers, up to where they would join the text.
 
 
-def _kajiki(renderer: Any, name: str, namespace: Any, params: Any) -> Iterable[str]:
-    pieces: Iterable[str] = renderer.loader.load(name, **params)(namespace)
-    return pieces
+def _generate_kajiki(
+    renderer: Any, name: str, namespace: Any, params: Any
+) -> Iterable[str]:
+    parts: Iterable[str] = renderer.loader.load(name, **params)(namespace)
+    return parts
 
 
-def _jinja(renderer: Any, name: str, namespace: Any, params: Any) -> Iterable[str]:
-    pieces: Iterable[str] = renderer.jinja2_env.get_template(name).generate(**namespace)
-    return pieces
+def _generate_jinja(
+    renderer: Any, name: str, namespace: Any, params: Any
+) -> Iterable[str]:
+    parts: Iterable[str] = renderer.jinja2_env.get_template(name).generate(**namespace)
+    return parts
 
 
-def _genshi(renderer: Any, name: str, namespace: Any, params: Any) -> Iterable[str]:
-    """The method and the doctype are found by TG's renderer, given a :class:`_Kept`."""
-    kept: list[_Kept] = []
+def _generate_genshi(
+    renderer: Any, name: str, namespace: Any, params: Any
+) -> Iterable[str]:
+    """TG's renderer chooses the method and the doctype of a :class:`_Recorder`."""
+    recorders: list[_Recorder] = []
 
-    def load(name: str) -> _Kept:
-        kept.append(_Kept(renderer.load_template(name)))
-        return kept[0]
+    def load(name: str) -> _Recorder:
+        recorders.append(_Recorder(renderer.load_template(name)))
+        return recorders[0]
 
-    keeping = copy.copy(renderer)
-    keeping.load_template = load
-    keeping(name, namespace, **params)
-    return kept[0].pieces
+    recording_renderer = copy.copy(renderer)
+    recording_renderer.load_template = load
+    recording_renderer(name, namespace, **params)
+    return recorders[0].parts
 
 
-class _Kept:
-    """A Genshi template that, asked for its text, keeps the pieces instead."""
+class _Recorder:
+    """A Genshi template whose ``render()`` keeps the parts and returns no text."""
 
-    pieces: Iterable[str] = ()
+    parts: Iterable[str] = ()
 
     def __init__(self, template: Any) -> None:
         self._template = template
 
-    def generate(self, **namespace: Any) -> _Kept:
+    def generate(self, **namespace: Any) -> _Recorder:
         self._stream = self._template.generate(**namespace)
         return self
 
     def render(self, encoding: None, **options: Any) -> str:
-        self.pieces = self._stream.serialize(**options)
+        self.parts = self._stream.serialize(**options)
         return ""
 
 
-# By the module that says how a renderer is called: to those who say it otherwise, or
-# in a class of their own, TG's way may be wrong.
-_WAYS: dict[str, Callable[..., Iterable[str]]] = {
-    "tg.renderers.kajiki": _kajiki,
-    "tg.renderers.jinja": _jinja,
-    "tg.renderers.genshi": _genshi,
+# By the module that defines the renderer's __call__. A class of another module that
+# overrides it renders in a way that is not known here.
+_GENERATE: dict[str, Callable[..., Iterable[str]]] = {
+    "tg.renderers.kajiki": _generate_kajiki,
+    "tg.renderers.jinja": _generate_jinja,
+    "tg.renderers.genshi": _generate_genshi,
 }
 
 
-# What an ordinary page has before it is rendered, and after.
+# The things that TG does before and after it renders an ordinary page.
 
 
-def _with_content_type(pieces: Iterator[str], tg_locals: Any) -> Iterator[str]:
-    """``pieces``, made as if the content type were there that TG sets afterwards.
+def _assume_content_type(parts: Iterator[str], tg_locals: Any) -> Iterator[str]:
+    """Render ``parts`` as if the content type were set that TG sets afterwards.
 
-    Templates and renderers look at it, and at the charset in it. It does not stay:
-    what is rendered here may be a mail, and the stream a CSV.
+    Templates and renderers read it, and its charset. It is removed again after each
+    part, because the page may be the text of an email in a stream of another type.
     """
     response = tg_locals.response
     while response.content_type is None:
-        assumed = _content_type(tg_locals)
+        assumed = _get_exposed_content_type(tg_locals)
         response.headers["Content-Type"] = assumed
         try:
-            piece = next(pieces, None)
+            part = next(parts, None)
         finally:
             if response.headers.get("Content-Type") == assumed:
                 del response.headers["Content-Type"]
-        if piece is None:
+        if part is None:
             return
-        yield piece
-    yield from pieces
+        yield part
+    yield from parts
 
 
-def _content_type(tg_locals: Any) -> str:
-    """What TG will set, by what the controller is exposed with."""
+def _get_exposed_content_type(tg_locals: Any) -> str:
+    """The content type that TG sets after rendering, as ``@expose`` declares it."""
     decoration = tg_locals.request.dispatch_state.action.decoration
     name: str = decoration.lookup_template_engine(tg_locals)[0]
     textual = name.startswith(("text/", "application/xhtml+xml", "application/xml"))
     return f"{name}; charset=utf-8" if textual and "charset" not in name else name
 
 
-def _with_flash(pieces: Iterator[str], tg_locals: Any) -> Iterator[str]:
-    """``pieces``, the first of them up to where a ``flash()`` message is shown.
+def _join_until_flash(parts: Iterator[str], tg_locals: Any) -> Iterator[str]:
+    """Join the parts up to the one that shows a ``flash()`` message.
 
-    Only headers can delete its cookie, and they leave with the first piece. A template
-    that shows none holds its page up by a chunk, and only while a message waits.
+    Only the headers can delete the cookie of the message, and they are sent with the
+    first part. If a message waits and the template does not show it, a chunk of the
+    page is joined.
     """
     request, headers = tg_locals.request, tg_locals.response.headers
     if tg.flash.cookie_name in request.cookies or "webflash.payload" in request.environ:
         size = read_option(tg_locals.config, "tgstream.chunk_size")
         cookies = headers.getall("Set-Cookie")
         head: list[str] = []
-        for piece in pieces:
-            head.append(piece)
-            size -= len(piece)
+        for part in parts:
+            head.append(part)
+            size -= len(part)
             if size <= 0 or headers.getall("Set-Cookie") != cookies:
                 break
         yield "".join(head)
-    yield from pieces
+    yield from parts
 
 
-_ALONE = 256
-"""Pieces in a row, none of them waited for, after which they are gathered."""
+_UNBUFFERED_PARTS = 256
+"""Fast parts in a row after which the parts are buffered."""
 
 
-def _gathered(pieces: Iterable[str], config: Any) -> Iterator[str]:
-    """``pieces``, alone until they have come fast for long, then gathered.
+def _buffer(parts: Iterable[str], config: Any) -> Iterator[str]:
+    """Yield parts one by one, and buffer them after many fast ones in a row.
 
-    A template yields two pieces a table cell, and none of them tells that a query is to
-    come. So the head, and a page that is made slowly, leave piece by piece.
+    A template yields two parts for each table cell, and a part does not show whether
+    the next one waits for a query. So the head of a page, and a page that is rendered
+    slowly, are sent part by part.
     """
     size = read_option(config, "tgstream.chunk_size")
     seconds = read_option(config, "tgstream.flush_seconds")
     clock = time.perf_counter
-    gathered: list[str] = []
-    length = fast = 0
-    start = last = clock()
-    for piece in pieces:
-        if not piece:
+    buffered: list[str] = []
+    length = 0
+    fast = 0  # parts in a row
+    start = clock()
+    last = start
+    for part in parts:
+        if not part:
             continue
-        gathered.append(piece)
-        length += len(piece)
+        buffered.append(part)
+        length += len(part)
         now = clock()
         fast = fast + 1 if now - last < seconds else 0
         last = now
-        if fast < _ALONE or length >= size or now - start >= seconds:
-            yield "".join(gathered)
-            gathered.clear()
-            length, start = 0, clock()
+        if fast < _UNBUFFERED_PARTS or length >= size or now - start >= seconds:
+            yield "".join(buffered)
+            buffered.clear()
+            length = 0
+            start = clock()
             last = start
-    if gathered:
-        yield "".join(gathered)
+    if buffered:
+        yield "".join(buffered)
 
 
-def _closing(pieces: Iterator[str], variables: Iterable[Any]) -> Iterator[str]:
-    """``pieces``, and at the end, however it comes, the iterators among ``variables``.
+def _close_iterators(parts: Iterator[str], variables: Iterable[Any]) -> Iterator[str]:
+    """Yield the parts, and close the iterators among ``variables`` afterwards.
 
-    A Kajiki template is a reference cycle, so that they would wait for the collector.
+    A Kajiki template is a reference cycle. Without this, its iterators would stay open
+    until Python's cyclic garbage collector runs.
     """
-    lazy = [value for value in variables if isinstance(value, Iterator)]
-    closes = [partial(close, value) for value in lazy]
+    iterators = [value for value in variables if isinstance(value, Iterator)]
+    steps = [partial(close, iterator) for iterator in iterators]
     try:
-        yield from pieces
+        yield from parts
     except GeneratorExit:
-        pass  # no error: only what the closing raises is
+        pass  # the page was closed early, so that only errors of the steps are raised
     except BaseException:
-        first_error(closes)
+        first_error(steps)
         raise
-    error = first_error(closes)
+    error = first_error(steps)
     if error is not None:
         raise error
