@@ -67,9 +67,7 @@ def own_imports(module: str) -> set[str]:
             origin = ".".join(filter(None, [base, node.module]))
             found |= {f"{origin}.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.Call) and "import_module" in ast.unparse(node.func):
-            found |= {
-                each.value for each in node.args if isinstance(each, ast.Constant)
-            }
+            found |= {ast.unparse(argument).strip("'") for argument in node.args}
     names = {name if name in FILES else name.rpartition(".")[0] for name in found}
     return {FILES[name] for name in names & {*FILES}} - {"__init__", module}
 

@@ -382,6 +382,7 @@ def test_stream_on_the_only_worker_is_warned_of(
     make_app: MakeApp, monkeypatch: pytest.MonkeyPatch, warning_queue: queue.Queue[str]
 ) -> None:
     """After ten seconds, in this test less."""
+    monkeypatch.setattr(monitor, "FIRST_LOOK", 0.05)
     monkeypatch.setattr(diagnostics, "ONLY_WORKER_SECONDS", 0.05)
     environ: dict[str, Any] = {"wsgi.multithread": False, "wsgi.multiprocess": False}
     options: dict[str, Any] = {
