@@ -5,4 +5,4 @@ import sys
 from .doctor.cli import main
 
 if __name__ == "__main__":
-    sys.exit(main(is_alone=True))
+    sys.exit(main())

@@ -1,6 +1,6 @@
-"""The fixture ``open_stream``, for those who ask for it in their ``conftest.py``.
+"""The fixture ``open_stream``, for a ``conftest.py``.
 
-Rule: nothing here is imported by tgstream itself, which does not need pytest.
+tgstream itself does not import this module, because it does not need pytest.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from . import testing
 
 @pytest.fixture
 def open_stream() -> Iterator[Callable[..., testing.OpenStream]]:
-    """:func:`tgstream.testing.open_stream`, and afterwards nothing may be left behind.
+    """:func:`tgstream.testing.open_stream`, and after the test ``assert_clean()``.
 
-    Put ``pytest_plugins = ["tgstream.pytest_plugin"]`` into ``conftest.py``.
+    It closes the streams that the test has left open. Put
+    ``pytest_plugins = ["tgstream.pytest_plugin"]`` into ``conftest.py``.
     """
     with contextlib.ExitStack() as stack:
 

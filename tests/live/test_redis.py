@@ -22,7 +22,7 @@ from tests.pages import DOCS, blocks
 from tests.valkey import Valkey
 from tests.wsgi import get
 from tgstream import Channel, Event
-from tgstream.doctor.settings_checks import settings
+from tgstream.doctor.settings_checks import check_settings
 from tgstream.live.backends.redis import Redis
 from tgstream.live.history import Feed
 from tgstream.testing import open_stream
@@ -66,12 +66,12 @@ def name() -> str:
 
 def test_server_that_answers_can_be_asked(server: Server) -> None:
     """As the doctor does."""
-    [found] = [
-        each
-        for each in settings({"tgstream.channels": server.url})
-        if each.name == "channels"
+    [finding] = [
+        finding
+        for finding in check_settings({"tgstream.channels": server.url})
+        if finding.check == "channels"
     ]
-    assert (found.mark, found.found) == ("ok", f"{server.url} answers")
+    assert (finding.mark, finding.result) == ("ok", f"{server.url} responds")
 
 
 MakeHub = Callable[..., Redis]

@@ -20,7 +20,7 @@ from tests.model import Model, Note, User
 from tests.pgbouncer.conftest import PgBouncer
 from tests.wsgi import get
 from tgstream import rows
-from tgstream.doctor.settings_checks import settings
+from tgstream.doctor.settings_checks import check_settings
 
 EXPORTS = Path(tgstream.__file__).parents[1] / "docs" / "exports.rst"
 (LINE,) = re.findall(r'"sqlalchemy.connect_args": (\{.*?\})', EXPORTS.read_text())
@@ -95,9 +95,9 @@ def test_doctor_reports_the_pooler(
 ) -> None:
     """It does not warn if prepared statements are switched off."""
     make_pooled_app("rows()", **(AS_DOCUMENTED if line else {}))
-    found = {each.name: each for each in settings({"DBSession": model.DBSession})}
-    finding = found["prepared statements"]
+    findings = check_settings({"DBSession": model.DBSession})
+    [finding] = [each for each in findings if each.check == "prepared statements"]
     assert finding.mark == ("ok" if line else "warn")
-    assert line or "PgBouncer" in finding.found
+    assert line or "PgBouncer" in finding.result
     assert line or LINE in finding.advice
     model.DBSession.remove()

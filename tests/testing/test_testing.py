@@ -1,7 +1,8 @@
-"""``tgstream.testing``: streams opened in process, as its users open them."""
+"""``tgstream.testing``: streams that are opened in process."""
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import json
 import re
@@ -26,7 +27,7 @@ from tests.conftest import MakeApp
 from tests.model import MakeModel, Model, User
 from tgstream import CSV, NDJSON, SSE, Event, JSONArray, Stream, stream
 from tgstream.testing import OpenStream, assert_clean, open_stream
-from tgstream.testing import decoders as _items
+from tgstream.testing.decoders import decode_text, parse_array, parse_events
 
 DOCS = Path(__file__).parents[2] / "docs"
 FORMATS: dict[str, Any] = {"array": JSONArray, "lines": NDJSON, "csv": CSV, "sse": SSE}
@@ -35,7 +36,7 @@ pytest_plugins = ["tgstream.pytest_plugin"]
 
 
 class Endless(TGController):
-    """An endless stream in each format, and some that end."""
+    """An endless stream in each format, and streams that end."""
 
     def __init__(self, model: Model | None = None) -> None:
         self.model = model
@@ -43,7 +44,7 @@ class Endless(TGController):
             expose()(getattr(Endless, name))
 
     def items(self, format: str, end: str = "") -> Stream:
-        """Items for ever, or that many, a chunk each."""
+        """One item a chunk: ``end`` items, or endless without it."""
         return Stream(self.numbers(end), FORMATS[format], chunk_size=0)
 
     def numbers(self, end: str) -> Iterator[Any]:
@@ -80,28 +81,32 @@ class Endless(TGController):
         ("/items?format=sse", "events", [Event('[1,"é\\n"]'), Event('[2,"é\\n"]')]),
     ],
 )
-def test_items_of_an_endless_stream_are_read_one_by_one(
+def test_items_of_an_endless_stream_are_read_in_turn(
     make_app: MakeApp, model: Model, path: str, read: str, items: list[Any]
 ) -> None:
-    """In the format's own terms, and nothing is pulled that was not asked for."""
+    """As rows, documents or events. No more is read than the next item needs."""
     with open_stream(make_app(Endless(model), model), path) as response:
-        arriving = getattr(response, read)()
-        assert [next(arriving), next(arriving)] == items
+        parsed = getattr(response, read)()
+        assert [next(parsed), next(parsed)] == items
     assert response.report().reason == "disconnected"
     assert response.report().items <= 3  # an array's comma comes with the next item
     assert_clean()
 
 
 @pytest.mark.parametrize("path", ["/items?format=array", "/items?format=lines"])
-def test_items_of_a_whole_stream_are_all_there(make_app: MakeApp, path: str) -> None:
-    """And then the iterator ends."""
+def test_items_of_a_stream_that_ends_are_read_to_its_end(
+    make_app: MakeApp, path: str
+) -> None:
+    """The iterator ends with the stream."""
     with open_stream(make_app(Endless()), f"{path}&end=3") as response:
         assert list(response.json()) == [[1, "é\n"], [2, "é\n"], [3, "é\n"]]
     assert response.report().reason == "completed"
 
 
-def test_response_is_an_ordinary_one_before_the_first_chunk(make_app: MakeApp) -> None:
-    """Its status and headers are there, with the body unread."""
+def test_response_has_status_and_headers_before_the_first_chunk(
+    make_app: MakeApp,
+) -> None:
+    """The body has not been read."""
     app = make_app(Endless())
     with open_stream(app, "/missing") as response:
         assert (response.status_int, response.status[:4]) == (404, "404 ")
@@ -110,34 +115,38 @@ def test_response_is_an_ordinary_one_before_the_first_chunk(make_app: MakeApp) -
         assert response.headers["content-type"].startswith("text/html")
 
 
-def test_chunks_are_pulled_one_by_one_on_any_thread(make_app: MakeApp) -> None:
-    """As the server would get them."""
+def test_chunks_are_read_in_turn_on_any_thread(make_app: MakeApp) -> None:
+    """After ``close()``, reading is an error."""
     with open_stream(make_app(Endless()), "/words") as response:
         assert next(response) == b"one"
         assert response.pull_on_thread() == b"two"
         with pytest.raises(StopIteration):
             response.pull_on_thread()
     assert response.report().chunks == 2
-    with pytest.raises(AssertionError, match="/words: the stream was closed"):
+    with pytest.raises(
+        AssertionError, match="/words: cannot read a stream that was closed"
+    ):
         next(response)
 
 
-@pytest.mark.parametrize("leave", [OpenStream.disconnect, OpenStream.abandon])
-def test_stream_that_is_left_stores_nothing(
-    make_app: MakeApp, model: Model, leave: Callable[[OpenStream], None]
+@pytest.mark.parametrize("abort", [OpenStream.disconnect, OpenStream.abandon])
+def test_aborted_stream_commits_nothing(
+    make_app: MakeApp, model: Model, abort: Callable[[OpenStream], None]
 ) -> None:
-    """Whether or not the server closes it."""
+    """The server may close the body or drop it."""
     app = make_app(Endless(model), model)
     response = open_stream(app, "/items?format=array")
     next(response)
-    leave(response)
+    abort(response)
     assert response.report(timeout=0).reason == "disconnected"
     assert model.names() == []
     assert_clean()
 
 
-def test_abandoned_stream_of_tg_alone_is_found(make_app: MakeApp, model: Model) -> None:
-    """The check can fail: without tgstream all is left behind."""
+def test_leaks_of_a_stream_without_tgstream_are_found(
+    make_app: MakeApp, model: Model
+) -> None:
+    """``assert_clean()`` can fail: TurboGears alone leaves everything behind."""
 
     class Root(TGController):
         @expose(content_type="text/plain")
@@ -148,8 +157,11 @@ def test_abandoned_stream_of_tg_alone_is_found(make_app: MakeApp, model: Model) 
 
     response = open_stream(make_app(Root(), model), "/words")
     assert next(response) == b"one"
-    left = r"1 contexts of TG.*joined, a session of .* on this thread, 1 connections"
-    with pytest.raises(AssertionError, match=left):
+    leaks = (
+        "left behind: 1 contexts of TurboGears on this thread, a transaction on this "
+        "thread, joined by .*, a session of .* on this thread, 1 connections"
+    )
+    with pytest.raises(AssertionError, match=leaks):
         assert_clean()
     response.close()
     tg.config["tm.enabled"] = True
@@ -185,18 +197,18 @@ FACTORIES: dict[str, Callable[[sa.Engine], Any]] = {
 }
 
 
-@pytest.mark.parametrize("kind", FACTORIES)
+@pytest.mark.parametrize("factory", FACTORIES)
 def test_connections_of_any_session_factory_are_counted(
     make_app: MakeApp,
     make_model: MakeModel,
     url: str,
-    kind: str,
+    factory: str,
     request: pytest.FixtureRequest,
 ) -> None:
-    """A stream of its sessions leaves nothing, and a lost connection is found."""
+    """A stream leaves none of them behind, and a checked-out connection is found."""
     model = make_model(url)
     engine = sa.create_engine(url)
-    scoped = scoped_session(FACTORIES[kind](engine))
+    scoped = scoped_session(FACTORIES[factory](engine))
 
     class Root(TGController):
         @expose(content_type="text/plain")
@@ -217,16 +229,16 @@ def test_connections_of_any_session_factory_are_counted(
     engine.dispose()
 
 
-OUTER: dict[str, Any] = {"join_transaction_mode": "create_savepoint"}
+JOIN_BY_SAVEPOINT: dict[str, Any] = {"join_transaction_mode": "create_savepoint"}
 
 
-def test_connection_that_a_session_is_bound_to_is_not_left_behind(
+def test_connection_that_a_session_is_bound_to_is_not_a_leak(
     make_app: MakeApp, sqlite_model: Model
 ) -> None:
-    """A test that keeps its own outer transaction has not lost its connection."""
+    """The test holds it, for an outer transaction that it rolls back."""
     engine = sa.create_engine(sqlite_model.url)
     with engine.connect() as connection, connection.begin() as outer:
-        factory: Any = partial(Session, connection, **OUTER)
+        factory: Any = partial(Session, connection, **JOIN_BY_SAVEPOINT)
         scoped: scoped_session[Session] = scoped_session(factory)
 
         class Root(TGController):
@@ -244,26 +256,26 @@ def test_connection_that_a_session_is_bound_to_is_not_left_behind(
     engine.dispose()
 
 
-def test_session_factory_that_needs_a_request_is_passed_over(
+def test_session_factory_that_needs_a_request_is_skipped(
     make_app: MakeApp, sqlite_model: Model
 ) -> None:
-    """Outside of a request nobody knows its engine."""
+    """Outside of a request its engine is unknown."""
     factory: Any = lambda: Session(tg.request.engine)  # noqa: E731
     scoped: scoped_session[Session] = scoped_session(factory)
     make_app(Endless(sqlite_model), sqlite_model, tgstream__sessions=[scoped])
     assert_clean()
 
 
-def test_report_waits_for_another_thread(make_app: MakeApp) -> None:
-    """And says where it stands when it waits too long."""
-    go = threading.Event()
+def test_report_waits_for_a_stream_on_another_thread(make_app: MakeApp) -> None:
+    """The error after ``timeout`` has the path and the status."""
+    may_end = threading.Event()
 
     class Root(TGController):
         @expose(content_type="text/plain")
         @stream
         def words(self) -> Iterator[str]:
             yield "one"
-            assert go.wait(10)
+            assert may_end.wait(10)
 
     response = open_stream(make_app(Root()), "/words")
     assert next(response) == b"one"
@@ -273,14 +285,14 @@ def test_report_waits_for_another_thread(make_app: MakeApp) -> None:
         AssertionError, match=r"/words \(200 OK\): no stream .* 0\.01 s"
     ):
         response.report(timeout=0.01)
-    go.set()
+    may_end.set()
     assert response.report().reason == "completed"
     reader.join()
     response.close()
 
 
-def test_webtest_app_brings_its_cookies_and_user(make_app: MakeApp) -> None:
-    """A test that has logged in opens its streams as that user."""
+def test_cookies_and_environ_of_a_webtest_app_are_sent(make_app: MakeApp) -> None:
+    """After a login, a test opens streams as the same user."""
     app = webtest.TestApp(make_app(Endless()), extra_environ={"REMOTE_USER": "ada"})
     assert app.get("/whoami").body == b"ada1"
     with open_stream(app, "/whoami") as response:
@@ -290,16 +302,16 @@ def test_webtest_app_brings_its_cookies_and_user(make_app: MakeApp) -> None:
 
 
 @pytest.mark.parametrize("read", ["json", "events", "rows"])
-def test_what_a_stream_is_not_it_is_not_read_as(make_app: MakeApp, read: str) -> None:
-    """By its content type, in one sentence."""
+def test_reading_another_content_type_is_an_error(make_app: MakeApp, read: str) -> None:
+    """The error has both content types."""
     with open_stream(make_app(Endless()), "/words") as response:
-        wrong = rf"/words is text/html \(200 OK\), which {read}\(\) cannot read"
-        with pytest.raises(TypeError, match=wrong):
+        message = rf"/words: {read}\(\) reads .*, but the content type is text/html \("
+        with pytest.raises(TypeError, match=message):
             getattr(response, read)()
 
 
-def test_second_start_response_is_refused() -> None:
-    """As PEP 3333 says, and with ``exc_info`` after the first chunk it is raised."""
+def test_second_call_of_start_response_is_an_error() -> None:
+    """With ``exc_info``, and after the first chunk, it raises that error (PEP 3333)."""
 
     def app(environ: dict[str, Any], start_response: Any) -> Iterator[bytes]:
         start_response("200 OK", [])
@@ -319,23 +331,23 @@ def test_second_start_response_is_refused() -> None:
             next(response)
 
 
-def test_fixture_closes_what_is_open(
+def test_fixture_closes_open_streams(
     make_app: MakeApp, sqlite_model: Model, request: pytest.FixtureRequest
 ) -> None:
-    """And nothing is left after the test, which it checks itself."""
-    opened = request.getfixturevalue("open_stream")(
+    """Then it calls ``assert_clean()``, which would fail in the teardown."""
+    response = request.getfixturevalue("open_stream")(
         make_app(Endless(sqlite_model), sqlite_model), "/items?format=lines"
     )
-    assert next(opened.json()) == [1, "é\n"]
+    assert next(response.json()) == [1, "é\n"]
 
 
-# Items, whatever the chunks.
+# Items that are split between chunks.
 
 
-def cut(whole: str, at: list[int]) -> list[str]:
-    """A text in pieces."""
-    ends = sorted({min(end, len(whole)) for end in at} | {0, len(whole)})
-    return [whole[i:j] for i, j in itertools.pairwise(ends)]
+def split(text: str, at: list[int]) -> list[str]:
+    """The parts of a text, split at some positions."""
+    ends = sorted({min(end, len(text)) for end in at} | {0, len(text)})
+    return [text[start:end] for start, end in itertools.pairwise(ends)]
 
 
 documents = st.recursive(
@@ -346,41 +358,41 @@ documents = st.recursive(
 
 
 @given(st.lists(documents, max_size=5), st.lists(st.integers(0, 99)), st.booleans())
-def test_array_is_read_however_it_is_cut(
-    items: list[Any], at: list[int], spaced: bool
+def test_array_is_parsed_however_it_is_split(
+    items: list[Any], at: list[int], has_spaces: bool
 ) -> None:
-    """As ``json`` reads the whole."""
-    whole = json.dumps(items, indent=2 if spaced else None)
-    assert list(_items.items_of_array(cut(whole, at))) == items
+    """The items are those that ``json`` has written."""
+    text = json.dumps(items, indent=2 if has_spaces else None)
+    assert list(parse_array(split(text, at))) == items
 
 
-@pytest.mark.parametrize("whole", ["[1,2", "[1,", "[", '["a', "[1] 2", "", "[1 2]"])
-def test_array_that_is_cut_is_an_error(whole: str) -> None:
-    """A test must not take the half of it for the whole."""
+@pytest.mark.parametrize("text", ["[1,2", "[1,", "[", '["a', "[1] 2", "", "[1 2]"])
+def test_truncated_array_is_an_error(text: str) -> None:
+    """A test must not pass with a part of the items."""
     with pytest.raises(ValueError):
-        list(_items.items_of_array([whole]))
+        list(parse_array([text]))
 
 
-def test_document_that_is_no_array_is_one() -> None:
-    """A page that TG renders as JSON, for one."""
-    assert list(_items.items_of_array([" ", '{"a"', ": 1}"])) == [{"a": 1}]
+def test_document_that_is_not_an_array_is_one_item() -> None:
+    """It may be a page that TurboGears renders as JSON."""
+    assert list(parse_array([" ", '{"a"', ": 1}"])) == [{"a": 1}]
 
 
 lines = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\r\n\0"))
 
 
 @given(st.lists(st.tuples(lines, lines, st.integers(0))), st.lists(st.integers(0, 200)))
-def test_events_are_read_as_another_client_reads_them(
+def test_events_are_those_that_another_client_parses(
     events: list[tuple[str, str, int]], at: list[int]
 ) -> None:
-    """However the text is cut, and whichever line ends it has."""
-    whole = "".join(
-        f": hidden\r\nevent:{kind}\rdata: {data}\ndata\nretry: {retry}\nother: x\n\n"
-        for kind, data, retry in events
+    """The text may be split anywhere, and have any line ends."""
+    text = "".join(
+        f": hidden\r\nevent:{name}\rdata: {data}\ndata\nretry: {retry}\nother: x\n\n"
+        for name, data, retry in events
     )
-    ours = list(_items.events(cut(whole, at)))
+    ours = list(parse_events(split(text, at)))
     decoder = httpx_sse._decoders.SSEDecoder()
-    decoded = map(decoder.decode, re.split("\r\n|\r|\n", whole))
+    decoded = map(decoder.decode, re.split("\r\n|\r|\n", text))
     theirs = [event for event in decoded if event is not None]
     assert [event.comment for event in ours] == ["hidden"] * len(events)
     assert [(e.event or "message", e.data, e.retry) for e in ours] == [
@@ -389,18 +401,18 @@ def test_events_are_read_as_another_client_reads_them(
 
 
 def test_text_is_decoded_across_chunks() -> None:
-    """A character may be cut, and a byte order mark is none."""
+    """A character may be split, and a byte order mark is removed."""
     data = "\ufeffé€".encode()
-    pieces = [data[i : i + 1] for i in range(len(data))]
-    assert "".join(_items.text(pieces, None)) == "é€"
-    assert "".join(_items.text([b"\xe9"], "latin-1")) == "é"
+    chunks = [data[i : i + 1] for i in range(len(data))]
+    assert "".join(decode_text(chunks, None)) == "é€"
+    assert "".join(decode_text([b"\xe9"], "latin-1")) == "é"
 
 
 # The page of the docs.
 
 
-def test_page_on_testing_runs(make_app: MakeApp, sqlite_model: Model) -> None:
-    """Each of its tests passes, on the controller that it shows."""
+def test_tests_of_the_page_pass(make_app: MakeApp, sqlite_model: Model) -> None:
+    """They run on the controller that the page shows."""
     page = (DOCS / "testing.rst").read_text()
     blocks = re.findall(r"\.\. code-block:: python\n\n((?:    .*\n|\n)+)", page)
     shown: dict[str, Any] = {
@@ -418,6 +430,6 @@ def test_page_on_testing_runs(make_app: MakeApp, sqlite_model: Model) -> None:
     tests = [name for name in shown if name.startswith("test_")]
     assert len(tests) >= 8
     for name in tests:
-        wanted = shown[name].__code__.co_varnames[: shown[name].__code__.co_argcount]
-        shown[name](*[getattr(fixtures, fixture) for fixture in wanted])
+        arguments = inspect.signature(shown[name]).parameters
+        shown[name](*[getattr(fixtures, fixture) for fixture in arguments])
         assert_clean()

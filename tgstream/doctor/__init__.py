@@ -1,1 +1,1 @@
-"""Checks of an application: whether its streams reach the client."""
+"""The doctor: checks whether the streams of an application reach its clients."""

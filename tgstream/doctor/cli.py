@@ -1,103 +1,121 @@
 """The command line: ``python -m tgstream doctor [config.ini]``.
 
-Rule: the order is here, for it is what counts: the application is loaded when tgstream
-has been taken away again, and what asks it is imported after that.
+The application is loaded and examined in a child process, because this process has
+imported tgstream already (:mod:`tgstream.doctor.loader` explains why that matters). The
+child has the same interpreter, options, environment, folder, input and output.
 """
 
 from __future__ import annotations
 
 import argparse
-import io
 import os
+import signal
+import subprocess
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from pathlib import Path
 
-from . import loader as _loading
+from .finding import print_findings
+from .package_checks import check_packages
 
-if TYPE_CHECKING:
-    from .finding import Finding
+DESCRIPTION = """\
+Check whether streams pass through the whole stack of an application. The doctor sends
+streams of its own, and no controller of the application runs. Without a file, check
+the installed packages.
 
-EXAMINE = """\
-Say, check by check, whether an application's stack streams, by streams that are sent
-through all of it. No controller of the application runs. Without a file, say what is
-installed.
-
-Exit status: 1 where streams will break, or the application cannot be loaded; 2 for a
-wrong command line; else 0.
+Exit status: 0 if no check failed, 1 if streams will break or the application cannot be
+loaded, 2 for a wrong command line.
 """
 
+_CHILD = """\
+import os, runpy, sys
+if sys.path[0] == "":  # python -m has the whole path here
+    sys.path[0] = os.getcwd()
+sys.argv = sys.argv[1:]
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+except KeyboardInterrupt:
+    sys.exit(130)
+"""
+"""It runs the file of the loader, and neither imports the package nor adds its folder
+to ``sys.path``, where its modules would hide the application's own."""
 
-def main(arguments: Sequence[str] | None = None, is_alone: bool = False) -> int:
+_FLAGS = {
+    "isolated": "I",
+    "ignore_environment": "E",
+    "no_user_site": "s",
+    "safe_path": "P",
+    "no_site": "S",
+    "dont_write_bytecode": "B",
+    "optimize": "O",
+    "bytes_warning": "b",
+}
+"""Attributes of ``sys.flags``, and the interpreter's options that set them."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line.
 
-    :param arguments: what stands behind ``python -m tgstream``; None for the process's.
-    :param is_alone: whether nothing else in this process needs tgstream.
+    :param arguments: those after ``python -m tgstream``, by default this process's.
     :returns: the exit status.
+    :raises SystemExit: for ``--help`` and for a wrong command line.
     """
     parser = argparse.ArgumentParser(prog="python -m tgstream")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     doctor = commands.add_parser(
         "doctor",
-        help="say whether an application's stack streams",
-        description=EXAMINE,
+        help="check whether an application's stack streams",
+        description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     doctor.add_argument(
         "config",
         nargs="?",
-        help="the application's file, as config.ini or config.ini#name",
+        help="the application's file, such as config.ini or config.ini#name",
     )
     doctor.add_argument(
         "--path",
         default="/tgstream-doctor",
-        help="what to ask for, where not every path leads to TurboGears (%(default)s)",
+        help="the path to request, if TurboGears does not get every path (%(default)s)",
     )
-    given = parser.parse_args(arguments)
-    if given.command is None:
+    options = parser.parse_args(arguments)
+    if options.command is None:
         parser.print_usage()
         return 2
-    if given.config is None:
-        return _environment()
-    file = given.config.partition("#")[0]
+    if options.config is None:
+        return print_findings(check_packages())
+    file = options.config.partition("#")[0]
     if os.path.isdir(file):
-        doctor.error(f"{file} is a directory; name the file, as {file}/config.ini")
+        doctor.error(f"{file} is a directory. Name a file, such as {file}/config.ini")
     if not os.path.isfile(file):
-        doctor.error(f"there is no file {file!r}")
-    if not given.path.startswith("/"):
-        doctor.error("--path begins with a slash")
-    return _examine(given.config, given.path, is_alone)
+        doctor.error(f"file not found: {file!r}")
+    if not options.path.startswith("/"):
+        doctor.error(f"--path must begin with a slash, got {options.path!r}")
+    return _examine_in_child(options.config, options.path)
 
 
-def _environment() -> int:
-    from .package_checks import environment
+def _examine_in_child(config: str, path: str) -> int:
+    """Load and examine the application in a child process.
 
-    return _tell(environment())
-
-
-def _examine(config: str, path: str, is_alone: bool) -> int:
-    if is_alone:
-        _loading.forget()
+    :returns: the child's exit status. 128 + N if signal N has ended it.
+    """
+    loader = str(Path(__file__).with_name("loader.py"))
+    command = [sys.executable, *_interpreter_options(), "-c", _CHILD]
+    # call() kills the child at any exception. A terminal sends Ctrl-C to both.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
-        loaded = _loading.load(config)
-    except _loading.LoadError as error:
-        from tgstream.doctor.examine import refused
-
-        return _tell(refused(config, error))
-    from tgstream.doctor.examine import examine
-
-    return _tell(examine(config, loaded, path))
+        status = subprocess.call([*command, loader, config, path])
+    except KeyboardInterrupt:
+        return 130
+    return status if status >= 0 else 128 - status
 
 
-def _tell(findings: list[Finding]) -> int:
-    """Print what was found; what is to be the exit status."""
-    from tgstream.doctor.examine import summary
-    from tgstream.doctor.finding import text_of
-
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a path may have what it cannot say
-        sys.stdout.reconfigure(errors="backslashreplace")
-    try:
-        print(text_of(findings), summary(findings), sep="\n", flush=True)
-    except BrokenPipeError:  # head has had enough; Python's own flush is not to fail
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return int(any(each.mark == "FAIL" for each in findings))
+def _interpreter_options() -> list[str]:
+    """The options that this interpreter was started with, such as ``-I -W error``."""
+    letters = [letter * getattr(sys.flags, name, 0) for name, letter in _FLAGS.items()]
+    extra = [
+        f"-X{name}" if value is True else f"-X{name}={value}"
+        for name, value in sys._xoptions.items()
+    ]
+    warnings = [f"-W{option}" for option in sys.warnoptions]
+    return [f"-{letter}" for letter in letters if letter] + extra + warnings

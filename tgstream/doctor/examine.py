@@ -1,218 +1,256 @@
-"""The doctor: what stands in the way of an application's streams, check by check.
+"""Examines an application: sends streams through all of it, and reports each check.
 
-Rule: what can be proved by a stream is proved by a stream; only settings are read.
+If a stream can show a fault, a stream is sent. Only settings are read.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 from ..testing.leaks import assert_clean
-from . import stream_checks as _proofs
+from ..turbogears.guard import Guard
 from .client import Exchange
-from .finding import FAIL, NOTE, OK, WARN, Finding, raised_at, said
-from .loader import Loaded, LoadError, options
-from .middleware_trace import followed, short
-from .probe import Probe, installed
-from .settings_checks import options as check_options
-from .settings_checks import settings
-from .stream_checks import GZIP, TYPES, Proof, culprit, of_type
+from .finding import FAIL, OK, WARN, Finding, describe_error, describe_origin
+from .middleware_trace import Layer, remove_locals, trace_layers
+from .probe import Probe, answer_probes
+from .settings_checks import check_options, check_settings, read_options
+from .stream_checks import (
+    ACCEPT_GZIP,
+    CONTENT_TYPES,
+    IGNORES_UNLESS_DROPPED,
+    StreamCheck,
+    buffers,
+    changes_thread,
+    find_layer,
+    hides_failure,
+    ignores_close,
+    rejects,
+    sets_length,
+)
 
 PLUG = "In config/app_cfg.py: import tgstream; tgstream.plugme(base_config)."
 
 
-def refused(config: str, error: LoadError) -> list[Finding]:
-    """What is to say of an application that cannot be loaded."""
-    cause = error.__cause__
-    why = str(error)
-    advice = ""
+class Application(NamedTuple):
+    """An application to examine."""
+
+    config: str
+    """The file that it was loaded from."""
+    app: Any
+    """The outermost WSGI application."""
+    tg_apps: list[Any]
+    """The TurboGears applications in it."""
+    imports_tgstream: bool
+    """Whether it has imported tgstream, its root controllers included."""
+
+
+def report_load_error(config: str, error: Exception) -> list[Finding]:
+    """The findings for an application that cannot be loaded.
+
+    :param config: its file.
+    :param error: with the application's own error as its cause, if there is one.
+    """
+    cause, problem, advice = error.__cause__, str(error), ""
     if cause is not None:
-        why = f"{error} {said(cause)}{raised_at(cause)}"
-        advice = "Mend this first."
-    found = [Finding(FAIL, "application", f"{config} cannot be loaded: {why}", advice)]
-    bad = check_options(options(config))
-    return found + [each for each in bad if each.mark == FAIL]
+        problem = f"{describe_error(cause)}{describe_origin(cause)}"
+        advice = "Fix this first."
+    message = f"{config} cannot be loaded: {problem}"
+    options = check_options(read_options(config))
+    return [
+        Finding(FAIL, "application", message, advice),
+        *[finding for finding in options if finding.mark == FAIL],
+    ]
 
 
-def examine(config: str, loaded: Loaded, path: str) -> list[Finding]:
+def examine(application: Application, path: str) -> list[Finding]:
     """Every check of an application.
 
-    :param config: how it is called.
-    :param loaded: the application.
-    :param path: what the probes ask for.
+    :param path: the path that the probes request.
     """
-    if not loaded.tg_apps:
+    tg_apps = application.tg_apps
+    if not tg_apps:
         return [
             Finding(
                 FAIL,
                 "application",
-                f"{config} has no application of TurboGears that was made with it",
-                "Name the section that has one, as config.ini#name.",
+                f"{application.config} creates no TurboGears application",
+                "Name the section that creates one, such as config.ini#name.",
             )
         ]
-    with installed(loaded.tg_apps):
+    with answer_probes(tg_apps):
         probe = Probe()
-        with followed(probe):
-            exchange = Exchange(loaded.app, path, probe)
+        with trace_layers(probe):
+            exchange = Exchange(application.app, path, probe)
             exchange.pull()
         exchange.end()
-        settled = probe.config or loaded.tg_apps[-1].config
-        findings = [Finding(OK, "application", f"{config} is loaded")]
-        findings += settings(settled)
-        if not probe.made:
-            return [*findings, _unreached(exchange, path)]
-        findings += _streams(loaded, probe, path)
+        config = probe.config or tg_apps[-1].config
+        findings = [Finding(OK, "application", f"{application.config} is loaded")]
+        findings += check_settings(config)
+        if probe.produced:
+            findings += _check_streams(application, probe, path)
+        else:
+            findings.append(_report_no_stream(exchange, path))
     return findings
 
 
-def _unreached(exchange: Exchange, path: str) -> Finding:
-    if exchange.probe.begun:
-        errors = exchange.errors.getvalue().strip().splitlines() or [exchange.status]
-        why = errors[-1] if exchange.error is None else said(exchange.error)
-        return Finding(FAIL, "first chunk", f"a stream cannot begin: {why}")
-    answer = exchange.status or "without a status"
-    what = f"is answered {answer} before TurboGears has it"
-    advice = "Choose a path that everybody may ask TurboGears for, with --path."
-    if exchange.error is not None:
-        what = f"raises {said(exchange.error)}{raised_at(exchange.error)}"
-        advice = "Mend this first."
-    return Finding(
-        FAIL,
-        "middlewares",
-        f"a request for {path} {what}, so that no stream can be sent",
-        advice,
-    )
+def _report_no_stream(exchange: Exchange, path: str) -> Finding:
+    if exchange.probe.started:
+        lines = exchange.errors.getvalue().strip().splitlines() or [exchange.status]
+        error = exchange.error
+        reason = lines[-1] if error is None else describe_error(error)
+        return Finding(FAIL, "first chunk", f"a stream cannot start: {reason}")
+    if exchange.error is None:
+        result = f"is answered with {exchange.status or 'no status'}"
+        advice = "Use --path with a path that reaches TurboGears without a login."
+    else:
+        error = exchange.error
+        result = f"raises {describe_error(error)}{describe_origin(error)}"
+        advice = "Fix this first."
+    result = f"a request for {path} does not reach TurboGears: it {result}"
+    return Finding(FAIL, "middlewares", result, advice)
 
 
-def _streams(loaded: Loaded, probe: Probe, path: str) -> Iterator[Finding]:
-    guarded = any(
-        each.name == "tgstream.turbogears.guard.Guard" for each in probe.layers
-    )
-    yield Finding(OK, "middlewares", ", ".join(_short(n.name) for n in probe.layers))
-    yield _guard(guarded, loaded.imported)
-    asked = _Asked(loaded.app, path, probe)
-    yield asked.first_chunk()
-    yield asked.length()
-    yield asked.gzip()
-    yield asked.close()
-    yield asked.threads()
-    yield asked.failure(guarded)
-    yield _left()
+def _check_streams(
+    application: Application, probe: Probe, path: str
+) -> Iterator[Finding]:
+    has_guard = any(type(layer.app) is Guard for layer in probe.layers)
+    names = ", ".join(_shorten(layer.name) for layer in probe.layers)
+    yield Finding(OK, "middlewares", names)
+    yield _check_guard(has_guard, application.imports_tgstream)
+    examiner = _Examiner(application.app, path, probe.layers, probe.reader)
+    yield examiner.check_first_chunk()
+    yield examiner.check_length()
+    yield examiner.check_gzip()
+    yield examiner.check_close()
+    yield examiner.check_threads()
+    yield examiner.check_failure(has_guard)
+    yield _check_leaks()
 
 
-def _short(name: str) -> str:
-    """What is TurboGears' own is known by its last name."""
-    package, _, own = name.partition(".")
+def _shorten(name: str) -> str:
+    """The package and the last name of a layer of TurboGears and its neighbours."""
+    package, _, rest = name.partition(".")
     if package in ("tg", "tgstream", "backlash", "repoze"):
-        return f"{package}.{own.rpartition('.')[2]}"
+        return f"{package}.{rest.rpartition('.')[2]}"
     return name
 
 
-def _guard(guarded: bool, imported: bool) -> Finding:
-    if guarded:
-        return Finding(OK, "guard", "it stands outside everything of TurboGears")
-    why = "the application was made before tgstream was imported"
-    if not imported:
-        why = "nothing in the application or its root controller imports tgstream"
-    return Finding(WARN, "guard", f"there is none: {why}", PLUG)
+def _check_guard(has_guard: bool, imports_tgstream: bool) -> Finding:
+    if has_guard:
+        return Finding(OK, "guard", "installed, outermost")
+    reason = "the application was created before tgstream was imported"
+    if not imports_tgstream:
+        reason = "neither the application nor its root controller imports tgstream"
+    return Finding(WARN, "guard", f"not installed: {reason}", PLUG)
 
 
-class _Asked:
-    """What probes say of an application, each a finding."""
+class _Examiner:
+    """The checks that send streams, each with the layer that is at fault.
 
-    def __init__(self, app: Any, path: str, probe: Probe) -> None:
-        self.app, self.path, self.probe = app, path, probe
+    :param app: the outermost WSGI application.
+    :param path: the path to request.
+    :param layers: those that a request passes through, outermost first.
+    :param reader: the function that iterates the stream before the server, if any.
+    """
 
-    def _by(self, proof: Proof) -> str:
-        return culprit(self.probe.layers, self.path, proof) or "something"
+    def __init__(
+        self, app: Any, path: str, layers: list[Layer], reader: str | None
+    ) -> None:
+        self.app, self.path, self.layers, self.reader = app, path, layers, reader
 
-    def first_chunk(self) -> Finding:
-        for content_type in TYPES:
-            if what := _proofs.refused(self.app, self.path, content_type):
-                return Finding(FAIL, "first chunk", what)
-            proof = of_type(content_type)
-            if what := proof(self.app, self.path):
+    def _layer(self, check: StreamCheck) -> str:
+        return find_layer(self.layers, self.path, check) or "an unknown layer"
+
+    def check_first_chunk(self) -> Finding:
+        for content_type in CONTENT_TYPES:
+            if problem := rejects(self.app, self.path, content_type):
+                return Finding(FAIL, "first chunk", problem)
+            check = partial(buffers, content_type=content_type)
+            if problem := check(self.app, self.path):
+                layer = remove_locals(self.reader or "") or self._layer(check)
                 return Finding(
                     FAIL,
                     "first chunk",
-                    f"{what} ({content_type}): "
-                    f"{short(self.probe.reader or '') or self._by(proof)} holds them "
-                    "back",
-                    "Let it pass on each chunk as it comes, or take it out.",
+                    f"{layer} {problem}",
+                    "Make it pass on each chunk at once, or remove it.",
                 )
-        return Finding(OK, "first chunk", "it arrives before the second is made")
+        return Finding(OK, "first chunk", "arrives before the second is produced")
 
-    def length(self) -> Finding:
-        if what := _proofs.counted(self.app, self.path):
+    def check_length(self) -> Finding:
+        if problem := sets_length(self.app, self.path):
             return Finding(
                 FAIL,
                 "Content-Length",
-                f"{what}, by {self._by(_proofs.counted)}",
-                "Let it set none where the response has none: a stream has no length "
-                "that anybody knows.",
+                f"{self._layer(sets_length)} {problem}",
+                "Make it set no Content-Length if the response has none. Nobody knows "
+                "the length of a stream in advance.",
             )
-        return Finding(OK, "Content-Length", "nothing sets it")
+        return Finding(OK, "Content-Length", "not set")
 
-    def gzip(self) -> Finding:
-        exchange = Exchange(self.app, self.path, Probe(TYPES[1]), GZIP)
+    def check_gzip(self) -> Finding:
+        exchange = Exchange(
+            self.app, self.path, Probe(CONTENT_TYPES[1]), headers=ACCEPT_GZIP
+        )
         exchange.read()
         encoding = exchange.headers.get("Content-Encoding")
-        held = False
-        for content_type in TYPES:
-            if what := _proofs.refused(self.app, self.path, content_type, GZIP):
-                return Finding(FAIL, "gzip", what)
-            plain, packed = of_type(content_type), of_type(content_type, GZIP)
-            what = packed(self.app, self.path)
-            held = held or bool(what)
-            if what and not plain(self.app, self.path):
+        is_buffered = False
+        for content_type in CONTENT_TYPES:
+            if problem := rejects(self.app, self.path, content_type, ACCEPT_GZIP):
+                return Finding(FAIL, "gzip", problem)
+            plain = partial(buffers, content_type=content_type)
+            gzipped = partial(plain, headers=ACCEPT_GZIP)
+            problem = gzipped(self.app, self.path)
+            is_buffered = is_buffered or bool(problem)
+            if problem and not plain(self.app, self.path):
                 return Finding(
                     FAIL,
                     "gzip",
-                    f"{what} ({content_type}), where they are compressed by "
-                    f"{self._by(packed)}",
-                    "Let it flush after each chunk and collect nothing, or leave it to "
-                    "the proxy.",
+                    f"{self._layer(gzipped)} compresses and {problem}",
+                    "Make it flush after each chunk, or let the proxy compress.",
                 )
-        if encoding:
-            how = "held back as without it" if held else "a chunk at a time"
-            return Finding(OK, "gzip", f"{encoding}, {how}")
-        return Finding(OK, "gzip", "nothing compresses")
+        if not encoding:
+            return Finding(OK, "gzip", "not compressed")
+        how = "buffered as without gzip" if is_buffered else "flushed after each chunk"
+        return Finding(OK, "gzip", f"{encoding}, {how}")
 
-    def close(self) -> Finding:
-        if what := _proofs.unclosed(self.app, self.path):
+    def check_close(self) -> Finding:
+        if problem := ignores_close(self.app, self.path):
             return Finding(
-                WARN if what == _proofs.DROPPED else FAIL,
+                WARN if problem == IGNORES_UNLESS_DROPPED else FAIL,
                 "close",
-                f"{what}: {self._by(_proofs.unclosed)} does not pass on close()",
-                "Let what it returns have a close() that closes what it has got.",
+                f"{self._layer(ignores_close)} {problem}",
+                "Give the iterable that it returns a close() that closes the response "
+                "inside.",
             )
-        return Finding(OK, "close", "a client that leaves ends the stream")
+        return Finding(OK, "close", "a disconnect ends the stream")
 
-    def threads(self) -> Finding:
-        if what := _proofs.astray(self.app, self.path):
+    def check_threads(self) -> Finding:
+        if problem := changes_thread(self.app, self.path):
             return Finding(
                 FAIL,
                 "threads",
-                f"{what}, by {self._by(_proofs.astray)}",
-                "Let it pull where it is pulled.",
+                f"{self._layer(changes_thread)} {problem}",
+                "Iterate the response on the calling thread. Do not hand it to another "
+                "thread.",
             )
-        return Finding(OK, "threads", "each chunk is made where it is pulled")
+        return Finding(OK, "threads", "each chunk is produced on the calling thread")
 
-    def failure(self, guarded: bool) -> Finding:
-        if what := _proofs.whole(self.app, self.path):
+    def check_failure(self, has_guard: bool) -> Finding:
+        if problem := hides_failure(self.app, self.path):
             return Finding(
                 FAIL,
                 "failure",
-                f"when a stream fails, {what}, by {self._by(_proofs.whole)}",
-                "Let the error through, outside of the guard." if guarded else PLUG,
+                f"{self._layer(hides_failure)} {problem}",
+                "It is outside of the error guard. Make it re-raise the error."
+                if has_guard
+                else PLUG,
             )
-        return Finding(
-            OK, "failure", "a stream that fails breaks, and has no other text"
-        )
+        return Finding(OK, "failure", "a failed stream is aborted, without added text")
 
 
-def _left() -> Finding:
+def _check_leaks() -> Finding:
     try:
         assert_clean()
     except AssertionError as error:
@@ -220,16 +258,6 @@ def _left() -> Finding:
             FAIL,
             "left behind",
             str(error).removeprefix("left behind: "),
-            "Something holds on to a stream that has ended.",
+            "Find the code that keeps them after the end of a stream.",
         )
-    return Finding(OK, "left behind", "nothing, of all these streams")
-
-
-def summary(findings: list[Finding]) -> str:
-    """The last line: how many checks there were, and how many failed."""
-    marks = [each.mark for each in findings]
-    if FAIL in marks:
-        return f"{marks.count(FAIL)} of {len(marks)} checks failed: streams will break."
-    asides = marks.count(WARN) + marks.count(NOTE)
-    rest = f", {asides} with advice" if asides else ""
-    return f"{len(marks)} checks, none failed{rest}."
+    return Finding(OK, "left behind", "nothing")

@@ -1,15 +1,14 @@
-"""What the doctor has found: a line for each check, and advice where it helps.
-
-Rule: the text is plain, and the same for the same application; nothing here looks.
-"""
+"""The findings of the doctor, and how they are printed."""
 
 from __future__ import annotations
 
+import io
 import os
+import sys
 import sysconfig
 import textwrap
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 _PACKAGE = os.path.dirname(os.path.dirname(__file__))
@@ -17,48 +16,73 @@ WIDTH = 88
 _INDENT = 26
 
 OK, NOTE, WARN, FAIL = "ok", "note", "warn", "FAIL"
-"""All is well; good to know; streams suffer in some cases; streams break."""
+"""All is well. Good to know. Some streams will suffer. Streams will break."""
 
 
 class Finding(NamedTuple):
-    """One check: its mark, its name, what was found, and a sentence of advice."""
+    """The result of a check: its mark, the check's name, the result, and advice."""
 
     mark: str
-    name: str
-    found: str
+    check: str
+    result: str
     advice: str = ""
 
 
-def text_of(findings: Iterable[Finding]) -> str:
-    """The findings as lines of text, each check beginning with its mark."""
+def print_findings(findings: Sequence[Finding]) -> int:
+    """Print findings and a summary.
+
+    :returns: the exit status: 1 if a check failed, else 0.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a path may not be encodable
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        print(format_findings(findings), summarize(findings), sep="\n", flush=True)
+    except BrokenPipeError:  # the reader was head. Python's own flush must not fail
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return int(any(finding.mark == FAIL for finding in findings))
+
+
+def format_findings(findings: Iterable[Finding]) -> str:
+    """The findings as lines of text. The first line of each begins with its mark."""
     lines: list[str] = []
-    for mark, name, found, advice in findings:
-        wrapped = _wrapped(found)
+    for mark, check, result, advice in findings:
+        wrapped = _wrap(result)
         if advice:
-            first, *more = _wrapped(advice, 3)
+            first, *more = _wrap(advice, 3)
             wrapped += [f"-> {first}", *(f"   {line}" for line in more)]
-        lines.append(f"{mark:<6}{name:<20}{wrapped[0]}")
+        lines.append(f"{mark:<6}{check:<20}{wrapped[0]}")
         lines += [f"{'':<{_INDENT}}{line}" for line in wrapped[1:]]
     return "\n".join(lines)
 
 
-def _wrapped(text: str, less: int = 0) -> list[str]:
-    width = WIDTH - _INDENT - less
+def _wrap(text: str, indent: int = 0) -> list[str]:
+    """The lines of a text, at least one. A word is never split."""
+    width = WIDTH - _INDENT - indent
     return textwrap.wrap(
         text, width, break_long_words=False, break_on_hyphens=False
     ) or [""]
 
 
-def said(error: BaseException) -> str:
-    """An error in a sentence: its type and what it says, on one line."""
+def summarize(findings: Sequence[Finding]) -> str:
+    """The last line: how many checks passed or failed."""
+    marks = [finding.mark for finding in findings]
+    if FAIL in marks:
+        return f"{marks.count(FAIL)} of {len(marks)} checks failed: streams will break."
+    count = marks.count(WARN) + marks.count(NOTE)
+    advice = f", {count} with advice" if count else ""
+    return f"{len(marks)} checks passed{advice}."
+
+
+def describe_error(error: BaseException) -> str:
+    """The type and the message of an error, on one line."""
     message = " ".join(str(error).split())
     if len(message) > 300:
         message = f"{message[:300]}..."
     return f"{type(error).__name__}: {message}" if message else type(error).__name__
 
 
-def raised_at(error: BaseException) -> str:
-    """Where in the application an error came from; nothing if it is not of its code."""
+def describe_origin(error: BaseException) -> str:
+    """The file and line of the application that raised an error, or ``""``."""
     paths = sysconfig.get_paths()
     installed = paths["stdlib"], paths["platstdlib"], paths["purelib"], paths["platlib"]
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
@@ -66,6 +90,6 @@ def raised_at(error: BaseException) -> str:
         if not frame.filename.startswith("<") and not file.startswith(
             (*installed, _PACKAGE)
         ):
-            here = os.path.join(os.getcwd(), "")
-            return f", in {file.removeprefix(here)}, line {frame.lineno}"
+            folder = os.path.join(os.getcwd(), "")
+            return f", in {file.removeprefix(folder)}, line {frame.lineno}"
     return ""

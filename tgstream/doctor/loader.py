@@ -1,78 +1,75 @@
-"""An application of an ``.ini`` file, loaded as ``gearbox serve`` loads it.
+"""Loads the application of an ``.ini`` file as ``gearbox serve`` does.
 
-Rule: an application is loaded before tgstream is imported by anybody but itself; else
-it would have a guard here that it has not in its server. So this module imports no
-other of tgstream.
+An application has an error guard only if tgstream is imported before the application
+is created. The doctor checks for the guard, so it must load the application in a
+process that has not imported tgstream. The command line therefore runs this file by
+its path, in a child process. Nothing here may import tgstream until ``load()`` has
+returned, and then only by its full name.
 """
 
 from __future__ import annotations
 
-import configparser
 import os
 import sys
-from typing import Any, NamedTuple
+from typing import Any
 
 import tg
 
 
-class Loaded(NamedTuple):
-    """An application, and what was seen while it was loaded."""
-
-    app: Any
-    """The WSGI application, outermost."""
-    tg_apps: list[Any]
-    """The TurboGears applications in it."""
-    imported: bool
-    """Whether it imported tgstream, its root controllers included."""
-
-
 class LoadError(Exception):
-    """The application cannot be loaded; the cause is its own error, if it has one."""
+    """The application cannot be loaded. Its own error is the cause, if there is one."""
 
 
-def forget() -> None:
-    """Take tgstream away again, as if nobody had imported it in this process."""
-    sys.modules["tgstream.turbogears.hooks"].HOOKS.clear()
-    for name in [*sys.modules]:
-        if name.partition(".")[0] == "tgstream":
-            del sys.modules[name]
+def main(config: str, path: str) -> int:
+    """Load an application, examine it, and print the findings.
+
+    :param config: the file, with ``#name`` for a section other than ``main``.
+    :param path: the path that the doctor requests.
+    :returns: the exit status.
+    """
+    try:
+        app, tg_apps = load(config)
+    except LoadError as error:
+        from tgstream.doctor.examine import report_load_error
+
+        findings = report_load_error(config, error)
+    else:
+        imports_tgstream = "tgstream" in sys.modules
+        from tgstream.doctor.examine import Application, examine
+
+        application = Application(config, app, tg_apps, imports_tgstream)
+        findings = examine(application, path)
+    from tgstream.doctor.finding import print_findings
+
+    return print_findings(findings)
 
 
-def load(config: str) -> Loaded:
-    """Load the application of an ``.ini`` file, and import its root controllers.
+def load(config: str) -> tuple[Any, list[Any]]:
+    """Load an application, and import its root controllers.
 
-    :param config: the file; behind a ``#`` the name of its section, ``main`` if none.
+    :param config: the file, with ``#name`` for a section other than ``main``.
+    :returns: the outermost WSGI application, and the TurboGears applications in it.
     :raises LoadError: when that fails.
     """
     try:
         from paste.deploy import loadapp
     except ImportError:
         raise LoadError(
-            "PasteDeploy, which reads the file, is not installed: pip install gearbox, "
-            "or PasteDeploy alone"
+            "PasteDeploy is not installed. Install gearbox, or PasteDeploy alone: "
+            "pip install PasteDeploy"
         ) from None
     tg_apps: list[Any] = []
     tg.hooks.register("configure_new_app", tg_apps.append)
     try:
         app = loadapp(f"config:{config}", relative_to=os.getcwd())
         for tg_app in tg_apps:
-            tg_app._get_controller_instance("root")  # as the first request does
+            tg_app._get_controller_instance("root")  # like the first request
     except (Exception, SystemExit) as error:
-        raise LoadError("it raises") from error
+        raise LoadError from error
     finally:
         tg.hooks.disconnect("configure_new_app", tg_apps.append)
-    return Loaded(app, tg_apps, "tgstream" in sys.modules)
+    return app, tg_apps
 
 
-def options(config: str) -> dict[str, str]:
-    """The options of tgstream in an ``.ini`` file, whatever else is wrong with it."""
-    parser = configparser.RawConfigParser(strict=False)
-    parser.optionxform = str  # type: ignore[assignment, method-assign]
-    try:
-        parser.read(config.partition("#")[0])
-    except (configparser.Error, UnicodeDecodeError):
-        return {}
-    found: dict[str, str] = {}
-    for section in parser.values():
-        found |= {n: v for n, v in section.items() if n.startswith("tgstream.")}
-    return found
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

@@ -1,6 +1,7 @@
-"""What a request comes through: middlewares, and application wrappers of TurboGears.
+"""Traces the layers of a request: middlewares, and TurboGears' application wrappers.
 
-Rule: nothing is looked up in objects; a layer is what has been called with the request.
+No attributes of applications are searched. A layer is a callable that was called with
+the environ of the request.
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ from collections.abc import Iterator
 from types import FrameType, FunctionType
 from typing import Any, NamedTuple
 
-from ..turbogears.diagnostics import get_qualified_name
+from ..turbogears.diagnostics import name_of
 
-KEY = "tgstream.doctor"
-"""Where a request carries its probe, in the environ."""
+ENVIRON_KEY = "tgstream.doctor"
+"""The key of a request's probe in its environ."""
 
 
 class Layer(NamedTuple):
@@ -24,100 +25,105 @@ class Layer(NamedTuple):
 
     name: str
     app: Any
-    """What may be called with a request of its own; None where that is not known."""
+    """The callable, for requests to this layer alone. None if it is unknown."""
     is_wrapper: bool
 
 
 @contextlib.contextmanager
-def followed(probe: Any) -> Iterator[None]:
-    """Write down what the request comes through, outermost first.
+def trace_layers(probe: Any) -> Iterator[None]:
+    """Add the layers that the request passes through to ``probe.layers``.
 
-    Some of it has returned when the controller is called, and is on no stack any more.
+    It ends when the controller of the probe is called. Some layers have returned by
+    then, such as middlewares that are generators, so the stack does not have them.
     """
-    before = sys.getprofile()
-    sys.setprofile(
-        lambda frame, event, _: (
-            event == "call" and not probe.begun and meet(frame, probe.layers)
-        )
-    )
+
+    def profile(frame: FrameType, event: str, _: Any) -> None:
+        if event == "call" and not probe.started:
+            add_layer(frame, probe.layers)
+
+    previous = sys.getprofile()
+    sys.setprofile(profile)
     try:
         yield
     finally:
-        sys.setprofile(before)
+        sys.setprofile(previous)
 
 
-def meet_callers(frame: FrameType | None, layers: list[Layer]) -> None:
-    """Add what is on the stack, which may be that of a thread of its own."""
+def add_callers(frame: FrameType | None, layers: list[Layer]) -> None:
+    """Add the layers on the stack, which :func:`trace_layers` does not see on threads.
+
+    :param frame: the innermost.
+    """
     if frame is not None:
-        meet_callers(frame.f_back, layers)
-        meet(frame, layers)
+        add_callers(frame.f_back, layers)
+        add_layer(frame, layers)
 
 
-def meet(frame: FrameType, layers: list[Layer]) -> bool:
-    """Add the layer whose call this is; false if it is none, or is there already."""
-    layer = _layer(frame)
-    new = layer is not None and all(
-        layer.app is not each.app or layer.name != each.name for each in layers
-    )
-    if new and layer is not None:
+def add_layer(frame: FrameType, layers: list[Layer]) -> None:
+    """Add the layer that is called in a frame, if there is one and it is new."""
+    layer = _layer_of(frame)
+    if layer is not None and all(
+        layer.app is not known.app or layer.name != known.name for known in layers
+    ):
         layers.append(layer)
-    return new
 
 
-def _layer(frame: FrameType) -> Layer | None:
-    """The layer whose call this is: it has the environ, and then something callable.
+def _layer_of(frame: FrameType) -> Layer | None:
+    """The layer that is called in a frame.
 
-    By the values, for the names of parameters are anybody's to choose.
+    Its arguments are the environ and a callable. They are recognized by their values,
+    because parameters may have any names.
     """
     code, module = frame.f_code, frame.f_globals.get("__name__", "")
-    values = _arguments(frame)
+    values = _argument_values(frame)
     if module == "webob.dec" and code.co_name == "__call__":
-        return Layer(_name(getattr(values[0], "func", None)), values[0], False)
-    place = next((n for n, each in enumerate(values) if _carries(each)), None)
-    if place is None or len(values) < place + 2:
+        return Layer(_name_of(getattr(values[0], "func", None)), values[0], False)
+    index = next((i for i, value in enumerate(values) if _is_environ(value)), None)
+    if index is None or len(values) < index + 2:
         return None
-    is_wrapper = not callable(values[place + 1])
-    if place and code.co_varnames[0] == "self":
-        if is_wrapper and (place, code.co_name) != (2, "__call__"):
-            return None  # TurboGears' own way to its controller
-        return Layer(_name(type(values[0])), values[0], is_wrapper)
+    is_wrapper = not callable(values[index + 1])
+    if index and code.co_varnames[0] == "self":
+        if is_wrapper and (index, code.co_name) != (2, "__call__"):
+            return None  # a method with which TurboGears calls the controller
+        return Layer(_name_of(type(values[0])), values[0], is_wrapper)
     if is_wrapper:
         return None
-    function = _function(frame)
-    name = short(get_qualified_name(frame)) if function is None else _name(function)
+    function = _function_of(frame)
+    name = remove_locals(name_of(frame)) if function is None else _name_of(function)
     return Layer(name, function, False)
 
 
-def _arguments(frame: FrameType) -> list[Any]:
-    """What the call was given, by place; ``*args`` included."""
-    code, known = frame.f_code, frame.f_locals
-    values = [known.get(name) for name in code.co_varnames[: code.co_argcount]]
+def _argument_values(frame: FrameType) -> list[Any]:
+    """The values of the positional arguments, ``*args`` included."""
+    code, variables = frame.f_code, frame.f_locals
+    values = [variables.get(name) for name in code.co_varnames[: code.co_argcount]]
     if code.co_flags & inspect.CO_VARARGS:
-        place = code.co_argcount + code.co_kwonlyargcount
-        values += known.get(code.co_varnames[place], ())
+        index = code.co_argcount + code.co_kwonlyargcount
+        values += variables.get(code.co_varnames[index], ())
     return values
 
 
-def _carries(value: Any) -> bool:
-    # Not isinstance(): that asks a proxy for what it stands for, which may do anything.
-    return issubclass(type(value), dict) and KEY in value
+def _is_environ(value: Any) -> bool:
+    # isinstance() would make a proxy of the application resolve its object, which may
+    # run a query or raise.
+    return issubclass(type(value), dict) and ENVIRON_KEY in value
 
 
-def _function(frame: FrameType) -> Any:
-    """The function whose call this is, where there is one of its code alone."""
-    made = [
-        each
-        for each in gc.get_referrers(frame.f_code)
-        if isinstance(each, FunctionType) and each.__code__ is frame.f_code
+def _function_of(frame: FrameType) -> Any:
+    """The function that is called in a frame. None if several have its code."""
+    functions = [
+        referrer
+        for referrer in gc.get_referrers(frame.f_code)
+        if isinstance(referrer, FunctionType) and referrer.__code__ is frame.f_code
     ]
-    return made[0] if len(made) == 1 else None
+    return functions[0] if len(functions) == 1 else None
 
 
-def _name(found: Any) -> str:
-    name = getattr(found, "__qualname__", type(found).__qualname__)
-    return short(f"{getattr(found, '__module__', '')}.{name}")
+def _name_of(thing: Any) -> str:
+    name = getattr(thing, "__qualname__", type(thing).__qualname__)
+    return remove_locals(f"{getattr(thing, '__module__', '')}.{name}")
 
 
-def short(name: str) -> str:
-    """A name without what Python says of functions in functions."""
+def remove_locals(name: str) -> str:
+    """A qualified name without Python's ``<locals>``."""
     return name.replace("<locals>.", "")

@@ -1,6 +1,6 @@
-"""What is installed beside tgstream: what it requires, its extras, and servers.
+"""The checks of installed packages: requirements of tgstream, its extras, and servers.
 
-Rule: nothing is imported; the metadata of packages says it all.
+They read the metadata of the packages, and import none of them.
 """
 
 from __future__ import annotations
@@ -14,144 +14,151 @@ from importlib import metadata
 from .finding import FAIL, NOTE, OK, WARN, Finding
 
 EXTRAS = {
-    "orjson": "JSON several times as quick",
-    "redis": "channels for many processes",
+    "orjson": "JSON several times faster",
+    "redis": "channels across processes",
 }
-BROKEN = "a failed stream breaks"
-UNNOTICED = f"{BROKEN}; clients that leave are not noticed"
-CUT = "a failed stream ends like a whole one"
+ABORTED = "a failed stream is aborted"
+UNNOTICED = f"{ABORTED}, but disconnects are not noticed"
+LOOKS_COMPLETE = "a failed stream looks complete"
+_BOUND = "Give a long stream max_seconds."
+_MARK_END = "Mark the end in the data, with NDJSON(end=...) or length=."
+_UWSGI = f"{_MARK_END} With gevent, use --gevent-early-monkey-patch."
 SERVERS: dict[str, tuple[str, str, str]] = {
-    "waitress": (OK, BROKEN, ""),
+    "waitress": (OK, ABORTED, ""),
     "gunicorn": (
         NOTE,
-        BROKEN,
-        "Take gthread or gevent: a sync worker serves one stream at a time, and is "
+        ABORTED,
+        "Use gthread or gevent. A sync worker serves one stream at a time, and is "
         "killed after --timeout.",
     ),
-    "cheroot": (OK, BROKEN, ""),
-    "granian": (OK, BROKEN, ""),
-    "uvicorn": (
-        NOTE,
-        f"with a2wsgi or asgiref: {UNNOTICED}",
-        "Give a long stream max_seconds.",
-    ),
-    "hypercorn": (NOTE, UNNOTICED, "Give a long stream max_seconds."),
-    "uWSGI": (
-        WARN,
-        CUT,
-        "Tell the client in the data; with gevent, write --gevent-early-monkey-patch.",
-    ),
-    "pyuwsgi": (
-        WARN,
-        CUT,
-        "Tell the client in the data; with gevent, write --gevent-early-monkey-patch.",
-    ),
-    "mod_wsgi": (WARN, CUT, "Tell the client in the data."),
+    "cheroot": (OK, ABORTED, ""),
+    "granian": (OK, ABORTED, ""),
+    "uvicorn": (NOTE, f"with a2wsgi or asgiref: {UNNOTICED}", _BOUND),
+    "hypercorn": (NOTE, UNNOTICED, _BOUND),
+    "uWSGI": (WARN, LOOKS_COMPLETE, _UWSGI),
+    "pyuwsgi": (WARN, LOOKS_COMPLETE, _UWSGI),
+    "mod_wsgi": (WARN, LOOKS_COMPLETE, _MARK_END),
 }
-"""In the words of the page on servers."""
-FLOORS = {"granian": ("2.8.9", CUT, "Upgrade it to 2.8.9 or later.")}
+"""The mark, result and advice for each server that is tested."""
+OLDEST = {"granian": ("2.8.9", LOOKS_COMPLETE, "Upgrade it to 2.8.9 or later.")}
+"""The oldest version that ``SERVERS`` is true of, and what an older one gets."""
 
 
-def environment() -> list[Finding]:
-    """Every check of what is installed."""
-    required = _required()
-    known = sorted(_requirements(required), key=lambda each: each.name.lower())
-    return [_python(), *known, *_extras(required), *_servers()]
+def check_packages() -> list[Finding]:
+    """Every check of installed packages."""
+    required = _read_requirements()
+    requirements = sorted(
+        _check_requirements(required), key=lambda finding: finding.check.lower()
+    )
+    return [
+        _check_python(),
+        *requirements,
+        *_check_extras(required),
+        *_check_servers(),
+    ]
 
 
-def version_of(package: str) -> str | None:
-    """The version of a package; None where it is not installed."""
+def installed_version(package: str) -> str | None:
+    """The version of a package. None if it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
 
 
-def parts(version: str) -> tuple[int, ...]:
-    """The leading numbers of a version, to compare by."""
+def parse_version(version: str) -> tuple[int, ...]:
+    """The numbers that a version begins with."""
     numbers = re.match(r"\d+(?:\.\d+)*", version)
     return tuple(map(int, numbers[0].split("."))) if numbers else ()
 
 
-def is_below(version: str, floor: str) -> bool:
-    """Whether ``version`` is older than ``floor``."""
-    have, need = parts(version), parts(floor)
-    length = max(len(have), len(need))
-    pad = (0,) * length
-    return (have + pad)[:length] < (need + pad)[:length]
+def is_below(version: str, oldest: str) -> bool:
+    """Whether ``version`` is older than ``oldest``."""
+    numbers, limit = parse_version(version), parse_version(oldest)
+    length = max(len(numbers), len(limit))
+    zeros = (0,) * length
+    return (numbers + zeros)[:length] < (limit + zeros)[:length]
 
 
-def _python() -> Finding:
-    have, floor = platform.python_version(), ">=3.10"
+def _check_python() -> Finding:
+    oldest = ">=3.10"
     with contextlib.suppress(metadata.PackageNotFoundError):
-        floor = metadata.metadata("tgstream")["Requires-Python"]
-    return compared("Python", have, floor.removeprefix(">="))
+        oldest = metadata.metadata("tgstream")["Requires-Python"]
+    return check_version("Python", platform.python_version(), oldest.removeprefix(">="))
 
 
-def compared(name: str, have: str | None, floor: str) -> Finding:
-    """What is to say of a version of what tgstream requires; None is not installed."""
-    if have is None:
-        found = Finding(FAIL, name, "not installed")
-    elif is_below(have, floor):
-        found = Finding(FAIL, name, f"{have}, and tgstream needs {floor} or later")
+def check_version(name: str, version: str | None, oldest: str) -> Finding:
+    """The finding for a requirement of tgstream.
+
+    :param version: the installed version. None if it is not installed.
+    :param oldest: the oldest version that tgstream supports.
+    """
+    if version is None:
+        result = "not installed"
+    elif is_below(version, oldest):
+        result = f"{version}, but tgstream requires {oldest} or later"
     else:
-        return Finding(OK, name, f"{have} ({floor} or later)")
-    return found._replace(advice=f"Install {name} {floor} or later.")
+        return Finding(OK, name, f"{version} ({oldest} or later)")
+    return Finding(FAIL, name, result, f"Install {name} {oldest} or later.")
 
 
-def _required() -> dict[str, str]:
-    """The oldest version of each package that tgstream takes, those of extras too."""
+def _read_requirements() -> dict[str, str]:
+    """The packages that tgstream requires, its extras included: the oldest versions."""
     with contextlib.suppress(metadata.PackageNotFoundError):
         lines = metadata.requires("tgstream") or []
-        found = [re.match(r"([\w.-]+)\s*>=\s*([\w.]+)(;.*)?", each) for each in lines]
+        matches = [re.match(r"([\w.-]+)\s*>=\s*([\w.]+)(;.*)?", line) for line in lines]
         return {
-            each[1]: each[2]
-            for each in found
-            if each and (not each[3] or each[1] in EXTRAS)
+            match[1]: match[2]
+            for match in matches
+            if match and (not match[3] or match[1] in EXTRAS)
         }
     return {}
 
 
-def _requirements(required: dict[str, str]) -> Iterator[Finding]:
+def _check_requirements(required: dict[str, str]) -> Iterator[Finding]:
     if not required:
         yield Finding(
             NOTE,
             "tgstream",
-            "not installed as a package, so that its requirements are not known",
-            "pip install it.",
+            "not installed as a package, so its requirements are unknown",
+            "Install it with pip.",
         )
     for name in required.keys() - EXTRAS.keys():
-        have = version_of(name)
-        known = name if have is None else metadata.metadata(name)["Name"]
-        yield compared(known, have, required[name])
+        version = installed_version(name)
+        shown = name if version is None else metadata.metadata(name)["Name"]
+        yield check_version(shown, version, required[name])
 
 
-def _extras(required: dict[str, str]) -> Iterator[Finding]:
+def _check_extras(required: dict[str, str]) -> Iterator[Finding]:
     for name, use in EXTRAS.items():
-        have = version_of(name)
-        if have is None or is_below(have, required.get(name, "0")):
-            state = "not installed" if have is None else f"{have}, which is too old"
-            advice = f"pip install 'tgstream[{name}]' where you want that."
-            yield Finding(NOTE, name, f"{state}: {use}", advice)
+        version = installed_version(name)
+        if version is None or is_below(version, required.get(name, "0")):
+            state = "not installed" if version is None else f"{version} is too old"
+            advice = f"If you need it: pip install 'tgstream[{name}]'."
+            yield Finding(NOTE, name, f"{state} ({use})", advice)
         else:
-            yield Finding(OK, name, f"{have}: {use}")
+            yield Finding(OK, name, f"{version}: {use}")
 
 
-def _servers() -> list[Finding]:
-    found = [(name, version_of(name)) for name in SERVERS]
-    return [server(name, have) for name, have in found if have is not None] or [
+def _check_servers() -> list[Finding]:
+    versions = {name: installed_version(name) for name in SERVERS}
+    return [
+        check_server(name, version)
+        for name, version in versions.items()
+        if version is not None
+    ] or [
         Finding(
             NOTE,
             "servers",
-            "none that tgstream was run under; wsgiref serves one request at a time",
+            "no tested server is installed. wsgiref serves one request at a time",
             "pip install waitress",
         )
     ]
 
 
-def server(name: str, have: str) -> Finding:
-    """What the page on servers says of this version of one."""
-    mark, phrase, advice = SERVERS[name]
-    if name in FLOORS and is_below(have, FLOORS[name][0]):
-        mark, (_, phrase, advice) = WARN, FLOORS[name]
-    return Finding(mark, name, f"{have}: {phrase}", advice)
+def check_server(name: str, version: str) -> Finding:
+    """The finding for a version of a server, a key of ``SERVERS``."""
+    mark, result, advice = SERVERS[name]
+    if name in OLDEST and is_below(version, OLDEST[name][0]):
+        mark, (_, result, advice) = WARN, OLDEST[name]
+    return Finding(mark, name, f"{version}: {result}", advice)

@@ -1,7 +1,8 @@
-"""What is proved by a stream: each kind of harm, looked for, and who does it.
+"""The checks that send streams, and the search for the layer that is at fault.
 
-Rule: a proof sends streams of its own through an application, and returns what is wrong
-with them in words, "" for nothing; so the same can be asked of each layer.
+A check sends streams of its own through an application. It returns the fault as a
+phrase that has the faulty layer as its subject, or ``""``. So it can also be applied to
+each layer by itself.
 """
 
 from __future__ import annotations
@@ -9,143 +10,146 @@ from __future__ import annotations
 import gc
 import threading
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 from .client import Exchange
-from .finding import said
+from .finding import describe_error
 from .middleware_trace import Layer
-from .probe import ITEMS, Probe
+from .probe import ITEM_COUNT, Probe
 
-Proof = Callable[..., str]
-"""``proof(app, path, inside=False)``."""
+StreamCheck = Callable[..., str]
+"""``check(app, path, is_inner=False)``."""
 
-TYPES = ("text/plain", "text/html", "application/json", "text/event-stream")
-"""Middlewares choose by them."""
-GZIP = {"Accept-Encoding": "gzip"}
-DROPPED = "a client that leaves ends it only when the server lets go of the body"
+CONTENT_TYPES = ("text/plain", "text/html", "application/json", "text/event-stream")
+"""Some middlewares process only some of them."""
+ACCEPT_GZIP = {"Accept-Encoding": "gzip"}
+IGNORES_UNLESS_DROPPED = (
+    "does not pass on close(): a disconnect ends the stream only when the server drops "
+    "the body"
+)
 
 
-def held_back(
+def buffers(
     app: Any,
     path: str,
-    inside: bool = False,
-    content_type: str = TYPES[0],
+    is_inner: bool = False,
+    content_type: str = CONTENT_TYPES[0],
     headers: dict[str, str] | None = None,
 ) -> str:
-    """Whether the first chunk has arrived before the second is made."""
-    exchange = Exchange(app, path, Probe(content_type), headers, inside=inside)
-    made = exchange.pull_first()
+    """Check that the first chunk arrives before the second is produced."""
+    exchange = Exchange(app, path, Probe(content_type), headers, is_inner=is_inner)
+    count = exchange.pull_first_item()
     exchange.end()
-    if exchange.error is not None or made <= 1:
+    if exchange.error is not None or count <= 1:
         return ""
-    if made >= ITEMS:
-        return f"the client has nothing until all {ITEMS} chunks are made"
-    return f"the client has nothing until {made} chunks are made"
+    until = f"all {count}" if count >= ITEM_COUNT else str(count)
+    return (
+        f"buffers chunks of {content_type}: the client receives nothing until {until} "
+        "are produced"
+    )
 
 
-def refused(
+def rejects(
     app: Any, path: str, content_type: str, headers: dict[str, str] | None = None
 ) -> str:
-    """Whether something does not let a stream of this type pass at all."""
+    """Check that a stream of this type gets through, with a status 2xx.
+
+    :returns: the fault as a whole sentence, or ``""``.
+    """
     exchange = Exchange(app, path, Probe(content_type), headers)
     exchange.read()
     if exchange.error is not None:
-        return f"a stream of {content_type} raises {said(exchange.error)}"
+        return f"a stream of {content_type} raises {describe_error(exchange.error)}"
     if not exchange.status.startswith("2"):
-        return f"a stream of {content_type} is answered {exchange.status}"
+        return f"a stream of {content_type} is answered with {exchange.status}"
     return ""
 
 
-def counted(app: Any, path: str, inside: bool = False) -> str:
-    """Whether something knows the length of a stream, which has none."""
-    for content_type in TYPES:
-        exchange = Exchange(app, path, Probe(content_type), inside=inside)
+def sets_length(app: Any, path: str, is_inner: bool = False) -> str:
+    """Check that a stream has no Content-Length."""
+    for content_type in CONTENT_TYPES:
+        exchange = Exchange(app, path, Probe(content_type), is_inner=is_inner)
         length = exchange.headers.get("Content-Length")
         exchange.pull()
         length = length or exchange.headers.get("Content-Length")
         exchange.end()
-        if length is not None and exchange.probe.begun:
-            return f"{content_type} is sent with Content-Length: {length}"
+        if length is not None and exchange.probe.started:
+            return f"sets Content-Length: {length} for a stream of {content_type}"
     return ""
 
 
-def unclosed(app: Any, path: str, inside: bool = False) -> str:
-    """Whether a client that leaves ends the stream."""
-    exchange = Exchange(app, path, Probe(), inside=inside)
+def ignores_close(app: Any, path: str, is_inner: bool = False) -> str:
+    """Check that a disconnect ends the stream."""
+    exchange = Exchange(app, path, Probe(), is_inner=is_inner)
     exchange.pull()
     exchange.close()
     if exchange.probe.closed or exchange.error is not None:
         return ""
     exchange.drop()
     gc.collect()
-    return DROPPED if exchange.probe.closed else "a client that leaves does not end it"
+    if exchange.probe.closed:
+        return IGNORES_UNLESS_DROPPED
+    return "does not pass on close(): a disconnect does not end the stream"
 
 
-def astray(app: Any, path: str, inside: bool = False) -> str:
-    """Whether a chunk is made on another thread than pulls it."""
-    exchange = Exchange(app, path, Probe(), inside=inside)
+def changes_thread(app: Any, path: str, is_inner: bool = False) -> str:
+    """Check that each chunk is produced on the thread that the server calls."""
+    exchange = Exchange(app, path, Probe(), is_inner=is_inner)
     exchange.pull()
     threads = exchange.probe.threads
-    made = len(threads)
-    if made == ITEMS:  # nothing is left to be made elsewhere
+    count = len(threads)
+    if count == ITEM_COUNT:  # another thread would have nothing to pull
         exchange.read()
         return ""
-    other = exchange.pull_elsewhere()
+    other = exchange.pull_on_thread()
     exchange.end()
     if exchange.error is not None:
-        kind = type(exchange.error).__name__
-        return f"a pull on another thread than the first raises {kind}"
-    if {*threads[1:made]} - {threading.get_ident()} or {*threads[made:]} - {other}:
-        return "chunks are made on another thread than the server's"
+        name = type(exchange.error).__name__
+        return f"raises {name} when a second thread iterates the response"
+    if {*threads[1:count]} - {threading.get_ident()} or {*threads[count:]} - {other}:
+        return "produces chunks on a thread that is not the server's"
     return ""
 
 
-def whole(app: Any, path: str, inside: bool = False) -> str:
-    """Whether a client could take a stream that failed for a whole one."""
-    for lenient in False, True:
+def hides_failure(app: Any, path: str, is_inner: bool = False) -> str:
+    """Check that the response to a stream that fails does not look complete."""
+    for allows_restart in False, True:
         exchange = Exchange(
-            app, path, Probe(fails=True), lenient=lenient, inside=inside
+            app,
+            path,
+            Probe(fails=True),
+            allows_restart=allows_restart,
+            is_inner=is_inner,
         )
         exchange.read()
-        if exchange.probe.begun and exchange.status.startswith("2"):
-            if exchange.error is None and not exchange.after_restart:
-                return "it looks whole: the error does not reach the server"
+        if exchange.probe.started and exchange.status.startswith("2"):
             if exchange.after_restart:
-                return f"{_text(exchange.after_restart)!r} is appended to the data"
+                text = " ".join(exchange.after_restart.decode(errors="replace").split())
+                return f"appends {text[:22]!r} to the data of a failed stream"
+            if exchange.error is None:
+                return "hides the error of a failed stream, so it looks complete"
     return ""
 
 
-def _text(appended: bytes) -> str:
-    return " ".join(appended.decode(errors="replace").split())[:22]
+def find_layer(layers: list[Layer], path: str, check: StreamCheck) -> str:
+    """The name of the layer with the fault that ``check`` finds.
 
+    Each layer is checked, from the outside in. The innermost that shows the fault has
+    it, or a layer directly inside of it that cannot be called by itself.
 
-# Who does it.
-
-
-def culprit(layers: list[Layer], path: str, proof: Proof) -> str:
-    """The name of the layer that does what ``proof`` finds.
-
-    The same is asked of each layer, from the outside in: the last that shows it does
-    it, or one right inside of it that cannot be asked.
+    :returns: one name, several with ``or`` in between, or ``""``.
     """
-    named: list[str] = []
+    names: list[str] = []
     for layer in layers:
         if layer.is_wrapper:
             continue
         if layer.app is None:
-            named.append(layer.name)
-        elif proof(layer.app, path, inside=True):
-            named = [layer.name]
+            names.append(layer.name)
+        elif check(layer.app, path, is_inner=True):
+            names = [layer.name]
         else:
             break
     else:
         wrappers = [layer.name for layer in layers if layer.is_wrapper]
-        foreign = [name for name in wrappers if not name.startswith("tg.")]
-        named = foreign or named
-    return " or ".join(named)
-
-
-def of_type(content_type: str, headers: dict[str, str] | None = None) -> Proof:
-    """The proof that a stream of this type is not held back."""
-    return partial(held_back, content_type=content_type, headers=headers)
+        names = [name for name in wrappers if not name.startswith("tg.")] or names
+    return " or ".join(names)

@@ -1,4 +1,4 @@
-"""Tests of streams: requests in process, whose response is read chunk by chunk."""
+"""Tests of streams: requests in process, and responses read chunk by chunk."""
 
 from .client import OpenStream, open_stream
 from .leaks import assert_clean

@@ -1,6 +1,7 @@
-"""Streams of an application in a test: opened in process, and pulled as a server does.
+"""Opens streams of an application in a test, and reads them as a server does.
 
-Rule: nothing is read that was not asked for, so that an endless stream can be tested.
+Only the test decides how much of a response is read, so that it can test an endless
+stream.
 """
 
 from __future__ import annotations
@@ -17,15 +18,12 @@ from webob import Request
 from webob.headers import ResponseHeaders
 
 from ..core.cleanup import close
-from ..core.headers import find_charset
+from ..core.headers import charset_in
 from ..core.report import Report
 from ..formats.sse import Event
-from . import decoders as _items
-from .leaks import assert_clean
+from .decoders import decode_text, parse_array, parse_events, parse_ndjson, split_lines
 
-__all__ = ["OpenStream", "assert_clean", "open_stream"]
-
-_KEY = "tgstream.testing"
+_ENVIRON_KEY = "tgstream.testing"
 
 
 def open_stream(
@@ -37,7 +35,7 @@ def open_stream(
     body: bytes = b"",
     **environ: Any,
 ) -> OpenStream:
-    """Send one request to an application, and read nothing of the response's body.
+    """Send a request to an application, and read nothing of the response's body.
 
     .. code-block:: python
 
@@ -46,17 +44,17 @@ def open_stream(
             assert next(response.rows()) == ["id", "name"]
         assert response.report().reason == "disconnected"
 
-    :param app: a WSGI application, or a WebTest ``TestApp``, whose cookies and
-        ``extra_environ`` are then sent.
-    :param path: with its query, as ``/users?since=2``.
+    :param app: a WSGI application, or a WebTest ``TestApp``. The cookies and the
+        ``extra_environ`` of a ``TestApp`` are sent.
+    :param path: with its query, such as ``/users?since=2``.
     :param method: of the request.
     :param headers: of the request.
     :param body: of the request.
-    :param environ: more of the WSGI environ, as ``REMOTE_USER="ada"``.
+    :param environ: more of the WSGI environ, such as ``REMOTE_USER="ada"``.
     :returns: the response, :class:`OpenStream`.
-    :raises Exception: what the application raises.
+    :raises Exception: if the application raises it.
     """
-    if hasattr(app, "do_request"):  # WebTest, which need not be installed
+    if hasattr(app, "do_request"):  # WebTest need not be installed
         environ = {**app.extra_environ, **environ}
         cookies = "; ".join(f"{name}={value}" for name, value in app.cookies.items())
         headers = {**({"Cookie": cookies} if cookies else {}), **(headers or {})}
@@ -66,25 +64,26 @@ def open_stream(
 
 
 class OpenStream:
-    """A response whose body is pulled by the test; :func:`open_stream` makes it.
+    """A response that :func:`open_stream` returns. The test reads its body.
 
-    It is an iterator of chunks: bytes, each as the server would get it. Used with
-    ``with`` it is closed at the end, as servers do it.
+    It is an iterator of chunks, the ``bytes`` that a server would get. Use it in a
+    ``with`` statement, which closes it at the end, as servers do.
     """
 
     def __init__(self, app: Any, environ: dict[str, Any]) -> None:
         self.path: str = environ["PATH_INFO"]
         self.status = ""
-        """The status line, as ``200 OK``."""
+        """The status line, such as ``200 OK``."""
         self.headers = ResponseHeaders()
         """The headers of the response."""
         self.errors = environ["wsgi.errors"] = io.StringIO()
-        """What was written to ``wsgi.errors``."""
-        self._begun = self._sent = False
-        self._told = environ[_KEY] = _Told()
-        _listen()
+        """The text that was written to ``wsgi.errors``."""
+        self._pulled = self._sent = False
+        self._end = environ[_ENVIRON_KEY] = _StreamEnd()
+        _register_hook()
         self.body: Any = app(environ, self._start_response)
-        """What the application returned; None when it is closed or abandoned."""
+        """The iterable that the application returned. None after ``close()`` or
+        ``abandon()``."""
         self._chunks: Iterator[bytes] | None = iter(self.body)
 
     def _start_response(
@@ -94,8 +93,8 @@ class OpenStream:
             raise exc_info[1]
         if exc_info is None and self.status:
             raise AssertionError(
-                f"{self.path}: start_response was called twice, without exc_info "
-                "(PEP 3333 forbids it)"
+                f"{self.path}: start_response was called twice without exc_info, which "
+                "PEP 3333 forbids"
             )
         self.status = status
         self.headers = ResponseHeaders(headers)
@@ -111,8 +110,10 @@ class OpenStream:
 
     def __next__(self) -> bytes:
         if self._chunks is None:
-            raise AssertionError(f"{self.path}: the stream was closed or abandoned")
-        self._begun = True
+            raise AssertionError(
+                f"{self.path}: cannot read a stream that was closed or abandoned"
+            )
+        self._pulled = True
         chunk = next(self._chunks)
         self._sent = True
         return chunk
@@ -124,80 +125,80 @@ class OpenStream:
         self.close()
 
     def read(self) -> bytes:
-        """The rest of the body. It does not return from an endless one."""
+        """The rest of the body. It does not return for an endless stream."""
         return b"".join(self)
 
     # Items.
 
     def json(self) -> Iterator[Any]:
-        """The documents: of NDJSON its lines, of a JSON array its items, or the one.
+        """The documents of NDJSON, the items of a JSON array, or one other document.
 
-        :returns: an iterator, which pulls no more than the next document needs.
-        :raises TypeError: when the response is no JSON, by its content type.
-        :raises ValueError: when it is none in fact, or was cut.
+        :returns: an iterator, which reads no more than the next document needs.
+        :raises TypeError: if the content type of the response is not JSON or NDJSON.
+        :raises ValueError: if the data is invalid or truncated.
         """
-        pieces = self._text("json", "application/json", "application/x-ndjson")
+        texts = self._decode("json", "application/json", "application/x-ndjson")
         if self._content_type == "application/x-ndjson":
-            return _items.lines_of_json(pieces)
-        return _items.items_of_array(pieces)
+            return parse_ndjson(texts)
+        return parse_array(texts)
 
     def events(self) -> Iterator[Event]:
-        """The events, comments included, by the rules of the WHATWG's HTML standard.
+        """The events and comments, as in the WHATWG's HTML standard.
 
-        :returns: an iterator, which pulls no more than the next event needs. ``data``
-            is text.
-        :raises TypeError: when the response is no event stream, by its content type.
+        :returns: an iterator, which reads no more than the next event needs. ``data``
+            is a ``str``.
+        :raises TypeError: if the content type of the response is not that of events.
         """
-        return _items.events(self._text("events", "text/event-stream"))
+        return parse_events(self._decode("events", "text/event-stream"))
 
     def rows(self, dialect: Any = "excel") -> Iterator[list[str]]:
-        """The rows of CSV, a header first if there is one.
+        """The rows of CSV, the header included.
 
-        :param dialect: as the module ``csv`` knows it.
-        :returns: an iterator, which pulls no more than the next row needs.
-        :raises TypeError: when the response is no CSV, by its content type.
+        :param dialect: a dialect of the module ``csv``, or its name.
+        :returns: an iterator, which reads no more than the next row needs.
+        :raises TypeError: if the content type of the response is not CSV.
         """
-        return csv.reader(_items.lines(self._text("rows", "text/csv")), dialect)
+        return csv.reader(split_lines(self._decode("rows", "text/csv")), dialect)
 
     @property
     def _content_type(self) -> str:
         return str(self.headers.get("Content-Type", "")).partition(";")[0].strip()
 
-    def _text(self, method: str, *kinds: str) -> Iterator[str]:
-        if self._content_type not in kinds:
+    def _decode(self, method: str, *content_types: str) -> Iterator[str]:
+        """The text of the body, for a method that accepts these content types."""
+        if self._content_type not in content_types:
             raise TypeError(
-                f"{self.path} is {self._content_type or 'of no content type'} "
-                f"({self.status}), which {method}() cannot read; it reads "
-                f"{' and '.join(kinds)}"
+                f"{self.path}: {method}() reads {' and '.join(content_types)}, but the "
+                f"content type is {self._content_type or 'missing'} ({self.status})"
             )
-        return _items.text(self, find_charset(self.headers.get("Content-Type")))
+        return decode_text(self, charset_in(self.headers.get("Content-Type")))
 
-    # What servers and clients do.
+    # Actions of servers and clients.
 
     def pull_on_thread(self) -> bytes:
-        """The next chunk, pulled on another thread, as some servers do it.
+        """The next chunk, read on another thread, as some servers do.
 
-        :raises StopIteration: when there is none.
+        :raises StopIteration: at the end of the body.
         """
-        with ThreadPoolExecutor(1) as other:
-            chunk = other.submit(next, self, None).result()
+        with ThreadPoolExecutor(1) as executor:
+            chunk = executor.submit(next, self, None).result()
         if chunk is None:
             raise StopIteration
         return chunk
 
     def disconnect(self) -> None:
-        """Leave, as a client does: a server then closes the body before its end."""
+        """Disconnect as a client does: the server closes the body before its end."""
         self.close()
 
     def close(self) -> None:
-        """Close the body, as a server does at the end; once.
+        """Close the body as a server does. A second call does nothing.
 
-        No server closes a body of which it has not taken the first chunk.
+        Servers take the first chunk before they close a body, so this does, too.
         """
         body, chunks = self.body, self._chunks
         self.body = self._chunks = None
         try:
-            if chunks is not None and not self._begun:
+            if chunks is not None and not self._pulled:
                 next(chunks, None)
         finally:
             close(body)
@@ -207,36 +208,39 @@ class OpenStream:
         self.body = self._chunks = None
 
     def report(self, timeout: float = 5.0) -> Report:
-        """How the stream ended, once it has; another thread may be what ends it.
+        """How the stream ended. It waits for a stream that another thread ends.
 
-        :param timeout: seconds to wait for that.
-        :raises AssertionError: when it has not ended by then.
+        :param timeout: the longest time to wait, in seconds.
+        :raises AssertionError: if the stream has not ended by then.
         """
-        if not self._told.ended.wait(timeout):
+        if not self._end.event.wait(timeout):
             raise AssertionError(
                 f"{self.path} ({self.status}): no stream of this request has ended "
-                f"within {timeout:g} s; close it, abandon it or read it to its end"
+                f"within {timeout:g} s. Close it, abandon it or read it to its end"
             )
-        assert self._told.report is not None
-        return self._told.report
+        assert self._end.report is not None
+        return self._end.report
 
 
-class _Told:
-    """What is left in the environ for the hook; it holds nothing of the stream."""
+class _StreamEnd:
+    """The report of a request's stream, and an event that is set when it ends.
+
+    It is in the environ, where the hook finds it. It keeps no reference to the stream.
+    """
 
     def __init__(self) -> None:
-        self.ended = threading.Event()
+        self.event = threading.Event()
         self.report: Report | None = None
 
 
-def _listen() -> None:
-    """Hear of the streams that end; again each time, for tests reset TG's hooks."""
-    tg.hooks.disconnect("tgstream.finished", _hear)
-    tg.hooks.register("tgstream.finished", _hear)
+def _register_hook() -> None:
+    """Register the hook, again for each stream, because tests reset TG's hooks."""
+    tg.hooks.disconnect("tgstream.finished", _store_report)
+    tg.hooks.register("tgstream.finished", _store_report)
 
 
-def _hear(report: Report) -> None:
-    told = tg.request.environ.get(_KEY)
-    if told is not None:
-        told.report = report
-        told.ended.set()
+def _store_report(report: Report) -> None:
+    end = tg.request.environ.get(_ENVIRON_KEY)
+    if end is not None:
+        end.report = report
+        end.event.set()

@@ -1,6 +1,7 @@
-"""Bytes back into items, for tests: what each format has made of them.
+"""Decodes the formats for tests: from chunks to rows, documents and events.
 
-Rule: each reads from an iterator of pieces, and no further than its next item needs.
+Each function iterates its input no further than the next item needs, so that a test can
+read the first items of an endless stream.
 """
 
 from __future__ import annotations
@@ -14,95 +15,103 @@ from typing import Any
 from ..formats.sse import Event
 
 
-def text(chunks: Iterable[bytes], charset: str | None) -> Iterator[str]:
-    """The chunks as text; a byte order mark is dropped.
+def decode_text(chunks: Iterable[bytes], charset: str | None) -> Iterator[str]:
+    """The text of each chunk, without a byte order mark.
+
+    A character may be split between two chunks.
 
     :param charset: None for UTF-8.
+    :raises UnicodeDecodeError: if the bytes are invalid in this charset.
     """
     charset = charset or "utf-8"
-    known = codecs.lookup(charset).name
-    decoder = codecs.getincrementaldecoder(
-        "utf-8-sig" if known == "utf-8" else charset
-    )()
+    if codecs.lookup(charset).name == "utf-8":
+        charset = "utf-8-sig"
+    decoder = codecs.getincrementaldecoder(charset)()
     for chunk in chunks:
         yield decoder.decode(chunk)
     yield decoder.decode(b"", final=True)
 
 
-def lines(pieces: Iterable[str]) -> Iterator[str]:
-    """The lines, each with the LF that ends it."""
+def split_lines(texts: Iterable[str]) -> Iterator[str]:
+    """The lines of a text that is in several parts, each with its LF."""
     rest = ""
-    for piece in pieces:
-        *whole, rest = (rest + piece).split("\n")
-        for line in whole:
+    for text in texts:
+        *lines, rest = (rest + text).split("\n")
+        for line in lines:
             yield f"{line}\n"
     if rest:
         yield rest
 
 
-def lines_of_json(pieces: Iterable[str]) -> Iterator[Any]:
-    """The documents of NDJSON."""
-    return map(json.loads, lines(pieces))
+def parse_ndjson(texts: Iterable[str]) -> Iterator[Any]:
+    """The documents of NDJSON.
 
-
-def items_of_array(pieces: Iterable[str]) -> Iterator[Any]:
-    """The items of a JSON array; a document that is none is the one item.
-
-    :raises ValueError: when it is not whole, or no JSON.
+    :raises ValueError: if a line is not JSON.
     """
-    pieces, rest = iter(pieces), ""
-    while not rest and (piece := next(pieces, None)) is not None:
-        rest = piece.lstrip()
+    return map(json.loads, split_lines(texts))
+
+
+def parse_array(texts: Iterable[str]) -> Iterator[Any]:
+    """The items of a JSON array. A document of another type is the only item.
+
+    :raises ValueError: if the document is invalid or truncated.
+    """
+    texts, rest = iter(texts), ""
+    while not rest and (text := next(texts, None)) is not None:
+        rest = text.lstrip()
     if not rest.startswith("["):
-        yield json.loads(rest + "".join(pieces))
+        yield json.loads(rest + "".join(texts))
         return
     rest = rest[1:]
     while True:
-        found = _item(rest)
-        if found is not None:
-            value, rest, ended = found
-            if value is not _NOTHING:
-                yield value
-            if ended:
-                json.loads(f"[]{rest}{''.join(pieces)}")  # nothing may follow
+        parsed = _parse_item(rest)
+        if parsed is not None:
+            item, rest, is_last = parsed
+            if item is not _NO_ITEM:
+                yield item
+            if is_last:
+                json.loads(f"[]{rest}{''.join(texts)}")  # raises if something follows
                 return
-        elif (piece := next(pieces, None)) is not None:
-            rest += piece
+        elif (text := next(texts, None)) is not None:
+            rest += text
         else:
-            raise ValueError(f"the array was cut, before {rest[:50]!r}")
+            raise ValueError(f"truncated JSON array, incomplete from {rest[:50]!r}")
 
 
-_NOTHING = object()
+_NO_ITEM = object()
 _decoder = json.JSONDecoder()
 
 
-def _item(rest: str) -> tuple[Any, str, bool] | None:
-    """The next item, what follows it, and whether it was the last; None if cut."""
-    rest = rest.lstrip()
-    if rest.startswith("]"):
-        return _NOTHING, rest[1:], True
+def _parse_item(text: str) -> tuple[Any, str, bool] | None:
+    """The next item of an array, the text after it, and whether the array ends there.
+
+    :returns: None if the text is too short to know.
+    """
+    text = text.lstrip()
+    if text.startswith("]"):
+        return _NO_ITEM, text[1:], True
     try:
-        value, end = _decoder.raw_decode(rest)
+        item, end = _decoder.raw_decode(text)
     except ValueError:
         return None
-    rest = rest[end:].lstrip()
-    if rest[:1] not in (",", "]") or not rest:  # a number may go on
+    rest = text[end:].lstrip()
+    if rest[:1] not in (",", "]") or not rest:  # more digits of a number may follow
         return None
-    return value, rest[1:], rest.startswith("]")
+    return item, rest[1:], rest.startswith("]")
 
 
-SEPARATORS = {"data": "\n", "comment": " ", "event": "", "id": ""}
-"""The fields that are text, and what stands between two lines of the first two."""
+_SEPARATORS = {"data": "\n", "comment": " ", "event": "", "id": ""}
+"""The text fields of an event, and the text between two lines of data or comments."""
 
 
-def events(pieces: Iterable[str]) -> Iterator[Event]:
-    """The events, by section 9.2.6 of the WHATWG's HTML standard, and the comments.
+def parse_events(texts: Iterable[str]) -> Iterator[Event]:
+    """The events, as section 9.2.6 of the WHATWG's HTML standard, and the comments.
 
-    What is cut before its empty line is no event.
+    An event that is truncated before its empty line is ignored.
     """
     newlines = io.IncrementalNewlineDecoder(None, translate=True)
     fields: dict[str, Any] = {}
-    for line in lines(newlines.decode(piece) for piece in pieces):
+    for line in split_lines(newlines.decode(text) for text in texts):
         if line == "\n":
             if fields:
                 yield Event(**fields)
@@ -113,8 +122,8 @@ def events(pieces: Iterable[str]) -> Iterator[Event]:
         if not name and colon:
             name = "comment"
         if name in ("data", "comment") and name in fields:
-            value = f"{fields[name]}{SEPARATORS[name]}{value}"
+            value = f"{fields[name]}{_SEPARATORS[name]}{value}"
         if name == "retry" and value.isdecimal():
             fields[name] = int(value)
-        elif name in SEPARATORS and not (name == "id" and "\0" in value):
+        elif name in _SEPARATORS and not (name == "id" and "\0" in value):
             fields[name] = value

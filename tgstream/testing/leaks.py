@@ -1,7 +1,4 @@
-"""What requests and streams have left behind, for tests to look for.
-
-Rule: it looks, and mends nothing.
-"""
+"""Finds what requests and streams have left behind, and changes nothing."""
 
 from __future__ import annotations
 
@@ -18,40 +15,40 @@ from ..database.registry import scoped_sessions
 def assert_clean() -> None:
     """Check that no request and no stream has left anything behind.
 
-    That is: on this thread no context of TG, no transaction that something has joined,
-    and no session of the application's scoped sessions; and in the pools of their
-    engines no connection that is checked out, by whatever thread. A session of each
-    factory is made to find its engines.
+    On this thread there must be no context of TurboGears, no transaction that something
+    has joined, and no session of the application's scoped sessions. In the pools of
+    their engines no connection may be checked out, by any thread. To find the engines,
+    it creates and closes a session of each factory.
 
-    :raises AssertionError: when there is; it names what.
+    :raises AssertionError: otherwise, with a list of them.
     """
-    left = [*_contexts(), *_transactions(), *_sessions()]
-    if left:
-        raise AssertionError(f"left behind: {', '.join(left)}")
+    leaks = [*_find_contexts(), *_find_transactions(), *_find_sessions()]
+    if leaks:
+        raise AssertionError(f"left behind: {', '.join(leaks)}")
 
 
-def _contexts() -> Iterator[str]:
+def _find_contexts() -> Iterator[str]:
     if count := len(thread.record.context):
-        yield f"{count} contexts of TG on this thread"
+        yield f"{count} contexts of TurboGears on this thread"
 
 
-def _transactions() -> Iterator[str]:
+def _find_transactions() -> Iterator[str]:
     transaction = sys.modules.get("transaction")
     if transaction is None:
         return
     manager = transaction.manager.manager
     if type(manager) is not transaction.TransactionManager:
-        yield "a stream's transaction manager on this thread"
+        yield "the transaction manager of a stream on this thread"
     elif manager._txn is not None and manager._txn._resources:
-        yield f"a transaction that {manager._txn._resources} have joined"
+        yield f"a transaction on this thread, joined by {manager._txn._resources}"
 
 
-def _sessions() -> Iterator[str]:
+def _find_sessions() -> Iterator[str]:
     for scoped in scoped_sessions(tg.config):
         if scoped.registry.has():
             yield f"a session of {scoped} on this thread"
         for bind in binds_of_factory(scoped):
-            pool = getattr(bind, "pool", None)  # a Connection has none
+            pool = getattr(bind, "pool", None)  # a Connection has no pool
             count = getattr(pool, "checkedout", int)()
             if count:
                 yield f"{count} connections checked out of {pool}"
