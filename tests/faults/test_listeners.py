@@ -358,9 +358,9 @@ def test_name_of_a_channel_that_is_none_opens_nothing(
         assert status == (414 if "gunicorn" in server.name and name == "10 kB" else 500)
         assert b"forged" not in body
         if status == 500:
-            lines = wait_for_lines(server, begun, "cannot be a name; it is 1 to 256")
+            lines = wait_for_lines(server, begun, "Channel name must be 1 to 256")
             begun = len(server.log)
-            assert all(line.startswith("ValueError: Channel: '") for line in lines)
+            assert all(line.startswith("ValueError: Channel name ") for line in lines)
 
 
 def wait_for_lines(server: LiveServer, begun: int, text: str) -> list[str]:

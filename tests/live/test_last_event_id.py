@@ -77,6 +77,6 @@ def test_last_event_id_that_is_no_text_is_none(make_app: MakeApp) -> None:
 def test_last_event_id_belongs_in_a_request() -> None:
     """Elsewhere nobody has said anything."""
     with pytest.raises(
-        StreamError, match=r"^last_event_id\(\) belongs in a controller"
+        StreamError, match=r"^last_event_id\(\) needs a running request"
     ):
         last_event_id()

@@ -23,8 +23,8 @@ from tests.valkey import Valkey
 from tests.wsgi import get
 from tgstream import Channel, Event
 from tgstream.doctor.settings_checks import settings
-from tgstream.live.backends.redis import Redis
-from tgstream.live.history import Feed
+from tgstream.live.backends.redis import RedisBackend
+from tgstream.live.history import ChannelHistory
 from tgstream.testing import open_stream
 
 numbers = count()
@@ -74,16 +74,16 @@ def test_server_that_answers_can_be_asked(server: Server) -> None:
     assert (found.mark, found.found) == ("ok", f"{server.url} answers")
 
 
-MakeHub = Callable[..., Redis]
+MakeHub = Callable[..., RedisBackend]
 
 
 @pytest.fixture
 def make_hub(server: Server) -> Iterator[MakeHub]:
     """Makes what one process has of the server."""
-    made: list[Redis] = []
+    made: list[RedisBackend] = []
 
-    def make(url: str = server.url, history: int = 1000) -> Redis:
-        made.append(Redis(url, history))
+    def make(url: str = server.url, history: int = 1000) -> RedisBackend:
+        made.append(RedisBackend(url, history))
         return made[-1]
 
     yield make
@@ -91,14 +91,14 @@ def make_hub(server: Server) -> Iterator[MakeHub]:
         hub._streams.client.connection_pool.disconnect()
 
 
-def listening(hub: Redis, name: str, beat: float = 60.0) -> Iterator[Event]:
+def listening(hub: RedisBackend, name: str, beat: float = 60.0) -> Iterator[Event]:
     """A listener that has been opened."""
     events = hub.listen(name, None, beat)
     assert next(events).comment == "open"
     return events
 
 
-def again(hub: Redis, name: str, after: str) -> Iterator[Event]:
+def again(hub: RedisBackend, name: str, after: str) -> Iterator[Event]:
     return hub.listen(name, after, 60.0)
 
 
@@ -113,8 +113,9 @@ def test_redis_hands_on_between_processes(
     events = Channel(name).listen()
     assert heard(events, 1) == ["open"]
     publish = (
-        "import sys; from tgstream.live.backends.redis import Redis\n"
-        "Redis(sys.argv[1], 9).publish(sys.argv[2], '{\"a\":\"é\\\\nb\"}', 'greeting')"
+        "import sys; from tgstream.live.backends.redis import RedisBackend\n"
+        "backend = RedisBackend(sys.argv[1], 9)\n"
+        "backend.publish(sys.argv[2], '{\"a\":\"é\\\\nb\"}', 'greeting')"
     )
     subprocess.run([sys.executable, "-c", publish, server.url, name], check=True)
     event = next(events)
@@ -147,7 +148,7 @@ def test_redis_resumes_in_another_process(
 def test_redis_resumes_where_its_thread_is_behind(make_hub: MakeHub, name: str) -> None:
     """An id that came from a process which is quicker is no gap."""
     slow, quick = make_hub(), make_hub()
-    slow._reading = True  # so that it begins no thread
+    slow._reader_runs = True  # so that it begins no thread
     behind, ahead = listening(slow, name), listening(quick, name)
     for text in "012":
         quick.publish(name, text, None)
@@ -436,7 +437,7 @@ def test_redis_that_is_killed_and_comes_back_loses_nothing(
     for stream in streams:
         stream.close()
     told = [each.getMessage() for each in caplog.records if each.name == "tgstream"]
-    assert sum("is lost, and who listens waits" in each for each in told) <= 3
+    assert sum(each.startswith("Lost the connection to Redis") for each in told) <= 3
 
 
 def test_redis_that_comes_back_without_its_data_is_told_of(
@@ -472,13 +473,13 @@ def test_redis_that_loses_a_channels_first_events_unheard_cannot_tell(
     the one gap that is passed over."""
     with Server(tmp_path, appendonly="no") as server:
         hub, other = make_hub(server.url), make_hub(server.url)
-        hub._reading = True  # so that it reads nothing yet
+        hub._reader_runs = True  # so that it reads nothing yet
         events = listening(hub, name)
         other.publish(name, "lost", None)
         server.terminate()
         server.start()
-        hub._reading = False
-        hub._read_on()
+        hub._reader_runs = False
+        hub._ensure_reader()
         other.publish(name, "after", None)
         assert heard(events, 1) == ["after"]
 
@@ -505,11 +506,15 @@ def test_listener_that_comes_while_redis_is_away_waits(
     hub.publish(name, "after", None)
     found = next(event for event in events if event.data or event.event)
     assert (found.event, found.data) == (None, "after")
-    (told, *rest) = [each for each in caplog.records if each.name == "tgstream"]
-    assert "is lost, and who listens waits" in told.getMessage()
-    assert [each.getMessage() for each in rest] == [
-        "the server of tgstream.channels is back"
+    lost, *rest = [
+        (record.levelname, record.getMessage())
+        for record in caplog.records
+        if record.name == "tgstream"
     ]
+    assert lost[0] == "WARNING"
+    assert lost[1].startswith("Lost the connection to Redis (tgstream.channels): ")
+    assert lost[1].endswith("d. Listeners wait until it reconnects")
+    assert rest == [("WARNING", "Reconnected to Redis (tgstream.channels)")]
 
 
 def test_publish_fails_while_redis_is_away(
@@ -537,12 +542,12 @@ def test_listeners_may_leave_while_it_is_looked_who_is_there() -> None:
                 held.pop()
             return super().__hash__()
 
-    hub, held = Redis("redis://127.0.0.1:1/0", 10), list[Feed]()
+    hub, held = RedisBackend("redis://127.0.0.1:1/0", 10), list[ChannelHistory]()
     for name in "stays", "leaves":
-        feed = hub._feeds[Name(name)] = Feed((0, 0), 10)
+        feed = hub._histories[Name(name)] = ChannelHistory((0, 0), 10)
         held.append(feed)
         del feed
-    assert hub._listened_to().keys() <= {"stays", "leaves"}
-    assert hub._listened_to().keys() == {"stays"}
+    assert hub._active_histories().keys() <= {"stays", "leaves"}
+    assert hub._active_histories().keys() == {"stays"}
     held.clear()
-    assert hub._listened_to() == {}
+    assert hub._active_histories() == {}

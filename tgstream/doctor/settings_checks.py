@@ -15,7 +15,7 @@ from tg.support.converters import asbool
 from ..core.settings import OPTIONS, option
 from ..database.engines import binds_of_factory, is_shared
 from ..database.registry import scoped_sessions
-from ..live.channel import REDIS, own_words, shown_url
+from ..live.backends import REDIS_SCHEMES, redact_url, reserved_url_options
 from .finding import FAIL, NOTE, OK, WARN, Finding, said
 
 Config = Mapping[str, Any]
@@ -72,15 +72,15 @@ def options(config: Config) -> list[Finding]:
 
 
 def _shown(name: str, value: Any) -> str:
-    return shown_url(value) if name == "tgstream.channels" else str(value)
+    return redact_url(value) if name == "tgstream.channels" else str(value)
 
 
 def _channels(config: Config) -> Finding:
     url = str(config.get("tgstream.channels", OPTIONS["tgstream.channels"].default))
     if url == "memory://":
         return Finding(OK, "channels", "memory://, for a server of one process")
-    shown = shown_url(url)
-    if not url.startswith(REDIS):
+    shown = redact_url(url)
+    if not url.startswith(REDIS_SCHEMES):
         return Finding(
             FAIL,
             "channels",
@@ -89,13 +89,13 @@ def _channels(config: Config) -> Finding:
         )
     if shown.endswith("..."):
         return _unreadable(shown)
-    if own := own_words(url):
+    if own := reserved_url_options(url):
         found = f"{shown} says {', '.join(own)}, which tgstream sets itself"
         return Finding(FAIL, "channels", found, "Leave it out, behind the '?'.")
     try:
-        from ..live.backends.redis import reach
+        from ..live.backends.redis import ping
 
-        reach(url)
+        ping(url)
     except ImportError:
         found = f"{shown}, and the package redis is not installed"
         return Finding(FAIL, "channels", found, "pip install 'tgstream[redis]'")
