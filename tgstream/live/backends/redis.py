@@ -319,7 +319,7 @@ class RedisBackend:
     def _log_reconnect(self) -> None:
         if self._connection_lost:
             self._connection_lost = False
-            log.warning("Reconnected to Redis (tgstream.channels)")
+            log.info("Reconnected to Redis (tgstream.channels)")
 
     def _close(self, streams: RedisStreams | None) -> None:
         self._client_id = None
