@@ -49,6 +49,19 @@ def test_channel_name_and_event_id_must_be_text() -> None:
         Channel("x").listen(after=7)  # type: ignore[arg-type]
 
 
+def test_channels_with_the_same_name_are_equal() -> None:
+    """They can be keys of a dictionary, because nothing can change their names."""
+    channel = Channel("a")
+    assert channel == Channel("a")
+    assert hash(channel) == hash(Channel("a"))
+    assert channel != Channel("b")
+    assert channel != "a"
+    assert len({channel, Channel("a"), Channel("b")}) == 2
+    with pytest.raises(AttributeError):
+        channel.name = "b"  # type: ignore[misc]
+    assert repr(channel) == "Channel('a')"
+
+
 # Events.
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
 
@@ -27,6 +28,7 @@ MAX_LENGTH = 256
 _WARNED = "tgstream.told_of_memory"
 
 
+@dataclass(frozen=True, slots=True, repr=False)
 class Channel:
     """A named channel of events. Any stream can listen to it.
 
@@ -34,8 +36,8 @@ class Channel:
 
         orders = Channel("orders")
 
-    Create one wherever you need it. Channels with the same name are the same channel. A
-    channel does not check who publishes or listens: your controllers
+    Create one wherever you need it. Channels with the same name are equal, and are the
+    same channel. A channel does not check who publishes or listens: your controllers
     must do that. If a channel is for one user, do not let users choose its name.
 
     :param name: 1 to 256 characters, without CR, LF or NUL.
@@ -43,9 +45,10 @@ class Channel:
     :raises ValueError: if the name is not valid.
     """
 
-    __slots__ = ("name",)
+    name: str
 
-    def __init__(self, name: str) -> None:
+    def __post_init__(self) -> None:
+        name: Any = self.name
         if not isinstance(name, str):
             raise TypeError(
                 f"Channel name must be a str, got {type(name).__name__}: {name!r:.80}"
@@ -62,7 +65,6 @@ class Channel:
                 "Channel name must not contain a lone surrogate, which UTF-8 cannot "
                 f"encode, got {name!r:.80}"
             ) from None
-        self.name = name
 
     def __repr__(self) -> str:
         return f"Channel({self.name!r})"
