@@ -55,7 +55,8 @@ def test_channels_with_the_same_name_are_equal() -> None:
     assert channel == Channel("a")
     assert hash(channel) == hash(Channel("a"))
     assert channel != Channel("b")
-    assert channel != "a"
+    text: object = "a"
+    assert channel != text
     assert len({channel, Channel("a"), Channel("b")}) == 2
     with pytest.raises(AttributeError):
         channel.name = "b"  # type: ignore[misc]
