@@ -75,7 +75,7 @@ def test_last_event_id_that_is_not_utf8_is_ignored(make_app: MakeApp) -> None:
 
 
 def test_last_event_id_outside_of_a_request_raises() -> None:
-    """The error says where to call it."""
+    """The error names the places to call it."""
     with pytest.raises(
         StreamError, match=r"^last_event_id\(\) needs a running request"
     ):

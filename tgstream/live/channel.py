@@ -1,8 +1,8 @@
 """Named channels: a request publishes an event, and streams of other requests send it.
 
-A channel is only a name. The option ``tgstream.channels`` says where its events are
-stored. It is read each time a channel is used, from the running application, so that
-channels can be created at import.
+A channel is only a name. The option ``tgstream.channels`` determines the back end that
+stores its events. It is read from the running application each time a channel is used,
+so that modules can create channels at import.
 """
 
 from __future__ import annotations

@@ -351,7 +351,7 @@ def iter_events(
 ) -> Iterator[Event]:
     """Yield the events of a listener, until it is too far behind.
 
-    :param subscription: where the listener starts. It is empty, and the listener ends,
+    :param subscription: the start of the listener. It is empty, and the listener ends,
         if a finaliser listens and reads within a change that it interrupts.
     :param heartbeat_seconds: yield ``HEARTBEAT`` after this time without an event.
     """
