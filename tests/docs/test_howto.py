@@ -471,7 +471,7 @@ def test_user_of_redis_needs_the_keys_of_channels_alone(
     )
     with Valkey(tmp_path) as valkey:
         address = valkey.url.removeprefix("redis://")
-        valkey.ask(*rule.split())
+        valkey.execute(*rule.split())
         make_app(
             tg.TGController(), tgstream__channels=f"redis://myapp:password@{address}"
         )

@@ -1,4 +1,4 @@
-"""``last_event_id()``: what a client that comes back may say, and what is believed."""
+"""``last_event_id()``: the id that a client sends when it reconnects."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from tests.wsgi import get
 from tgstream import SSE, StreamError, last_event_id, stream
 
 
-class Ids(TGController):
-    """What the controller sees, and what its generator."""
+class EventIds(TGController):
+    """Responses with the id, from a controller and from the generator of a stream."""
 
     def __init__(self) -> None:
-        for each in Ids.body, Ids.generator:  # TG forgets it between tests
-            expose()(each)
-        stream(SSE)(Ids.generator)
+        for method in EventIds.body, EventIds.generator:  # TG forgets it between tests
+            expose()(method)
+        stream(SSE)(EventIds.generator)
 
     def body(self) -> str:
         return repr(last_event_id())
@@ -27,56 +27,56 @@ class Ids(TGController):
         yield repr(last_event_id())
 
 
-def header(said: str) -> str:
-    """A header's text as WSGI has it."""
-    return said.encode().decode("latin-1")
+def header(text: str) -> str:
+    """The text of a header in a WSGI environ."""
+    return text.encode().decode("latin-1")
 
 
 @pytest.mark.parametrize("path", ["/body", "/generator"])
-def test_last_event_id_is_that_of_the_header_or_the_query(
+def test_last_event_id_is_in_the_header_or_in_the_query(
     make_app: MakeApp, path: str
 ) -> None:
-    """The header is the standard's, and comes first."""
-    app = make_app(Ids())
+    """The header is of the standard, and has priority."""
+    app = make_app(EventIds())
 
-    def said(query: str = "", **environ: str) -> str:
+    def id_of_request(query: str = "", **environ: str) -> str:
         text = get(app, f"{path}{query}", **environ).text
         return text.removeprefix("data: ").rstrip("\n")
 
-    assert said() == "None"
-    assert said(HTTP_LAST_EVENT_ID="7-é".encode().decode("latin-1")) == "'7-é'"
-    assert said("?lastEventId=8-%C3%A9") == "'8-é'"
-    assert said("?lastEventId=8", HTTP_LAST_EVENT_ID="7") == "'7'"
-    assert said("?lastEventId=8", HTTP_LAST_EVENT_ID="") == "'8'"
+    assert id_of_request() == "None"
+    assert id_of_request(HTTP_LAST_EVENT_ID=header("7-é")) == "'7-é'"
+    assert id_of_request("?lastEventId=8-%C3%A9") == "'8-é'"
+    assert id_of_request("?lastEventId=8", HTTP_LAST_EVENT_ID="7") == "'7'"
+    assert id_of_request("?lastEventId=8", HTTP_LAST_EVENT_ID="") == "'8'"
 
 
 @pytest.mark.parametrize(
-    "said", ["", "a\rb", "a\nb", "a\0b", "x" * 257, "x" * 10_000], ids=repr
+    "id", ["", "a\rb", "a\nb", "a\0b", "x" * 257, "x" * 10_000], ids=repr
 )
-def test_last_event_id_that_cannot_be_one_is_none(make_app: MakeApp, said: str) -> None:
-    """As if the client had said nothing."""
-    app = make_app(Ids())
-    assert get(app, "/body", HTTP_LAST_EVENT_ID=said).text == "None"
-    assert get(app, f"/body?lastEventId={quote(said)}").text == "None"
+def test_invalid_last_event_id_is_ignored(make_app: MakeApp, id: str) -> None:
+    """The result is None, as if the client had sent no id."""
+    app = make_app(EventIds())
+    assert get(app, "/body", HTTP_LAST_EVENT_ID=id).text == "None"
+    assert get(app, f"/body?lastEventId={quote(id)}").text == "None"
 
 
 def test_last_event_id_may_have_256_characters(make_app: MakeApp) -> None:
-    """Of any alphabet."""
-    app, said = make_app(Ids()), "é" * 256
-    assert get(app, "/body", HTTP_LAST_EVENT_ID=header(said)).text == repr(said)
+    """They may be characters of any alphabet."""
+    app, id = make_app(EventIds()), "é" * 256
+    assert get(app, "/body", HTTP_LAST_EVENT_ID=header(id)).text == repr(id)
 
 
-def test_last_event_id_that_is_no_text_is_none(make_app: MakeApp) -> None:
-    """Bytes that are no UTF-8 were sent by nobody who read our ids."""
-    app = make_app(Ids())
+def test_last_event_id_that_is_not_utf8_is_ignored(make_app: MakeApp) -> None:
+    """The ids of a channel are always valid UTF-8."""
+    app = make_app(EventIds())
     assert get(app, "/body", HTTP_LAST_EVENT_ID="\xff").text == "None"
     status = get(app, "/body?lastEventId=%FF").status_int
-    assert status in (400, 500)  # as TG has it; from 2.5.1 on a 400
+    assert status in (400, 500)  # TurboGears answers: from 2.5.1 on with 400
 
 
-def test_last_event_id_belongs_in_a_request() -> None:
-    """Elsewhere nobody has said anything."""
+def test_last_event_id_outside_of_a_request_raises() -> None:
+    """The error names the places to call it."""
     with pytest.raises(
-        StreamError, match=r"^last_event_id\(\) belongs in a controller"
+        StreamError, match=r"^last_event_id\(\) needs a running request"
     ):
         last_event_id()

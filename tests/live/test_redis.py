@@ -1,4 +1,4 @@
-"""``redis://``: channels of many processes, over a real server that may go away."""
+"""Channels with ``redis://``: several processes, and a real server that may fail."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 import threading
 import tracemalloc
 from collections.abc import Callable, Iterator
-from itertools import count, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,55 +17,41 @@ import redis
 from tg import TGController
 
 from tests.conftest import MakeApp
-from tests.live.test_channel import Live, assert_reset, heard, id_of
+from tests.live.listeners import (
+    LiveController,
+    assert_reset,
+    id_of,
+    receive,
+    types_of_first_two,
+)
 from tests.pages import DOCS, blocks
-from tests.valkey import Valkey
+from tests.valkey import DurableValkey
 from tests.wsgi import get
 from tgstream import Channel, Event
 from tgstream.doctor.settings_checks import check_settings
-from tgstream.live.backends.redis import Redis
-from tgstream.live.history import Feed
+from tgstream.live.backends.redis import RedisBackend
+from tgstream.live.history import ChannelHistory
 from tgstream.testing import open_stream
-
-numbers = count()
-
-
-class Server(Valkey):
-    """A Valkey that forgets nothing when it is killed, unless it is told to."""
-
-    def __init__(self, folder: Path, appendonly: str = "yes") -> None:
-        super().__init__(
-            folder,
-            appendonly=appendonly,
-            appendfsync="always",
-            stream_node_max_entries=10,  # it trims by so many
-        )
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """One that stays."""
-    with Server(tmp_path_factory.mktemp("valkey")) as server:
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DurableValkey]:
+    """A server for all tests of this file."""
+    with DurableValkey(tmp_path_factory.mktemp("valkey")) as server:
         yield server
 
 
 @pytest.fixture
-def mortal(tmp_path: Path) -> Iterator[Server]:
-    """One that the test may kill and start."""
-    server = Server(tmp_path / "valkey")
+def failing_server(tmp_path: Path) -> Iterator[DurableValkey]:
+    """A server that the test may kill and restart."""
+    server = DurableValkey(tmp_path / "valkey")
     server.start()
     yield server
     server.terminate()
 
 
-@pytest.fixture
-def name() -> str:
-    """A channel of this test alone."""
-    return f"test {next(numbers)}"
-
-
-def test_server_that_answers_can_be_asked(server: Server) -> None:
-    """As the doctor does."""
+def test_doctor_reports_a_server_that_answers(server: DurableValkey) -> None:
+    """It connects to the server."""
     [finding] = [
         finding
         for finding in check_settings({"tgstream.channels": server.url})
@@ -74,90 +60,95 @@ def test_server_that_answers_can_be_asked(server: Server) -> None:
     assert (finding.mark, finding.result) == ("ok", f"{server.url} responds")
 
 
-MakeHub = Callable[..., Redis]
+MakeBackend = Callable[..., RedisBackend]
 
 
 @pytest.fixture
-def make_hub(server: Server) -> Iterator[MakeHub]:
-    """Makes what one process has of the server."""
-    made: list[Redis] = []
+def make_backend(server: DurableValkey) -> Iterator[MakeBackend]:
+    """Creates the back ends of several processes."""
+    backends: list[RedisBackend] = []
 
-    def make(url: str = server.url, history: int = 1000) -> Redis:
-        made.append(Redis(url, history))
-        return made[-1]
+    def make(url: str = server.url, history: int = 1000) -> RedisBackend:
+        backends.append(RedisBackend(url, history))
+        return backends[-1]
 
     yield make
-    for hub in made:
-        hub._streams.client.connection_pool.disconnect()
+    for backend in backends:
+        backend._streams.client.connection_pool.disconnect()
 
 
-def listening(hub: Redis, name: str, beat: float = 60.0) -> Iterator[Event]:
-    """A listener that has been opened."""
-    events = hub.listen(name, None, beat)
+def open_listener(backend: RedisBackend, name: str) -> Iterator[Event]:
+    """A listener that has received its opening comment."""
+    events = backend.listen(name, None, 60.0)
     assert next(events).comment == "open"
     return events
 
 
-def again(hub: Redis, name: str, after: str) -> Iterator[Event]:
-    return hub.listen(name, after, 60.0)
+def reconnect(backend: RedisBackend, name: str, after: str) -> Iterator[Event]:
+    """A listener that has received an event with this id before."""
+    return backend.listen(name, after, 60.0)
 
 
-# What is heard.
+# Events and reconnects.
 
 
-def test_redis_hands_on_between_processes(
-    server: Server, make_app: MakeApp, name: str
+def test_redis_sends_events_to_other_processes(
+    server: DurableValkey, make_app: MakeApp, name: str
 ) -> None:
-    """What another process publishes is heard here, with its type."""
+    """They arrive with their type."""
     make_app(TGController(), tgstream__channels=server.url)
     events = Channel(name).listen()
-    assert heard(events, 1) == ["open"]
+    assert receive(events, 1) == ["open"]
     publish = (
-        "import sys; from tgstream.live.backends.redis import Redis\n"
-        "Redis(sys.argv[1], 9).publish(sys.argv[2], '{\"a\":\"é\\\\nb\"}', 'greeting')"
+        "import sys; from tgstream.live.backends.redis import RedisBackend\n"
+        "backend = RedisBackend(sys.argv[1], 9)\n"
+        "backend.publish(sys.argv[2], '{\"a\":\"é\\\\nb\"}', 'greeting')"
     )
     subprocess.run([sys.executable, "-c", publish, server.url, name], check=True)
     event = next(events)
     assert (event.data, event.event) == ('{"a":"é\\nb"}', "greeting")
-    assert heard(Channel(name).listen(after=id_of(event)), 1) == ["open"]
+    assert receive(Channel(name).listen(after=id_of(event)), 1) == ["open"]
 
 
-@pytest.mark.parametrize("had", [0, 1, 2])
-def test_redis_resumes_in_another_process(
-    make_hub: MakeHub, name: str, had: int
+@pytest.mark.parametrize("received", [0, 1, 2])
+def test_client_can_reconnect_to_another_process(
+    make_backend: MakeBackend, name: str, received: int
 ) -> None:
-    """By the ids of the server, also where no event had come yet."""
-    first, second = make_hub(), make_hub()
+    """The server assigns the ids. The opening comment has an id, too."""
+    first, second = make_backend(), make_backend()
     events = first.listen(name, None, 60.0)
     last = next(events)
     first.publish(name, "0", None)
     second.publish(name, "1", None)
-    for _ in range(had):
+    for _ in range(received):
         last = next(events)
-    expected = (
-        ["open", "0", "1"][: 1 + 2 - had] if not had else ["open", "1"][: 3 - had]
-    )
-    resumed = again(make_hub(), name, id_of(last))
+    expected = ["open", *["0", "1"][received:]]
+    resumed = reconnect(make_backend(), name, id_of(last))
     second.publish(name, "2", None)
-    assert heard(resumed, len(expected) + 1) == [*expected, "2"]
-    # And where this process listens already, and has them.
-    assert heard(again(first, name, id_of(last)), len(expected) + 1) == [*expected, "2"]
+    assert receive(resumed, len(expected) + 1) == [*expected, "2"]
+    # A process that has stored the events does the same.
+    assert receive(reconnect(first, name, id_of(last)), len(expected) + 1) == [
+        *expected,
+        "2",
+    ]
 
 
-def test_redis_resumes_where_its_thread_is_behind(make_hub: MakeHub, name: str) -> None:
-    """An id that came from a process which is quicker is no gap."""
-    slow, quick = make_hub(), make_hub()
-    slow._reading = True  # so that it begins no thread
-    behind, ahead = listening(slow, name), listening(quick, name)
+def test_client_can_reconnect_to_a_process_that_is_behind(
+    make_backend: MakeBackend, name: str
+) -> None:
+    """An id from a faster process does not cause a reset."""
+    slow, quick = make_backend(), make_backend()
+    slow._reader_runs = True  # so that it starts no thread
+    behind, ahead = open_listener(slow, name), open_listener(quick, name)
     for text in "012":
         quick.publish(name, text, None)
     ids = [id_of(event) for event in islice(ahead, 3)]
-    assert heard(again(slow, name, ids[1]), 2) == ["open", "2"]
-    assert heard(behind, 3) == ["0", "1", "2"]
+    assert receive(reconnect(slow, name, ids[1]), 2) == ["open", "2"]
+    assert receive(behind, 3) == ["0", "1", "2"]
 
 
 @pytest.mark.parametrize(
-    "forged",
+    "id",
     [
         "",
         "7",
@@ -171,96 +162,98 @@ def test_redis_resumes_where_its_thread_is_behind(make_hub: MakeHub, name: str) 
     ],
     ids=lambda value: repr(value[:20]),
 )
-def test_redis_tells_of_an_id_that_it_never_gave(
-    make_app: MakeApp, server: Server, name: str, forged: str
+def test_foreign_event_id_causes_a_reset(
+    make_app: MakeApp, server: DurableValkey, name: str, id: str
 ) -> None:
-    """Foreign, forged or from the future: nobody knows what its client has had."""
+    """The server has not assigned this id."""
     make_app(TGController(), tgstream__channels=server.url)
-    assert_reset(Channel(name), forged)
+    assert_reset(Channel(name), id)
 
 
-def test_redis_tells_of_an_id_that_is_old(make_hub: MakeHub, name: str) -> None:
-    """What the server has trimmed cannot be told; what it keeps is."""
-    hub = make_hub(history=20)
-    events = hub.listen(name, None, 60.0)
+def test_event_id_that_is_too_old_causes_a_reset(
+    make_backend: MakeBackend, name: str
+) -> None:
+    """The server has removed an event after it."""
+    backend = make_backend(history=20)
+    events = backend.listen(name, None, 60.0)
     ids = [id_of(next(events))]
     for number in range(60):
-        hub.publish(name, str(number), None)
+        backend.publish(name, str(number), None)
         ids.append(id_of(next(events)))
     del events
-    for process in hub, make_hub():
-        resumed = again(process, name, ids[40])
-        assert heard(resumed, 21) == ["open", *map(str, range(40, 60))]
-        for old in ids[0], ids[10]:
-            opened, gap = islice(again(process, name, old), 2)
-            assert opened == Event(comment="open")
-            assert gap == Event("", event="reset", id=ids[60])
-        assert heard(again(process, name, ids[60]), 1) == ["open"]
+    for process in backend, make_backend():
+        resumed = reconnect(process, name, ids[40])
+        assert receive(resumed, 21) == ["open", *map(str, range(40, 60))]
+        for old_id in ids[0], ids[10]:
+            opening, reset = islice(reconnect(process, name, old_id), 2)
+            assert opening == Event(comment="open")
+            assert reset == Event("", event="reset", id=ids[60])
+        assert receive(reconnect(process, name, ids[60]), 1) == ["open"]
 
 
-def test_redis_cuts_off_who_never_reads_and_it_resumes(
-    make_hub: MakeHub, name: str
+def test_listener_that_never_reads_is_disconnected_and_can_reconnect(
+    make_backend: MakeBackend, name: str
 ) -> None:
-    """The server has kept what this process does not."""
-    hub = make_hub(history=10)
-    slow, quick = hub.listen(name, None, 60.0), listening(hub, name)
+    """The server stores more events than this process."""
+    backend = make_backend(history=10)
+    slow, quick = backend.listen(name, None, 60.0), open_listener(backend, name)
     id = id_of(next(slow))
     for number in range(11):
-        hub.publish(name, str(number), None)
+        backend.publish(name, str(number), None)
         next(quick)
     assert list(slow) == []
-    assert heard(again(hub, name, id), 12) == ["open", *map(str, range(11))]
+    assert receive(reconnect(backend, name, id), 12) == ["open", *map(str, range(11))]
 
 
-def test_redis_reads_once_what_many_have_missed(
-    server: Server, make_hub: MakeHub, name: str
+def test_missed_events_are_read_once_for_all_listeners(
+    server: DurableValkey, make_backend: MakeBackend, name: str
 ) -> None:
-    """And a listener holds on to nothing of what it was sent."""
-    hub = make_hub()
-    id = id_of(next(hub.listen(name, None, 60.0)))
+    """A listener keeps no event in memory after it is sent."""
+    backend = make_backend()
+    id = id_of(next(backend.listen(name, None, 60.0)))
     for number in range(1000):
-        hub.publish(name, f"{number}".rjust(1000), None)
-    process = make_hub()
-    sent = int(server.ask("INFO", "stats")["total_net_output_bytes"])
+        backend.publish(name, f"{number}".rjust(1000), None)
+    process = make_backend()
+    sent = int(server.execute("INFO", "stats")["total_net_output_bytes"])
     tracemalloc.start()
     try:
-        listeners = [again(process, name, id) for _ in range(200)]
+        listeners = [reconnect(process, name, id) for _ in range(200)]
         for events in listeners:
             assert sum(1 for _ in islice(events, 1001)) == 1001
         grown, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
     assert peak < 16 * 2**20, (grown, peak)
-    read = int(server.ask("INFO", "stats")["total_net_output_bytes"]) - sent
+    read = int(server.execute("INFO", "stats")["total_net_output_bytes"]) - sent
     assert 1_000_000 < read < 2_000_000
-    hub.publish(name, "next", None)
+    backend.publish(name, "next", None)
     assert [next(events).data for events in listeners] == ["next"] * 200
 
 
-def test_redis_reads_a_long_backlog_a_few_at_a_time(
-    make_hub: MakeHub, name: str
+def test_long_backlog_is_read_page_by_page(
+    make_backend: MakeBackend, name: str
 ) -> None:
-    """Where the process keeps less than the client has missed."""
-    hub, process = make_hub(), make_hub(history=10)
-    id = id_of(next(hub.listen(name, None, 60.0)))
+    """The process stores fewer events than the client missed."""
+    backend, process = make_backend(), make_backend(history=10)
+    id = id_of(next(backend.listen(name, None, 60.0)))
     expected = [f"{number}".rjust(1000) for number in range(900)]
     for text in expected:
-        hub.publish(name, text, None)
+        backend.publish(name, text, None)
     tracemalloc.start()
     try:
-        listeners = [again(process, name, id) for _ in range(3)]
-        found = [[event.data for event in islice(each, 1)] for each in listeners]
+        listeners = [reconnect(process, name, id) for _ in range(3)]
+        first = [receive(events, 1) for events in listeners]
         for events in listeners:
             for text in expected[:-1]:
                 assert next(events).data == text
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert found == [[None]] * 3
+    assert first == [["open"]] * 3
     assert peak < 2**20
-    hub.publish(name, "next", None)
+    backend.publish(name, "next", None)
     for events in listeners:
-        assert heard(events, 2) == [expected[-1], "next"]
+        assert receive(events, 2) == [expected[-1], "next"]
 
 
 @pytest.mark.parametrize(
@@ -268,73 +261,78 @@ def test_redis_reads_a_long_backlog_a_few_at_a_time(
     [("text", "x"), ("data", b"\xff"), ("data", "x", "event", "a\nb")],
     ids=repr,
 )
-def test_redis_tells_of_an_entry_that_is_no_event(
-    server: Server, make_hub: MakeHub, name: str, fields: tuple[Any, ...]
+def test_invalid_entry_of_a_stream_causes_a_reset(
+    server: DurableValkey, make_backend: MakeBackend, name: str, fields: tuple[Any, ...]
 ) -> None:
-    """Somebody else has put it there; it is not passed over, and harms nobody."""
-    hub = make_hub()
-    events = listening(hub, name)
-    id = server.ask("XADD", f"tgstream:{name}", "*", *fields).decode()
-    hub.publish(name, "next", None)
+    """Another program wrote it. Later events arrive as usual."""
+    backend = make_backend()
+    events = open_listener(backend, name)
+    id = server.execute("XADD", f"tgstream:{name}", "*", *fields).decode()
+    backend.publish(name, "next", None)
     assert next(events) == Event("", event="reset", id=id)
-    assert heard(events, 1) == ["next"]
+    assert receive(events, 1) == ["next"]
 
 
-def test_redis_tells_of_a_stream_that_was_deleted(
-    server: Server, make_hub: MakeHub, name: str
+def test_deleted_stream_causes_a_reset(
+    server: DurableValkey, make_backend: MakeBackend, name: str
 ) -> None:
-    """The events that are gone with it may not have been heard."""
-    hub = make_hub()
-    events = listening(hub, name)
-    hub.publish(name, "before", None)
-    assert heard(events, 1) == ["before"]
-    server.ask("DEL", f"tgstream:{name}")
-    hub.publish(name, "lost, or not", None)
+    """Listeners may have missed an event that was deleted."""
+    backend = make_backend()
+    events = open_listener(backend, name)
+    backend.publish(name, "before", None)
+    assert receive(events, 1) == ["before"]
+    server.execute("DEL", f"tgstream:{name}")
+    backend.publish(name, "lost, or not", None)
     assert next(events).event == "reset"
-    hub.publish(name, "after", None)
-    assert heard(events, 1) == ["after"]
+    backend.publish(name, "after", None)
+    assert receive(events, 1) == ["after"]
 
 
-# The connection and the thread.
+# The connection and the thread of a process.
 
 
-def connections(server: Server) -> int:
-    """How many the server has, but the one that asks."""
-    listed = server.ask("CLIENT", "LIST")
+def connections(server: DurableValkey) -> int:
+    """The number of connections, without the one that counts them."""
+    listed = server.execute("CLIENT", "LIST")
     clients = listed if isinstance(listed, list) else listed.decode().splitlines()
     return len(clients) - 1
 
 
-def test_redis_reads_by_one_connection_for_all_who_listen(
-    mortal: Server, make_hub: MakeHub
+def test_process_reads_over_one_connection_for_all_listeners(
+    failing_server: DurableValkey, make_backend: MakeBackend
 ) -> None:
-    """Also for a channel that nobody listened to, which it is asked for at once."""
-    hub = make_hub(mortal.url)
-    listeners = [listening(hub, f"channel {number % 10}") for number in range(100)]
+    """A new channel is read at once over the same connection."""
+    backend = make_backend(failing_server.url)
+    listeners = [
+        open_listener(backend, f"channel {number % 10}") for number in range(100)
+    ]
     for number in range(10):
-        hub.publish(f"channel {number}", str(number), None)
+        backend.publish(f"channel {number}", str(number), None)
     for number, events in enumerate(listeners):
-        assert heard(events, 1) == [str(number % 10)]
-    assert connections(mortal) == 2  # one reads, one has published
+        assert receive(events, 1) == [str(number % 10)]
+    assert connections(failing_server) == 2  # one reads, one publishes
 
 
 def threads() -> list[threading.Thread]:
-    return [each for each in threading.enumerate() if each.name == "tgstream-channels"]
+    """The threads that read."""
+    return [
+        thread for thread in threading.enumerate() if thread.name == "tgstream-channels"
+    ]
 
 
-def test_redis_ends_its_thread_when_nobody_listens(
-    make_hub: MakeHub, name: str
+def test_thread_ends_when_there_are_no_listeners(
+    make_backend: MakeBackend, name: str
 ) -> None:
-    """And begins it anew."""
+    """A new listener starts it again."""
     for thread in threads():
         thread.join(10)
     assert threads() == []
-    hub = make_hub()
+    backend = make_backend()
     for _ in range(2):
-        events = listening(hub, name)
+        events = open_listener(backend, name)
         (thread,) = threads()
-        hub.publish(name, "x", None)
-        assert heard(events, 1) == ["x"]
+        backend.publish(name, "x", None)
+        assert receive(events, 1) == ["x"]
         del events
         thread.join(10)
         assert not thread.is_alive()
@@ -353,13 +351,13 @@ def main(global_conf, **app_conf):
 """
 
 
-def test_script_that_loads_its_application_publishes_to_all(
-    make_app: MakeApp, server: Server, tmp_path: Path
+def test_script_that_loads_its_application_publishes_to_all_processes(
+    make_app: MakeApp, server: DurableValkey, tmp_path: Path
 ) -> None:
-    """As the page on live streams shows it: the option is the application's."""
+    """The script is the one of the page on live streams."""
     make_app(TGController(), tgstream__channels=server.url)
     events = Channel("users").listen()
-    assert heard(events, 1) == ["open"]
+    assert receive(events, 1) == ["open"]
     ini = f"[app:main]\nuse = call:scripted:main\ntgstream.channels = {server.url}\n"
     (tmp_path / "development.ini").write_text(ini)
     (tmp_path / "scripted.py").write_text(SCRIPTED)
@@ -367,41 +365,41 @@ def test_script_that_loads_its_application_publishes_to_all(
     (tmp_path / "script.py").write_text(f"from tgstream import Channel\n{script}")
     environ = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     subprocess.run([sys.executable, "script.py"], cwd=tmp_path, env=environ, check=True)
-    assert heard(events, 1) == ['{"name":"ada"}']
+    assert receive(events, 1) == ['{"name":"ada"}']
 
 
-def test_redis_is_another_in_a_forked_process(
-    make_app: MakeApp, server: Server, name: str
+def test_forked_process_has_its_own_connection(
+    make_app: MakeApp, server: DurableValkey, name: str
 ) -> None:
-    """No connection is shared, and the two hear each other."""
+    """Each process receives the events of the other."""
     make_app(TGController(), tgstream__channels=server.url)
     channel = Channel(name)
     events = channel.listen()
-    assert heard(events, 1) == ["open"]
+    assert receive(events, 1) == ["open"]
     pid = os.fork()
     if pid == 0:  # pragma: no cover
         try:
-            inside = channel.listen()
+            events_of_child = channel.listen()
             channel.publish("from the child")
-            assert heard(inside, 2) == ["open", "from the child"]
+            assert receive(events_of_child, 2) == ["open", "from the child"]
         finally:
             os._exit(0)
-    assert heard(events, 1) == ["from the child"]
+    assert receive(events, 1) == ["from the child"]
     assert os.waitpid(pid, 0)[1] == 0
     channel.publish("from the parent")
-    assert heard(events, 1) == ["from the parent"]
+    assert receive(events, 1) == ["from the parent"]
 
 
-def test_redis_works_on_greenlets() -> None:
-    """Listeners, the reader and who publishes take turns on one thread."""
+def test_redis_works_with_greenlets() -> None:
+    """Listeners, the reader and the publisher share one thread."""
     script = Path(__file__).parents[1] / "live_apps" / "greenlets.py"
     subprocess.run([sys.executable, script], check=True, timeout=60)
 
 
-def test_redis_is_asked_for_where_it_is_not_installed(
-    make_app: MakeApp, server: Server, name: str, monkeypatch: pytest.MonkeyPatch
+def test_redis_url_without_the_package_redis_is_rejected(
+    make_app: MakeApp, server: DurableValkey, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The error says what to install; memory:// needs none."""
+    """The error contains the pip command. memory:// does not need the package."""
     make_app(TGController(), tgstream__channels=f"{server.url}?db=1")
     monkeypatch.setitem(sys.modules, "redis", None)
     monkeypatch.delitem(sys.modules, "tgstream.live.backends.redis")
@@ -411,138 +409,159 @@ def test_redis_is_asked_for_where_it_is_not_installed(
     Channel(name).publish("x")
 
 
-# The server goes away.
+# Failures of the server.
 
 
-def test_redis_that_is_killed_and_comes_back_loses_nothing(
-    make_app: MakeApp, mortal: Server, caplog: pytest.LogCaptureFixture, name: str
+def logged(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """The messages that tgstream logged."""
+    return [
+        record.getMessage() for record in caplog.records if record.name == "tgstream"
+    ]
+
+
+def test_killed_and_restarted_server_loses_no_event(
+    make_app: MakeApp,
+    failing_server: DurableValkey,
+    caplog: pytest.LogCaptureFixture,
+    name: str,
 ) -> None:
-    """Under 100 open streams, which stay open: each hears each event once."""
-    app = make_app(Live(Channel(name)), tgstream__channels=mortal.url)
+    """100 streams stay open, and each receives each event once."""
+    app = make_app(LiveController(Channel(name)), tgstream__channels=failing_server.url)
     streams = [open_stream(app, "/feed") for _ in range(100)]
-    everything = [stream.events() for stream in streams]
-    for events in everything:
-        assert heard(events, 1) == ["open"]
+    listeners = [stream.events() for stream in streams]
+    for events in listeners:
+        assert receive(events, 1) == ["open"]
     expected = []
     for round in range(3):
         for number in range(3):
             expected.append(f"{round}.{number}")
             get(app, f"/post?text={expected[-1]}")
-        mortal.terminate()
-        mortal.start()
+        failing_server.terminate()
+        failing_server.start()
     get(app, "/post?text=last")
-    for events in everything:
-        assert heard(events, 10) == [*expected, "last"]
+    for events in listeners:
+        assert receive(events, 10) == [*expected, "last"]
     for stream in streams:
         stream.close()
-    told = [each.getMessage() for each in caplog.records if each.name == "tgstream"]
-    assert sum("is lost, and who listens waits" in each for each in told) <= 3
+    lost = [text for text in logged(caplog) if text.startswith("Lost the connection")]
+    assert len(lost) <= 3
 
 
-def test_redis_that_comes_back_without_its_data_is_told_of(
-    tmp_path: Path, make_hub: MakeHub, name: str
+def test_server_that_restarts_without_its_data_causes_a_reset(
+    tmp_path: Path, make_backend: MakeBackend, name: str
 ) -> None:
-    """Nobody knows what was lost with it."""
-    server = Server(tmp_path, appendonly="no")
+    """Listeners may have missed an event."""
+    server = DurableValkey(tmp_path, appendonly="no")
     server.start()
-    hub = make_hub(server.url)
-    events, other = listening(hub, name), listening(hub, f"{name}?")
-    hub.publish(name, "before", None)
+    backend = make_backend(server.url)
+    events, other = open_listener(backend, name), open_listener(backend, f"{name}?")
+    backend.publish(name, "before", None)
     (before,) = islice(events, 1)
     server.terminate()
     server.start()
-    gap = next(events)
-    assert gap == Event("", event="reset", id="0-0")
-    hub.publish(name, "after", None)
-    hub.publish(f"{name}?", "the first", None)
-    assert heard(events, 1) == ["after"]
-    assert heard(other, 1) == ["the first"]
-    assert heard(again(hub, name, id_of(gap)), 2) == ["open", "after"]
-    assert [event.event for event in islice(again(hub, name, id_of(before)), 2)] == [
-        None,
-        "reset",
-    ]
+    reset = next(events)
+    assert reset == Event("", event="reset", id="0-0")
+    backend.publish(name, "after", None)
+    backend.publish(f"{name}?", "the first", None)
+    assert receive(events, 1) == ["after"]
+    assert receive(other, 1) == ["the first"]
+    assert receive(reconnect(backend, name, id_of(reset)), 2) == ["open", "after"]
+    reconnected = reconnect(backend, name, id_of(before))
+    assert types_of_first_two(reconnected) == [None, "reset"]
     server.terminate()
 
 
-def test_redis_that_loses_a_channels_first_events_unheard_cannot_tell(
-    tmp_path: Path, make_hub: MakeHub, name: str
+def test_lost_first_events_of_a_channel_cause_no_reset(
+    tmp_path: Path, make_backend: MakeBackend, name: str
 ) -> None:
-    """Where there was no event there is no place that could prove the loss; this is
-    the one gap that is passed over."""
-    with Server(tmp_path, appendonly="no") as server:
-        hub, other = make_hub(server.url), make_hub(server.url)
-        hub._reading = True  # so that it reads nothing yet
-        events = listening(hub, name)
+    """No process has received an event whose absence would prove the loss.
+
+    This is the only gap that causes no reset.
+    """
+    with DurableValkey(tmp_path, appendonly="no") as server:
+        backend, other = make_backend(server.url), make_backend(server.url)
+        backend._reader_runs = True  # so that it does not read yet
+        events = open_listener(backend, name)
         other.publish(name, "lost", None)
         server.terminate()
         server.start()
-        hub._reading = False
-        hub._read_on()
+        backend._reader_runs = False
+        backend._ensure_reader()
         other.publish(name, "after", None)
-        assert heard(events, 1) == ["after"]
+        assert receive(events, 1) == ["after"]
 
 
 @pytest.mark.parametrize("resumes", [True, False])
-def test_listener_that_comes_while_redis_is_away_waits(
-    mortal: Server,
-    make_hub: MakeHub,
+def test_listener_that_starts_while_redis_is_down_waits(
+    failing_server: DurableValkey,
+    make_backend: MakeBackend,
     caplog: pytest.LogCaptureFixture,
     name: str,
     resumes: bool,
 ) -> None:
-    """It opens and beats; then it resumes, or hears that it may have missed some."""
-    hub = make_hub(mortal.url)
-    hub.publish(name, "before", None)
-    known = id_of(next(hub.listen(name, None, 60.0)))
-    mortal.terminate()
-    events = make_hub(mortal.url).listen(name, known if resumes else None, 0.01)
+    """It receives heartbeats until it resumes. Without an id it receives a reset."""
+    caplog.set_level("INFO", "tgstream")
+    backend = make_backend(failing_server.url)
+    backend.publish(name, "before", None)
+    known_id = id_of(next(backend.listen(name, None, 60.0)))
+    failing_server.terminate()
+    events = make_backend(failing_server.url).listen(
+        name, known_id if resumes else None, 0.01
+    )
     assert next(events) == Event(comment="open")
     assert next(events) == Event()
-    mortal.start()
-    found = next(event for event in events if event.id is not None)
-    assert (found.event, found.id) == (None if resumes else "reset", known)
-    hub.publish(name, "after", None)
-    found = next(event for event in events if event.data or event.event)
-    assert (found.event, found.data) == (None, "after")
-    (told, *rest) = [each for each in caplog.records if each.name == "tgstream"]
-    assert "is lost, and who listens waits" in told.getMessage()
-    assert [each.getMessage() for each in rest] == [
-        "the server of tgstream.channels is back"
+    failing_server.start()
+    first = next(event for event in events if event.id is not None)
+    assert (first.event, first.id) == (None if resumes else "reset", known_id)
+    backend.publish(name, "after", None)
+    second = next(event for event in events if event.data or event.event)
+    assert (second.event, second.data) == (None, "after")
+    lost, *rest = [
+        (record.levelname, record.getMessage())
+        for record in caplog.records
+        if record.name == "tgstream"
     ]
+    assert lost[0] == "WARNING"
+    assert lost[1].startswith("Lost the connection to Redis (tgstream.channels): ")
+    assert lost[1].endswith("d. Listeners wait until it reconnects")
+    assert rest == [("INFO", "Reconnected to Redis (tgstream.channels)")]
 
 
-def test_publish_fails_while_redis_is_away(
-    make_app: MakeApp, mortal: Server, caplog: pytest.LogCaptureFixture, name: str
+def test_publish_fails_while_redis_is_down(
+    make_app: MakeApp,
+    failing_server: DurableValkey,
+    caplog: pytest.LogCaptureFixture,
+    name: str,
 ) -> None:
-    """At once it raises; in a transaction that has committed, the log has it."""
-    root = Live(Channel(name))
-    app = make_app(root, tgstream__channels=mortal.url, tm__enabled=True)
-    mortal.terminate()
+    """publish(now=True) raises. After a commit the failure is logged."""
+    root = LiveController(Channel(name))
+    app = make_app(root, tgstream__channels=failing_server.url, tm__enabled=True)
+    failing_server.terminate()
     assert get(app, "/post?text=lost").text == "posted"
-    told = [each.getMessage() for each in caplog.records if each.name == "tgstream"]
-    assert told == [
+    assert logged(caplog) == [
         f"an event of Channel('{name}') was committed, and could not be sent"
     ]
     with pytest.raises(redis.ConnectionError):
         Channel(name).publish("lost", now=True)
 
 
-def test_listeners_may_leave_while_it_is_looked_who_is_there() -> None:
-    """The thread that reads goes on without those, and ends with the last."""
+def test_listeners_can_disconnect_while_the_active_ones_are_counted() -> None:
+    """The thread continues without them, and ends with the last listener."""
 
     class Name(str):
         def __hash__(self) -> int:
-            if len(held) == 2:
-                held.pop()
+            if len(histories) == 2:
+                histories.pop()
             return super().__hash__()
 
-    hub, held = Redis("redis://127.0.0.1:1/0", 10), list[Feed]()
-    for name in "stays", "leaves":
-        feed = hub._feeds[Name(name)] = Feed((0, 0), 10)
-        held.append(feed)
-        del feed
-    assert hub._listened_to().keys() <= {"stays", "leaves"}
-    assert hub._listened_to().keys() == {"stays"}
-    held.clear()
-    assert hub._listened_to() == {}
+    backend = RedisBackend("redis://127.0.0.1:1/0", 10)
+    histories: list[ChannelHistory] = []
+    for name in "stays", "disconnects":
+        history = ChannelHistory((0, 0), 10)
+        backend._histories[Name(name)] = history
+        histories.append(history)
+        del history
+    assert backend._active_histories().keys() <= {"stays", "disconnects"}
+    assert backend._active_histories().keys() == {"stays"}
+    histories.clear()
+    assert backend._active_histories() == {}

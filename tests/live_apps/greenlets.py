@@ -1,4 +1,4 @@
-"""Channels on greenlets: many listen and publish on one thread, over each back end."""
+"""Channels with gevent: many listeners and a publisher share one thread."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from gevent import monkey
 
 monkey.patch_all()
 
-import sys  # noqa: E402  # gevent comes first
+import sys  # noqa: E402  # gevent must patch first
 import tempfile  # noqa: E402
 from pathlib import Path  # noqa: E402
 
@@ -19,33 +19,33 @@ from tests.valkey import Valkey  # noqa: E402
 from tgstream import Channel  # noqa: E402
 
 
-def run(channel: Channel, listeners: int, events: int) -> None:
-    """Each listener hears each event, in order, and nobody waits for another."""
+def check(channel: Channel, listeners: int, events: int) -> None:
+    """Check that each listener receives each event, in order."""
 
-    def hear(feed: object) -> list[object]:
-        heard = []
+    def receive(feed: object) -> list[object]:
+        received = []
         for event in feed:  # type: ignore[attr-defined]
-            heard.append(event.data)
+            received.append(event.data)
             if event.data == str(events - 1):
-                return heard
-        return heard
+                return received
+        return received
 
     feeds = [channel.listen() for _ in range(listeners)]
-    hearing = [gevent.spawn(hear, feed) for feed in feeds]
+    greenlets = [gevent.spawn(receive, feed) for feed in feeds]
     for number in range(events):
         channel.publish(str(number))
         gevent.sleep(0)
-    gevent.joinall(hearing, timeout=30)
+    gevent.joinall(greenlets, timeout=30)
     expected = [None, *map(str, range(events))]
-    assert [each.value for each in hearing] == [expected] * listeners
+    assert [greenlet.value for greenlet in greenlets] == [expected] * listeners
 
 
 def main() -> None:
-    """Over memory, and over a Valkey."""
-    run(Channel("memory"), 100, 20)
+    """Check memory:// and redis://."""
+    check(Channel("memory"), 100, 20)
     with Valkey(Path(tempfile.mkdtemp())) as server:
         tg.config["tgstream.channels"] = server.url
-        run(Channel("valkey"), 100, 20)
+        check(Channel("valkey"), 100, 20)
 
 
 if __name__ == "__main__":

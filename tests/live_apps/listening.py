@@ -1,4 +1,4 @@
-"""An application whose streams listen to channels that their clients name."""
+"""An application whose streams listen to channels that its clients name."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from tgstream import SSE, Channel, Report, Stream, last_event_id
 from tgstream.core.body import Body
 
 ended: Counter[str] = Counter()
-"""How the streams of each channel have ended: ``"<channel> <reason>"``."""
+"""How many streams ended, by ``"<channel> <reason>"``."""
 
 
 class RootController(TGController):
-    """What listens, what publishes, and what the process is made of."""
+    """Requests that listen, and requests that publish."""
 
     @expose()
     def feed(self, name: str, seconds: str = "", limit: str = "") -> Stream:
@@ -37,14 +37,14 @@ class RootController(TGController):
 
     @expose("json")
     def publish(self, name: str, first: str, count: str, size: str = "0") -> Any:
-        """So many events, numbered from the first on, of so many bytes more."""
+        """Publish ``count`` events: a number from ``first`` on, and ``size`` bytes."""
         for number in range(int(first), int(first) + int(count)):
             Channel(name).publish(f"{number} {'x' * int(size)}")
         return {}
 
 
-class Asked(Mounted):
-    """Tells of itself on a path that needs no application, ``/vitals``."""
+class Monitored(Mounted):
+    """Answers ``/vitals`` outside of the application."""
 
     def __call__(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
         if environ["PATH_INFO"] != "/vitals":
@@ -54,8 +54,8 @@ class Asked(Mounted):
         gc.collect()
         vitals = {
             "ended": ended,
-            # By its type alone: isinstance() would wake TG's proxies.
-            "alive": sum(type(each) is Body for each in gc.get_objects()),
+            # By type(): isinstance() would resolve the proxies of TG.
+            "alive": sum(type(item) is Body for item in gc.get_objects()),
             "threads": threading.active_count(),
             "memory": psutil.Process().memory_info().rss,
         }
@@ -66,14 +66,16 @@ def count(report: Report) -> None:
     ended[f"{tg.request.params['name']} {report.reason}"] += 1
 
 
-def make_app(redis: str = "", beat: str = "15", history: str = "40", **_: str) -> Any:
+def make_app(
+    redis: str = "", heartbeat: str = "15", history: str = "40", **_: str
+) -> Any:
     """The application, once for each back end: ``/memory`` and ``/redis``.
 
-    :param redis: the URL of a server; none, and there is but ``/memory``.
-    :param beat: seconds of silence after which a listener is sent a comment.
-    :param history: how many events of a channel are kept.
+    :param redis: the URL of a server. Without it there is only ``/memory``.
+    :param heartbeat: seconds without an event until a listener receives a comment.
+    :param history: how many events of a channel to store.
     """
-    # TG warns of what it registers anew for the second application of a process.
+    # TG warns when a second application of a process registers the same things.
     logging.getLogger("tg.configurator.application").setLevel("ERROR")
     logging.basicConfig(stream=sys.stdout, level="WARNING")
     tg.hooks.register("tgstream.finished", count)
@@ -84,10 +86,10 @@ def make_app(redis: str = "", beat: str = "15", history: str = "40", **_: str) -
             root_controller=RootController(),
             **{
                 "tgstream.channels": url,
-                "tgstream.heartbeat_seconds": beat,
+                "tgstream.heartbeat_seconds": heartbeat,
                 "tgstream.channel_history": history,
             },
         )
         for name, url in urls.items()
     }
-    return Asked(apps, {})
+    return Monitored(apps, {})

@@ -12,10 +12,16 @@ import pytest
 
 from tests.conftest import LiveServer
 from tests.faults.conftest import wait_until
-from tests.faults.test_listeners import Listener, address, ended, heard_after, publish
-from tests.live.test_redis import Server
+from tests.faults.test_listeners import (
+    Listener,
+    address,
+    count_ended,
+    publish,
+    receive_after,
+)
 from tests.network.conftest import Clock
 from tests.test_servers import SEVERAL
+from tests.valkey import DurableValkey
 
 HOUR = 3600
 
@@ -41,8 +47,8 @@ def test_clock_that_is_set_does_streams_no_harm(
 ) -> None:
     """Nothing is lost or held up, ids grow, beats come, and bounds are kept; neither
     the server nor the Valkey, whose clock is set with it, is harmed."""
-    with Server(tmp_path / "valkey") as valkey:
-        server = live_server(name, "listening", f"redis={valkey.url}", "beat=0.2")
+    with DurableValkey(tmp_path / "valkey") as valkey:
+        server = live_server(name, "listening", f"redis={valkey.url}", "heartbeat=0.2")
         feeds = {
             back_end: Listener(server, f"/{back_end}/feed?name=x")
             for back_end in ("memory", "redis")
@@ -63,16 +69,16 @@ def test_clock_that_is_set_does_streams_no_harm(
                 ids[back_end].append(event["id"])
         for feed in feeds.values():
             sent = time.monotonic()
-            feed.beat()
+            feed.wait_for_heartbeat()
             assert time.monotonic() - sent < 2
         bounded.response.read()  # to its end
         assert 1.8 <= time.monotonic() - begun < 4
-        assert ended(server, "bounded", "expired") == 1
+        assert count_ended(server, "bounded", "expired") == 1
         for back_end, each in ids.items():
             places = [[int(part, 16) for part in id.split("-")] for id in each]
             assert places == sorted(places)
             assert len({*each}) == 6
-            assert heard_after(server, back_end, "x", each[1]) == [*"2345"]
+            assert receive_after(server, back_end, "x", each[1]) == [*"2345"]
         print(name, offset, ids["redis"])
         for feed in feeds.values():
             feed.close()

@@ -12,7 +12,7 @@ import pytest
 
 from tests.conftest import LiveServer
 from tests.faults.conftest import wait_until
-from tests.faults.test_listeners import MANY, Listener, ask, ended, publish
+from tests.faults.test_listeners import MANY, Listener, count_ended, get_json, publish
 from tests.network.conftest import Network
 from tests.test_servers import SEVERAL
 
@@ -38,24 +38,26 @@ def test_clients_that_vanish_expire_and_hold_up_nobody(
     live_server: Start, network: Network, name: str
 ) -> None:
     """With ``max_seconds`` all of them end, and all is back: slots, threads, memory."""
-    server = live_server(name, "listening", "host=0.0.0.0", "threads=64", "beat=0.2")
-    before = ask(server, "/vitals")
+    server = live_server(
+        name, "listening", "host=0.0.0.0", "threads=64", "heartbeat=0.2"
+    )
+    before = get_json(server, "/vitals")
     path = f"/memory/feed?name=vanish&seconds=6&limit={MANY}"
     reader = Listener(server, "/memory/feed?name=vanish")
     slowest, number, begun = 0.0, 0, time.monotonic()
     with vanished(network, server, path):
-        while ended(server, "vanish", "expired") < MANY:
+        while count_ended(server, "vanish", "expired") < MANY:
             assert time.monotonic() - begun < 20
             sent = time.monotonic()
             publish(server, "vanish", number)
             assert reader.numbers(1) == [number]
             slowest, number = max(slowest, time.monotonic() - sent), number + 1
     took = time.monotonic() - begun
-    wait_until(lambda: ask(server, "/vitals")["alive"] == 1, "streams are left")
+    wait_until(lambda: get_json(server, "/vitals")["alive"] == 1, "streams are left")
     with ExitStack() as stack:
         for _ in range(MANY):  # as many slots are free, and threads
             stack.callback(Listener(server, path).close)
-        after = ask(server, "/vitals")
+        after = get_json(server, "/vitals")
         grown = (after["memory"] - before["memory"]) / 2**20
         assert grown < 32
         assert slowest < 1
@@ -73,16 +75,16 @@ def test_clients_that_vanish_are_given_up_by_the_kernel(
     TGSTREAM_PATIENCE=0 waits for."""
     patience = int(os.environ.get("TGSTREAM_PATIENCE", 3))
     options = "host=0.0.0.0", "threads=64", f"patience={patience * 1000}"
-    beat = "beat=0.2" if patience else "beat=15"
-    server = live_server(name, "listening", *options, beat)
+    heartbeat = "heartbeat=0.2" if patience else "heartbeat=15"
+    server = live_server(name, "listening", *options, heartbeat)
     begun = time.monotonic()
     with vanished(network, server, "/memory/feed?name=given"):
         pause = 0.05 if patience else 5
-        while ask(server, "/vitals")["alive"]:
+        while get_json(server, "/vitals")["alive"]:
             assert time.monotonic() - begun < (patience * 4 or 2400)
             time.sleep(pause)  # nothing tells of it
     took = time.monotonic() - begun
-    assert ended(server, "given", "disconnected") == MANY
+    assert count_ended(server, "given", "disconnected") == MANY
     print(
         f"{name}: with a patience of {patience} s, {MANY} had ended after {took:.1f} s"
     )

@@ -24,6 +24,7 @@ from tests.conftest import MakeApp
 from tests.model import Model, User
 from tests.wsgi import Call, get
 from tgstream import stream
+from tgstream.core import monitor
 from tgstream.turbogears import diagnostics
 from tgstream.turbogears.diagnostics import check_running, next_check
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from types import FrameType, FunctionType
 from typing import Any, NamedTuple
 
-from ..turbogears.diagnostics import name_of
+from ..turbogears.diagnostics import get_qualified_name
 
 ENVIRON_KEY = "tgstream.doctor"
 """The key of a request's probe in its environ."""
@@ -89,7 +89,11 @@ def _layer_of(frame: FrameType) -> Layer | None:
     if is_wrapper:
         return None
     function = _function_of(frame)
-    name = remove_locals(name_of(frame)) if function is None else _name_of(function)
+    name = (
+        remove_locals(get_qualified_name(frame))
+        if function is None
+        else _name_of(function)
+    )
     return Layer(name, function, False)
 
 

@@ -23,7 +23,7 @@ from tg import TGController, expose
 
 from ..core import context
 from ..turbogears.decorator import stream
-from ..turbogears.diagnostics import _reader
+from ..turbogears.diagnostics import find_buffering_caller
 from .middleware_trace import ENVIRON_KEY, Layer, add_callers
 
 ITEM_COUNT = 64
@@ -74,7 +74,7 @@ class Probe:
                         "tgstream doctor tests a stream that fails. Ignore this error"
                     )
                 if self.produced == 1:
-                    self.reader = _reader(sys._getframe(1))
+                    self.reader = find_buffering_caller(sys._getframe(1))
                 self.produced += 1
                 self.threads.append(threading.get_ident())
                 yield item

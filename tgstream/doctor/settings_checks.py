@@ -14,19 +14,14 @@ from urllib.parse import unquote
 
 from tg.support.converters import asbool
 
-from ..core.settings import OPTIONS, option
+from ..core.settings import OPTIONS, read_option
 from ..database.engines import binds_of_factory, is_shared
 from ..database.registry import scoped_sessions
-from ..live.channel import REDIS, own_words, shown_url
+from ..live.backends import REDIS_SCHEMES, redact_url, reserved_url_options
 from .finding import FAIL, NOTE, OK, WARN, Finding, describe_error
 
 Config = Mapping[str, Any]
-_STATE = {
-    "tgstream.guard",
-    "tgstream.said",
-    "tgstream.looks",
-    "tgstream.told_of_memory",
-}
+_STATE = {"tgstream.diagnostics", "tgstream.told_of_memory"}
 """The keys of a configuration in which tgstream remembers what it has logged."""
 
 
@@ -79,7 +74,7 @@ def check_options(config: Config) -> list[Finding]:
     known = sorted(given & OPTIONS.keys())
     for name in known:
         try:
-            option(config, name)
+            read_option(config, name)
         except (ValueError, TypeError):
             result = f"{name} has an invalid value: {config[name]!r}"
             advice = (
@@ -95,15 +90,15 @@ def check_options(config: Config) -> list[Finding]:
 
 
 def _show_option(name: str, value: Any) -> str:
-    return shown_url(value) if name == "tgstream.channels" else str(value)
+    return redact_url(value) if name == "tgstream.channels" else str(value)
 
 
 def _check_channels(config: Config) -> Finding:
     url = str(config.get("tgstream.channels", OPTIONS["tgstream.channels"].default))
     if url == "memory://":
         return Finding(OK, "channels", "memory://, for a server with one process")
-    shown = shown_url(url)
-    if not url.startswith(REDIS):
+    shown = redact_url(url)
+    if not url.startswith(REDIS_SCHEMES):
         return Finding(
             FAIL,
             "channels",
@@ -112,14 +107,14 @@ def _check_channels(config: Config) -> Finding:
         )
     if shown.endswith("..."):
         return _report_invalid_url(shown)
-    if reserved := own_words(url):
+    if reserved := reserved_url_options(url):
         result = f"{shown} sets {', '.join(reserved)}, which only tgstream may set"
         advice = "Remove it from the URL, after the '?'."
         return Finding(FAIL, "channels", result, advice)
     try:
-        from ..live.backends.redis import reach
+        from ..live.backends.redis import ping
 
-        reach(url)
+        ping(url)
     except ImportError:
         result = f"{shown} needs the package redis, which is not installed"
         return Finding(FAIL, "channels", result, "pip install 'tgstream[redis]'")

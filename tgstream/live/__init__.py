@@ -1,1 +1,1 @@
-"""Events between requests, processes and machines."""
+"""Channels: events between requests, processes and machines."""

@@ -1,241 +1,197 @@
-"""Channels: what is published in one request is heard in the streams of all others.
+"""Named channels: a request publishes an event, and streams of other requests send it.
 
-Rule: a channel is a name; where its events are kept is the application's to say, by
-the option ``tgstream.channels``, when the channel is used and not when it is made.
+A channel is only a name. The option ``tgstream.channels`` determines the back end that
+stores its events. It is read from the running application each time a channel is used,
+so that modules can create channels at import.
 """
 
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cache, partial
-from typing import Any, Protocol
-from urllib.parse import parse_qs, urlsplit
+from typing import Any
 
 import tg
 
 from ..core import context as _context
+from ..core.errors import StreamError
 from ..core.report import log
 from ..core.settings import read_option
 from ..database.on_commit import send
 from ..formats.sse import Event, check_type, encoded
-from .backends.memory import Memory
+from .backends import Backend, create_backend
 
-__all__ = ["Channel"]
-
-LONGEST = 256
-REDIS = "redis://", "rediss://", "unix://"
-"""How a URL begins that names a Redis or a Valkey."""
-OWN = {"protocol", "decode_responses", "encoding", "encoding_errors"} | {
-    *("socket_timeout", "socket_connect_timeout", "max_connections", "timeout"),
-    *("retry_on_timeout", "retry_on_error", "single_connection_client"),
-}
-"""What a URL may not say behind its ``?``, for it is tgstream's to say."""
-_TOLD = "tgstream.told_of_memory"
+MAX_LENGTH = 256
+"""Maximum number of characters of a channel's name and of an event id."""
+_WARNED = "tgstream.told_of_memory"
 
 
+@dataclass(frozen=True, slots=True, repr=False)
 class Channel:
-    """A named channel of events, which any stream may listen to.
+    """A named channel of events. Any stream can listen to it.
 
     .. code-block:: python
 
         orders = Channel("orders")
 
-    Make one where you need it, as often as you like: those of one name are one channel.
-    Who may publish and who may listen is for your controllers to say, so give a user's
-    own channel a name that nobody chooses but you.
+    Create one wherever you need it. Channels with the same name are equal, and are the
+    same channel. A channel does not check who publishes or listens: your controllers
+    must do that. If a channel is for one user, do not let users choose its name.
 
-    :param name: up to 256 characters, without CR, LF or NUL.
-    :raises TypeError: when the name is no text.
-    :raises ValueError: when it cannot be a name.
+    :param name: 1 to 256 characters, without CR, LF or NUL.
+    :raises TypeError: if the name is not a ``str``.
+    :raises ValueError: if the name is not valid.
     """
 
-    __slots__ = ("name",)
+    name: str
 
-    def __init__(self, name: str) -> None:
+    def __post_init__(self) -> None:
+        name: Any = self.name
         if not isinstance(name, str):
-            raise TypeError(f"Channel: {name!r:.80} is no text; give its name as a str")
-        if not 0 < len(name) <= LONGEST or any(each in name for each in "\r\n\0"):
+            raise TypeError(
+                f"Channel name must be a str, got {type(name).__name__}: {name!r:.80}"
+            )
+        if not _is_short_line(name):
             raise ValueError(
-                f"Channel: {name!r:.80} cannot be a name; it is 1 to {LONGEST} "
-                "characters, without CR, LF or NUL"
+                f"Channel name must be 1 to {MAX_LENGTH} characters without CR, LF or "
+                f"NUL, got {len(name)} characters: {name!r:.80}"
             )
         try:
             name.encode()
         except UnicodeEncodeError:
             raise ValueError(
-                f"Channel: {name!r:.80} has a lone surrogate, which UTF-8 cannot say"
+                "Channel name must not contain a lone surrogate, which UTF-8 cannot "
+                f"encode, got {name!r:.80}"
             ) from None
-        self.name = name
 
     def __repr__(self) -> str:
         return f"Channel({self.name!r})"
 
     def publish(self, data: Any, event: str | None = None, now: bool = False) -> None:
-        """Send an event to all who listen, when the transaction commits.
+        """Send an event to all listeners when the transaction commits.
 
-        In a request of TurboGears with ``tm.enabled``, and in a running stream, it goes
-        out when the transaction commits, and only then; elsewhere at once, also in the
-        hook ``tgstream.finished``. It is encoded here, so that what cannot be sent is
-        refused here.
+        This applies to requests of TurboGears with ``tm.enabled``, and to running
+        streams. Elsewhere, and in the hook ``tgstream.finished``, the event is sent at
+        once. The event is encoded in this call, so that invalid data raises here.
 
-        :param data: what the event says: a ``str`` as it is, anything else as JSON.
-        :param event: its type, which listeners are registered for; None for
-            ``message``. ``reset`` is what :meth:`listen` says of a gap.
-        :param now: send it at once, whatever becomes of the transaction.
-        :raises TypeError: when ``data`` is bytes or has no JSON, or ``event`` is no
-            text.
-        :raises ValueError: when one of them cannot be said in an event.
+        :param data: the data of the event: a ``str`` as it is, anything else as JSON.
+        :param event: its type, by which browsers choose their handlers. None means
+            ``message``. Do not use ``reset``: :meth:`listen` reports gaps by it.
+        :param now: send the event at once, even if the transaction aborts later.
+        :raises TypeError: if ``data`` is bytes, if JSON cannot encode it, or if
+            ``event`` is not a ``str``.
+        :raises ValueError: if an event cannot contain ``data`` or ``event``.
         """
-        encoded_data = encoded(data, f"what is published to {self!r}")
+        encoded_data = encoded(data, f"data published to {self!r}")
         check_type(event)
         text = data if type(data) is str else encoded_data.decode()
-        _warn_of_script()
-        publish = partial(_hub().publish, self.name, text, event, encoded_data)
+        _warn_without_application()
+        publish = partial(
+            _running_backend().publish, self.name, text, event, encoded_data
+        )
         if now:
             publish()
         else:
             send(f"an event of {self!r}", publish)
 
     def listen(self, after: str | None = None) -> Iterator[Event]:
-        """The events of the channel, as they come, for a stream with ``SSE``.
+        """The events of the channel, for a stream with ``SSE``.
 
-        What is published from this call on is in it. It begins with a comment, and
-        says another when nothing was sent for ``tgstream.heartbeat_seconds``; it ends
-        when the client is so far behind that its next event is kept no more, and the
-        client then comes back by itself. ``data`` of an event is text.
+        It contains every event that is published after this call. It begins with a
+        comment, and sends a comment after ``tgstream.heartbeat_seconds`` without an
+        event. If the client falls so far behind that its next event is no longer
+        stored, the stream ends, and the browser reconnects. ``data`` of an event is
+        always a ``str``.
 
-        :param after: the id of the last event that the client has had, which
-            :func:`last_event_id` knows; None to begin now. What was published since is
-            sent first. Where the channel cannot tell that it has all of it, there is
-            ``Event('', event='reset')`` instead, and it goes on from now: the client
-            then reads anew what it shows.
-        :raises TypeError: when ``after`` is no text.
+        :param after: the id of the last event that the client received, from
+            :func:`last_event_id`. The events that were published since then are sent
+            first. If some of them may be missing, ``Event('', event='reset')`` is sent
+            instead: the page must then reload its data. None begins with new events.
+        :raises TypeError: if ``after`` is neither a ``str`` nor None.
         """
         if not isinstance(after, str | None):
             raise TypeError(
-                f"{self!r}: after={after!r:.80} is no text; give what last_event_id() "
-                "returns"
+                f"{self!r}.listen(): after must be a str or None, got "
+                f"{type(after).__name__}: {after!r:.80}. Pass the result of "
+                "last_event_id()"
             )
-        beat = read_option(tg.config, "tgstream.heartbeat_seconds")
-        return _hub().listen(self.name, after, beat)
+        heartbeat_seconds = read_option(tg.config, "tgstream.heartbeat_seconds")
+        return _running_backend().listen(self.name, after, heartbeat_seconds)
 
 
-class Hub(Protocol):
-    """A back end: where the channels of a process get their events from."""
+def last_event_id() -> str | None:
+    """The id of the last event that the client received.
 
-    def publish(
-        self, channel: str, text: str, event: str | None, data: bytes | None = None
-    ) -> None:
-        """Hand an event to all who listen.
+    Browsers send the id in the header ``Last-Event-ID`` when they reconnect. Polyfills
+    that cannot set headers send it in the query parameter ``lastEventId``. A client can
+    forge it, so do not trust it. ``Channel.listen(after=...)`` accepts any id.
 
-        :param data: the text in UTF-8, where it is there already.
-        """
+    :returns: 1 to 256 characters without CR, LF or NUL. None if the client sent no id,
+        or an invalid one.
+    :raises StreamError: outside of a request.
+    """
+    try:
+        request = _context.current().request
+    except TypeError:
+        raise StreamError(
+            "last_event_id() needs a running request. Call it in a controller, or in "
+            "the generator of its stream"
+        ) from None
+    try:
+        # WSGI decodes headers as latin-1, but browsers send UTF-8.
+        id = request.headers.get("Last-Event-ID", "").encode("latin-1").decode()
+        id = id or request.GET.get("lastEventId", "")
+    except ValueError:  # the base class of UnicodeError
+        return None
+    return id if _is_short_line(id) else None
 
-    def listen(self, channel: str, after: str | None, beat: float) -> Iterator[Event]:
-        """What a listener is sent; after so many seconds of silence, a comment."""
+
+def _is_short_line(text: str) -> bool:
+    """True if a text is a possible name of a channel, or a possible event id."""
+    return 0 < len(text) <= MAX_LENGTH and not any(char in text for char in "\r\n\0")
 
 
-_hubs: dict[tuple[int, str, int], Hub] = {}
+_backends: dict[tuple[int, str, int], Backend] = {}
 
 
-def _hub() -> Hub:
-    """The back end of the application that runs here."""
+def _running_backend() -> Backend:
+    """The back end of the running application."""
     url: str = read_option(tg.config, "tgstream.channels")
-    history: int = read_option(tg.config, "tgstream.channel_history")
-    _warn_of_processes(url)
-    key = os.getpid(), url, history  # a forked process makes its own
-    # Two threads that ask at once get the same.
-    return _hubs.get(key) or _hubs.setdefault(key, _made(url, history))
-
-
-def own_words(url: str) -> list[str]:
-    """What the URL of a Redis says that is tgstream's to say."""
-    return sorted(OWN & parse_qs(urlsplit(url).query, keep_blank_values=True).keys())
-
-
-def shown_url(value: Any) -> str:
-    """What names the server of a URL, without its password.
-
-    Of what is no URL nobody knows where its password is: only its scheme is shown.
-    """
-    scheme, mark, rest = str(value).partition("://")
-    if not mark or not _SCHEME(scheme):
-        start = _SCHEME(scheme.partition(":")[0])
-        return f"{start[0]}:..." if start and ":" in scheme else "..."
-    netloc = re.split("[/?#]", rest)[0]
-    place = rest.removeprefix(netloc)
-    host = netloc.rpartition("@")[2]
-    # Else it has a password in it, or behind it, that was not percent-encoded.
-    if "@" in place or not re.fullmatch(r"(\[[0-9A-Fa-f:.]*\]|[^:\[\]]*)(:\d*)?", host):
-        return f"{scheme}://..."
-    return f"{scheme}://{host}{re.split('[?#]', place)[0]}"
-
-
-_SCHEME = re.compile("[A-Za-z][A-Za-z0-9+.-]*").fullmatch
-
-
-def check_password(url: str) -> None:
-    """Refuse the URL of a Redis whose password was not percent-encoded.
-
-    Its first part would be read as a host or a port, and be in messages.
-
-    :raises ValueError: without any part of it.
-    """
-    if shown_url(url).endswith("..."):
-        raise ValueError(
-            f"the option tgstream.channels cannot be read: {shown_url(url)}; write "
-            "redis://host:port/db, and percent-encode what is in a password"
-        )
-
-
-def _made(url: str, history: int) -> Hub:
-    if url == "memory://":
-        return Memory(history)
-    if url.startswith(REDIS):
-        check_password(url)
-        if own := own_words(url):
-            raise ValueError(
-                f"the option tgstream.channels says {', '.join(own)} behind its '?', "
-                "which tgstream sets itself; leave it out"
-            )
-        # Imported where it is asked for: the package redis is an extra.
-        from .backends.redis import Redis
-
-        return Redis(url, history)
-    scheme = shown_url(url).partition(":")[0]  # all of it may hold a password
-    raise ValueError(
-        f"the option tgstream.channels begins with {scheme!r}, which is none of its "
-        "kinds: memory://, or redis://host:port/db, rediss:// or unix:// for a Redis "
-        "or a Valkey"
+    max_events: int = read_option(tg.config, "tgstream.channel_history")
+    _warn_of_multiple_processes(url)
+    key = os.getpid(), url, max_events  # a forked process needs its own back end
+    # setdefault(), so that two threads get the same back end.
+    return _backends.get(key) or _backends.setdefault(
+        key, create_backend(url, max_events)
     )
 
 
 @cache
-def _warn_of_script() -> None:
-    """Warn, once a process, that only this process hears what it publishes."""
+def _warn_without_application() -> None:
+    """Warn, once in a process, that no other process receives its events."""
     if "tg.configurator" not in tg.config and "tgstream.channels" not in tg.config:
         log.warning(
-            "publish() was called where no application is loaded: tgstream.channels is "
-            "memory:// there, and no other process hears it. Load the application "
-            "before, as paste.deploy.loadapp() does"
+            "publish() was called without a loaded application, so tgstream.channels "
+            "is memory:// and no other process receives the event. Load the "
+            "application first, for example with paste.deploy.loadapp()"
         )
 
 
-def _warn_of_processes(url: str) -> None:
-    """Warn, once an application, that another process hears nothing of this one."""
+def _warn_of_multiple_processes(url: str) -> None:
+    """Warn, once in an application, that other processes do not receive its events."""
     try:
         tg_locals = _context.current()
     except TypeError:
         return
     config = tg_locals.config
-    if url != "memory://" or config.get(_TOLD):
+    if url != "memory://" or config.get(_WARNED):
         return
     if tg_locals.request.environ.get("wsgi.multiprocess"):
-        config[_TOLD] = True
+        config[_WARNED] = True
         log.warning(
-            "the server runs several processes, and tgstream.channels is memory://: "
-            "what is published in one is not heard in the others. Set it to "
-            "redis://host:6379/0, a Redis or a Valkey, or run one process"
+            "The server runs several processes, but tgstream.channels is memory://, so "
+            "other processes do not receive the events of this one. Set it to "
+            "redis://host:6379/0 (Redis or Valkey), or run one process"
         )

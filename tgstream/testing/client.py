@@ -18,7 +18,7 @@ from webob import Request
 from webob.headers import ResponseHeaders
 
 from ..core.cleanup import close
-from ..core.headers import charset_in
+from ..core.headers import find_charset
 from ..core.report import Report
 from ..formats.sse import Event
 from .decoders import decode_text, parse_array, parse_events, parse_ndjson, split_lines
@@ -171,7 +171,7 @@ class OpenStream:
                 f"{self.path}: {method}() reads {' and '.join(content_types)}, but the "
                 f"content type is {self._content_type or 'missing'} ({self.status})"
             )
-        return decode_text(self, charset_in(self.headers.get("Content-Type")))
+        return decode_text(self, find_charset(self.headers.get("Content-Type")))
 
     # Actions of servers and clients.
 

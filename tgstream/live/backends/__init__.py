@@ -1,1 +1,127 @@
-"""Where the events of channels are kept."""
+"""Back ends of channels: their protocol, and the choice of a back end by its URL.
+
+The modules of the back ends do not import this one, because it imports them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any, Protocol
+from urllib.parse import parse_qs, urlsplit
+
+from ...formats.sse import Event
+from .memory import MemoryBackend
+
+REDIS_SCHEMES = "redis://", "rediss://", "unix://"
+"""The beginnings of a URL of Redis or Valkey."""
+RESERVED_URL_OPTIONS = {
+    "protocol",
+    "decode_responses",
+    "encoding",
+    "encoding_errors",
+    "socket_timeout",
+    "socket_connect_timeout",
+    "max_connections",
+    "timeout",
+    "retry_on_timeout",
+    "retry_on_error",
+    "single_connection_client",
+}
+"""Options that a URL must not set after its ``?``, because tgstream sets them."""
+
+
+class Backend(Protocol):
+    """Stores the events of channels, and sends them to the listeners."""
+
+    def publish(
+        self,
+        channel: str,
+        text: str,
+        event: str | None,
+        encoded_text: bytes | None = None,
+    ) -> None:
+        """Send an event to all listeners of a channel.
+
+        :param text: the data of the event.
+        :param event: the type of the event.
+        :param encoded_text: ``text`` in UTF-8, if the caller has it.
+        """
+
+    def listen(
+        self, channel: str, after: str | None, heartbeat_seconds: float
+    ) -> Iterator[Event]:
+        """The events of a channel from this call on.
+
+        :param after: the id of the last event that the client received. Yield the
+            events after it first, or ``event: reset`` if some of them are missing.
+        :param heartbeat_seconds: yield a comment after this time without an event.
+        """
+
+
+def create_backend(url: str, max_events: int) -> Backend:
+    """Create the back end of a URL.
+
+    :param url: the value of ``tgstream.channels``.
+    :param max_events: how many events of a channel to store.
+    :raises ValueError: if the URL is not valid. The message never contains a password.
+    :raises ImportError: if the URL needs the package ``redis``, which is not installed.
+    """
+    if url == "memory://":
+        return MemoryBackend(max_events)
+    if url.startswith(REDIS_SCHEMES):
+        _check_redis_url(url)
+        # Imported only when used: the package redis is optional.
+        from .redis import RedisBackend
+
+        return RedisBackend(url, max_events)
+    scheme = redact_url(url).partition(":")[0]  # the rest may contain a password
+    raise ValueError(
+        f"unsupported scheme {scheme!r} in tgstream.channels. Use memory://, redis://, "
+        "rediss:// or unix://"
+    )
+
+
+def _check_redis_url(url: str) -> None:
+    shown = redact_url(url)
+    if shown.endswith("..."):
+        # The package redis would take a part of the password for the host or the port,
+        # and show it in its messages.
+        raise ValueError(
+            f"cannot parse {shown} in tgstream.channels. Use redis://host:port/db, and "
+            "percent-encode the password"
+        )
+    if reserved := reserved_url_options(url):
+        raise ValueError(
+            f"tgstream.channels must not set {', '.join(reserved)} after '?', because "
+            "tgstream sets these options. Remove them from the URL"
+        )
+
+
+def reserved_url_options(url: str) -> list[str]:
+    """The options after the ``?`` of a URL that tgstream sets itself."""
+    options = parse_qs(urlsplit(url).query, keep_blank_values=True)
+    return sorted(RESERVED_URL_OPTIONS & options.keys())
+
+
+def redact_url(value: Any) -> str:
+    """The scheme, host, port and path of a URL, without user, password and options.
+
+    If the value is not a valid URL, any part may be the password, so only the scheme is
+    returned. The result then ends with ``...``.
+    """
+    scheme, separator, rest = str(value).partition("://")
+    if not separator or not _is_scheme(scheme):
+        beginning, colon, _ = scheme.partition(":")
+        return f"{beginning}:..." if colon and _is_scheme(beginning) else "..."
+    netloc = re.split("[/?#]", rest)[0]
+    path = rest.removeprefix(netloc)
+    host = netloc.rpartition("@")[2]
+    # An "@" in the path, or an odd host, is of a password that was not percent-encoded.
+    if "@" in path or not _is_host(host):
+        return f"{scheme}://..."
+    return f"{scheme}://{host}{re.split('[?#]', path)[0]}"
+
+
+_is_scheme = re.compile("[A-Za-z][A-Za-z0-9+.-]*").fullmatch
+_is_host = re.compile(r"(\[[0-9A-Fa-f:.]*\]|[^:\[\]]*)(:\d*)?").fullmatch

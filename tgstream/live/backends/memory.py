@@ -1,8 +1,11 @@
-"""Channels of one process: the back end of ``memory://``.
+"""The back end of ``memory://``: channels of one process.
 
-Every event of the process has one number, whatever its channel, and an id names the run
-of the process as well. So an id is known, or it is known to be foreign; no clock takes
-part. Nothing here has a lock: all of it is done in turn, as ``_feed`` explains.
+All events of the process are numbered together, whatever their channel. An event id
+consists of a random id of this process and the number. So the ids of other processes
+are recognised, and no clock is needed.
+
+Every change goes through ``apply_change()``, as ``tgstream.live.history`` explains. So
+nothing here needs a lock.
 """
 
 from __future__ import annotations
@@ -14,73 +17,98 @@ from collections.abc import Iterator
 from weakref import WeakValueDictionary
 
 from ...formats.sse import Event, Message
-from ..history import Feed, Key, Start, follow, in_turn, opened, reset
+from ..history import (
+    ChannelHistory,
+    Position,
+    Subscription,
+    apply_change,
+    iter_events,
+    opening_event,
+    reset_event,
+)
 
-KEPT = 10_000
-"""Channels whose history is kept while nobody listens; the names may be users'."""
+MAX_CHANNELS = 10_000
+"""Channels to keep although nobody listens. Their names may come from users."""
 
 
-class Memory:
+class MemoryBackend:
     """The channels of this process.
 
-    :param history: how many events of a channel are kept.
+    :param max_events: how many events of a channel to store.
     """
 
-    def __init__(self, history: int) -> None:
-        self._history = history
-        self._run = secrets.token_hex(4)
-        self._last = 0
-        self._feeds: WeakValueDictionary[str, Feed] = WeakValueDictionary()
-        self._kept: OrderedDict[str, Feed] = OrderedDict()
+    def __init__(self, max_events: int) -> None:
+        self._max_events = max_events
+        self._process = secrets.token_hex(4)
+        self._last_number = 0
+        # The channels with a listener, and those used last.
+        self._histories: WeakValueDictionary[str, ChannelHistory] = (
+            WeakValueDictionary()
+        )
+        self._used_last: OrderedDict[str, ChannelHistory] = OrderedDict()
 
     def publish(
-        self, channel: str, text: str, event: str | None, data: bytes | None = None
+        self,
+        channel: str,
+        text: str,
+        event: str | None,
+        encoded_text: bytes | None = None,
     ) -> None:
-        """Hand an event to all who listen."""
-        message = Message(text, event, data)
-        in_turn(lambda: self._append(channel, message))
+        """Send an event to all listeners of this process."""
+        message = Message(text, event, encoded_text)
+        apply_change(lambda: self._append(channel, message))
 
     def _append(self, channel: str, message: Message) -> None:
-        feed, number = self._feed(channel), self._last + 1
-        feed.append_now((number, 0), message.sealed(self._id(number)))
-        self._last = number
+        history, number = self._history(channel), self._last_number + 1
+        history.append_directly((number, 0), message.sealed(self._format_id(number)))
+        self._last_number = number
 
-    def listen(self, channel: str, after: str | None, beat: float) -> Iterator[Event]:
-        """What a listener is sent."""
-        start = Start()
-        in_turn(lambda: self._begin(start, channel, after))
-        return follow(start, beat)
+    def listen(
+        self, channel: str, after: str | None, heartbeat_seconds: float
+    ) -> Iterator[Event]:
+        """The events of a channel from now on, and before them the missed ones."""
+        subscription = Subscription()
+        apply_change(lambda: self._subscribe(subscription, channel, after))
+        return iter_events(subscription, heartbeat_seconds)
 
-    def _begin(self, start: Start, channel: str, after: str | None) -> None:
-        start.feed = feed = self._feed(channel)
-        newest, start.number = self._id(self._last), feed.end
+    def _subscribe(
+        self, subscription: Subscription, channel: str, after: str | None
+    ) -> None:
+        history = self._history(channel)
+        subscription.history = history
+        newest_id = self._format_id(self._last_number)
         if after is None:
-            start.opening = [opened(newest)]
+            subscription.next_number = history.next_number
+            subscription.opening_events = [opening_event(newest_id)]
             return
-        key = self._key(after)
-        # The feed's last may be older: there were events in other channels.
-        number = key and feed.number_after(min(key, feed.last))
+        position = self._parse_id(after)
+        # The last event of this channel may be older than events of other channels.
+        number = position and history.number_after(min(position, history.last_position))
         if number is None:
-            start.opening = [opened(None), reset(newest)]
+            subscription.next_number = history.next_number
+            subscription.opening_events = [opening_event(None), reset_event(newest_id)]
         else:
-            start.number, start.opening = number, [opened(after)]
+            subscription.next_number = number
+            subscription.opening_events = [opening_event(after)]
 
-    def _feed(self, channel: str) -> Feed:
-        feed = self._feeds.get(channel)
-        if feed is None:
-            feed = self._feeds[channel] = Feed((self._last, 0), self._history)
-        self._kept[channel] = feed
-        self._kept.move_to_end(channel)
-        if len(self._kept) > KEPT:
-            self._kept.popitem(last=False)
-        return feed
+    def _history(self, channel: str) -> ChannelHistory:
+        history = self._histories.get(channel)
+        if history is None:
+            history = ChannelHistory((self._last_number, 0), self._max_events)
+            self._histories[channel] = history
+        self._used_last[channel] = history
+        self._used_last.move_to_end(channel)
+        if len(self._used_last) > MAX_CHANNELS:
+            self._used_last.popitem(last=False)
+        return history
 
-    def _id(self, number: int) -> str:
-        return f"{self._run}-{number}"
+    def _format_id(self, number: int) -> str:
+        return f"{self._process}-{number}"
 
-    def _key(self, id: str) -> Key | None:
-        """The place that an id names; None for one that this process has not made."""
-        found = re.fullmatch(r"([0-9a-f]{8})-(0|[1-9][0-9]{0,18})", id, re.ASCII)
-        if found is None or found[1] != self._run or int(found[2]) > self._last:
+    def _parse_id(self, id: str) -> Position | None:
+        """The position of an event id. None if this process has not sent the id."""
+        match = re.fullmatch(r"([0-9a-f]{8})-(0|[1-9][0-9]{0,18})", id, re.ASCII)
+        if match is None or match[1] != self._process:
             return None
-        return int(found[2]), 0
+        number = int(match[2])
+        return (number, 0) if number <= self._last_number else None

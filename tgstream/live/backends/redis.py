@@ -1,25 +1,38 @@
-"""Channels of many processes: the back end of ``redis://``.
+"""The back end of ``redis://``: channels of several processes.
 
-Rule: a process reads by one connection and on one thread, while somebody listens, for
-all that listen. When the server goes away they wait; when it is back, they go on where
-they were, or are told that they cannot.
+Every channel is a stream of Redis or Valkey. In each process one thread reads, over one
+connection, the new events of all channels that have listeners, and it runs only while
+there are listeners. When the connection is lost, the listeners wait. After a reconnect
+they continue where they were. If events are missing, they receive ``event: reset``.
+
+The position of an event is the id that the server gave it. The server removes the
+oldest events of a stream first. So if the event at a position is still in the stream,
+no event after it is missing. If it is not, ``has_all_after()`` needs another proof.
 """
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from typing import Any
 from weakref import WeakValueDictionary
 
 from ...core.options import clock
 from ...core.report import log
-from ...formats.sse import Event
-from ..history import BEAT, Feed, Key, Start, follow, opened, reset
-from ._redis_streams import Streams, id_of, key_of
+from ...formats.sse import Event, sealed
+from ..history import (
+    HEARTBEAT,
+    ChannelHistory,
+    Position,
+    Subscription,
+    iter_events,
+    opening_event,
+    reset_event,
+)
 
 try:
     import redis
@@ -27,266 +40,443 @@ try:
     from redis.retry import Retry
 except ImportError as error:
     raise ImportError(
-        "the option tgstream.channels names a Redis or a Valkey, and the package redis "
-        "is not installed: pip install 'tgstream[redis]'"
+        "tgstream.channels uses Redis or Valkey, but the package redis is not "
+        "installed. Run: pip install 'tgstream[redis]'"
     ) from error
 
-FAILURES = redis.RedisError, OSError
-BLOCK = 1.0
-"""Seconds that the server lets a read wait; it is asked again then."""
-PATIENCE = 5.0
-"""Seconds after which a server that says nothing is taken for gone."""
-PAUSE = 0.05, 1.0
-"""Seconds between two attempts to reach it: the first, and the longest."""
-CONNECTIONS = 8
-"""What may publish, or come back, at once; others wait for their turn."""
+CONNECTION_ERRORS = redis.RedisError, OSError
+READ_SECONDS = 1.0
+"""Maximum seconds that one read waits on the server for new events."""
+TIMEOUT_SECONDS = 5.0
+"""Seconds without an answer after which a connection is given up."""
+MIN_RECONNECT_SECONDS = 0.05
+MAX_RECONNECT_SECONDS = 1.0
+"""Seconds between two attempts to connect. They double from the minimum on."""
+MAX_CONNECTIONS = 8
+"""Connections for publishing and resuming. If all are in use, others wait."""
+MAX_READ = 1000
+"""Maximum events of one read of the thread."""
+MAX_PAGE = 20
+"""Maximum events of one read for a single listener."""
+KEY_PREFIX = "tgstream:"
+
+Entry = tuple[Position, Event]
+
+START: Position = (0, 0)
+"""The position before the first event of a stream."""
 
 
-class Redis:
-    """The channels of a Redis or a Valkey, in this process.
+class RedisBackend:
+    """The channels of a Redis or Valkey server, in this process.
 
-    :param url: as the package redis reads it.
-    :param history: how many events of a channel are kept, there and here.
+    :param url: the URL of the server, as the package redis reads it.
+    :param max_events: how many events of a channel to store, in the server and here.
     """
 
-    def __init__(self, url: str, history: int) -> None:
+    def __init__(self, url: str, max_events: int) -> None:
         self._url = url
-        self._history = history
+        self._max_events = max_events
         pool = redis.BlockingConnectionPool.from_url(
-            url, max_connections=CONNECTIONS, timeout=PATIENCE, **_manners()
+            url,
+            max_connections=MAX_CONNECTIONS,
+            timeout=TIMEOUT_SECONDS,
+            **_connection_options(),
         )
-        self._streams = Streams(redis.Redis(connection_pool=pool))
-        self._feeds: WeakValueDictionary[str, Feed] = WeakValueDictionary()
+        self._streams = RedisStreams(redis.Redis(connection_pool=pool))
+        self._histories: WeakValueDictionary[str, ChannelHistory] = (
+            WeakValueDictionary()
+        )
         self._lock = threading.Lock()
-        self._looking_back = threading.Lock()
-        self._reading = self._lost = False
-        self._client_id: int | None = None  # of the connection that reads
+        self._backlog_lock = threading.Lock()
+        self._reader_runs = False
+        self._connection_lost = False
+        self._client_id: int | None = None  # of the reader's connection
 
     def publish(
-        self, channel: str, text: str, event: str | None, data: bytes | None = None
+        self,
+        channel: str,
+        text: str,
+        event: str | None,
+        encoded_text: bytes | None = None,
     ) -> None:
-        """Hand an event to all who listen, in whatever process."""
-        said = text if data is None else data
-        self._streams.add(channel, said, event, self._history)
+        """Send an event to all listeners of all processes."""
+        data = text if encoded_text is None else encoded_text
+        self._streams.add(channel, data, event, self._max_events)
 
     # Listeners.
 
-    def listen(self, channel: str, after: str | None, beat: float) -> Iterator[Event]:
-        """What a listener is sent; while the server is away, a comment at times."""
-        try:
-            return follow(self._start(channel, after, beat), beat)
-        except FAILURES:
-            return self._listen_late(channel, after, beat)
-
-    def _listen_late(
-        self, channel: str, after: str | None, beat: float
+    def listen(
+        self, channel: str, after: str | None, heartbeat_seconds: float
     ) -> Iterator[Event]:
-        """What a listener is sent that came while the server was away."""
-        yield opened(None)
-        until = clock() + beat
+        """The events of a channel from now on, and before them the missed ones.
+
+        While the server cannot be reached, the listener receives heartbeats.
+        """
+        try:
+            subscription = self._subscribe(channel, after, heartbeat_seconds)
+        except CONNECTION_ERRORS:
+            return self._listen_when_connected(channel, after, heartbeat_seconds)
+        return iter_events(subscription, heartbeat_seconds)
+
+    def _listen_when_connected(
+        self, channel: str, after: str | None, heartbeat_seconds: float
+    ) -> Iterator[Event]:
+        """The events of a listener that began while the server could not be reached."""
+        yield opening_event(None)
+        next_heartbeat = clock() + heartbeat_seconds
         while True:
             try:
-                # What it has missed by now nobody knows, without an id.
-                start = self._start(channel, after or "", beat)
+                # Without an id it may have missed events until now. An invalid id makes
+                # the channel send a reset.
+                subscription = self._subscribe(channel, after or "", heartbeat_seconds)
                 break
-            except FAILURES as error:
-                self._tell_lost(error)
-                if clock() > until:
-                    yield BEAT
-                    until = clock() + beat
-                time.sleep(min(PAUSE[1], beat))
-        yield from follow(start, beat)
+            except CONNECTION_ERRORS as error:
+                self._log_lost_connection(error)
+                if clock() > next_heartbeat:
+                    yield HEARTBEAT
+                    next_heartbeat = clock() + heartbeat_seconds
+                time.sleep(min(MAX_RECONNECT_SECONDS, heartbeat_seconds))
+        yield from iter_events(subscription, heartbeat_seconds)
 
-    def _start(self, channel: str, after: str | None, beat: float) -> Start:
-        feed = self._feed(channel)
-        number, newest = feed.now()
+    def _subscribe(
+        self, channel: str, after: str | None, heartbeat_seconds: float
+    ) -> Subscription:
+        history = self._history(channel)
+        next_number, newest = history.snapshot()
         if after is None:
-            return Start(feed, number, [opened(id_of(newest))])
-        place = key_of(after)
-        if place is not None:
-            found = feed.number_after(place, exact=True)
-            if found is None and place < feed.floor:
-                if not self._look_back(feed, channel, place):
-                    return self._gap(feed)
-                found = feed.number_after(place, exact=True)
-                if found is None:  # more than is kept here
-                    return Start(None, 0, self._read_up(feed, channel, place, beat))
-            if found is None and place > newest:
-                found = self._catch_up(feed, channel, place)
-            if found is not None:
-                return Start(feed, found, [opened(after)])
-        return self._gap(feed)
+            opening = opening_event(format_id(newest))
+            return Subscription(history, next_number, [opening])
+        position = parse_id(after)
+        if position is None:
+            return self._subscribe_after_gap(history)
+        number = history.number_after(position, exact=True)
+        if number is None and position < history.first_position:
+            if not self._load_backlog(history, channel, position):
+                return self._subscribe_after_gap(history)
+            number = history.number_after(position, exact=True)
+            if number is None:  # the backlog is longer than a history
+                return Subscription(
+                    opening_events=self._iter_backlog(
+                        history, channel, position, heartbeat_seconds
+                    )
+                )
+        if number is None and position > newest:
+            number = self._catch_up(history, channel, position)
+        if number is None:
+            return self._subscribe_after_gap(history)
+        return Subscription(history, number, [opening_event(after)])
 
-    def _gap(self, feed: Feed) -> Start:
-        number, newest = feed.now()
-        return Start(feed, number, [opened(None), reset(id_of(newest))])
+    def _subscribe_after_gap(self, history: ChannelHistory) -> Subscription:
+        next_number, newest = history.snapshot()
+        opening_events = opening_event(None), reset_event(format_id(newest))
+        return Subscription(history, next_number, opening_events)
 
-    def _look_back(self, feed: Feed, channel: str, place: Key) -> bool:
-        """Read what came after a place into the feed, for all who missed it.
+    def _load_backlog(
+        self, history: ChannelHistory, channel: str, position: Position
+    ) -> bool:
+        """Read the events after a position into the history, for all listeners.
 
-        :returns: whether the server has all of it; the feed has what fits.
+        :returns: False if the server has removed some of them. If it is True, the
+            history has the newest of them, as many as there is room for.
         """
-        # One reads, and the others wait for that, but not forever.
-        waited = self._looking_back.acquire(timeout=PATIENCE)
+        # One listener reads. The others wait for its result, but not forever.
+        acquired = self._backlog_lock.acquire(timeout=TIMEOUT_SECONDS)
         try:
-            if feed.number_after(place, exact=True) is not None:
+            if history.number_after(position, exact=True) is not None:
                 return True
-            # One more: the place before the oldest that fits.
-            floor, count = feed.floor, self._history + 1
-            older = self._streams.newest_between(channel, place, floor, count)
-            # Asked afterwards: what is whole now was whole when it was read.
-            if not self._streams.has_all_after(channel, place):
+            # Read one more than fits: its position is that before the oldest that fits.
+            until, count = history.first_position, self._max_events + 1
+            older = self._streams.newest_between(channel, position, until, count)
+            # Checked after the read: events that are complete now were complete then.
+            if not self._streams.has_all_after(channel, position):
                 return False
             if len(older) == count:
-                (place, _), *older = older
-            feed.extend_back(place, floor, older)
+                (position, _), *older = older
+            history.prepend(position, until, older)
             return True
         finally:
-            if waited:
-                self._looking_back.release()
+            if acquired:
+                self._backlog_lock.release()
 
-    def _read_up(
-        self, feed: Feed, channel: str, place: Key, beat: float
+    def _iter_backlog(
+        self,
+        history: ChannelHistory,
+        channel: str,
+        position: Position,
+        heartbeat_seconds: float,
     ) -> Iterator[Event]:
-        """What the feed does not keep, a few at a time, and then the feed's.
+        """Read a backlog that is longer than a history page by page, then the history.
 
-        It ends where something is missing: the client then reconnects, and gets reset.
+        If an event is missing, the iterator ends. The browser then reconnects, and
+        receives a reset.
         """
-        yield opened(id_of(place))
-        while (number := feed.number_after(place, exact=True)) is None:
+        yield opening_event(format_id(position))
+        while (number := history.number_after(position, exact=True)) is None:
             try:
-                page = deque(self._streams.page(channel, place))
-                if not page or not self._streams.has_all_after(channel, place):
+                page = deque(self._streams.page(channel, position))
+                if not page or not self._streams.has_all_after(channel, position):
                     return
-            except FAILURES:
+            except CONNECTION_ERRORS:
                 return
             while page:
-                place, event = page.popleft()
+                position, event = page.popleft()
                 yield event
                 del event
-        yield from follow(Start(feed, number), beat)
+        yield from iter_events(Subscription(history, number), heartbeat_seconds)
 
-    def _catch_up(self, feed: Feed, channel: str, place: Key) -> int | None:
-        """The number after a place that the thread here has not come to yet."""
-        if not self._streams.has_all_after(channel, place):
+    def _catch_up(
+        self, history: ChannelHistory, channel: str, position: Position
+    ) -> int | None:
+        """Read the events that the reader's thread has not read yet.
+
+        :returns: the number of the first event after ``position``. None if an event
+            after it is missing.
+        """
+        if not self._streams.has_all_after(channel, position):
             return None
-        for key, event in self._streams.between(channel, feed.last, None):
-            feed.append(key, event)
-        return feed.number_after(place, exact=True)
+        for entry_position, event in self._streams.all_after(
+            channel, history.last_position
+        ):
+            history.append(entry_position, event)
+        return history.number_after(position, exact=True)
 
-    # The thread that reads.
+    # The reader: a thread.
 
-    def _feed(self, channel: str) -> Feed:
-        feed = self._feeds.get(channel)
-        if feed is None:
-            made = Feed(self._streams.newest(channel), self._history)
+    def _history(self, channel: str) -> ChannelHistory:
+        history = self._histories.get(channel)
+        if history is None:
+            new = ChannelHistory(self._streams.newest(channel), self._max_events)
             with self._lock:
-                feed = self._feeds.setdefault(channel, made)
-                self._read_on()
-            self._wake()
-        return feed
+                history = self._histories.setdefault(channel, new)
+                self._ensure_reader()
+            self._interrupt_read()
+        return history
 
-    def _read_on(self) -> None:
-        if not self._reading:
+    def _ensure_reader(self) -> None:
+        if not self._reader_runs:
             threading.Thread(
-                target=self._run, name="tgstream-channels", daemon=True
+                target=self._run_reader, name="tgstream-channels", daemon=True
             ).start()
-            self._reading = True
+            self._reader_runs = True
 
-    def _wake(self) -> None:
-        """Have the thread ask for a new channel at once; else it does within BLOCK."""
+    def _interrupt_read(self) -> None:
+        """Let the reader read a new channel at once, and not after READ_SECONDS."""
         if self._client_id is not None:
-            with suppress(*FAILURES):
+            with suppress(*CONNECTION_ERRORS):
                 self._streams.client.client_unblock(self._client_id)
 
-    def _run(self) -> None:
-        streams, pause = None, PAUSE[0]
-        while feeds := self._listened_to():
+    def _run_reader(self) -> None:
+        streams, pause = None, MIN_RECONNECT_SECONDS
+        while histories := self._active_histories():
             try:
                 if streams is None:
                     streams = self._connect()
-                    self._mend(streams, feeds)
-                    self._tell_back()
-                    pause = PAUSE[0]
-                self._read(streams, feeds)
-            except Exception as error:  # it is for all that listen, and must not end
+                    self._resync(streams, histories)
+                    self._log_reconnect()
+                    pause = MIN_RECONNECT_SECONDS
+                self._read(streams, histories)
+            except Exception as error:  # all listeners depend on this thread
                 self._close(streams)
-                self._tell_lost(error)
+                self._log_lost_connection(error)
                 streams = None
-                feeds.clear()
+                histories.clear()
                 time.sleep(pause)
-                pause = min(pause * 2, PAUSE[1])
-            feeds.clear()  # so that those that nobody listens to are gone
+                pause = min(pause * 2, MAX_RECONNECT_SECONDS)
+            histories.clear()  # so that a channel without listeners is freed
         self._close(streams)
 
-    def _listened_to(self) -> dict[str, Feed]:
-        """The channels that somebody listens to; none, and the thread is to end."""
+    def _active_histories(self) -> dict[str, ChannelHistory]:
+        """The histories that have listeners, by channel. If empty, the reader ends."""
         with self._lock:
-            known = self._feeds.valuerefs()  # a list: listeners may leave meanwhile
-            feeds = {each.key: feed for each in known if (feed := each()) is not None}
-            self._reading = bool(feeds)
-            return feeds
+            # A list, because listeners may disconnect meanwhile.
+            references = self._histories.valuerefs()
+            histories = {
+                reference.key: history
+                for reference in references
+                if (history := reference()) is not None
+            }
+            self._reader_runs = bool(histories)
+            return histories
 
-    def _connect(self) -> Streams:
+    def _connect(self) -> RedisStreams:
         client: Any = redis.Redis.from_url(
-            self._url, single_connection_client=True, **_manners(BLOCK)
+            self._url,
+            single_connection_client=True,
+            **_connection_options(READ_SECONDS),
         )
         self._client_id = client.client_id()
-        return Streams(client)
+        return RedisStreams(client)
 
-    def _tell_lost(self, error: Exception) -> None:
-        if not self._lost:
-            self._lost = True
+    def _log_lost_connection(self, error: Exception) -> None:
+        if not self._connection_lost:
+            self._connection_lost = True
             log.warning(
-                "the server of tgstream.channels is lost, and who listens waits until "
-                "it is back: %s",
-                error,
+                "Lost the connection to Redis (tgstream.channels): %s. Listeners wait "
+                "until it reconnects",
+                str(error).rstrip("."),
             )
 
-    def _tell_back(self) -> None:
-        if self._lost:
-            self._lost = False
-            log.warning("the server of tgstream.channels is back")
+    def _log_reconnect(self) -> None:
+        if self._connection_lost:
+            self._connection_lost = False
+            log.info("Reconnected to Redis (tgstream.channels)")
 
-    def _close(self, streams: Streams | None) -> None:
+    def _close(self, streams: RedisStreams | None) -> None:
         self._client_id = None
         if streams is not None:
-            with suppress(*FAILURES):
+            with suppress(*CONNECTION_ERRORS):
                 streams.client.close()
 
-    def _mend(self, streams: Streams, feeds: dict[str, Feed]) -> None:
-        """Tell those whose events the server has lost while it was away."""
-        for channel, feed in feeds.items():
-            if not streams.has_all_after(channel, feed.last):
+    def _resync(
+        self, streams: RedisStreams, histories: dict[str, ChannelHistory]
+    ) -> None:
+        """Send a reset in each channel whose events the server has lost."""
+        for channel, history in histories.items():
+            if not streams.has_all_after(channel, history.last_position):
                 newest = streams.newest(channel)
-                feed.restart(newest, reset(id_of(newest)))
+                history.restart(newest, reset_event(format_id(newest)))
 
-    def _read(self, streams: Streams, feeds: dict[str, Feed]) -> None:
-        places = {channel: feed.last for channel, feed in feeds.items()}
-        for channel, entries in streams.wait(places, BLOCK).items():
-            newest, feed = entries[-1][0], feeds[channel]
-            if not streams.has_all_after(channel, places[channel]):
-                feed.restart(newest, reset(id_of(newest)))
+    def _read(
+        self, streams: RedisStreams, histories: dict[str, ChannelHistory]
+    ) -> None:
+        positions = {
+            channel: history.last_position for channel, history in histories.items()
+        }
+        for channel, entries in streams.wait(positions, READ_SECONDS).items():
+            newest, history = entries[-1][0], histories[channel]
+            if not streams.has_all_after(channel, positions[channel]):
+                history.restart(newest, reset_event(format_id(newest)))
                 continue
-            for key, event in entries:
-                feed.append(key, event)
+            for position, event in entries:
+                history.append(position, event)
 
 
-def reach(url: str) -> None:
-    """Ask the server whether it is there.
+class RedisStreams:
+    """Reads and writes the streams of the channels.
 
-    :raises Exception: of the package redis, or of the system, when it does not answer.
+    :param client: a client of the package redis, for RESP2, that does not decode.
     """
-    client: Any = redis.Redis.from_url(url, **_manners())
+
+    def __init__(self, client: Any) -> None:
+        self.client = client
+
+    def add(
+        self, channel: str, data: str | bytes, event: str | None, max_events: int
+    ) -> None:
+        """Append an event, and let the server remove the oldest ones."""
+        fields = {"data": data} if event is None else {"data": data, "event": event}
+        # The server keeps one more: its position proves that the oldest is the next.
+        self.client.xadd(_key(channel), fields, maxlen=max_events + 1, approximate=True)
+
+    def newest(self, channel: str) -> Position:
+        """The position of the newest event, even if the event was removed."""
+        return self._newest_and_complete(channel)[0]
+
+    def _newest_and_complete(self, channel: str) -> tuple[Position, bool]:
+        """The newest position, and whether no event was ever removed."""
+        if not self.client.exists(_key(channel)):
+            return START, True
+        info = self.client.xinfo_stream(_key(channel))
+        newest = parse_id(_decode(info["last-generated-id"]))
+        # Only Redis 7 and Valkey count the added events. Without it there is no proof.
+        return newest or START, info.get("entries-added") == info["length"]
+
+    def has_all_after(self, channel: str, position: Position) -> bool:
+        """True if it is certain that no event after a position is missing."""
+        id = format_id(position)
+        if self.client.xrange(_key(channel), id, id):
+            return True
+        newest, complete = self._newest_and_complete(channel)
+        return position == newest or (position == START and complete)
+
+    def all_after(self, channel: str, position: Position) -> list[Entry]:
+        """All events after a position."""
+        return _entries(self.client.xrange(_key(channel), f"({format_id(position)}"))
+
+    def newest_between(
+        self, channel: str, after: Position, until: Position, count: int
+    ) -> list[Entry]:
+        """The newest events after one position, up to and including another."""
+        first, last = f"({format_id(after)}", format_id(until)
+        answer = self.client.xrevrange(_key(channel), last, first, count)
+        return _entries(reversed(answer))
+
+    def page(self, channel: str, after: Position) -> list[Entry]:
+        """The next few events after a position."""
+        first = f"({format_id(after)}"
+        return _entries(self.client.xrange(_key(channel), first, "+", MAX_PAGE))
+
+    def wait(
+        self, positions: Mapping[str, Position], seconds: float
+    ) -> dict[str, list[Entry]]:
+        """Wait for the next events after the position of each channel.
+
+        :returns: the events of the channels that have new ones.
+        """
+        ids = {_key(channel): format_id(at) for channel, at in positions.items()}
+        answer = self.client.xread(ids, MAX_READ, int(seconds * 1000))
+        return {
+            _decode(key).removeprefix(KEY_PREFIX): _entries(entries)
+            for key, entries in answer
+        }
+
+
+def _key(channel: str) -> str:
+    return f"{KEY_PREFIX}{channel}"
+
+
+def format_id(position: Position) -> str:
+    """The id of a position, as the server writes it."""
+    return f"{position[0]}-{position[1]}"
+
+
+def parse_id(id: str) -> Position | None:
+    """The position of an id. None if no server can have written the id."""
+    match = re.fullmatch(r"(0|[1-9][0-9]{0,19})-(0|[1-9][0-9]{0,19})", id, re.ASCII)
+    if match is None:
+        return None
+    position = int(match[1]), int(match[2])
+    return position if max(position) < 2**64 else None
+
+
+def _entries(answer: Any) -> list[Entry]:
+    return [_entry(_decode(id), fields) for id, fields in answer]
+
+
+def _entry(id: str, fields: Mapping[bytes, bytes]) -> Entry:
+    """An event. If another program wrote an invalid one, it is a reset."""
+    position, type = parse_id(id), fields.get(b"event")
+    assert position is not None
+    try:
+        event = None if type is None else _decode(type)
+        return position, sealed(_decode(fields[b"data"]), event, id)
+    except (KeyError, ValueError):
+        return position, reset_event(id)
+
+
+def _decode(value: Any) -> str:
+    text: str = value.decode()
+    return text
+
+
+def ping(url: str) -> None:
+    """Check that a server answers.
+
+    :raises Exception: of the package redis, or of the system, if it does not answer.
+    """
+    client: Any = redis.Redis.from_url(url, **_connection_options())
     with client:
         client.ping()
 
 
-def _manners(waits: float = 0.0) -> dict[str, Any]:
-    """How a server is spoken to: nothing twice, and not for ever."""
+def _connection_options(read_seconds: float = 0.0) -> dict[str, Any]:
+    """Options of a connection: no second attempt, and no endless wait.
+
+    :param read_seconds: how long the server may wait before it answers.
+    """
     return {
         "protocol": 2,
-        "socket_connect_timeout": PATIENCE,
-        "socket_timeout": PATIENCE + waits,
+        "socket_connect_timeout": TIMEOUT_SECONDS,
+        "socket_timeout": TIMEOUT_SECONDS + read_seconds,
         "retry": Retry(NoBackoff(), 0),
     }
