@@ -31,10 +31,10 @@ class Stream:
     with TG's context and a database session of its own bound. A stream serves one
     request: make a new one in each.
 
-    Commits: all items are committed before the last byte is sent (``commit='end'``);
-    each item is committed before its chunk is sent (``'each'``), or each so many items
-    (a number); or only :func:`commit` commits (``'manual'``). If a stream raises, or its
-    client disconnects, uncommitted changes are rolled back.
+    ``commit='end'`` commits all items before the last byte is sent, ``'each'`` commits
+    each item before its chunk is sent, a number commits after so many items, and with
+    ``'manual'`` only :func:`commit` commits. If a stream raises, or its client
+    disconnects, uncommitted changes are rolled back.
 
     :param items: an iterable of items, or an open binary file.
     :param format: a class or an object that encodes the items. None for items that are
@@ -44,7 +44,8 @@ class Stream:
     :param chunk_size: bytes to buffer before a chunk is sent. 0 for a chunk for each
         item, None for the default of the format.
     :param filename: the name under which a browser saves the response.
-    :param charset: the encoding of text. None for the charset of the response, or UTF-8.
+    :param charset: the encoding of text. None for the charset of the response, else
+        UTF-8.
     :param length: the bytes of the whole body, if they are known. Browsers then show
         progress, and a stream that sends more or fewer bytes fails.
     :param max_seconds: the maximum duration. None for no maximum. The stream is then

@@ -35,8 +35,8 @@ def stream(format: Any = None, **options: Unpack[StreamOptions]) -> Any:
 
     The controller may be a generator function, or return any iterable or an open binary
     file. A text, a dict, a response and None go to TG unchanged. Do not decorate an
-    ``async def``. Use it bare or called, above or below ``@expose``. The function itself
-    is returned unchanged. Parameters, and when a stream commits, are those of
+    ``async def``. Use it bare or called, above or below ``@expose``. The function
+    itself is returned unchanged. Parameters, and when a stream commits, are those of
     :class:`Stream`.
 
     :raises TypeError: for an ``async def``, and when an option has a wrong type.
@@ -95,7 +95,7 @@ def _check_function(value: Any) -> None:
             f"{type_name}: {value!r:.80}. Swap the two lines"
         )
     raise TypeError(
-        f"@stream must decorate a function, because TurboGears calls nothing else as a "
+        "@stream must decorate a function, because TurboGears calls nothing else as a "
         f"controller, got {type_name}: {value!r:.80}. Write a method that calls it, and "
         "put @stream on that method"
     )

@@ -1,23 +1,25 @@
 """The error guard: a failed stream reaches the client as an incomplete response.
 
-The guard is the outermost middleware of an application. Between a stream and the server
-stand the middlewares of TurboGears and of the application, and some of them swallow an
-error or end the response as if it were complete:
+The guard is the outermost middleware of an application. Between a stream and the
+server stand the middlewares of TurboGears and of the application. Some of them swallow
+an error, or end the response as if it were complete:
 
-- *A middleware calls* ``start_response`` *again, without* ``exc_info``. PEP 3333 forbids
-  it after the first chunk. backlash does it for its error page, so that the page would
-  be appended to the data. ``start_response`` then raises an ``AssertionError``.
+- *A middleware calls* ``start_response`` *again, without* ``exc_info``. PEP 3333
+  forbids it after the first chunk. backlash does it for its error page, so that the
+  page would be appended to the data. The guard's ``start_response`` raises an
+  ``AssertionError``.
 - *A middleware swallows the error and ends the body.* The guard raises the error again
   when the body has ended, before the server writes the end of the response.
-- *A middleware reads the whole body before it returns.* Its 2xx response is refused, and
-  an error page of its own is let through.
-- *A middleware does not pass on* ``close()``, as a generator that was never started. The
-  guard closes the stream itself.
+- *A middleware reads the whole body before it returns.* The guard refuses its 2xx
+  response, and lets its error page through.
+- *A middleware does not pass on* ``close()``, like a generator that was never started.
+  The guard closes the stream itself.
 
-A stream has left the application with an :class:`Outcome`, which the guard reads. The
-body reports to it by the methods of ``core.body.Observer``. An application that was made
-before tgstream was imported has no guard. Then two objects of the request do a part of
-its work: one in ``paste.registry``, outside of backlash, and one in ``wsgi.errors``.
+The stream leaves the application with an :class:`Outcome`, which the guard reads. The
+body reports to it by the methods of ``core.body.Observer``. An application that was
+made before tgstream was imported has no guard. Then two objects of the request do a
+part of its work: one in ``paste.registry``, outside of backlash, and one in
+``wsgi.errors``.
 """
 
 from __future__ import annotations

@@ -73,8 +73,8 @@ class _Start:
     def run(self, stream: Stream) -> None:
         """Start it.
 
-        :raises Exception: the error of the generator, or of headers that cannot be sent.
-            The stream has then ended.
+        :raises Exception: the error of the generator, or of headers that cannot be
+            sent. The stream has then ended.
         """
         tg_locals = self._tg_locals
         context.check_locals()

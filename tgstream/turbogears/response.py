@@ -1,9 +1,9 @@
 """The response that takes a stream along when it leaves the application.
 
-When the response of a stream leaves TG, the rest of the request goes on without it: its
-context, its sessions and its transaction are taken off the thread. WebOb has no hook for
-that moment, so the class of the response is replaced by a subclass whose ``__call__``
-does it (:func:`send_off`).
+When the response of a stream leaves TG, the request ends without it: TG's context, the
+sessions and the transaction are taken off the thread. WebOb has no hook for that
+moment, so :func:`send_off` replaces the class of the response by a subclass whose
+``__call__`` does it.
 """
 
 from __future__ import annotations
