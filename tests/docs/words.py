@@ -72,7 +72,7 @@ _RULES = [
 ]
 _SEMICOLON = re.compile(r";(?=\s|\Z)")
 _CLAUSE = re.compile(
-    r"(?:\A(?P<first>[Ww])|(?<=[.!?] )W)(?:hat|ho|here)(?:so)?(?:ever|se)?\b"
+    r"(?:\A(?P<first>[Ww])|(?<=[.!?|] )W)(?:hat(?! to do)|ho|here)(?:so)?(?:ever|se)?\b"
 )
 _END = re.compile(r"[.!?](?=\s|\Z)")
 _CODE = re.compile(
@@ -198,28 +198,34 @@ def _comments(source: str) -> Iterator[Passage]:
 _LOGGING = re.compile(r"\b(log|logger|logging|warnings)\.|\bwarn\w*$|Error$|\bfail$")
 
 
-def _messages(tree: ast.AST, documented: set[int], every: bool) -> Iterator[Passage]:
+def _messages(
+    tree: ast.AST, documented: set[int], every_text: bool
+) -> Iterator[Passage]:
     """The texts of errors, log lines and assertions, or every text that has spaces."""
-    roots: list[ast.AST] = []
-    for node in ast.walk(tree):
-        if every or isinstance(node, ast.Raise):
-            roots.append(node)
-        elif isinstance(node, ast.Assert) and node.msg is not None:
-            roots.append(node.msg)
-        elif isinstance(node, ast.Call) and _LOGGING.search(ast.unparse(node.func)):
-            roots.append(node)
-        elif isinstance(node, ast.keyword) and node.arg in ("match", "reason", "help"):
-            roots.append(node.value)
     seen = documented
-    for root in roots:
+    for root in [tree] if every_text else _readers_of_messages(tree):
         for node in ast.walk(root):
-            text = _text_of(node) if isinstance(node, ast.expr) else None
-            if text is None or id(node) in seen:
+            if not isinstance(node, ast.expr) or id(node) in seen:
+                continue
+            if (text := _text_of(node)) is None:
                 continue
             seen |= {id(part) for part in ast.walk(node)}
             if len(re.findall(r"[a-z]{2,}", text)) > 2 and " " in text.strip():
                 opens = not text[0].isspace()
                 yield Passage(node.lineno, [" ".join(text.split())], opens)
+
+
+def _readers_of_messages(tree: ast.AST) -> Iterator[ast.AST]:
+    """The statements and calls that show a text to a person."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Raise):
+            yield node
+        elif isinstance(node, ast.Assert) and node.msg is not None:
+            yield node.msg
+        elif isinstance(node, ast.Call) and _LOGGING.search(ast.unparse(node.func)):
+            yield node
+        elif isinstance(node, ast.keyword) and node.arg in ("match", "reason", "help"):
+            yield node.value
 
 
 # Passages of pages.
@@ -246,7 +252,7 @@ def paragraphs(lines: Iterable[str], first: int = 1) -> Iterator[Passage]:
 
 _LITERAL = re.compile(
     r"(?P<margin> *)(?:\.\. (?:code-block|literalinclude|image|figure|toctree"
-    r"|parsed-literal|raw|highlight|auto\w+|module|currentmodule|only)::.*|.*(?<!:)::)$"
+    r"|parsed-literal|raw|highlight|auto\w+|module|currentmodule|only)::.*|(?!\.\. ).*::)$"
 )
 
 
