@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import tgstream
 from tests.docs.words import (
     CHECKED,
     WORDS,
@@ -19,7 +20,13 @@ from tests.docs.words import (
 )
 
 ROOT = Path(__file__).parents[2]
-PATHS = [str(path.relative_to(ROOT)) for name in CHECKED for path in files(ROOT / name)]
+PATHS = {
+    str(path.relative_to(root)): path
+    for name in CHECKED
+    for root in [Path(tgstream.__file__).parents[1] if name == "tgstream" else ROOT]
+    for path in files(root / name)
+}
+"""The files, by their names in the repository. The tests may run with a wheel."""
 NOT_REWRITTEN = {
     "README.md",
     "docs/benchmarks.rst",
@@ -87,32 +94,36 @@ def words_of(*passages: Passage) -> list[str]:
     return [hit.word for passage in passages for hit in hits(passage)]
 
 
-def is_rewritten(path: str) -> bool:
-    return not any(path == old or path.startswith(f"{old}/") for old in NOT_REWRITTEN)
+def is_below(name: str, old: str) -> bool:
+    return name == old or name.startswith(f"{old}/")
+
+
+def is_rewritten(name: str) -> bool:
+    return not any(is_below(name, old) for old in NOT_REWRITTEN)
 
 
 @pytest.mark.parametrize("folder", CHECKED)
 def test_files_have_only_the_words_of_the_project(folder: str) -> None:
     """Each hit is shown with its line and a better word."""
     found = [
-        f"{path}:{hit.line}: {hit.word} -> {hit.better}"
-        for path in PATHS
-        if Path(path).parts[0] == folder and is_rewritten(path)
-        for hit in file_hits(ROOT / path)
+        f"{name}:{hit.line}: {hit.word} -> {hit.better}"
+        for name, path in PATHS.items()
+        if Path(name).parts[0] == folder and is_rewritten(name)
+        for hit in file_hits(path)
     ]
     assert found == []
 
 
 def test_files_were_found() -> None:
     """The tests above read the library, the tests, the examples and all pages."""
-    assert {Path(path).parts[0] for path in PATHS} == {*CHECKED}
+    assert {Path(name).parts[0] for name in PATHS} == {*CHECKED}
     assert len(PATHS) > 200
 
 
 @pytest.mark.parametrize("old", sorted(NOT_REWRITTEN))
 def test_page_to_rewrite_has_such_words(old: str) -> None:
     """A page without them leaves the list."""
-    assert any(file_hits(path) for path in files(ROOT / old))
+    assert any(file_hits(path) for name, path in PATHS.items() if is_below(name, old))
 
 
 WRONG = {

@@ -64,7 +64,7 @@ WORDS = {
     r"(?<=, )for (?:it|they|there|nobody|nothing)": "because",
     r"(?:by|to|for|from) who(?! is| are)": "name the actor",
 }
-"""What is never right here, as regular expressions, and what to write."""
+"""Words that are never right here, as regular expressions, and better words."""
 
 _RULES = [
     (re.compile(rf"(?<!\w)(?:{word})(?!\w)", re.IGNORECASE), better)
@@ -252,7 +252,8 @@ def paragraphs(lines: Iterable[str], first: int = 1) -> Iterator[Passage]:
 
 _LITERAL = re.compile(
     r"(?P<margin> *)(?:\.\. (?:code-block|literalinclude|image|figure|toctree"
-    r"|parsed-literal|raw|highlight|auto\w+|module|currentmodule|only)::.*|(?!\.\. ).*::)$"
+    r"|parsed-literal|raw|highlight|auto\w+|module|currentmodule|only)::.*"
+    r"|(?!\.\. ).*::)$"
 )
 
 
