@@ -76,12 +76,10 @@ def make_app(folder: str) -> Any:
 
 
 def main() -> None:
-    assert find_spec("pytest") is None is find_spec("orjson"), (
-        "uninstall pytest, orjson"
-    )
+    assert find_spec("pytest") is None is find_spec("orjson"), "unwanted packages"
     assert metadata.version("tgstream") == tgstream.__version__
-    package = Path(tgstream.__file__).parent
-    assert (package / "py.typed").exists()
+    location = Path(tgstream.__file__).parent
+    assert (location / "py.typed").exists()
 
     environ = {"SCRIPT_NAME": "", "PATH_INFO": "/numbers", "QUERY_STRING": ""}
     setup_testing_defaults(environ)
@@ -100,8 +98,8 @@ def main() -> None:
     assert "Content-Length" not in dict(headers)
     lines = b"".join(chunks).decode().splitlines()
     assert lines == ["number", *map(str, range(COUNT))]
-    installed = sorted(each.name for each in metadata.distributions())
-    print(f"{len(chunks)} chunks from {package}. Installed: {', '.join(installed)}")
+    installed = sorted(package.name for package in metadata.distributions())
+    print(f"{len(chunks)} chunks from {location}. Installed: {', '.join(installed)}")
 
 
 main()

@@ -177,6 +177,7 @@ RIGHT = [
     "Content-Type: text/csv; charset=utf-8",
     "Content-Disposition: attachment; filename=users.csv",
     "fish &amp; chips",
+    "In config/app_cfg.py: import tgstream; tgstream.plugme(base_config)",
     "The body has seating, amendments, a heartbeat and whatnot.",
     "A row for it is stored.",
     "If you want a body that is complete, wait.",

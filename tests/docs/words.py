@@ -77,7 +77,7 @@ _CLAUSE = re.compile(
 _END = re.compile(r"[.!?](?=\s|\Z)")
 _CODE = re.compile(
     r":[\w:]+:`[^`]+`|``.+?``|`[^`]+`_{0,2}"  # roles, literals and links
-    r"|https?://\S+"
+    r"|https?://\S+|import \w+; \w+[.\w]*"
     r"|(?:[\w-]+/[\w.+*-]+|attachment|inline|form-data)(?:; ?[\w*-]+=\S+)+"
     r"|&#?\w+;"
 )
