@@ -20,6 +20,7 @@ import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from functools import cache
+from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -206,7 +207,26 @@ def renderers_are_in_the_configuration(make_app: MakeApp) -> bool:
     return "json" in seen["result"]
 
 
-def in_request(make_app: MakeApp, look: Callable[[], Any]) -> dict[str, Any]:
+def slow_requests_are_configured(make_app: MakeApp) -> bool:
+    seen = in_request(
+        make_app,
+        lambda: dict(tg.config["tg.slowreqs"]),
+        trace_slowreqs__enable=True,
+        trace_slowreqs__exclude=["/feed"],
+    )["result"]
+    return (seen["enable"], [*seen["exclude"]]) == (True, ["/feed"])
+
+
+def debugbar_has_an_engine() -> bool:
+    # Read and not imported, because an import starts to record queries.
+    distribution = metadata.distribution("tgext.debugbar")
+    code = Path(str(distribution.locate_file("tgext/debugbar/initialize.py")))
+    return "conf['debugbar.engine'] =" in code.read_text()
+
+
+def in_request(
+    make_app: MakeApp, look: Callable[[], Any], **options: Any
+) -> dict[str, Any]:
     """Call a function in a request: its result, and the environ of the request."""
     seen: dict[str, Any] = {}
 
@@ -216,7 +236,7 @@ def in_request(make_app: MakeApp, look: Callable[[], Any]) -> dict[str, Any]:
             seen["result"] = look()
             return ""
 
-    seen["environ"] = get(make_app(Root())).environ
+    seen["environ"] = get(make_app(Root(), **options)).environ
     return seen
 
 
@@ -427,6 +447,22 @@ TURBOGEARS = [
         "register the hooks again after tests have reset TG",
         "no stream starts in the second application of a test suite",
         milestone_calls_again_after_a_reset,
+    ),
+    Part(
+        "tg.slowreqs",
+        "TurboGears2",
+        "turbogears/diagnostics",
+        "know whether slow requests are reported, and which paths are excluded",
+        "no warning explains that each long stream is reported as a slow request",
+        slow_requests_are_configured,
+    ),
+    Part(
+        "debugbar.engine",
+        "tgext.debugbar",
+        "turbogears/diagnostics",
+        "know whether the debugbar records queries",
+        "no warning explains why the memory of a long stream grows",
+        debugbar_has_an_engine,
     ),
     Part(
         "_default_encoder",
@@ -1094,6 +1130,8 @@ ALSO_IN = {
     "_txn": {"testing/leaks"},
     "manager.manager": {"database/on_commit", "testing/leaks"},
     "createfunc": {"database/database"},
+    "tg.slowreqs": {"doctor/settings_checks"},
+    "debugbar.engine": {"doctor/settings_checks"},
 }
 """Other modules that touch a part. Nothing may be added."""
 
