@@ -1122,20 +1122,20 @@ PSYCOPG = [
 PARTS = [*TURBOGEARS, *AROUND, *TRANSACTIONS, *SQLALCHEMY, *PSYCOPG]
 ALSO_IN = {
     "_current_obj": {"core/source", "doctor/probe"},
-    "paste.registry": {"turbogears/guard", "doctor/client"},
+    "paste.registry": {"doctor/client", "turbogears/guard"},
     "_get_controller_instance": {"doctor/probe"},
     "lookup_template_engine": {"turbogears/templates"},
+    "tg.slowreqs": {"doctor/settings_checks"},
+    "debugbar.engine": {"doctor/settings_checks"},
     "webob.dec": {"doctor/middleware_trace"},
     "_resources": {"database/database", "testing/leaks"},
     "_txn": {"testing/leaks"},
     "manager.manager": {"database/on_commit", "testing/leaks"},
     "createfunc": {"database/database"},
-    "tg.slowreqs": {"doctor/settings_checks"},
-    "debugbar.engine": {"doctor/settings_checks"},
 }
 """Other modules that touch a part. Nothing may be added."""
 
-DOCUMENTED = {"_exit", "_fields", "_getframe", "_replace"}
+DOCUMENTED = {"_exit", "_fields", "_getframe", "_replace", "_xoptions"}
 """Public names that begin with an underscore: of os, sys and named tuples."""
 
 
@@ -1211,6 +1211,9 @@ def own_names(tree: ast.AST) -> Iterator[str]:
             yield from (target.id for target in targets if isinstance(target, ast.Name))
         elif isinstance(node, ast.Constant) and "tgstream" in str(node.value):
             yield str(node.value)
+        elif isinstance(node, ast.Dict):  # as type() takes members
+            keys = [key.value for key in node.keys if isinstance(key, ast.Constant)]
+            yield from (key for key in keys if isinstance(key, str))
 
 
 def is_private(name: str) -> bool:
