@@ -14,8 +14,8 @@ DOCS = Path(__file__).parents[1] / "docs"
 def blocks(text: str, language: str = "python") -> list[str]:
     """The code blocks of a page in one language, without their indentation."""
     pattern = rf"code-block:: {language}\n\n((?: {{4}}.*\n|\n)+)"
-    found = re.findall(pattern, text)
-    return [re.sub(r"^ {4}", "", block, flags=re.MULTILINE) for block in found]
+    indented = re.findall(pattern, text)
+    return [re.sub(r"^ {4}", "", block, flags=re.MULTILINE) for block in indented]
 
 
 def commands(text: str) -> list[str]:

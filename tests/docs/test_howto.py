@@ -68,8 +68,8 @@ class Site:
             '--limit\r\nContent-Disposition: form-data; name="file"; filename="a.csv"'
             f"\r\nContent-Type: text/csv\r\n\r\n{file}\r\n--limit--\r\n"
         ).encode()
-        kind = {"Content-Type": "multipart/form-data; boundary=limit"}
-        return self._request("POST", path, body, {**kind, **headers})
+        form = {"Content-Type": "multipart/form-data; boundary=limit"}
+        return self._request("POST", path, body, {**form, **headers})
 
     def get(self, path: str, **headers: str) -> http.client.HTTPResponse:
         """The response for ``path``, with its body unread."""

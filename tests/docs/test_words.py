@@ -105,13 +105,13 @@ def is_rewritten(name: str) -> bool:
 @pytest.mark.parametrize("folder", CHECKED)
 def test_files_have_only_the_words_of_the_project(folder: str) -> None:
     """Each hit is shown with its line and a better word."""
-    found = [
+    wrong = [
         f"{name}:{hit.line}: {hit.word} -> {hit.better}"
         for name, path in PATHS.items()
         if Path(name).parts[0] == folder and is_rewritten(name)
         for hit in file_hits(path)
     ]
-    assert found == []
+    assert wrong == []
 
 
 def test_files_were_found() -> None:
@@ -233,8 +233,8 @@ def test_name_is_told() -> None:
 
 def test_docstrings_comments_messages_and_test_names_are_read() -> None:
     """The line is that of the word, or that of the message's beginning."""
-    found = [(hit.line, hit.word) for p in python_passages(SOURCE) for hit in hits(p)]
-    assert sorted(found) == [
+    words = [(hit.line, hit.word) for p in python_passages(SOURCE) for hit in hits(p)]
+    assert sorted(words) == [
         (2, "tells"),
         (9, "asks"),
         (14, "told"),

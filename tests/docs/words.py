@@ -116,8 +116,8 @@ def hits(passage: Passage) -> Iterator[Hit]:
 
     def hit(start: int, end: int, better: str) -> Hit:
         line, position = passage.line, -1
-        for each in passage.lines:
-            position += len(each) + 1
+        for text_line in passage.lines:
+            position += len(text_line) + 1
             if start <= position:
                 break
             line += 1
@@ -304,8 +304,8 @@ def file_hits(path: Path) -> list[Hit]:
 
 def files(root: Path) -> list[Path]:
     """The files below a path that can be read here."""
-    found = [root] if root.is_file() else sorted(root.rglob("*"))
-    return [path for path in found if path.suffix in (".py", *_READERS)]
+    paths = [root] if root.is_file() else sorted(root.rglob("*"))
+    return [path for path in paths if path.suffix in (".py", *_READERS)]
 
 
 def main(arguments: list[str]) -> int:
@@ -316,9 +316,9 @@ def main(arguments: list[str]) -> int:
     counts = {}
     for argument in arguments or CHECKED:
         for path in files(Path(argument)):
-            found = file_hits(path)
-            counts[path] = len(found)
-            for line, word, better, context in found:
+            in_file = file_hits(path)
+            counts[path] = len(in_file)
+            for line, word, better, context in in_file:
                 print(f"{path}:{line}: {word!r} -> {better} | {context}")
     for path, count in counts.items():
         if count:

@@ -41,14 +41,14 @@ class Block(NamedTuple):
 
 def blocks(page: str) -> list[Block]:
     """All blocks of a page, in order."""
-    found = [
+    blocks_of_page = [
         Block(match["language"], match["caption"] or "", dedent(match["text"]))
         for match in _BLOCK.finditer(page)
     ]
-    assert len(found) == page.count(".. code-block::"), (
+    assert len(blocks_of_page) == page.count(".. code-block::"), (
         "a block has a form that this module cannot read"
     )
-    return found
+    return blocks_of_page
 
 
 def dedent(text: str) -> str:
