@@ -141,8 +141,8 @@ def log_lines() -> list[tuple[str, str]]:
             text = constants.get(ast.unparse(text), text)
             if isinstance(text, ast.JoinedStr | ast.BinOp):
                 raise ValueError(f"not a constant: {ast.unparse(text)}")
-            if isinstance(text, ast.Constant):
-                lines.add((level, str(text.value)))
+            if isinstance(text, ast.Constant) and isinstance(text.value, str):
+                lines.add((level, text.value))
     return sorted(lines)
 
 

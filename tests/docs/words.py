@@ -61,7 +61,8 @@ WORDS = {
     r"(?:breaks?|broke|(?:is|are|was) broken)": "is aborted; incomplete",
     r"(?:is|are|was|were) (?:not )?to (?:be|have)": "must; the imperative",
     r"shall|wants": "must, needs",
-    r"(?<=, )for (?:it|they|there|nobody|nothing)": "because",
+    r"(?<=, )for (?:it|they|there|nobody|nothing|its|one)": "because",
+    r"the (?:former|latter)|(?<!so )that one(?! of)": "repeat the noun",
     r"(?:by|to|for|from) who(?! is| are)": "name the actor",
 }
 """Words that are never right here, as regular expressions, and better words."""
