@@ -181,6 +181,7 @@ RIGHT = [
     "In config/app_cfg.py: import tgstream; tgstream.plugme(base_config)",
     "The body has seating, amendments, a heartbeat and whatnot.",
     "A row for it is stored, so that one of them waits, for example.",
+    "It warns that one commit may fail.",
     "If you want a body that is complete, wait.",
     "It knows what is stored, and who wrote it.",
     "The user on the left leaves a note.",
