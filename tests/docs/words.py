@@ -62,7 +62,8 @@ WORDS = {
     r"(?:is|are|was|were) (?:not )?to (?:be|have)": "must; the imperative",
     r"shall|wants": "must, needs",
     r"(?<=, )for (?:it|they|there|nobody|nothing|its|one)": "because",
-    r"the (?:former|latter)|that one(?=\W*$|[.,;]| (?:is|was|has|goes|fails|returns|knows))": "repeat the noun",
+    r"the (?:former|latter)|"
+    r"that one(?=\W*$|[.,;]| (?:is|was|has|goes|fails|knows))": "repeat the noun",
     r"(?:by|to|for|from) who(?! is| are)": "name the actor",
 }
 """Words that are never right here, as regular expressions, and better words."""
