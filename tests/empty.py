@@ -1,9 +1,9 @@
-"""Streams one response where nothing is installed but tgstream and what it requires.
+"""Stream a response with only tgstream and its requirements installed.
 
 python -I -W error -W "ignore:'cgi' is deprecated:DeprecationWarning" tests/empty.py
 
-The one warning is of WebOb. ``-I`` keeps this folder off the path, and with it a
-tgstream that lies beside it: what is imported is what was installed.
+WebOb causes the ignored warning. ``-I`` keeps this folder off the path, so that the
+installed tgstream is imported and not the one beside this folder.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ COUNT = 100_000
 
 
 def init_model(engine: sa.Engine) -> None:
-    """What TG calls with its engine."""
+    """TG calls it with its engine."""
     DBSession.configure(bind=engine)
     number.create(engine)
     with engine.begin() as connection:
@@ -50,8 +50,8 @@ class RootController(TGController):
         return rows(sa.select(number).order_by(number.c.number))
 
 
-class Nothing:
-    """What ``tg.app_globals`` and a template's ``h`` are."""
+class Empty:
+    """Stands for ``tg.app_globals`` and for the helpers of templates."""
 
 
 def make_app(folder: str) -> Any:
@@ -64,8 +64,8 @@ def make_app(folder: str) -> Any:
             "root_controller": RootController(),
             "renderers": ["json"],
             "default_renderer": "json",
-            "app_globals": Nothing,
-            "helpers": Nothing,
+            "app_globals": Empty,
+            "helpers": Empty,
             "use_sqlalchemy": True,
             "sqlalchemy.url": f"sqlite:///{folder}/empty.db",
             "model": sys.modules[__name__],
@@ -76,10 +76,10 @@ def make_app(folder: str) -> Any:
 
 
 def main() -> None:
-    assert find_spec("pytest") is None is find_spec("orjson"), "this is not empty"
+    assert find_spec("pytest") is None is find_spec("orjson"), "unwanted packages"
     assert metadata.version("tgstream") == tgstream.__version__
-    package = Path(tgstream.__file__).parent
-    assert (package / "py.typed").exists()
+    location = Path(tgstream.__file__).parent
+    assert (location / "py.typed").exists()
 
     environ = {"SCRIPT_NAME": "", "PATH_INFO": "/numbers", "QUERY_STRING": ""}
     setup_testing_defaults(environ)
@@ -98,8 +98,8 @@ def main() -> None:
     assert "Content-Length" not in dict(headers)
     lines = b"".join(chunks).decode().splitlines()
     assert lines == ["number", *map(str, range(COUNT))]
-    beside = sorted(each.name for each in metadata.distributions())
-    print(f"{len(chunks)} chunks, by {package}, beside {', '.join(beside)}")
+    installed = sorted(package.name for package in metadata.distributions())
+    print(f"{len(chunks)} chunks from {location}. Installed: {', '.join(installed)}")
 
 
 main()

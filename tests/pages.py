@@ -1,4 +1,4 @@
-"""The pages of ``docs/``, whose code is run, and where it finds an application."""
+"""Run the code of the pages of ``docs/``, with an application that it can import."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ DOCS = Path(__file__).parents[1] / "docs"
 
 
 def blocks(text: str, language: str = "python") -> list[str]:
-    """The blocks of a page in one language, where the page stands in the margin."""
+    """The code blocks of a page in one language, without their indentation."""
     pattern = rf"code-block:: {language}\n\n((?: {{4}}.*\n|\n)+)"
-    found = re.findall(pattern, text)
-    return [re.sub(r"^ {4}", "", block, flags=re.MULTILINE) for block in found]
+    indented = re.findall(pattern, text)
+    return [re.sub(r"^ {4}", "", block, flags=re.MULTILINE) for block in indented]
 
 
 def commands(text: str) -> list[str]:
@@ -25,9 +25,9 @@ def commands(text: str) -> list[str]:
 
 
 def run_blocks(text: str, **names: Any) -> dict[str, Any]:
-    """What a page's Python blocks define, run one after the other.
+    """Run the Python blocks of a page in order, and return the names they define.
 
-    A block that is indented goes on with the class of the one before.
+    An indented block continues the class of the block before it.
     """
     exec(compile("".join(blocks(text)), "<page>", "exec"), names)
     return names

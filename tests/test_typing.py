@@ -1,4 +1,4 @@
-"""What an editor, or mypy, tells an application that uses tgstream."""
+"""The types of tgstream, as mypy checks them in an application."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ CONFIGURATION = """
 [mypy]
 strict = True
 explicit_package_bases = True
-# TG and some of what is around it ship no types.
+# TG and some packages around it have no types.
 ignore_missing_imports = True
 disallow_subclassing_any = False
 disallow_untyped_decorators = False
-# In a clone it lies beside, and mypy would look at how it is made.
+# In a clone, mypy would check the code of tgstream too.
 [mypy-tgstream.*]
 ignore_errors = True
 [mypy-examples.*]
-# They are written as TG's users write, without types.
+# Applications of TG usually have no types.
 disallow_untyped_defs = False
 disallow_untyped_calls = False
 """
 
 
-def test_mypy_understands_what_applications_write(tmp_path: Path) -> None:
-    """Right calls have useful types and wrong ones are errors, in strict mode."""
+def test_mypy_checks_the_calls_of_applications(tmp_path: Path) -> None:
+    """In strict mode, correct calls have useful types and wrong calls are errors."""
     settings = tmp_path / "mypy.ini"
     settings.write_text(CONFIGURATION)
     options = ["--config-file", str(settings), "--cache-dir", str(tmp_path / "cache")]

@@ -1,7 +1,7 @@
-"""What a type checker makes of tgstream in an application; it is read, and never run.
+"""An application that a type checker reads and that never runs.
 
-Rule: a wrong call says which error it is. Where that error were missing, the comment
-would be one too many, which is an error again.
+Each wrong call has a ``type: ignore`` with its error. If mypy did not find that error,
+it would report the comment as unused.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class RootController(TGController):
 
     @expose()
     @stream(NDJSON)
-    def exposed(self):  # type: ignore[no-untyped-def]  # as TG's users write them
+    def exposed(self):  # type: ignore[no-untyped-def]  # as in most applications
         return rows(sa.select(users), key=users.c.id)
 
     @expose()
@@ -67,7 +67,7 @@ class RootController(TGController):
 root = RootController()
 
 
-# A decorated function stays what it was.
+# A decorated function keeps its type.
 
 assert_type(root.bare(2026, name="ada"), Iterator[str])
 assert_type(root.called(year=2026), Iterator[Event])
@@ -88,7 +88,7 @@ assert_type(drain(timeout=10), bool)
 running.items = 5  # type: ignore[misc]
 
 
-# Sources, of which each may be a stream's items.
+# Sources of items.
 
 people: Batched = rows(sa.select(users), batch=100)
 assert_type(people.fields, Sequence[str])
@@ -112,7 +112,7 @@ Event(event=5)  # type: ignore[arg-type]
 Event("text").data = "other"  # type: ignore[misc]
 
 
-# Options that make no sense.
+# Invalid options.
 
 stream(commit=1.5)  # type: ignore[call-overload]
 stream(commit="never")  # type: ignore[call-overload]
@@ -126,7 +126,7 @@ CSV(headers=False)  # type: ignore[call-arg]
 
 
 class Lines:
-    """A format of one's own."""
+    """A custom format."""
 
     content_type = "text/plain"
 
@@ -134,8 +134,8 @@ class Lines:
         return (f"{item}\n" for item in items)
 
 
-class Wordless:
-    """No format: nothing says of what type its bodies are."""
+class Untyped:
+    """An invalid format: it has no content type."""
 
     def encode(self, items: Any) -> Iterator[str]:
         return iter(items)
@@ -143,13 +143,13 @@ class Wordless:
 
 lines: Format = Lines()
 assert_type(Stream([1, 2], Lines), Stream)
-Stream([1, 2], Wordless)  # type: ignore[arg-type]
+Stream([1, 2], Untyped)  # type: ignore[arg-type]
 
 
 # Around an application.
 
 
-def told(report: Report) -> None:
+def log_report(report: Report) -> None:
     assert_type(report.error, BaseException | None)
     if report.reason == "complete":  # type: ignore[comparison-overlap]
         print("it is 'completed'")

@@ -1,4 +1,4 @@
-"""README and docs: what they name is there, what is there is named, and it runs."""
+"""README and docs: they agree with the code, and their examples run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import tg
@@ -41,7 +41,7 @@ CONTRIBUTING = (ROOT / "docs/contributing.rst").read_text()
 
 
 def snippets(language: str) -> list[str]:
-    """What stands in the README's fences of this language."""
+    """The README's code blocks of one language."""
     return re.findall(rf"^```{language}\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
 
 
@@ -50,20 +50,20 @@ USAGE, *ENABLING = snippets("python")
 
 @pytest.mark.parametrize("name", tgstream.__all__)
 def test_reference_has_every_public_name(name: str) -> None:
-    """What can be imported from tgstream has an entry, and a docstring for it."""
+    """Each public name has an entry in the reference, and a docstring."""
     assert re.search(rf"^\.\. auto\w+:: {name}$", REFERENCE, re.MULTILINE)
     assert getattr(tgstream, name).__doc__
 
 
 @pytest.mark.parametrize("name", tgstream.__all__)
 def test_changelog_has_every_public_name(name: str) -> None:
-    """A new name is told to those who read what is new."""
+    """The changelog lists each public name."""
     assert f"``tgstream.{name}``" in (ROOT / "docs/changelog.rst").read_text()
 
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_option_is_documented_with_its_default(name: str) -> None:
-    """The table of options in the code is the one in the reference."""
+    """The reference has the same defaults as the code."""
     default = OPTIONS[name].default
     shown = "none" if default == () else str(default)
     row = re.search(rf"\* - ``{name}``\n +- (\S+)\n", REFERENCE)
@@ -72,40 +72,103 @@ def test_option_is_documented_with_its_default(name: str) -> None:
 
 
 LEVELS = {"exception": "ERROR", "log": "DEBUG"}
+CODE = [
+    ast.parse(path.read_text()) for path in Path(tgstream.__file__).parent.rglob("*.py")
+]
 
 
-def logged() -> Iterator[tuple[str, str]]:
-    """The level and the format of every line that the library logs."""
-    for path in Path(tgstream.__file__).parent.rglob("*.py"):
-        for call in ast.walk(ast.parse(path.read_text())):
-            if not isinstance(call, ast.Call):
-                continue
-            name = ast.unparse(call.func)
-            texts = [a.value for a in call.args if isinstance(a, ast.Constant)]
-            if name.startswith("log.") and texts:
-                level = name.removeprefix("log.")
-                yield LEVELS.get(level, level.upper()), str(texts[0])
-            elif name == "_warn_once" and texts:
-                yield "WARNING", str(texts[-1])
+class Logger(NamedTuple):
+    """A function that writes a line to the log.
+
+    :param level: of the line.
+    :param position: of the parameter that is the format of the line.
+    """
+
+    level: str
+    position: int
 
 
-@pytest.mark.parametrize(("level", "line"), sorted(logged()))
-def test_reference_has_every_line_of_the_log(level: str, line: str) -> None:
-    """Word for word, so that who searches for it finds what to do."""
+def loggers() -> dict[str, Logger]:
+    """The functions that log a given text, such as ``warn_once(body, text)``."""
+    known: dict[str, Logger] = {}
+    functions = [
+        node
+        for tree in CODE
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef)
+    ]
+    count = -1
+    while count < len(known):  # one may call another
+        count = len(known)
+        for function in functions:
+            names = [argument.arg for argument in function.args.args]
+            is_method = names[:1] == ["self"]
+            for level, text in log_calls(function, known):
+                if isinstance(text, ast.Name) and text.id in names:
+                    position = names.index(text.id) - is_method
+                    known[function.name] = Logger(level, position)
+    return known
+
+
+def log_calls(
+    tree: ast.AST, known: dict[str, Logger]
+) -> Iterator[tuple[str, ast.expr]]:
+    """The level and the format of each call that writes to the log."""
+    for call in ast.walk(tree):
+        if not isinstance(call, ast.Call):
+            continue
+        owner, _, name = ast.unparse(call.func).rpartition(".")
+        if owner == "log" and name in ("debug", "info", "warning", "error", *LEVELS):
+            position = 1 if name == "log" else 0  # log.log(level, text)
+            yield LEVELS.get(name, name.upper()), call.args[position]
+        elif name in known and len(call.args) > known[name].position:
+            yield known[name].level, call.args[known[name].position]
+
+
+def log_lines() -> list[tuple[str, str]]:
+    """The level and the format of every line that the library logs.
+
+    :raises ValueError: if a format is not a constant, so that no test can compare it.
+    """
+    known, lines = loggers(), set()
+    for tree in CODE:
+        constants = {
+            ast.unparse(node.targets[0]): node.value
+            for node in tree.body
+            if isinstance(node, ast.Assign)
+        }
+        for level, text in log_calls(tree, known):
+            text = constants.get(ast.unparse(text), text)
+            if isinstance(text, ast.JoinedStr | ast.BinOp):
+                raise ValueError(f"not a constant: {ast.unparse(text)}")
+            if isinstance(text, ast.Constant) and isinstance(text.value, str):
+                lines.add((level, text.value))
+    return sorted(lines)
+
+
+def test_log_lines_were_found() -> None:
+    """The tests below compare them, those of functions that log a given text too."""
+    assert len(log_lines()) > 20
+    assert {"WARNING", "ERROR", "DEBUG"} <= {level for level, _ in log_lines()}
+
+
+@pytest.mark.parametrize(("level", "line"), log_lines())
+def test_reference_has_every_log_line(level: str, line: str) -> None:
+    """The reference quotes it word for word, so that a search finds it."""
     fixed = re.split(r"%(?!%)\.?\d*[a-z]", line)
-    said = "<[a-z]+>".join(re.escape(part.replace("%%", "%")) for part in fixed)
+    shown = "<[a-z]+>".join(re.escape(part.replace("%%", "%")) for part in fixed)
     text = " ".join(REFERENCE.split())
-    assert re.search(rf"\* - ``{level}`` - ``{said}`` - \w", text)
+    assert re.search(rf"\* - ``{level}`` - ``{shown}`` - \w", text)
 
 
-def test_reference_has_no_line_of_the_log_that_is_gone() -> None:
-    """A row for each line, and none more."""
+def test_reference_has_no_other_log_line() -> None:
+    """The table of log lines has one row for each line, and no other row."""
     rows = re.findall(r"^    \* - ``[A-Z]+``\n      - ``", REFERENCE, re.MULTILINE)
-    assert len(rows) == len({line for _, line in logged()})
+    assert len(rows) == len({line for _, line in log_lines()})
 
 
-def test_option_that_is_documented_exists() -> None:
-    """The table has no row for an option that is gone."""
+def test_documented_option_exists() -> None:
+    """The table of options has no row for an option that was removed."""
     assert set(re.findall(r"[|-] `+(tgstream\.\w+)`+\s", REFERENCE)) == OPTIONS.keys()
 
 
@@ -113,7 +176,7 @@ def test_option_that_is_documented_exists() -> None:
 def test_readme_usage_runs(
     make_app: MakeApp, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, enable: str
 ) -> None:
-    """What the README shows does what it says, in an application enabled as it says."""
+    """The README's example runs in an application that is set up as it shows."""
     provide(monkeypatch, "myapp.lib.base", BaseController=tg.TGController)
     provide(monkeypatch, "myapp.model", **vars(cookbook))
     shown: dict[str, Any] = {}
@@ -148,7 +211,7 @@ def test_readme_usage_runs(
 def test_streams_page_runs(
     make_app: MakeApp, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The controllers of the page on streams do what it says."""
+    """The controllers of the page on streams give the output that it describes."""
     provide(monkeypatch, "myapp.lib.base", BaseController=tg.TGController)
     provide(monkeypatch, "myapp.model", **vars(cookbook))
     imports, *enabling, first, second, third = blocks(STREAMS)
@@ -171,10 +234,10 @@ def test_streams_page_runs(
         tg.config["tg.app_globals"].sa_engine.dispose()
 
 
-def test_hook_of_the_reference_is_told(
+def test_hook_of_the_reference_is_called(
     make_app: MakeApp, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """It prints which controller has streamed, how that ended, and how much."""
+    """It prints the controller, the reason of the end, and the number of bytes."""
 
     class Root(tg.TGController):
         @expose(content_type="text/plain")
@@ -194,7 +257,7 @@ def test_hook_of_the_reference_is_told(
 
 
 def storing(folder: Path, **options: Any) -> Callable[[Any], None]:
-    """Plugs tgstream into an application with the cookbook's model, on a file."""
+    """Plug tgstream into an application with the cookbook's model, on a file."""
     url = f"sqlite:///{folder}/pages.db"
     database = {"use_sqlalchemy": True, "sqlalchemy.url": url, "model": cookbook}
 
@@ -223,7 +286,7 @@ EXPORTED = {
 def test_exports_page_runs(
     make_app: MakeApp, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The controllers of the page on exports give what it says."""
+    """The controllers of the page on exports give the output that it describes."""
     provide(monkeypatch, "myapp.lib.base", BaseController=tg.TGController)
     provide(monkeypatch, "myapp.model", **vars(cookbook))
     imports, *methods, own = blocks(EXPORTS)
@@ -250,10 +313,10 @@ def test_exports_page_runs(
 def test_live_page_runs(
     make_app: MakeApp, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The controllers of the page on live streams do what it says."""
+    """The controllers of the page on live streams send the events it describes."""
     provide(monkeypatch, "myapp.lib.base", BaseController=tg.TGController)
     provide(monkeypatch, "myapp.model", **vars(cookbook))
-    imports, *methods, _ = blocks(LIVE)  # the last is a script; see test_redis.py
+    imports, *methods, _ = blocks(LIVE)  # test_redis.py runs the last, a script
     shown: dict[str, Any] = {}
     exec(imports, shown)
     exec("".join(methods), shown)
@@ -271,25 +334,25 @@ def test_live_page_runs(
 
 
 def check_feeds(app: Any) -> None:
-    """What is committed is heard, also by who comes back."""
+    """Listeners receive events after the commit, also after a reconnect."""
     with open_stream(app, "/feed") as feed, open_stream(app, "/refused") as refused:
-        heard, others = feed.events(), refused.events()
-        opened = next(heard)
+        events, others = feed.events(), refused.events()
+        opened = next(events)
         assert next(others).comment == "open"
         assert get(app, "/register?name=ada").status_int == 302
-        ada = next(heard)
+        ada = next(events)
         assert (ada.event, ada.data) == ("registered", '{"name":"ada"}')
         assert get(app, "/refuse?name=bob").status_int == 409
-        assert next(heard).event == next(others).event == "refused"
+        assert next(events).event == next(others).event == "refused"
         assert get(app, "/load?names=eve+joe").text == "eve\njoe\n"
-        loaded = [event.data for event in islice(heard, 2)]
+        loaded = [event.data for event in islice(events, 2)]
         assert loaded == ['{"name":"eve"}', '{"name":"joe"}']
     headers = {"Last-Event-ID": str(opened.id)}
     with open_stream(app, "/watch", headers=headers) as response:
-        events = list(islice(response.events(), 6))
-        assert (events[0].event, events[0].data) == ("count", "5")
-        assert events[1].comment == "open"
-        assert events[2] == ada
+        watched = list(islice(response.events(), 6))
+        assert (watched[0].event, watched[0].data) == ("count", "5")
+        assert watched[1].comment == "open"
+        assert watched[2] == ada
     with open_stream(app, f"/lines?lastEventId={opened.id}") as response:
         lines = list(islice(response.json(), 2))
         assert [line["comment"] for line in lines] == ["open", None]
@@ -307,7 +370,7 @@ def check_bounds(app: Any) -> None:
 
 
 def check_who_may_listen(app: Any) -> None:
-    """Who is logged in hears what is for them, and nobody else does."""
+    """A user who is logged in receives only the events that are for this user."""
     for path in "/everything", "/mine", "/tell?name=ada&text=hello":
         assert get(app, path).status_int == 401
     ada, boss = user("ada"), user("boss")
@@ -323,7 +386,7 @@ def check_who_may_listen(app: Any) -> None:
 
 
 class Users(TGAuthMetadata):
-    """What TG asks about who is logged in."""
+    """The groups and permissions of a user, for TG."""
 
     authenticate = None
 
@@ -338,7 +401,7 @@ class Users(TGAuthMetadata):
 
 
 def user(name: str) -> dict[str, Any]:
-    """The environ of a request by one who is logged in, as repoze.who leaves it."""
+    """The environ of a request by a user who is logged in, as repoze.who makes it."""
     return {"repoze.who.identity": {"repoze.who.userid": name}}
 
 
@@ -359,7 +422,7 @@ def test_readme_and_index_show_the_same_usage() -> None:
 
 
 def test_readme_has_its_two_commands() -> None:
-    """Each is one line, and does its own set-up in a virtual environment."""
+    """Each command is one line that makes its own virtual environment."""
     example, tests = (line.strip() for line in snippets("sh")[:2])
     begin = "python3 -m venv .venv && .venv/bin/pip install -q '.[{}]' && .venv/bin/{}"
     assert example == begin.format("examples", "python examples/cookbook.py")
@@ -371,13 +434,13 @@ def test_readme_has_its_two_commands() -> None:
     [*re.findall(r"\]\(([^)#]+)\)", README), *re.findall(r"[\w/]+\.py\b", README)],
 )
 def test_readme_names_files_that_exist(path: str) -> None:
-    """Its links and commands lead somewhere."""
-    ours = not path.startswith("config/")  # of the reader's application
-    assert (ROOT / path).exists() == ours
+    """Its links and commands lead to existing files."""
+    is_ours = not path.startswith("config/")  # a file of the reader's application
+    assert (ROOT / path).exists() == is_ours
 
 
-def test_table_of_servers_is_what_is_pinned() -> None:
-    """The page says what the tests see."""
+def test_table_of_servers_has_the_expected_results() -> None:
+    """The page shows the results that the tests expect."""
     table = (ROOT / "docs/matrix.txt").read_text()
     heads, *rows = [
         re.findall(r"- ((?:[^\n]|\n {9,})+)", row)
@@ -385,22 +448,22 @@ def test_table_of_servers_is_what_is_pinned() -> None:
     ]
     assert [name for name, *_ in rows] == [*SERVERS]
     for name, *cells in rows:
-        ours = [re.sub(r" \(TG: .*\)$", "", cell) for cell in cells]
-        assert unexpected(name, dict(zip(heads[1:], ours, strict=True))) == {}
+        results = [re.sub(r" \(TG: .*\)$", "", cell) for cell in cells]
+        assert unexpected(name, dict(zip(heads[1:], results, strict=True))) == {}
 
 
-def test_chart_says_what_the_page_says() -> None:
-    """The picture and the figures below it are of one measurement."""
+def test_chart_and_page_have_the_same_figures() -> None:
+    """The picture and the figures below it come from one measurement."""
     page = (ROOT / "docs/benchmarks.rst").read_text()
     drawn = re.findall(r">([\d.]+) s</text>", (ROOT / "docs/memory.svg").read_text())
     rows = re.findall(r"^    1,000,000 rows: .* ([\d.]+) s ", page, re.MULTILINE)
-    told = [pytest.approx(float(last), abs=0.051) for last in rows]
-    assert [float(last) for last in drawn if "." in last] == told
-    assert len(told) == 4
+    shown = [pytest.approx(float(last), abs=0.051) for last in rows]
+    assert [float(last) for last in drawn if "." in last] == shown
+    assert len(shown) == 4
 
 
-def test_table_of_frameworks_is_what_is_pinned() -> None:
-    """All were asked all; and the page has what was seen, whichever the versions."""
+def test_table_of_frameworks_has_the_expected_results() -> None:
+    """Each framework has a result for each question, and the page shows it."""
     assert [*EXPECTED] == [*FRAMEWORKS]
     assert all([*answers] == [*QUESTIONS] for answers in EXPECTED.values())
     head, versions = f"    * - {VERSIONS} ", dict.fromkeys(EXPECTED, "")
@@ -410,8 +473,8 @@ def test_table_of_frameworks_is_what_is_pinned() -> None:
 
 
 @pytest.mark.parametrize("question", QUESTIONS)
-def test_comparison_has_a_section_with_the_answers_to(question: str) -> None:
-    """What README links to says what was seen, of each framework."""
+def test_comparison_has_a_section_for_each_question(question: str) -> None:
+    """The section that the README links to has the result of each framework."""
     page = (ROOT / "docs/comparison.rst").read_text()
     section = re.split(r"\n(?=.+\n-{3,}\n)", page.partition(f"\n{question}\n-")[2])[0]
     answers = re.findall(r"^:([\w ]+): ((?:.|\n {4})+)", section, re.M)
@@ -420,13 +483,13 @@ def test_comparison_has_a_section_with_the_answers_to(question: str) -> None:
 
 
 def anchors(path: str) -> set[str]:
-    """What GitHub makes of the titles of a page."""
+    """The anchors that GitHub derives from the titles of a page."""
     titles = re.findall(r"^(\S.*)\n[-=~]{3,}$", (ROOT / path).read_text(), re.M)
     return {re.sub(r"[^\w-]", "", title.lower().replace(" ", "-")) for title in titles}
 
 
 def test_readme_links_to_sections_that_exist() -> None:
-    """A title that changes takes its links with it."""
+    """If a title changes, its links must change too."""
     assert "a-failure-half-way" in anchors("docs/comparison.rst")
     for path, anchor in re.findall(r"\](?:\(|: )([\w/]+\.rst)#([\w-]+)", README):
         assert anchor in anchors(path)
@@ -440,20 +503,20 @@ def test_readme_links_to_sections_that_exist() -> None:
     ],
 )
 def test_command_of_contributors_exists(path: str) -> None:
-    """What they are told to run can be run."""
+    """The page for contributors names a file that is executable."""
     assert path in commands(CONTRIBUTING)
     assert (ROOT / path).stat().st_mode & 0o111
 
 
 def test_ci_runs_the_checks_of_contributors() -> None:
-    """There is one set of commands."""
-    told = commands(CONTRIBUTING)
-    first, last = told.index("ruff format --check ."), told.index(".ci/run")
+    """The page for contributors and ``.ci/run`` have the same commands."""
+    shown = commands(CONTRIBUTING)
+    first, last = shown.index("ruff format --check ."), shown.index(".ci/run")
     run = (ROOT / ".ci/run").read_text().splitlines()
-    assert set(told[first:last]) <= set(run)
-    building = told.index("python -m build")
-    assert told[building - 1] == "rm -rf dist"
-    checks = told[building : told.index("check-manifest") + 1]
+    assert set(shown[first:last]) <= set(run)
+    building = shown.index("python -m build")
+    assert shown[building - 1] == "rm -rf dist"
+    checks = shown[building : shown.index("check-manifest") + 1]
     assert len(checks) == 4
     assert {*checks} <= {line.strip() for line in run}
-    assert run[-1] in told[first:last]  # pytest, whose summary is the last word
+    assert run[-1] in shown[first:last]  # pytest, whose summary comes last

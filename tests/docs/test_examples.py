@@ -1,4 +1,4 @@
-"""``examples/``, started as the README says, and seen from outside."""
+"""The examples, started as in the README, and used by an HTTP client."""
 
 from __future__ import annotations
 
@@ -42,24 +42,24 @@ class Example:
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 text=True,
-                # What runs in the background of a script ignores Ctrl-C otherwise.
+                # A background process of a script would ignore Ctrl-C.
                 preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             )
         assert self.process.stdout is not None
-        opened = re.match(r"Open http://([^/]*)/", self.process.stdout.readline())
-        assert opened is not None, (folder / "errors").read_text()
-        self.address = opened[1]
+        printed = re.match(r"Open http://([^/]*)/", self.process.stdout.readline())
+        assert printed is not None, (folder / "errors").read_text()
+        self.address = printed[1]
 
     def get(self, path: str, **headers: str) -> http.client.HTTPResponse:
-        """The response for ``path``, whose body is still to be read."""
-        return self._ask("GET", path, None, headers)
+        """The response for ``path``, with its body unread."""
+        return self._request("GET", path, None, headers)
 
     def post(self, path: str, **fields: str) -> http.client.HTTPResponse:
         """The response to a form that is sent to ``path``."""
         form = {"Content-Type": "application/x-www-form-urlencoded"}
-        return self._ask("POST", path, urlencode(fields), form)
+        return self._request("POST", path, urlencode(fields), form)
 
-    def _ask(
+    def _request(
         self, method: str, path: str, body: str | None, headers: dict[str, str]
     ) -> http.client.HTTPResponse:
         connection = http.client.HTTPConnection(self.address, timeout=10)
@@ -80,7 +80,7 @@ class Example:
             return [name for (name,) in rows]
 
     def stop(self) -> int:
-        """End it as Ctrl-C does, and return its exit code."""
+        """Stop it by Ctrl-C, and return its exit code."""
         self.process.send_signal(signal.SIGINT)
         self.process.communicate(timeout=20)
         return self.process.returncode
@@ -118,7 +118,7 @@ def test_index_links_every_controller(cookbook: Example) -> None:
 
 
 def test_numbers_are_a_json_array(cookbook: Example) -> None:
-    """The cookbook's first controller: text pieces that make a JSON array."""
+    """The cookbook's first controller yields text that makes a JSON array."""
     with cookbook.get("/numbers") as response:
         assert response.headers["Content-Type"].startswith("application/json")
         assert response.headers["Transfer-Encoding"] == "chunked"
@@ -126,20 +126,20 @@ def test_numbers_are_a_json_array(cookbook: Example) -> None:
 
 
 def test_lines_read_the_request(cookbook: Example) -> None:
-    """The second: ``tg.request`` in every line."""
+    """The second controller uses ``tg.request`` in every line."""
     expected = "".join(f"/lines/{num}\n" for num in range(1, 11))
     assert cookbook.read("/lines") == expected.encode()
 
 
 def test_users_are_read_between_yields(cookbook: Example) -> None:
-    """The third: a query for each of nine numbers, of whom two are users."""
+    """The third controller runs a query for each number, and two are users."""
     users = json.loads(cookbook.read("/users"))
     assert users == [None, 1, 2, *[None] * 7]
 
 
 @pytest.mark.parametrize("path", WRITERS)
 def test_permissions_are_stored_each_time(cookbook: Example, path: str) -> None:
-    """The fourth, in three ways: nine lines and nine rows, when opened again too."""
+    """The fourth controller, in three ways, stores nine rows for each request."""
     before = len(cookbook.stored())
     assert cookbook.read(f"/{path}") == b"Added Permission\n" * 9
     assert len(cookbook.stored()) == before + 9
@@ -149,8 +149,8 @@ def test_permissions_are_stored_each_time(cookbook: Example, path: str) -> None:
         assert response.read().endswith(b"in the database: %d" % (before + 18))
 
 
-def test_each_permission_is_stored_before_its_line(cookbook: Example) -> None:
-    """With ``tgstream.commit()`` a client never sees a row that is not there."""
+def test_permission_is_stored_before_its_line_is_sent(cookbook: Example) -> None:
+    """With ``tgstream.commit()`` a client sees only rows that are committed."""
     before = len(cookbook.stored())
     with cookbook.get("/each") as response:
         for count in range(1, 10):
@@ -158,19 +158,19 @@ def test_each_permission_is_stored_before_its_line(cookbook: Example) -> None:
             assert len(cookbook.stored()) >= before + count
 
 
-def test_failing_controller_breaks_the_transfer(cookbook: Example) -> None:
-    """A client cannot take the first half for the whole."""
+def test_failing_controller_aborts_the_transfer(cookbook: Example) -> None:
+    """A client notices that the response is incomplete."""
     with (
         cookbook.get("/fails") as response,
-        pytest.raises(http.client.IncompleteRead) as broken,
+        pytest.raises(http.client.IncompleteRead) as incomplete,
     ):
         response.read()
     assert response.status == 200
-    assert broken.value.partial == b"the first half\n"
+    assert incomplete.value.partial == b"the first half\n"
 
 
 def test_example_ends_with_ctrl_c(tmp_path: Path) -> None:
-    """It ends without a traceback, and takes its database along."""
+    """It ends without a traceback, and removes its database."""
     example = Example(tmp_path, "cookbook", "--pause=0.01")
     assert b"Permissions in the database: 0" in example.read("/")
     assert example.stop() == 0
@@ -179,19 +179,19 @@ def test_example_ends_with_ctrl_c(tmp_path: Path) -> None:
 
 
 def test_table_is_exported_in_every_format(exports: Example) -> None:
-    """The same 100,000 rows, as the standard library's readers see them."""
+    """The standard library's readers read the same 100,000 rows of each format."""
     linked = re.findall(r'href="(\w+)"', exports.read("/").decode())
     assert linked == ["csv", "excel", "lines", "array"]
     table = list(csv.reader(exports.read("/csv").decode().splitlines()))
     assert table[:2] == [["id", "customer", "amount"], ["1", "=Customer 0", "0.0"]]
     documents = list(map(json.loads, exports.read("/lines").splitlines()))
     assert documents.pop() == {"end": True, "items": 100_000}
-    assert [list(map(str, each.values())) for each in documents] == table[1:]
+    assert [list(map(str, document.values())) for document in documents] == table[1:]
     assert json.loads(exports.read("/array")) == documents[:40]
 
 
-def test_export_for_excel_runs_no_formula(exports: Example) -> None:
-    """It is known as UTF-8, and no cell begins with a sign that is run."""
+def test_export_for_excel_has_no_formula(exports: Example) -> None:
+    """Excel recognises it as UTF-8, and no cell begins with a formula's sign."""
     with exports.get("/excel") as response:
         disposition = response.headers["Content-Disposition"]
         assert disposition == 'attachment; filename="orders.csv"'
@@ -200,20 +200,20 @@ def test_export_for_excel_runs_no_formula(exports: Example) -> None:
     assert ",=" not in text
 
 
-def test_export_goes_on_behind_a_key(exports: Example) -> None:
-    """``after`` gives what a client that was cut off lacks."""
+def test_export_continues_after_a_key(exports: Example) -> None:
+    """``after`` gives a client the rows that an interrupted transfer lacks."""
     lines = exports.read("/lines?after=99998").splitlines()
     assert [json.loads(line).get("id") for line in lines] == [99999, 100000, None]
 
 
 def next_event(feed: http.client.HTTPResponse) -> dict[str, str]:
-    """The fields of the next event, or comment."""
+    """The fields of the next event or comment."""
     lines = iter(lambda: feed.readline().decode().rstrip("\n"), "")
     return {name: value for name, _, value in (line.partition(": ") for line in lines)}
 
 
 def follow(live: Example, **job: str) -> Iterator[dict[str, str]]:
-    """The steps of a job, to its last."""
+    """The steps of a job, up to the last one."""
     with live.get("/steps?" + urlencode(job)) as steps:
         while True:
             event = next_event(steps)
@@ -223,8 +223,8 @@ def follow(live: Example, **job: str) -> Iterator[dict[str, str]]:
                     return
 
 
-def test_feed_has_what_was_said_before_and_since(live: Example) -> None:
-    """A client that comes back goes on where it was, with the text as it was sent."""
+def test_feed_resumes_with_the_missed_messages(live: Example) -> None:
+    """A client that reconnects receives the messages since its last event."""
     with live.get("/feed") as feed:
         assert feed.headers["Content-Type"] == "text/event-stream; charset=utf-8"
         assert next_event(feed) == {"retry": "1000"}
@@ -234,28 +234,28 @@ def test_feed_has_what_was_said_before_and_since(live: Example) -> None:
         assert first["data"] == "<b>Gr\u00fc\u00dfe"
     live.post("/say", text="x" * 600)
     with live.get("/feed", **{"Last-Event-ID": first["id"]}) as feed:
-        _, opened, missed = (next_event(feed) for _ in range(3))
-    assert opened["id"] == first["id"]
-    assert missed["data"] == "x" * 500  # and no more, whatever is sent
+        _, first_comment, missed = (next_event(feed) for _ in range(3))
+    assert first_comment["id"] == first["id"]
+    assert missed["data"] == "x" * 500  # the maximum
 
 
-def test_steps_of_a_job_are_followed_from_anywhere(live: Example) -> None:
-    """From its beginning, also when it is over, and from any step on."""
+def test_steps_of_a_job_can_be_read_from_any_step(live: Example) -> None:
+    """Also from its beginning, and after its end."""
     with live.post("/start") as response:
         job: dict[str, str] = json.load(response)
     steps = list(follow(live, **job))
-    assert [json.loads(each["data"])["step"] for each in steps] == [*range(1, 21)]
+    assert [json.loads(step["data"])["step"] for step in steps] == [*range(1, 21)]
     assert list(follow(live, **job)) == steps
     assert list(follow(live, **job | {"lastEventId": steps[11]["id"]})) == steps[12:]
 
 
-def test_job_is_no_name_that_a_client_chooses(live: Example) -> None:
-    """It can listen to the jobs it knows of, and to nothing else."""
+def test_unknown_job_is_not_found(live: Example) -> None:
+    """A client can listen only to jobs, not to other channels."""
     assert live.get("/steps?job=x").status == 404
 
 
-def test_live_processes_are_one_over_valkey(tmp_path: Path) -> None:
-    """What is said and done in one is heard in the other."""
+def test_live_processes_share_their_channels_over_valkey(tmp_path: Path) -> None:
+    """Clients of one process receive the events of the other process."""
     for name in "here", "there":
         (tmp_path / name).mkdir()
     with Valkey(tmp_path / "valkey") as valkey:
@@ -274,11 +274,11 @@ def test_live_processes_are_one_over_valkey(tmp_path: Path) -> None:
 
 
 def test_live_page_ends_with_ctrl_c(tmp_path: Path) -> None:
-    """It does not wait for those who listen to leave."""
+    """It does not wait until its listeners disconnect."""
     example = Example(tmp_path, "live")
     with example.get("/feed") as feed:
         assert next_event(feed) == {"retry": "1000"}
         assert example.stop() == 0
     errors = (tmp_path / "errors").read_text()
     assert "Traceback" not in errors
-    assert "still running" not in errors  # as waitress says when it has waited
+    assert "still running" not in errors  # waitress logs it after it has waited

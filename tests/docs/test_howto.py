@@ -1,4 +1,4 @@
-"""The pages of ``docs/`` on how to do what: their code runs, and does what they say."""
+"""The how-to pages: their code runs, and does what the pages describe."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ from tests.wsgi import Call, get
 from tgstream import Channel
 from tgstream.testing import OpenStream, open_stream
 
-BROKEN = (http.client.IncompleteRead, ConnectionResetError)
+ABORTED = (http.client.IncompleteRead, ConnectionResetError)
 
 
 class Site:
-    """The application of a page under a real server, and its database from outside."""
+    """The application of a page under a real server, and its database."""
 
     def __init__(self, page: str, server: str, url: str) -> None:
         self.live = LiveServer(server, "page_app", f"page={page}", f"url={url}")
@@ -49,12 +49,12 @@ class Site:
         return self.live.stop()
 
     def look(self, statement: str) -> list[Any]:
-        """The first column of what is stored."""
+        """The first column of a query."""
         with self.outside.connect() as connection:
             return list(connection.execute(sa.text(statement)).scalars())
 
     def execute(self, statement: str) -> None:
-        """Change what is stored."""
+        """Execute a statement, and commit."""
         with self.outside.begin() as connection:
             connection.execute(sa.text(statement))
 
@@ -68,14 +68,14 @@ class Site:
             '--limit\r\nContent-Disposition: form-data; name="file"; filename="a.csv"'
             f"\r\nContent-Type: text/csv\r\n\r\n{file}\r\n--limit--\r\n"
         ).encode()
-        kind = {"Content-Type": "multipart/form-data; boundary=limit"}
-        return self._ask("POST", path, body, {**kind, **headers})
+        form = {"Content-Type": "multipart/form-data; boundary=limit"}
+        return self._request("POST", path, body, {**form, **headers})
 
     def get(self, path: str, **headers: str) -> http.client.HTTPResponse:
-        """The response for ``path``, whose body is still to be read."""
-        return self._ask("GET", path, None, headers)
+        """The response for ``path``, with its body unread."""
+        return self._request("GET", path, None, headers)
 
-    def _ask(
+    def _request(
         self, method: str, path: str, body: bytes | None, headers: dict[str, str]
     ) -> http.client.HTTPResponse:
         connection = http.client.HTTPConnection("127.0.0.1", self.live.port, timeout=20)
@@ -87,7 +87,7 @@ class Site:
 def writing(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Site]:
-    """The page on writing: each of two servers with one of two databases."""
+    """The page on writing, under two servers, each with another database."""
     server, database = request.param.split()
     if database == "sqlite":
         url = f"sqlite:///{tmp_path_factory.mktemp('writing')}/test.db"
@@ -100,7 +100,7 @@ def writing(
 
 @pytest.fixture
 def make_pipe(tmp_path: Path) -> Callable[[str], Path]:
-    """Makes named pipes, by which client and server wait for each other."""
+    """Makes named pipes, so that client and server can wait for each other."""
 
     def make(name: str) -> Path:
         os.mkfifo(tmp_path / name)
@@ -109,8 +109,8 @@ def make_pipe(tmp_path: Path) -> Callable[[str], Path]:
     return make
 
 
-def leave(response: http.client.HTTPResponse) -> None:
-    """Go away without a farewell, as a client that crashes does."""
+def disconnect(response: http.client.HTTPResponse) -> None:
+    """Reset the connection, like a client that crashes."""
     raw: Any = response.fp
     linger = struct.pack("ii", 1, 0)
     raw.raw._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
@@ -118,12 +118,12 @@ def leave(response: http.client.HTTPResponse) -> None:
 
 
 def documents(response: http.client.HTTPResponse) -> Iterator[Any]:
-    """The lines of NDJSON, as they come."""
+    """The documents of an NDJSON response, one at a time."""
     return map(json.loads, response)
 
 
 def csv_of(*names: str) -> str:
-    """A file of users."""
+    """A CSV file of users."""
     lines = [f"{name},{name.title()}\r\n" for name in names]
     return "user_name,display_name\r\n" + "".join(lines)
 
@@ -132,55 +132,55 @@ def people(prefix: str, count: int) -> list[str]:
     return [f"{prefix}{number}" for number in range(1, count + 1)]
 
 
-def test_upload_is_stored_and_told(writing: Site) -> None:
-    """Every row is a user and a line, and the last line says that it is complete."""
+def test_upload_is_stored_and_reported(writing: Site) -> None:
+    """Each row is stored and has a line, and the last line marks the end."""
     with writing.send("/imports/upload", csv_of(*people("whole", 250))) as response:
-        told = list(documents(response))
-    assert told == [{"row": n} for n in range(1, 251)] + [{"end": True, "items": 250}]
+        lines = list(documents(response))
+    assert lines == [{"row": n} for n in range(1, 251)] + [{"end": True, "items": 250}]
     assert [n for n in writing.names() if n.startswith("whole")] == people("whole", 250)
 
 
 def test_upload_of_a_wrong_file_is_an_error_page(writing: Site) -> None:
-    """What is found before the first ``yield`` has a status."""
+    """An error before the first ``yield`` sets the status of the response."""
     for path in "/imports/upload", "/jobs/start":
         with writing.send(path, "name\r\nada\r\n") as response:
             assert response.status == 400
 
 
-def test_upload_that_fails_keeps_full_hundreds(writing: Site) -> None:
-    """The rows since the last hundred are gone, and the client can tell."""
+def test_failed_upload_keeps_committed_rows(writing: Site) -> None:
+    """The rows since the last commit are lost, and the response is aborted."""
     short = csv_of(*people("twice", 250), "twice1")
     long = csv_of(*people("again", 3050), "again1")
     with writing.send("/imports/upload", short) as response:
-        if response.status == 200:  # on a machine so slow that lines had left
-            with pytest.raises(BROKEN):
+        if response.status == 200:  # on a slow machine, some lines were sent
+            with pytest.raises(ABORTED):
                 response.read()
         else:
             assert response.status == 500
-    with writing.send("/imports/upload", long) as response, pytest.raises(BROKEN):
+    with writing.send("/imports/upload", long) as response, pytest.raises(ABORTED):
         assert response.status == 200
         response.read()
     stored = [n for n in writing.names() if n.startswith(("twice", "again"))]
     assert stored == [*people("twice", 200), *people("again", 3000)]
 
 
-def test_upload_whose_client_leaves_goes_on_when_it_is_sent_again(
+def test_upload_of_a_disconnected_client_is_resumed_when_it_is_sent_again(
     writing: Site, make_pipe: Callable[[str], Path]
 ) -> None:
-    """Full hundreds stay, nothing else does; in the end each row is there once."""
+    """The committed rows stay. After the second upload each row is stored once."""
     names = [*people("left", 250), "wait", *people("late", 6000)]
-    wait, tell = make_pipe("wait"), make_pipe("tell")
-    told = os.open(tell, os.O_RDONLY | os.O_NONBLOCK)
-    ways = {"X-Wait": str(wait), "X-Tell": str(tell)}
+    wait, ended = make_pipe("wait"), make_pipe("ended")
+    end = os.open(ended, os.O_RDONLY | os.O_NONBLOCK)
+    pipes = {"X-Wait": str(wait), "X-Tell": str(ended)}
     before = len(writing.names())
-    response = writing.send("/resumed/upload", csv_of(*names), **ways)
+    response = writing.send("/resumed/upload", csv_of(*names), **pipes)
     seen = next(line["row"] for line in documents(response) if line["row"] == 200)
-    with wait.open("w") as go:  # which waits for the other side
-        leave(response)
+    with wait.open("w") as go:  # it waits until the server opens the pipe
+        disconnect(response)
         go.write("go on\n")
-    assert select.select([told], [], [], 20)[0]
-    assert os.read(told, 100) == b"disconnected"
-    os.close(told)
+    assert select.select([end], [], [], 20)[0]
+    assert os.read(end, 100) == b"disconnected"
+    os.close(end)
     stored = len(writing.names()) - before
     assert stored % 100 == 0
     assert seen <= stored < len(names)
@@ -195,7 +195,7 @@ def test_upload_whose_client_leaves_goes_on_when_it_is_sent_again(
 def test_upload_that_is_sent_twice_at_once_is_stored_once(
     writing: Site, make_pipe: Callable[[str], Path]
 ) -> None:
-    """The one that comes second to a commit breaks."""
+    """The second upload that commits is aborted."""
     names = [*people("once", 250), "wait", *people("then", 49)]
     file = csv_of(*names)
     writing.execute("DELETE FROM tg_user WHERE user_name = 'wait'")
@@ -203,20 +203,20 @@ def test_upload_that_is_sent_twice_at_once_is_stored_once(
     first = writing.send("/resumed/upload", file, **{"X-Wait": str(wait)})
     with wait.open("w") as go:
         with writing.send("/resumed/upload", file) as second:
-            told = list(documents(second))
+            lines = list(documents(second))
         go.write("go on\n")
-    assert told == [{"row": 300}, {"end": True, "items": 1}]
-    with first, pytest.raises(BROKEN):
+    assert lines == [{"row": 300}, {"end": True, "items": 1}]
+    with first, pytest.raises(ABORTED):
         first.read()
     assert [n for n in writing.names() if n in {*names}] == names
 
 
-def test_upload_goes_on_behind_rows_that_are_wrong(writing: Site) -> None:
-    """Each is told by its number, and the others are stored."""
+def test_upload_continues_after_invalid_rows(writing: Site) -> None:
+    """Each invalid row is reported by its number, and the others are stored."""
     file = csv_of("right1", "", "right2", "right1", "right3")
     with writing.send("/lenient/upload", file) as response:
-        told = list(documents(response))
-    assert [(each.get("row"), each.get("error")) for each in told] == [
+        lines = list(documents(response))
+    assert [(line.get("row"), line.get("error")) for line in lines] == [
         (1, None),
         (2, "it has no name"),
         (3, None),
@@ -228,29 +228,29 @@ def test_upload_goes_on_behind_rows_that_are_wrong(writing: Site) -> None:
     assert stored == ["right1", "right2", "right3"]
 
 
-def test_job_goes_on_without_its_page(writing: Site) -> None:
-    """It is heard from its beginning, also when it is over, and has stored all rows."""
+def test_job_continues_without_its_page(writing: Site) -> None:
+    """It stores all rows, and its progress can be read during and after it."""
     with writing.send("/jobs/start", csv_of(*people("job", 250))) as response:
         job: dict[str, str] = json.load(response)
     for _ in range(2):
-        told = []
+        progress = []
         with writing.get("/jobs/progress?" + urlencode(job)) as response:
             for line in response:
                 if line.startswith(b"data:") and line.strip() != b"data:":
-                    told.append(json.loads(line[5:])["row"])
-                if told == [100, 200, 250]:
+                    progress.append(json.loads(line[5:])["row"])
+                if progress == [100, 200, 250]:
                     break
-        assert told == [100, 200, 250]
+        assert progress == [100, 200, 250]
     assert [n for n in writing.names() if n.startswith("job")] == people("job", 250)
     with writing.get("/jobs/progress?job=other") as response:
         assert response.status == 404
 
 
-class Shown:
-    """A page whose code was run in this process, and its application.
+class PageApplication:
+    """The application of a page whose code was run in this process.
 
-    :param app: with each controller class of the page under its name.
-    :param names: what the page defines, and ``engine``, which is of its database.
+    :param app: it has each controller class of the page under its name.
+    :param names: the names that the page defines, and ``engine``, of its database.
     """
 
     def __init__(self, app: Any, names: dict[str, Any]) -> None:
@@ -266,10 +266,10 @@ class Shown:
 
 
 @pytest.fixture
-def show(
+def run_page(
     make_app: MakeApp, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> Iterator[Callable[..., Shown]]:
-    """Runs a page, and makes an application of it, with an SQLite file."""
+) -> Iterator[Callable[..., PageApplication]]:
+    """Runs the code of a page, and makes its application with an SQLite file."""
     url = f"sqlite:///{tmp_path}/test.db"
     for name in "myapp", "myapp.lib", "myapp.lib.base", "myapp.model":
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
@@ -278,28 +278,30 @@ def show(
         base_config.update_blueprint(page_app.database(url))
         tgstream.plugme(base_config)
 
-    def show(page: str, **options: Any) -> Shown:
+    def run(page: str, **options: Any) -> PageApplication:
         engine = sa.create_engine(url, poolclass=sa.NullPool)
         names = page_app.shown(page, engine=engine)
         app = make_app(page_app.root_of(names), plug=plug, **options)
-        return Shown(app, names)
+        return PageApplication(app, names)
 
-    yield show
+    yield run
     page_app.DBSession.remove()
     tg.config["tg.app_globals"].sa_engine.dispose()
 
 
-def test_moved_controller_answers_as_before(show: Callable[..., Shown]) -> None:
-    """While all goes well; and what each has written is stored."""
-    page = show("moving")
+def test_moved_controller_responds_as_before(
+    run_page: Callable[..., PageApplication],
+) -> None:
+    """If nothing fails, the responses are the same, and all changes are stored."""
+    page = run_page("moving")
     for path in "before", "after":
         response = get(page.app, f"/{path}/register?names={path}1+{path}2")
         assert response.text == f"{path}1 at 127.0.0.1\n{path}2 at 127.0.0.1\n"
     assert page.users() == ["before1", "before2", "after1", "after2"]
 
 
-def test_moved_controller_that_fails_is_seen_to_fail(tmp_path: Path) -> None:
-    """Before, a failed response was a complete one, with nothing of it stored."""
+def test_moved_controller_that_fails_aborts_the_response(tmp_path: Path) -> None:
+    """Before the move, the response looked complete, and nothing was stored."""
     site = Site("moving", "waitress", f"sqlite:///{tmp_path}/test.db")
     try:
         with site.get("/before/register?names=ada+ada") as response:
@@ -307,7 +309,7 @@ def test_moved_controller_that_fails_is_seen_to_fail(tmp_path: Path) -> None:
             assert response.read().startswith(b"ada at 127.0.0.1")
         with site.get("/after/register?names=ada+ada") as response:
             assert response.status == 200
-            with pytest.raises(BROKEN):
+            with pytest.raises(ABORTED):
                 response.read()
         assert site.names() == []
         with site.get("/after/register?names=eve") as response:
@@ -319,27 +321,27 @@ def test_moved_controller_that_fails_is_seen_to_fail(tmp_path: Path) -> None:
 
 
 def test_moved_controller_without_tm_has_a_transaction_of_its_own(
-    show: Callable[..., Shown],
+    run_page: Callable[..., PageApplication],
 ) -> None:
-    """What its body wrote and did not commit is gone."""
-    page = show("moving", tm__enabled=False)
+    """Changes that the generator did not commit are rolled back."""
+    page = run_page("moving", tm__enabled=False)
     for path in "before", "lost", "after":
         get(page.app, f"/unmanaged/{path}?name={path}")
     assert page.users() == ["before", "after"]
 
 
-def test_flask_and_tgstream_stream_the_same(show: Callable[..., Shown]) -> None:
-    """Beside what cannot be done from a generator of Flask."""
-    page = show("moving", session__enabled=True)
+def test_flask_and_tgstream_stream_the_same(
+    run_page: Callable[..., PageApplication],
+) -> None:
+    """They differ in headers and errors, which a generator of Flask cannot set."""
+    page = run_page("moving", session__enabled=True)
     get(page.app, "/after/register?names=ada+bob")
     flask = page.names["app"]
-    ours = get(page.app, "/reports/report?title=user")
-    theirs = get(flask, "/report?title=user")
-    assert ours.text == theirs.text == "user: ada\nuser: bob\n"
-    assert ("Set-Cookie" in ours.headers, "Set-Cookie" in theirs.headers) == (
-        True,
-        False,
-    )
+    of_tgstream = get(page.app, "/reports/report?title=user")
+    of_flask = get(flask, "/report?title=user")
+    assert of_tgstream.text == of_flask.text == "user: ada\nuser: bob\n"
+    assert "Set-Cookie" in of_tgstream.headers
+    assert "Set-Cookie" not in of_flask.headers
     assert get(page.app, "/reports/report").status_int == 404
     call = Call(flask, "/report")
     assert call.status_int == 200
@@ -348,42 +350,44 @@ def test_flask_and_tgstream_stream_the_same(show: Callable[..., Shown]) -> None:
     call.close()
 
 
-def test_steps_go_through_a_proxy_at_once(show: Callable[..., Shown]) -> None:
-    """The page on proxies says it by a header."""
-    with open_stream(show("proxies").app, "/steps/steps") as response:
+def test_proxies_do_not_buffer_the_steps(
+    run_page: Callable[..., PageApplication],
+) -> None:
+    """The code of the page on proxies sets a header for nginx."""
+    with open_stream(run_page("proxies").app, "/steps/steps") as response:
         assert response.headers["X-Accel-Buffering"] == "no"
         assert list(response.json()) == [{"step": 0}, {"step": 1}, {"step": 2}]
 
 
-class Secured(Shown):
+class SecuredPage(PageApplication):
     """The page on security, with two users."""
 
-    def ask(self, path: str, user: str = "", **options: Any) -> OpenStream:
-        """The response that a user gets, or somebody who is not logged in."""
+    def open(self, path: str, user: str = "", **options: Any) -> OpenStream:
+        """The response for a user, or for a client without a login."""
         if user:
             options["repoze.who.identity"] = {"repoze.who.userid": user}
         return open_stream(self.app, path, **options)
 
 
 @pytest.fixture
-def secured(show: Callable[..., Shown]) -> Secured:
-    """The page on security, where two users are stored."""
-    page = show("security", sa_auth__authmetadata=Users())
+def secured(run_page: Callable[..., PageApplication]) -> SecuredPage:
+    """The page on security, with two users in its database."""
+    page = run_page("security", sa_auth__authmetadata=Users())
     with Session(page.names["engine"]) as session:
         session.add(page_app.User(user_name="ada", display_name="=1+1"))
         session.add(page_app.User(user_name="bob", display_name="Bob"))
         session.commit()
-    return Secured(page.app, page.names)
+    return SecuredPage(page.app, page.names)
 
 
-def test_nobody_hears_of_orders_of_another(secured: Secured) -> None:
-    """Whose channel it is, the controller finds out."""
-    with secured.ask("/orders/feed?user_id=1", "ada") as response:
+def test_user_cannot_listen_to_the_orders_of_another(secured: SecuredPage) -> None:
+    """The controller checks the owner of the channel."""
+    with secured.open("/orders/feed?user_id=1", "ada") as response:
         assert next(response.events()).comment == "open"
-    refused = {"ada": ["2", "9", "x"], "": ["1"]}
-    for user, ids in refused.items():
-        for each in ids:
-            with secured.ask(f"/orders/feed?user_id={each}", user) as response:
+    rejected = {"ada": ["2", "9", "x"], "": ["1"]}
+    for user, ids in rejected.items():
+        for id in ids:
+            with secured.open(f"/orders/feed?user_id={id}", user) as response:
                 assert response.status_int == (404 if user else 401)
 
 
@@ -394,7 +398,7 @@ HERE, ELSEWHERE = "http://localhost", "http://other.example.com"
     ("headers", "status"),
     [
         ({"Origin": HERE, "Sec-Fetch-Site": "same-origin"}, 200),
-        ({"Origin": HERE}, 200),  # over http://, where browsers send it alone
+        ({"Origin": HERE}, 200),  # browsers send only this over http://
         ({"Sec-Fetch-Site": "same-origin"}, 200),
         ({"Origin": ELSEWHERE}, 403),
         ({"Origin": f"{HERE}.example.com"}, 403),
@@ -410,62 +414,62 @@ HERE, ELSEWHERE = "http://localhost", "http://other.example.com"
     ],
     ids=repr,
 )
-def test_stream_that_writes_is_not_for_other_sites(
-    secured: Secured, headers: dict[str, str], status: int
+def test_stream_that_writes_rejects_other_sites(
+    secured: SecuredPage, headers: dict[str, str], status: int
 ) -> None:
-    """Nothing is stored for a POST that another site's page sends, also over http."""
+    """A POST from a page of another site stores nothing, also over http."""
     path = "/imports/users?names=eve"
-    with secured.ask(path, "ada", method="POST", headers=headers) as response:
+    with secured.open(path, "ada", method="POST", headers=headers) as response:
         assert response.status_int == status
         response.read()
     assert ("eve" in secured.users()) == (status == 200)
 
 
-def test_stream_that_writes_is_not_for_get(secured: Secured) -> None:
-    """A page of any site can send it, by an image."""
+def test_stream_that_writes_rejects_get(secured: SecuredPage) -> None:
+    """A page of any site can send a GET, for example by an image."""
     headers = {"Origin": HERE, "Sec-Fetch-Site": "same-origin"}
-    with secured.ask("/imports/users?names=eve", "ada", headers=headers) as response:
+    with secured.open("/imports/users?names=eve", "ada", headers=headers) as response:
         assert response.status_int == 405
     assert "eve" not in secured.users()
 
 
 @pytest.mark.parametrize(("scheme", "status"), [("https", 200), ("http", 403)])
-def test_stream_that_writes_is_for_the_site_behind_a_proxy(
-    secured: Secured, scheme: str, status: int
+def test_stream_that_writes_accepts_its_own_site_behind_a_proxy(
+    secured: SecuredPage, scheme: str, status: int
 ) -> None:
-    """Where the server knows from the proxy which scheme the browser uses."""
+    """The proxy must forward the scheme that the browser uses."""
     options = {"HTTP_HOST": "shop.example.com", "wsgi.url_scheme": scheme}
     headers = {"Origin": "https://shop.example.com", "Sec-Fetch-Site": "same-origin"}
     path = "/imports/users?names=eve"
-    with secured.ask(
+    with secured.open(
         path, "ada", method="POST", headers=headers, **options
     ) as response:
         assert response.status_int == status
         response.read()
 
 
-def test_feed_is_for_the_origins_that_are_named(secured: Secured) -> None:
-    """Another one gets no header that would let its page read."""
+def test_feed_allows_only_listed_origins(secured: SecuredPage) -> None:
+    """Other origins get no header that would let their pages read it."""
     for origin in "https://shop.example.com", "https://other.example.com":
-        with secured.ask("/shared/feed", headers={"Origin": origin}) as response:
+        with secured.open("/shared/feed", headers={"Origin": origin}) as response:
             assert response.headers["Vary"] == "Origin"
-            friend = origin if "shop" in origin else None
-            assert response.headers.get("Access-Control-Allow-Origin") == friend
+            allowed = origin if "shop" in origin else None
+            assert response.headers.get("Access-Control-Allow-Origin") == allowed
 
 
-def test_export_runs_nothing_in_a_spreadsheet(secured: Secured) -> None:
-    """Its cells are guarded, and its name is one, whatever was asked."""
-    with secured.ask("/exports/users?title=../a%0D%0Ab", "ada") as response:
+def test_export_runs_nothing_in_a_spreadsheet(secured: SecuredPage) -> None:
+    """Its cells are escaped, and its file name contains only safe characters."""
+    with secured.open("/exports/users?title=../a%0D%0Ab", "ada") as response:
         disposition = response.headers["Content-Disposition"]
         assert disposition == 'attachment; filename="ab.csv"'
         rows = list(response.rows())
     assert rows == [["user_id", "display_name"], ["1", "'=1+1"], ["2", "Bob"]]
 
 
-def test_user_of_redis_needs_the_keys_of_channels_alone(
+def test_redis_user_needs_only_the_keys_of_channels(
     make_app: MakeApp, tmp_path: Path
 ) -> None:
-    """With the line of the page on security, and a password in the option."""
+    """The ACL line of the page on security is enough, with a password in the URL."""
     [rule] = re.findall(
         r"``(ACL\s+SETUSER [^`]+)``", (DOCS / "security.rst").read_text()
     )
@@ -475,10 +479,10 @@ def test_user_of_redis_needs_the_keys_of_channels_alone(
         make_app(
             tg.TGController(), tgstream__channels=f"redis://myapp:password@{address}"
         )
-        heard = Channel("safe").listen()
-        opened = next(heard)
+        events = Channel("safe").listen()
+        first = next(events)
         Channel("safe").publish("one")
-        assert next(heard).data == "one"
-        again = Channel("safe").listen(after=str(opened.id))
+        assert next(events).data == "one"
+        again = Channel("safe").listen(after=str(first.id))
         assert [event.data for event in islice(again, 2)] == [None, "one"]
-        heard.close()  # type: ignore[attr-defined]
+        events.close()  # type: ignore[attr-defined]

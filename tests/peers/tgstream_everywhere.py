@@ -1,4 +1,4 @@
-"""A pytest plugin: each controller that the tests of TurboGears expose is streamed."""
+"""A pytest plugin that streams each controller that TurboGears' tests expose."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import tgstream
 
 register = Decoration._register_exposition
 streamed: list[Any] = []
-"""The controllers, which are kept: a marker on each would be seen by the tests."""
+"""The streamed controllers. A marker on them could change the tests."""
 
 
 def _register_exposition(self: Any, *args: Any, **options: Any) -> None:
     register(self, *args, **options)
-    if not any(each is self.controller for each in streamed):
+    if not any(controller is self.controller for controller in streamed):
         streamed.append(self.controller)
         tgstream.stream()(self.controller)
 
@@ -24,5 +24,5 @@ Decoration._register_exposition = _register_exposition
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """Count them, in the log."""
-    terminalreporter.write_line(f"tgstream: {len(streamed)} controllers are streamed")
+    """Print how many controllers are streamed."""
+    terminalreporter.write_line(f"tgstream: {len(streamed)} streamed controllers")

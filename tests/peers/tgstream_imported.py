@@ -1,4 +1,4 @@
-"""A pytest plugin: tgstream is imported before the tests of another project."""
+"""A pytest plugin that imports tgstream before the tests of another project."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ import tgstream
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """Name the package that is tested, in the log."""
+    """Print the path of the tested package."""
     terminalreporter.write_line(f"tgstream: imported from {tgstream.__file__}")

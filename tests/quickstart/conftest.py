@@ -1,4 +1,4 @@
-"""Applications that ``gearbox quickstart`` makes, with the tutorial done to them."""
+"""Applications from ``gearbox quickstart``, with the changes of the tutorial."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PROBE = Block(
     "     live = LiveController()\n"
     "+    probe = ProbeController()\n",
 )
-PLUG = Block(  # the other way to enable it
+PLUG = Block(  # the other way to install it
     "diff",
     "myapp/config/app_cfg.py",
     "-import tgstream\n"
@@ -49,7 +49,7 @@ Quickstart = Callable[[str], Path]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What older versions of tg.devtools make is another application."""
+    """Skip the tests if tg.devtools is older and makes another application."""
     if is_below(version("tg.devtools"), "2.5.1"):
         older = pytest.mark.skip(reason="the tutorial is about tg.devtools 2.5.1")
         for item in items:
@@ -57,10 +57,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(older)
 
 
-def run(folder: Path, *words: str) -> str:
-    """What a command of Python prints, in a folder."""
+def run(folder: Path, *arguments: str) -> str:
+    """Run Python in a folder, and return its output."""
     done = subprocess.run(
-        [sys.executable, *words],
+        [sys.executable, *arguments],
         cwd=folder,
         env=environment(),
         stdin=subprocess.DEVNULL,
@@ -73,20 +73,20 @@ def run(folder: Path, *words: str) -> str:
 
 
 def environment() -> dict[str, str]:
-    """What processes get to know: where tgstream is, and nothing of these tests."""
-    ours = "PYTEST", "PYTHONDEVMODE"
-    kept = {key: os.environ[key] for key in os.environ if not key.startswith(ours)}
+    """The environment of processes: the path of tgstream, and no settings of pytest."""
+    removed = "PYTEST", "PYTHONDEVMODE"
+    kept = {key: os.environ[key] for key in os.environ if not key.startswith(removed)}
     return {**kept, "PYTHONPATH": str(Path(tgstream.__file__).parents[1])}
 
 
-def gearbox(folder: Path, *words: str) -> str:
-    """What a command of gearbox prints."""
-    return run(folder, "-c", "from gearbox.main import main; main()", *words)
+def gearbox(folder: Path, *arguments: str) -> str:
+    """Run gearbox in a folder, and return its output."""
+    return run(folder, "-c", "from gearbox.main import main; main()", *arguments)
 
 
 @pytest.fixture(scope="session")
 def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Quickstart:
-    """Makes an application of each kind once, with the tutorial's blocks applied."""
+    """Makes each kind of application once, with the changes of the tutorial."""
     made: dict[str, Path] = {}
 
     def make(kind: str) -> Path:
@@ -94,7 +94,7 @@ def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Quickstart:
             base = tmp_path_factory.mktemp(kind)
             gearbox(base, *QUICKSTARTS[kind], "myapp")
             made[kind] = base / "myapp"
-            # What pip install -e does as well: PasteDeploy finds it by its entry point.
+            # As pip install -e does: PasteDeploy finds the application by its metadata.
             run(made[kind], "-c", "import setuptools; setuptools.setup()", "egg_info")
             for block in blocks(TUTORIAL.read_text()):
                 if block.is_for_a_file:
@@ -106,7 +106,7 @@ def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Quickstart:
 
 
 class GearboxServe(LiveServer):
-    """The application of an ``.ini`` file, by ``gearbox serve``."""
+    """The application of an ``.ini`` file, served by ``gearbox serve``."""
 
     def __init__(self, config: Path) -> None:
         self.start(
@@ -121,7 +121,7 @@ class GearboxServe(LiveServer):
 
 
 def serve_with_gearbox(config: Path) -> LiveServer:
-    """By the server that a quickstarted application has, on a port that is free."""
+    """Start the server of a quickstarted application, on a free port."""
     ini = config.read_text()
     for attempt in range(5):
         with socket.socket() as free:
@@ -130,14 +130,14 @@ def serve_with_gearbox(config: Path) -> LiveServer:
         config.write_text(ini.replace("port = 8080", f"port = {port}"))
         try:
             return GearboxServe(config)
-        except RuntimeError as error:  # somebody else was quicker
+        except RuntimeError as error:  # another process took the port
             if attempt == 4 or "already in use" not in str(error):
                 raise
     raise AssertionError
 
 
 def serve_with_waitress(config: Path) -> LiveServer:
-    """By waitress, as in production."""
+    """Start waitress, as in production."""
     return LiveServer("waitress", "quickstarted", f"config={config}")
 
 
@@ -185,10 +185,10 @@ class Stack:
         return config
 
     def log_in(self, name: str, password: str) -> None:
-        """Send the form of the login page; the client has the cookies then."""
+        """Log in with the form of the login page. The client keeps the cookies."""
         form = {"login": name, "password": password}
-        answer = self.client.post("/login_handler", data=form, follow_redirects=True)
-        assert f"Welcome back, {name}!" in answer.text or self.kind == "minimal"
+        page = self.client.post("/login_handler", data=form, follow_redirects=True)
+        assert f"Welcome back, {name}!" in page.text or self.kind == "minimal"
         assert "authtkt" in {cookie.name for cookie in self.client.cookies.jar}
 
     def stop(self) -> None:

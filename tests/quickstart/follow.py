@@ -1,11 +1,11 @@
-"""Follows ``docs/tutorial.rst`` to the letter, and says what it does and sees.
+"""Follow ``docs/tutorial.rst`` exactly, and print each command and its output.
 
     python3 -m tests.quickstart.follow FOLDER
 
-In FOLDER, which is empty but for the clone of tgstream. It ends with exit code 1 at the
-first command that fails, and at the first output that is not what the page shows.
+FOLDER contains only the clone of tgstream. The command stops with exit code 1 at the
+first command that fails, or whose output differs from the page.
 
-Rule: it needs the standard library alone, for it also runs where nothing is installed.
+It uses the standard library only, because it also runs without any package.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ END = "end of command"
 
 
 class Shell:
-    """A shell that lives as long as the tutorial, as the reader's does."""
+    """One shell for the whole tutorial, as a reader has."""
 
     def __init__(self, folder: Path) -> None:
         self.log = folder / LOG
@@ -40,42 +40,42 @@ class Shell:
             stderr=subprocess.STDOUT,
             text=True,
         )
-        self._ask("set -m")  # so that what runs in the background hears Ctrl-C
+        self._execute("set -m")  # so that background processes receive Ctrl-C
 
     def run(self, command: str) -> str:
-        """Run one command, show it and what it prints, and return that."""
+        """Run one command, print it and its output, and return the output."""
         print(f"$ {command}", flush=True)
         if command == SERVE:
             self.stop_server()
-            # Disowned, as one of another terminal: ``wait`` does not wait for it.
-            self._ask(f"{SERVE} > {self.log} 2>&1 & server=$!; disown")
+            # Disowned, as if another terminal ran it: ``wait`` does not wait for it.
+            self._execute(f"{SERVE} > {self.log} 2>&1 & server=$!; disown")
             self._wait_for_server()
             return ""
-        code, printed = self._ask(command)
+        code, printed = self._execute(command)
         print(printed, end="", flush=True)
         if code:
             raise SystemExit(f"exit code {code}\n{self.logged()}")
         return printed
 
     def stop_server(self) -> None:
-        """Press Ctrl-C, where a server runs."""
-        self._ask('[ -z "$server" ] || kill -INT "$server"')
-        self._ask('while kill -0 "$server"; do sleep 0.1; done; server=')
+        """Press Ctrl-C if a server runs."""
+        self._execute('[ -z "$server" ] || kill -INT "$server"')
+        self._execute('while kill -0 "$server"; do sleep 0.1; done; server=')
 
     def logged(self) -> str:
-        """What the server has logged."""
+        """The log of the server."""
         return self.log.read_text() if self.log.exists() else ""
 
     def end(self) -> None:
-        """Leave the shell."""
+        """Stop the server, and exit the shell."""
         self.stop_server()
         assert self.process.stdin is not None and self.process.stdout is not None
         self.process.stdin.close()
         self.process.wait()
         self.process.stdout.close()
 
-    def _ask(self, command: str) -> tuple[int, str]:
-        """The exit code of a command, and what it has printed."""
+    def _execute(self, command: str) -> tuple[int, str]:
+        """Run a command, and return its exit code and its output."""
         assert self.process.stdin is not None and self.process.stdout is not None
         self.process.stdin.write(f"{{ {command}\n}} < /dev/null\n")
         self.process.stdin.write(f"printf '\\n{END} %s\\n' $?\n")
@@ -93,17 +93,20 @@ class Shell:
             if is_served():
                 return
             time.sleep(0.1)
-        raise SystemExit(f"the server does not answer\n{self.logged()}")
+        raise SystemExit(f"the server does not respond\n{self.logged()}")
 
 
 def is_served() -> bool:
-    """Whether somebody listens where the application is to be."""
+    """Whether a server listens on the port of the application."""
     with socket.socket() as client:
         return client.connect_ex(ADDRESS) == 0
 
 
 def follow(shell: Shell, folder: Path, steps: list[Block]) -> None:
-    """Do each step, and compare what is seen with what is shown."""
+    """Do each step, and compare its output with the page.
+
+    :raises SystemExit: if a command fails, or its output differs.
+    """
     printed = ""
     for step in steps:
         if step.language == "sh":
@@ -124,20 +127,20 @@ def follow(shell: Shell, folder: Path, steps: list[Block]) -> None:
 
 
 def indented(text: str) -> str:
-    """The text of a block, as the page shows it."""
+    """The text of a block, indented as on the page."""
     return indent(text, "    ")
 
 
 def main(folder: Path) -> None:
     """Follow the tutorial in a folder."""
     if is_served():
-        raise SystemExit("port 8080 is taken; the tutorial needs it")
-    # A script that runs this with & has Ctrl-C ignored, by the servers as well.
+        raise SystemExit("port 8080 is in use. The tutorial needs it: stop that server")
+    # If a script runs this with &, Ctrl-C is ignored, by the servers too.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for name in "VIRTUAL_ENV", "PYTHONPATH", "PIP_REQUIRE_VIRTUALENV":
         os.environ.pop(name, None)
-    os.environ["PIP_QUIET"] = "2"  # or most of what one reads here were pip's
-    begun = time.monotonic()
+    os.environ["PIP_QUIET"] = "2"  # or most of the output would be pip's
+    start = time.monotonic()
     steps = blocks(TUTORIAL.read_text())
     shell = Shell(folder)
     try:
@@ -145,8 +148,8 @@ def main(folder: Path) -> None:
         print(f"\nthe server's log\n\n{shell.logged()}", flush=True)
     finally:
         shell.end()
-    seconds = time.monotonic() - begun
-    print(f"the tutorial was followed: {len(steps)} blocks in {seconds:.0f} s")
+    seconds = time.monotonic() - start
+    print(f"the tutorial is complete: {len(steps)} blocks in {seconds:.0f} s")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A controller that the tests put beside those of the tutorial, in the application."""
+"""A controller that the tests add to the application of the tutorial."""
 
 import logging
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ class ProbeController(BaseController):
     @require(not_anonymous())
     @stream
     def who(self) -> Iterator[str]:
-        """Who is logged in, by an object that the request has loaded."""
+        """The user of the request, with groups that are loaded lazily."""
         for number in range(3):
             user = request.identity["user"]
             groups = [group.group_name for group in user.groups]
@@ -44,7 +44,7 @@ class ProbeController(BaseController):
         if request.params.get("at") == "once":
             raise RuntimeError("it fails at once")
         yield "the first half\n"
-        raise RuntimeError("it fails half-way")
+        raise RuntimeError("it fails halfway")
 
     @expose()
     @stream(CSV(header=["number"]))

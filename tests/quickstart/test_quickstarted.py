@@ -1,7 +1,7 @@
-"""tgstream in applications as ``gearbox quickstart`` makes them, on real servers.
+"""tgstream in applications from ``gearbox quickstart``, on real servers.
 
-They have repoze.who, Beaker's sessions and backlash's error tracing; with ``debug`` on,
-also backlash's debugger and tgext.debugbar.
+They have repoze.who, Beaker's sessions and backlash's error tracing. With ``debug`` on,
+they also have backlash's debugger and tgext.debugbar.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ HEADER = "user_id,user_name,email_address\r\n"
 
 @pytest.fixture
 def client(stack: Stack) -> Iterator[httpx.Client]:
-    """The client of the stack, who is nobody again after the test."""
+    """The client of the stack, which is logged out after the test."""
     yield stack.client
     stack.client.cookies.clear()
 
 
 def logged(stack: Stack, *words: str) -> str:
-    """The line of the log with these words, once it is there."""
+    """Wait for the line of the log with these words, and return it."""
     deadline = time.monotonic() + 10
     while time.monotonic() < deadline:
         for line in [*stack.server.log]:
@@ -40,33 +40,35 @@ def logged(stack: Stack, *words: str) -> str:
     raise AssertionError("".join(stack.server.log))
 
 
-def test_debugbar_is_there_with_debug(stack: Stack, client: httpx.Client) -> None:
-    """The stack is the one that is meant."""
+def test_debugbar_is_shown_with_debug(stack: Stack, client: httpx.Client) -> None:
+    """The application has the setting that its name states."""
     page = client.get("/login").text
     assert ("tgdb_debugbar" in page) == stack.debug
 
 
-def test_stream_knows_who_is_logged_in(stack: Stack, client: httpx.Client) -> None:
-    """After a real login, the identity and its lazily loaded groups are there."""
+def test_stream_has_the_user_who_is_logged_in(
+    stack: Stack, client: httpx.Client
+) -> None:
+    """After a login, the generator can use the identity and load its groups."""
     stack.log_in(*MANAGER)
     expected = "".join(f"{number} manager ['managers']\n" for number in range(3))
     assert client.get("/probe/who").text == expected
 
 
-def test_anonymous_is_sent_to_the_login(client: httpx.Client) -> None:
-    """A stream behind @require does as any controller: repoze.who asks who it is."""
+def test_anonymous_is_redirected_to_the_login(client: httpx.Client) -> None:
+    """@require protects a stream like any other controller."""
     for path in "/probe/who", "/export/users", "/live/feed":
-        answer = client.get(path)
-        assert answer.status_code == 302
-        assert "/login?came_from=" in answer.headers["Location"]
+        response = client.get(path)
+        assert response.status_code == 302
+        assert "/login?came_from=" in response.headers["Location"]
 
 
-def test_users_are_exported_to_who_may(stack: Stack, client: httpx.Client) -> None:
-    """The manager gets the file; the editor the application's own 403."""
+def test_export_needs_the_permission(stack: Stack, client: httpx.Client) -> None:
+    """The manager gets the file. The editor gets the application's 403 page."""
     stack.log_in(*EDITOR)
-    refused = client.get("/export/users")
-    assert refused.status_code == 403
-    assert "<h1>Error 403</h1>" in refused.text
+    forbidden = client.get("/export/users")
+    assert forbidden.status_code == 403
+    assert "<h1>Error 403</h1>" in forbidden.text
     client.cookies.clear()
     stack.log_in(*MANAGER)
     export = client.get("/export/users")
@@ -75,24 +77,24 @@ def test_users_are_exported_to_who_may(stack: Stack, client: httpx.Client) -> No
 
 
 def test_event_of_another_request_arrives(stack: Stack, client: httpx.Client) -> None:
-    """What is said in one request is heard in another, while that runs."""
+    """A running stream receives the event that another request publishes."""
     stack.log_in(*MANAGER)
     with connect_sse(client, "GET", "/live/feed") as feed:
-        # Unlike a browser, this client hands out the comment, for it has an id.
+        # Unlike a browser, this client returns the comment too, because it has an id.
         events = (event for event in feed.iter_sse() if event.data)
-        said = client.post("/live/say", data={"text": "Grüße"})
-        assert said.status_code == 204
+        response = client.post("/live/say", data={"text": "Grüße"})
+        assert response.status_code == 204
         assert json.loads(next(events).data) == {"user": "manager", "text": "Grüße"}
 
 
 def test_page_with_the_feed_is_rendered(stack: Stack, client: httpx.Client) -> None:
-    """Its script arrives as it was written."""
+    """Its script is not escaped."""
     stack.log_in(*MANAGER)
     assert "feed.onmessage = event => {" in client.get("/live").text
 
 
 def test_abort_before_the_first_chunk_is_an_error_page(client: httpx.Client) -> None:
-    """It is the application's own, with the words of the generator."""
+    """The application's error page has the message of the generator."""
     page = client.get("/probe/missing")
     assert page.status_code == 404
     assert "<h1>Error 404</h1>" in page.text
@@ -102,7 +104,7 @@ def test_abort_before_the_first_chunk_is_an_error_page(client: httpx.Client) -> 
 def test_error_before_the_first_chunk_is_a_500(
     stack: Stack, client: httpx.Client
 ) -> None:
-    """With debug it is backlash's page, without it the application's own."""
+    """With debug it is backlash's page. Otherwise it is the application's page."""
     page = client.get("/probe/fails", params={"at": "once"})
     assert page.status_code == 500
     assert ("RuntimeError: it fails at once" in page.text) == stack.debug
@@ -112,19 +114,19 @@ def test_error_before_the_first_chunk_is_a_500(
 def test_flash_message_is_shown_by_the_next_page(
     stack: Stack, client: httpx.Client
 ) -> None:
-    """What is set before the first chunk goes out with it: flash and session."""
+    """Flash messages and sessions that are set before the first chunk are sent."""
     assert client.get("/probe/welcome").text == "1\nTrue\n"
     assert "webflash" in client.cookies
     page = client.get("/login").text
     assert "They are on their way" in page
     assert "webflash" not in client.cookies
-    assert client.get("/probe/welcome").text == "2\nTrue\n"  # Beaker's, in a cookie
+    assert client.get("/probe/welcome").text == "2\nTrue\n"  # of Beaker's session
 
 
 def test_option_of_the_ini_file_takes_effect(
     stack: Stack, client: httpx.Client
 ) -> None:
-    """With ``tgstream.chunk_size = 1000`` a chunk has ten lines of a hundred bytes."""
+    """With ``tgstream.chunk_size = 1000`` a chunk has ten lines of 100 bytes."""
     body = client.get("/probe/chunks").text
     assert body.splitlines() == ["number", *["x" * 98] * 100]
     assert "10 chunks" in logged(stack, "DEBUG [tgstream]", "/probe/chunks")
@@ -133,11 +135,11 @@ def test_option_of_the_ini_file_takes_effect(
 def test_failure_is_logged_by_the_application_s_logging(
     stack: Stack, client: httpx.Client
 ) -> None:
-    """In the form of its ini file, with the traceback."""
-    answer = None
+    """The log line has the format of the .ini file, and the traceback."""
+    text = None
     with contextlib.suppress(httpx.RemoteProtocolError):
-        answer = client.get("/probe/fails").text
+        text = client.get("/probe/fails").text
     # wsgiref ends every body by closing the connection.
-    assert answer == ("the first half\n" if "gearbox" in stack.name else None)
+    assert text == ("the first half\n" if "gearbox" in stack.name else None)
     assert logged(stack, "ERROR [tgstream]", "ProbeController.fails", "failed")
-    assert logged(stack, "RuntimeError: it fails half-way")
+    assert logged(stack, "RuntimeError: it fails halfway")

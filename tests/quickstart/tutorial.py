@@ -1,11 +1,12 @@
-"""``docs/tutorial.rst`` as a program reads it: its blocks, and what is done with each.
+"""Read ``docs/tutorial.rst``: its code blocks, and how to apply them.
 
-A block of ``sh`` is commands, a line each. One of ``text`` is what the commands before
-it print, where ``...`` stands for anything; with a caption, what the server logs. Any
-other block is for the file that its caption names: a new file, or lines for the end of
-one (``FILE, at its end``), or a ``diff``, each of whose hunks fits once.
+- A block of ``sh`` has commands, one on each line.
+- A block of ``text`` has the output of the commands before it. ``...`` stands for any
+  text. With a caption, it has lines of the server's log.
+- Any other block changes the file in its caption. It is a new file, or lines for the
+  end of a file (``FILE, at its end``), or a ``diff``, whose hunks each match once.
 
-Rule: it needs the standard library alone, for it also runs where nothing is installed.
+This module uses the standard library only, because it also runs without any package.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ _BLOCK = re.compile(
 
 
 class Block(NamedTuple):
-    """A block of the page, where the page stands in the margin."""
+    """A code block of the page, without its indentation."""
 
     language: str
     caption: str
@@ -34,61 +35,67 @@ class Block(NamedTuple):
 
     @property
     def is_for_a_file(self) -> bool:
-        """True where the caption names a file."""
+        """True if the caption names a file."""
         return self.language not in ("sh", "text")
 
 
 def blocks(page: str) -> list[Block]:
     """All blocks of a page, in order."""
-    found = [
-        Block(each["language"], each["caption"] or "", dedented(each["text"]))
-        for each in _BLOCK.finditer(page)
+    blocks_of_page = [
+        Block(match["language"], match["caption"] or "", dedent(match["text"]))
+        for match in _BLOCK.finditer(page)
     ]
-    assert len(found) == page.count(".. code-block::"), "a block has another form"
-    return found
+    assert len(blocks_of_page) == page.count(".. code-block::"), (
+        "a block has a form that this module cannot read"
+    )
+    return blocks_of_page
 
 
-def dedented(text: str) -> str:
-    """The text of a block, without its margin."""
+def dedent(text: str) -> str:
+    """The text of a block, without its indentation."""
     return re.sub(r"^ {4}", "", text, flags=re.MULTILINE).rstrip("\n") + "\n"
 
 
 def apply(block: Block, folder: Path) -> None:
-    """Do to a file of the application what the block says.
+    """Change or create the file in the caption of a block.
 
-    :raises ValueError: when it does not fit.
+    :param folder: the application.
+    :raises ValueError: if the file exists, or a hunk does not match exactly once.
     """
     file = folder / block.caption.removesuffix(AT_ITS_END)
     if block.language == "diff":
-        file.write_text(patched(file.read_text(), block))
+        file.write_text(patch(file.read_text(), block))
     elif block.caption.endswith(AT_ITS_END):
         file.write_text(f"{file.read_text().rstrip()}\n\n{block.text}")
     elif file.exists():
-        raise ValueError(f"{block.caption} is there already")
+        raise ValueError(f"{block.caption} exists")
     else:
         file.write_text(block.text)
 
 
-def patched(text: str, diff: Block) -> str:
-    """The text with each hunk of ``diff`` done."""
+def patch(text: str, diff: Block) -> str:
+    """The text with each hunk of ``diff`` applied."""
     for hunk in diff.text.split("@@\n"):
         lines = hunk.splitlines(keepends=True)
         before = "".join(line[1:] for line in lines if line[0] in " -")
         after = "".join(line[1:] for line in lines if line[0] in " +")
         if text.count(before) != 1:
             raise ValueError(
-                f"{diff.caption} has {text.count(before)} times:\n{before}"
+                f"{diff.caption} must have these lines once, "
+                f"found {text.count(before)} times:\n{before}"
             )
         text = text.replace(before, after)
     return text
 
 
-def matches(shown: str, seen: str) -> bool:
-    """Whether ``seen`` is what the page shows, with anything for ``...``."""
+def matches(shown: str, output: str) -> bool:
+    """Whether an output is equal to the one shown, with any text for ``...``."""
     pattern = ".*".join(map(re.escape, shown.strip().split("...")))
-    return re.fullmatch(pattern, seen.replace("\r", "").strip(), re.DOTALL) is not None
+    return (
+        re.fullmatch(pattern, output.replace("\r", "").strip(), re.DOTALL) is not None
+    )
 
 
 def is_logged(shown: str, log: str) -> bool:
-    """Whether a log has what the page shows, where a line may be broken differently."""
+    """Whether a log contains the shown text, with any line breaks."""
     return matches(f"...{' '.join(shown.split())}...", " ".join(log.split()))

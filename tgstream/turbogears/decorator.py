@@ -96,8 +96,8 @@ def _check_function(value: Any) -> None:
         )
     raise TypeError(
         "@stream must decorate a function, because TurboGears calls nothing else as a "
-        f"controller, got {type_name}: {value!r:.80}. Write a method that calls it, and "
-        "put @stream on that method"
+        f"controller, got {type_name}: {value!r:.80}. Write a method that calls it, "
+        "and put @stream on that method"
     )
 
 
