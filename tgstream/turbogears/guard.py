@@ -86,8 +86,9 @@ class Outcome:
             self.error = error
         else:
             body.context.environ.pop("tg.locals", None)
-        if self.late_changes is not None:
-            self.late_changes.warn()
+        late_changes, self.late_changes = self.late_changes, None
+        if late_changes is not None:
+            late_changes.warn()
 
     # For the guard.
 
