@@ -204,9 +204,9 @@ def test_client_that_left_a_silent_stream_is_noticed(
 @pytest.mark.parametrize("heartbeat", [0, -1, "9", float("inf"), float("nan")])
 def test_heartbeat_that_makes_no_sense_is_refused(heartbeat: Any) -> None:
     """At decoration, in one sentence."""
-    with pytest.raises(ValueError, match=r"heartbeat=.*above 0, or None"):
+    with pytest.raises(ValueError, match="SSE: heartbeat must be None or a number"):
         SSE(heartbeat=heartbeat)
-    with pytest.raises(ValueError, match=r"SSE: retry=-1"):
+    with pytest.raises(ValueError, match=r"SSE: retry must be .* got -1"):
         SSE(retry=-1)
 
 

@@ -15,7 +15,7 @@ from tests.model import MakeModel, Model, Note, User
 from tests.wsgi import get
 from tgstream import CSV, StreamError, copy, rows
 from tgstream.exports import server_side_cursor as _cursor
-from tgstream.formats.protocols import Passed
+from tgstream.formats.protocols import CountedBatches
 
 # Statements and connections that have a cursor.
 
@@ -280,7 +280,9 @@ def test_bytes_of_psycopg2_are_bytes(make_model: MakeModel, postgresql: str) -> 
     model = make_model(postgresql.replace("+psycopg:", "+psycopg2:"))
     statement = sa.text("SELECT 'a' AS name, '\\x00ff'::bytea AS data")
     with Session(model.outside) as session:
-        batched = Passed(found := rows(statement, session=session), found.batches())
+        batched = CountedBatches(
+            found := rows(statement, session=session), found.batches()
+        )
         assert "".join(map(str, CSV().encode_batches(batched))) == WITH_BYTES
         assert "".join(map(str, CSV().encode(found))) == WITH_BYTES
         [row] = found

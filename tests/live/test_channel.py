@@ -20,7 +20,7 @@ import transaction
 from tg import TGController, expose
 
 from tests.conftest import MakeApp
-from tests.formats.test_sse import encoded, parsed
+from tests.formats.support import encode_events, parse_events
 from tests.model import MakeModel, Model, User
 from tests.wsgi import Call, get
 from tgstream import (
@@ -95,8 +95,8 @@ def test_event_is_encoded_once_for_all_who_listen(channel: Channel) -> None:
     pieces = [next(SSE().encode([event])) for event in events]
     assert pieces[0] is pieces[1] is pieces[2]
     fields = Event("a\r\nb", event="x", id=events[0].id)
-    assert pieces[0] == encoded(fields)
-    assert parsed(pieces[0]).messages[0].data == "a\nb"
+    assert pieces[0] == encode_events(fields)
+    assert parse_events(pieces[0]).messages[0].data == "a\nb"
 
 
 @pytest.mark.parametrize("text", ["a\r\nb", "é", ""])
@@ -115,7 +115,7 @@ def test_publish_of_text_encodes_it_once(channel: Channel, text: str) -> None:
         channel.publish(text)
     finally:
         sys.setprofile(None)
-    assert calls.count("sse._utf8") == calls.count("memory._append") == 1
+    assert calls.count("sse._encode_utf8") == calls.count("memory._append") == 1
     assert "sse.__post_init__" not in calls
     assert not [each for each in calls if each.startswith("json_encoder.")]
     assert heard(events, 2) == ["before", text]
@@ -573,13 +573,18 @@ def test_channel_refuses_what_is_no_text() -> None:
 @pytest.mark.parametrize(
     ("data", "event", "error", "match"),
     [
-        (b"x", None, TypeError, r"to Channel\('x'\) cannot be an event: .* is bytes"),
-        (float("nan"), None, ValueError, "cannot be an event: .*NaN"),
-        (object(), None, TypeError, "cannot be JSON"),
+        (
+            b"x",
+            None,
+            TypeError,
+            r"to Channel\('x'\) cannot be sent as an event: .*got bytes",
+        ),
+        (float("nan"), None, ValueError, "cannot be sent as an event: .*NaN"),
+        (object(), None, TypeError, "cannot be encoded as JSON"),
         ("\ud800", None, ValueError, "lone surrogate"),
         ("x", "a\nb", ValueError, "CR, LF or NUL"),
         ("x", "a\0b", ValueError, "CR, LF or NUL"),
-        ("x", 7, TypeError, "event=7 is no text"),
+        ("x", 7, TypeError, "event must be a str or None, got int: 7"),
     ],
 )
 def test_publish_refuses_what_cannot_be_sent(

@@ -10,7 +10,13 @@ from collections.abc import Iterator, Sequence
 from itertools import chain, islice
 from typing import Any, Protocol
 
-from ..formats.protocols import Passed, batches_of, encoder_of, is_batched, parts_of
+from ..formats.protocols import (
+    CountedBatches,
+    batch_encoder,
+    is_batched,
+    iter_batches,
+    split_batch,
+)
 from .cleanup import close
 from .errors import StreamError
 from .options import Plan, check_charset, clock
@@ -120,10 +126,10 @@ class Chunks:
     def _pieces(self, source: Any) -> Iterator[Any]:
         """The items as they are, or what the format makes of them."""
         format = self._plan.format
-        encode_batches = encoder_of(format)
+        encode_batches = batch_encoder(format)
         if encode_batches is not None and is_batched(source):
             counted = self._counted_batches(self._batches(source))
-            pieces: Iterator[Any] = encode_batches(Passed(source, counted))
+            pieces: Iterator[Any] = encode_batches(CountedBatches(source, counted))
             return pieces
         self.iterator = iter(source)
         if format is None:
@@ -135,7 +141,7 @@ class Chunks:
         """The batches; of one item where each may be committed, or leaves alone."""
         if self._plan.chunk_size and not self._plan.every:
             self._large = True
-            self.iterator = batches_of(source)
+            self.iterator = iter_batches(source)
             return self.iterator  # type: ignore[no-any-return]
         self.iterator = iter(source)
         return ([item] for item in self.iterator)
@@ -162,7 +168,7 @@ class Chunks:
         store = self._store
         assert store is not None
         for number, batch in enumerate(batches, 1):
-            for part in parts_of(batch) if batch else ():
+            for part in split_batch(batch) if batch else ():
                 self._items += len(part)
                 self._batch = part
                 yield part

@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 
 from ..core.context import thread
 from ..core.stream import current_stream
-from ..formats.protocols import largest_of
+from ..formats.protocols import estimate_largest_item
 from .errors import cursor_open
 
 if TYPE_CHECKING:
@@ -42,12 +42,12 @@ class Sizes:
 
     def room_after(self, rows: Sequence[Any]) -> int:
         """How many rows there may be in a batch behind these, if they are as large."""
-        most = FETCH // (largest_of(rows) or 1)
+        most = FETCH // (estimate_largest_item(rows) or 1)
         return max(0, min(self.size, most) - len(rows)) if rows else 0
 
     def grow(self, rows: Sequence[Any] = ()) -> None:
         """Make the next batch larger, unless the rows of the last one were large."""
-        most = FETCH // (largest_of(rows) or 1)
+        most = FETCH // (estimate_largest_item(rows) or 1)
         self.size = max(1, min(self.size * 2, self._most, most))
 
 

@@ -23,7 +23,7 @@ from ..database.cursors import (
     watch,
 )
 from ..database.registry import scoped_sessions
-from ..formats.protocols import BATCH
+from ..formats.protocols import BATCH_SIZE
 
 if TYPE_CHECKING:
     import sqlalchemy as sa
@@ -144,7 +144,7 @@ class Rows:
         lock = WriterWatch(connections)
         with opened(session, result), alone(unbuffered, result), closing(lock):
             self.fields = self._fields(result)
-            sizes = Sizes(min(self._batch, BATCH))
+            sizes = Sizes(min(self._batch, BATCH_SIZE))
             # SQLAlchemy has the first row already where it reads by a cursor of the
             # server. It shows how many can be fetched at once.
             batch = result.fetchmany(1)

@@ -19,7 +19,7 @@ from ..core import context as _context
 from ..core.report import log
 from ..core.settings import option
 from ..database.on_commit import send
-from ..formats.sse import Event, check_type, encoded
+from ..formats.sse import Event, check_event_type, encode_data
 from .backends.memory import Memory
 
 __all__ = ["Channel"]
@@ -88,8 +88,8 @@ class Channel:
             text.
         :raises ValueError: when one of them cannot be said in an event.
         """
-        encoded_data = encoded(data, f"what is published to {self!r}")
-        check_type(event)
+        encoded_data = encode_data(data, f"what is published to {self!r}")
+        check_event_type(event)
         text = data if type(data) is str else encoded_data.decode()
         _warn_of_script()
         publish = partial(_hub().publish, self.name, text, event, encoded_data)

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from ...formats.sse import Event, sealed
+from ...formats.sse import Event, encoded_event
 from ..history import Key, reset
 
 Entry = tuple[Key, Event]
@@ -121,7 +121,7 @@ def _entry(id: str, fields: Mapping[bytes, bytes]) -> Entry:
     assert place is not None
     try:
         type = None if event is None else _text(event)
-        return place, sealed(_text(fields[b"data"]), type, id)
+        return place, encoded_event(_text(fields[b"data"]), type, id)
     except (KeyError, ValueError):
         return place, reset(id)
 

@@ -13,7 +13,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from weakref import WeakValueDictionary
 
-from ...formats.sse import Event, Message
+from ...formats.sse import Event, EventTemplate
 from ..history import Feed, Key, Start, follow, in_turn, opened, reset
 
 KEPT = 10_000
@@ -37,12 +37,12 @@ class Memory:
         self, channel: str, text: str, event: str | None, data: bytes | None = None
     ) -> None:
         """Hand an event to all who listen."""
-        message = Message(text, event, data)
+        message = EventTemplate(text, event, data)
         in_turn(lambda: self._append(channel, message))
 
-    def _append(self, channel: str, message: Message) -> None:
+    def _append(self, channel: str, message: EventTemplate) -> None:
         feed, number = self._feed(channel), self._last + 1
-        feed.append_now((number, 0), message.sealed(self._id(number)))
+        feed.append_now((number, 0), message.with_id(self._id(number)))
         self._last = number
 
     def listen(self, channel: str, after: str | None, beat: float) -> Iterator[Event]:
