@@ -1,7 +1,8 @@
 """The field names of items: of rows, mappings, dataclasses, models and mapped objects.
 
 Objects of SQLAlchemy, pydantic and attrs are recognized by the attributes of their
-classes. So none of these packages has to be installed or imported.
+classes. So none of these packages has to be installed or imported. The results for a
+class are cached, because the functions run for each item.
 """
 
 from __future__ import annotations

@@ -185,7 +185,7 @@ def _orjson_differs(value: Any) -> bool:
         return False
     if isinstance(value, _CONTAINERS):
         parts = value.values() if isinstance(value, dict) else value
-        for part in parts:  # any() takes twice the time
+        for part in parts:  # any() takes 1.7 times as long
             if type(part) not in _EQUAL_TYPES and _orjson_differs(part):
                 return True
         return False

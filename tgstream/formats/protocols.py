@@ -53,14 +53,14 @@ class Batched(Protocol):
 
 
 BATCH_SIZE = 256
-"""Items that are encoded at once. A larger batch would not fit into a processor's cache
-and would start Python's garbage collector."""
+"""Items that are encoded at once. Batches of 64 take a quarter more time for each item,
+and larger batches save nothing."""
 
 MAX_BATCH_TEXT = 1 << 19
 """Bytes of text that are encoded at once, unless a single item has more."""
 
 _SAMPLE_STEP = 127
-"""The distance of the items that are measured. To measure an item takes a third of the
+"""Only every 127th item is measured: to measure an item takes more than half of the
 time that it takes to encode it."""
 
 _TEXT_TYPES = frozenset({str, bytes, bytearray, memoryview})
