@@ -17,7 +17,7 @@ import transaction
 from tg import TGController, expose
 
 from tests.conftest import LiveServer, MakeApp, assert_clean
-from tests.formats.test_csv import Batches
+from tests.formats.support import Batches
 from tests.live_apps import downloads
 from tests.model import Model, User
 from tests.test_servers import BROKEN, SERVERS, Client, curl

@@ -15,7 +15,7 @@ from tests.model import MakeModel, Model, Note, User
 from tests.wsgi import get
 from tgstream import CSV, StreamError, copy, rows
 from tgstream.exports import server_side_cursor
-from tgstream.formats.protocols import Passed
+from tgstream.formats.protocols import CountedBatches
 
 # Statements and connections with a cursor.
 
@@ -282,7 +282,9 @@ def test_bytea_of_psycopg2_is_written_as_bytes(
     model = make_model(postgresql.replace("+psycopg:", "+psycopg2:"))
     statement = sa.text("SELECT 'a' AS name, '\\x00ff'::bytea AS data")
     with Session(model.outside) as session:
-        batched = Passed(source := rows(statement, session=session), source.batches())
+        batched = CountedBatches(
+            source := rows(statement, session=session), source.batches()
+        )
         assert "".join(map(str, CSV().encode_batches(batched))) == WITH_BYTES
         assert "".join(map(str, CSV().encode(source))) == WITH_BYTES
         [row] = source

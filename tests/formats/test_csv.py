@@ -1,4 +1,4 @@
-"""CSV: the bytes of Python's ``csv``, whatever the rows are and whoever reads them."""
+"""The format CSV: it writes the bytes of Python's ``csv``, for any kind of row."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import io
 import sys
 import threading
 from collections import namedtuple
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
@@ -17,10 +17,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import attrs
-import duckdb
-import pydantic
-import pydantic.v1 as pydantic_v1
 import pytest
 import sqlalchemy as sa
 import tg
@@ -38,6 +34,16 @@ from tg import TGController, expose
 from webob.multidict import MultiDict
 
 from tests.conftest import MakeApp
+from tests.formats.support import (
+    Batches,
+    Model,
+    OldModel,
+    Plain,
+    join,
+    outcome,
+    query_duckdb,
+    sqlite_rows,
+)
 from tests.model import Base, Note, User
 from tests.wsgi import Call, get
 from tgstream import CSV, Stream, stream
@@ -45,54 +51,25 @@ from tgstream import CSV, Stream, stream
 quick = settings(deadline=None, database=None, max_examples=100)
 
 
-class Batches:
-    """A source of batches."""
-
-    def __init__(
-        self, items: Sequence[Any], fields: Sequence[str] = (), size: int = 3
-    ) -> None:
-        self.items, self.fields, self.size = items, fields, size
-
-    def batches(self) -> Iterator[Sequence[Any]]:
-        for start in range(0, len(self.items), self.size):
-            yield self.items[start : start + self.size]
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self.items)
-
-
-def whole(pieces: Iterator[str | bytes]) -> str:
-    """The pieces of a format as one text."""
-    return "".join(p if isinstance(p, str) else bytes(p).decode() for p in pieces)
-
-
-def outcome(encode: Callable[[], Iterator[str | bytes]]) -> str:
-    """What a format makes, or how it fails."""
-    try:
-        return whole(encode())
-    except (TypeError, ValueError) as error:
-        return repr(error)
-
-
-def csv_of(format: CSV, items: Sequence[Any], fields: Sequence[str] = ()) -> str:
-    """What the format makes of the items, which is the same in batches."""
-    made = outcome(lambda: format.encode(items))
+def encode_csv(format: CSV, items: Sequence[Any], fields: Sequence[str] = ()) -> str:
+    """The output of the format, which is the same in batches of any size."""
+    output = outcome(lambda: format.encode(items))
     for size in (1, 2, 500):
         batches = Batches(items, fields, size)
         in_batches = outcome(lambda batches=batches: format.encode_batches(batches))  # type: ignore[misc]
-        assert in_batches == made
-    return made
+        assert in_batches == output
+    return output
 
 
-def by_python(rows: Sequence[Any], dialect: Any = "excel") -> str:
-    """What Python's own writer makes of the rows."""
+def write_with_python(rows: Sequence[Any], dialect: Any = "excel") -> str:
+    """The output of Python's own writer."""
     file = io.StringIO(newline="")
     csv.writer(file, dialect).writerows(rows)
     return file.getvalue()
 
 
 class Text(str):
-    """A kind of text whose ``str()`` is another text, as its repr is."""
+    """Text whose ``str()`` is another text."""
 
     def __str__(self) -> str:
         return "=other"
@@ -117,14 +94,14 @@ class Formula:
 
 
 class Signed(int):
-    """A number whose text is none."""
+    """A number whose text is a formula."""
 
     def __str__(self) -> str:
         return "=1+1"
 
 
 zone = datetime.timezone(datetime.timedelta(hours=-3, seconds=-7))
-# Before Python 3.11 the module csv takes NUL for an escape character that it has not.
+# Before Python 3.11, the csv module handles NUL as an escape character.
 NUL = "\0" if sys.version_info >= (3, 11) else ""
 CHARACTERS = "a,;\"'\r\n\t =+-@\\é\u2028\U0001f600" + NUL
 texts = st.text(st.sampled_from(CHARACTERS), max_size=5)
@@ -163,76 +140,73 @@ def dialect_of(name: str) -> Any:
     return type("Dialect", (csv.excel,), DIALECTS[name])
 
 
-# Python's csv, to the byte.
+# The same bytes as Python's csv.
 
 
 @quick
 @given(tables)
-def test_bytes_are_those_of_the_csv_module(rows: list[list[Any]]) -> None:
-    """Row by row and in batches, for any cells and any width."""
-    assert csv_of(CSV(header=()), rows) == by_python(rows)
+def test_csv_writes_the_bytes_of_the_csv_module(rows: list[list[Any]]) -> None:
+    """The bytes are the same row by row and in batches, for any cells and any width."""
+    assert encode_csv(CSV(header=()), rows) == write_with_python(rows)
 
 
 @pytest.mark.parametrize("name", DIALECTS)
-def test_every_dialect_is_that_of_the_csv_module(name: str) -> None:
-    """Also those for which a column cannot be written at once."""
+def test_csv_writes_every_dialect_as_the_csv_module_does(name: str) -> None:
+    """Dialects for which a column cannot be written at once are included."""
 
     @settings(quick, max_examples=40)
     @given(tables)
     def holds(rows: list[list[Any]]) -> None:
+        output = encode_csv(CSV(header=(), dialect=dialect_of(name)), rows)
         try:
-            expected = by_python(rows, dialect_of(name))
+            expected = write_with_python(rows, dialect_of(name))
         except csv.Error as error:
-            assert str(error) in csv_of(CSV(header=(), dialect=dialect_of(name)), rows)
+            assert str(error) in output
         else:
-            assert csv_of(CSV(header=(), dialect=dialect_of(name)), rows) == expected
+            assert output == expected
 
     holds()
 
 
 @pytest.mark.parametrize("dialect", ["excel", "excel-tab", "unix", csv.unix_dialect()])
-def test_dialect_is_a_name_or_a_class(dialect: Any) -> None:
-    """Names of the module, classes and objects are taken, and what it has made."""
+def test_csv_dialect_is_a_name_a_class_or_an_object(dialect: Any) -> None:
+    """The result of ``csv.get_dialect()`` is accepted too."""
     rows = [["a\tb", 'c"d', ""], ["e\nf", None, 1.5]]
-    assert csv_of(CSV(dialect=dialect), rows) == by_python(rows, dialect)
-    made = csv.get_dialect("excel-tab")
-    assert csv_of(CSV(dialect=made), rows) == by_python(rows, "excel-tab")
+    assert encode_csv(CSV(dialect=dialect), rows) == write_with_python(rows, dialect)
+    dialect_object = csv.get_dialect("excel-tab")
+    assert encode_csv(CSV(dialect=dialect_object), rows) == write_with_python(
+        rows, "excel-tab"
+    )
 
 
 @pytest.mark.parametrize(
     "dialect",
     ["exel", 5, None, {"delimiter": ";"}, type("D", (csv.excel,), {"delimiter": "ab"})],
 )
-def test_dialect_that_is_none_is_refused(dialect: Any) -> None:
-    """The module ``csv`` would take most things for its own default."""
-    with pytest.raises(ValueError, match=r"CSV: dialect=.* is none of the module csv"):
+def test_csv_invalid_dialect_is_rejected(dialect: Any) -> None:
+    """``csv.writer`` would use its defaults for most of these values."""
+    with pytest.raises(ValueError, match="CSV: dialect must be the name of a dialect"):
         CSV(dialect=dialect)
 
 
-def test_row_that_a_dialect_cannot_write_is_named() -> None:
-    """The error has the number of the item, or says that it is the header."""
+def test_csv_error_of_a_dialect_names_the_item() -> None:
+    """The error has the number of the item, or names the header."""
     dialect = type("D", (csv.excel,), {"quoting": csv.QUOTE_NONE})
     rows = [["a", "b"], ["c,d", "e"]]
-    assert "item 2 cannot be a row of this dialect" in csv_of(CSV((), dialect), rows)
-    assert "the header cannot be" in csv_of(CSV(["a,b"], dialect), rows)
+    assert "the dialect cannot write item 2: " in encode_csv(CSV((), dialect), rows)
+    assert "the dialect cannot write the header: " in encode_csv(
+        CSV(["a,b"], dialect), rows
+    )
 
 
 @settings(quick, max_examples=60)
 @given(
     st.lists(st.lists(texts.filter(lambda t: "\0" not in t), min_size=2, max_size=2))
 )
-def test_csv_reader_gives_the_texts_back(rows: list[list[str]]) -> None:
-    """What Python's reader reads is what was written."""
-    made = csv_of(CSV(header=["x", "y"]), rows)
-    assert list(csv.reader(io.StringIO(made, newline=""))) == [["x", "y"], *rows]
-
-
-def duck(query: str) -> tuple[list[str], list[Any]]:
-    """The names and the rows that DuckDB finds."""
-    with duckdb.connect() as connection:
-        found = connection.sql(query)
-        assert found is not None
-        return found.columns, found.fetchall()
+def test_csv_reader_reads_the_same_texts(rows: list[list[str]]) -> None:
+    """Python's reader reads the texts that were written."""
+    output = encode_csv(CSV(header=["x", "y"]), rows)
+    assert list(csv.reader(io.StringIO(output, newline=""))) == [["x", "y"], *rows]
 
 
 NASTY = [
@@ -245,7 +219,7 @@ NASTY = [
 ]
 
 
-def served(make_app: MakeApp, items: Any, format: Any, **options: Any) -> Call:
+def get_stream(make_app: MakeApp, items: Any, format: Any, **options: Any) -> Call:
     """The response of an application that streams the items."""
 
     class RootController(TGController):
@@ -257,14 +231,14 @@ def served(make_app: MakeApp, items: Any, format: Any, **options: Any) -> Call:
 
 
 @pytest.mark.parametrize("in_batches", [True, False])
-def test_duckdb_reads_the_stream(
+def test_csv_is_read_by_duckdb(
     make_app: MakeApp, tmp_path: Path, in_batches: bool
 ) -> None:
-    """Another reader finds the same texts, under the header's names."""
+    """DuckDB reads the same texts, under the names of the header."""
     items = NASTY * 300 if in_batches else iter(NASTY * 300)
     path = tmp_path / "rows.csv"
-    path.write_bytes(served(make_app, items, CSV(header=["id", "b", "c"])).read())
-    names, rows = duck(
+    path.write_bytes(get_stream(make_app, items, CSV(header=["id", "b", "c"])).read())
+    names, rows = query_duckdb(
         f"SELECT * FROM read_csv('{path}', header=true, delim=',', quote='\"', "
         "escape='\"', auto_detect=false, "
         "columns={'id': 'VARCHAR', 'b': 'VARCHAR', 'c': 'VARCHAR'})"
@@ -273,13 +247,15 @@ def test_duckdb_reads_the_stream(
     assert list(map(list, rows)) == NASTY * 300
 
 
-def test_duckdb_finds_out_by_itself(make_app: MakeApp, tmp_path: Path) -> None:
-    """A reader that is told nothing reads names, numbers, dates and empty cells."""
+def test_csv_types_are_detected_by_duckdb(make_app: MakeApp, tmp_path: Path) -> None:
+    """Without options, DuckDB reads names, numbers, dates and empty cells."""
     day = datetime.datetime(2026, 1, 2, 3, 4, 5)
     rows = [(n, f"name, {n}", day, None if n % 2 else n / 4) for n in range(5000)]
     path = tmp_path / "rows.csv"
-    path.write_bytes(served(make_app, rows, CSV(["id", "name", "at", "x"])).read())
-    assert duck(f"SELECT id, name, \"at\", x FROM read_csv('{path}')")[1] == rows
+    path.write_bytes(get_stream(make_app, rows, CSV(["id", "name", "at", "x"])).read())
+    assert (
+        query_duckdb(f"SELECT id, name, \"at\", x FROM read_csv('{path}')")[1] == rows
+    )
 
 
 # Kinds of rows.
@@ -294,20 +270,13 @@ class Spot:
 
 
 class Lazy:
-    """An iterable that is no sequence."""
+    """An iterable that is not a sequence."""
 
     def __init__(self, cells: Sequence[Any] = (1, 2)) -> None:
         self.cells = cells
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self.cells)
-
-
-def sqlite_rows(mappings: bool = False) -> list[Any]:
-    engine = sa.create_engine("sqlite://", poolclass=sa.NullPool)
-    with engine.connect() as connection:
-        result = connection.execute(sa.text("SELECT 1 AS x, 2 AS y"))
-        return list(result.mappings() if mappings else result)
 
 
 @pytest.mark.parametrize(
@@ -318,53 +287,55 @@ def sqlite_rows(mappings: bool = False) -> list[Any]:
         ([range(1, 3)], ""),
         ([Lazy()], ""),
         ([Point(1, 2)], "x,y\r\n"),
-        (sqlite_rows(), "x,y\r\n"),
-        (sqlite_rows(mappings=True), "x,y\r\n"),
+        (sqlite_rows("SELECT 1 AS x, 2 AS y"), "x,y\r\n"),
+        (sqlite_rows("SELECT 1 AS x, 2 AS y", mappings=True), "x,y\r\n"),
         ([Spot(1, 2)], "x,y\r\n"),
         ([{"x": 1, "y": 2}], "x,y\r\n"),
         ([MappingProxyType({"x": 1, "y": 2})], "x,y\r\n"),
         ([MultiDict(x=1, y=2)], "x,y\r\n"),
     ],
 )
-def test_header_is_that_of_the_first_row(rows: list[Any], names: str) -> None:
-    """Names that the row has; one that is given, or (), is put in their place."""
-    assert csv_of(CSV(), rows * 3) == names + "1,2\r\n" * 3
-    assert csv_of(CSV(header=()), rows * 3) == "1,2\r\n" * 3
-    assert csv_of(CSV(header=["x", "y"]), rows * 3) == "x,y\r\n" + "1,2\r\n" * 3
+def test_csv_header_has_the_names_of_the_first_row(rows: list[Any], names: str) -> None:
+    """A header that is given, also ``()``, replaces these names."""
+    assert encode_csv(CSV(), rows * 3) == names + "1,2\r\n" * 3
+    assert encode_csv(CSV(header=()), rows * 3) == "1,2\r\n" * 3
+    assert encode_csv(CSV(header=["x", "y"]), rows * 3) == "x,y\r\n" + "1,2\r\n" * 3
 
 
 @pytest.mark.parametrize(
-    "rows", [[(1, 2)], [Point(1, 2)], [Spot(1, 2)], sqlite_rows()], ids=str
+    "rows",
+    [[(1, 2)], [Point(1, 2)], [Spot(1, 2)], sqlite_rows("SELECT 1 AS x, 2 AS y")],
+    ids=str,
 )
-def test_header_may_name_the_columns_anew(rows: list[Any]) -> None:
-    """Of what is not found by its name, any names can stand above."""
-    assert csv_of(CSV(header=("Über", "=b")), rows) == "Über,=b\r\n1,2\r\n"
+def test_csv_header_may_rename_the_columns(rows: list[Any]) -> None:
+    """Any names are possible for rows that are not read by name."""
+    assert encode_csv(CSV(header=("Über", "=b")), rows) == "Über,=b\r\n1,2\r\n"
 
 
-def test_mapping_is_found_by_the_names_of_the_header() -> None:
-    """In their order; what a mapping lacks is empty."""
-    assert csv_of(CSV(header=["y", "x"]), [{"x": 1, "y": 2}]) == "y,x\r\n2,1\r\n"
-    assert csv_of(CSV(), [{"x": 1, "y": 2}, {"y": 3}]) == "x,y\r\n1,2\r\n,3\r\n"
-    assert csv_of(CSV(header=()), [{"y": 2}, {}, {"y": 3}]) == '2\r\n""\r\n3\r\n'
+def test_csv_mapping_is_read_by_the_names_of_the_header() -> None:
+    """The header sets the order, and a cell without a value is empty."""
+    assert encode_csv(CSV(header=["y", "x"]), [{"x": 1, "y": 2}]) == "y,x\r\n2,1\r\n"
+    assert encode_csv(CSV(), [{"x": 1, "y": 2}, {"y": 3}]) == "x,y\r\n1,2\r\n,3\r\n"
+    assert encode_csv(CSV(header=()), [{"y": 2}, {}, {"y": 3}]) == '2\r\n""\r\n3\r\n'
 
 
 @pytest.mark.parametrize("header", [None, ["x"], ()])
-def test_mapping_with_an_unknown_key_is_refused(header: Any) -> None:
-    """A cell is never lost: the error names the item, the key and the columns."""
-    made = csv_of(CSV(header=header), [{"x": 1}, {"x": 1, "z": 2}])
-    assert "item 2 has 'z', for which the header has no column: it has 'x'" in made
+def test_csv_mapping_with_an_unknown_key_is_rejected(header: Any) -> None:
+    """No cell is lost: the error names the item, the key and the columns."""
+    output = encode_csv(CSV(header=header), [{"x": 1}, {"x": 1, "z": 2}])
+    assert "item 2 has the key 'z', but the header has 'x'. List all" in output
 
 
-def test_multidict_has_a_column_a_name() -> None:
-    """The last value of a name, as ``params['name']`` has it."""
+def test_csv_multidict_has_one_column_for_each_name() -> None:
+    """The cell is the last value of a name, like ``params['name']``."""
     form = MultiDict([("a", 1), ("b", 2), ("a", 3)])
-    assert csv_of(CSV(), [form]) == "a,b\r\n3,2\r\n"
+    assert encode_csv(CSV(), [form]) == "a,b\r\n3,2\r\n"
 
 
-def test_object_with_other_fields_than_the_header_is_refused() -> None:
-    """Names above the wrong cells would show what nobody asked for."""
-    made = csv_of(CSV(header=["x"]), [Spot(1, "secret")])
-    assert "item 1 has the fields x, y, and the header x" in made
+def test_csv_object_with_more_fields_than_the_header_is_rejected() -> None:
+    """Otherwise a field that the header does not name would be sent."""
+    output = encode_csv(CSV(header=["x"]), [Spot(1, "secret")])
+    assert "item 1 has the fields x, y, but the header has x. Yield a tuple" in output
 
 
 @pytest.mark.parametrize(
@@ -381,57 +352,60 @@ def test_object_with_other_fields_than_the_header_is_refused() -> None:
     ],
     ids=repr,
 )
-def test_item_that_is_no_row_is_named(item: Any) -> None:
-    """A ``str`` is one above all: its letters would be the cells."""
-    made = csv_of(CSV(header=["a"]), [["fine"], item])
-    assert f"TypeError('item 2 is {type(item).__name__}, which is no row" in made
+def test_csv_item_that_is_not_a_row_is_rejected(item: Any) -> None:
+    """A ``str`` is not a row: its letters would become the cells."""
+    output = encode_csv(CSV(header=["a"]), [["fine"], item])
+    assert "TypeError('item 2 must be a row (a sequence, a mapping, or" in output
+    assert f"got {type(item).__name__}')" in output
 
 
-def test_fields_of_a_source_are_the_header() -> None:
-    """Also where there is no row; but names that were given come first."""
-    assert whole(CSV().encode_batches(Batches([], ["x", "y"]))) == "x,y\r\n"
-    assert whole(CSV(header=["a"]).encode_batches(Batches([], ["x"]))) == "a\r\n"
-    assert whole(CSV(header=()).encode_batches(Batches([], ["x"]))) == ""
-    assert (
-        whole(CSV().encode_batches(Batches([(1, 2)], ["x", "y"]))) == "x,y\r\n1,2\r\n"
-    )
-    assert csv_of(CSV(header=["a"]), []) == "a\r\n"
-    assert csv_of(CSV(), []) == ""
+def test_csv_header_has_the_fields_of_a_batched_source() -> None:
+    """There is a header without rows too, and a header that is given replaces it."""
+    assert join(CSV().encode_batches(Batches([], ["x", "y"]))) == "x,y\r\n"
+    assert join(CSV(header=["a"]).encode_batches(Batches([], ["x"]))) == "a\r\n"
+    assert join(CSV(header=()).encode_batches(Batches([], ["x"]))) == ""
+    assert join(CSV().encode_batches(Batches([(1, 2)], ["x", "y"]))) == "x,y\r\n1,2\r\n"
+    assert encode_csv(CSV(header=["a"]), []) == "a\r\n"
+    assert encode_csv(CSV(), []) == ""
 
 
-def test_ragged_rows_and_empty_cells_are_as_csv_has_them() -> None:
-    """None and '' are empty; alone in a line they are quoted, not to be no line."""
+def test_csv_rows_may_differ_in_length_and_have_empty_cells() -> None:
+    """None and '' are empty cells, with quotes if a line has no other cell."""
     ragged = [[1, 2, 3], [4], [], ["", None]]
-    assert csv_of(CSV(), ragged) == by_python(ragged)
+    assert encode_csv(CSV(), ragged) == write_with_python(ragged)
     single = [[""], [None], ["x"], [0]]
-    assert csv_of(CSV(), single) == by_python(single) == '""\r\n""\r\nx\r\n0\r\n'
+    assert (
+        encode_csv(CSV(), single)
+        == write_with_python(single)
+        == '""\r\n""\r\nx\r\n0\r\n'
+    )
 
 
-def test_bytes_go_out_as_they_are() -> None:
-    """Whatever kind of bytes; without a header, unless one is given."""
+def test_csv_bytes_are_sent_unchanged() -> None:
+    """There is no header before bytes, unless a header is given."""
     items = [b"a,b\r\n", bytearray(b"1,"), memoryview(b"2\r\n"), [3, "x,y"]]
-    assert csv_of(CSV(), items) == 'a,b\r\n1,2\r\n3,"x,y"\r\n'
-    assert csv_of(CSV(header=["h"]), items[:1]) == "h\r\na,b\r\n"
-    assert csv_of(CSV(), [[1, 2], b"\xc3\xa9"]) == "1,2\r\né"
+    assert encode_csv(CSV(), items) == 'a,b\r\n1,2\r\n3,"x,y"\r\n'
+    assert encode_csv(CSV(header=["h"]), items[:1]) == "h\r\na,b\r\n"
+    assert encode_csv(CSV(), [[1, 2], b"\xc3\xa9"]) == "1,2\r\né"
 
 
 @pytest.mark.parametrize("header", ["name", b"name", 5, [1], [["a"]]])
-def test_header_that_is_no_names_is_refused(header: Any) -> None:
-    """A text is no sequence of names."""
-    with pytest.raises(TypeError, match=r"CSV: header=.* is no sequence of names"):
+def test_csv_invalid_header_is_rejected(header: Any) -> None:
+    """A header is a sequence of names, and a text is not."""
+    with pytest.raises(TypeError, match="CSV: header must be a list of column names"):
         CSV(header=header)
 
 
-def test_header_is_as_it_was_when_the_format_was_made() -> None:
-    """A list that changes later, or an iterator, makes no other header."""
+def test_csv_header_is_copied_when_the_format_is_created() -> None:
+    """The list may change later, and an iterator is read only once."""
     names = ["a"]
     changed, drawn = CSV(header=names), CSV(header=iter(["a"]))  # type: ignore[arg-type]
     names.append("b")
     for _ in range(2):
-        assert csv_of(changed, [[1]]) == csv_of(drawn, [[1]]) == "a\r\n1\r\n"
+        assert encode_csv(changed, [[1]]) == encode_csv(drawn, [[1]]) == "a\r\n1\r\n"
 
 
-# Objects that SQLAlchemy maps.
+# Mapped objects of SQLAlchemy.
 
 
 class Table(MappedAsDataclass, DeclarativeBase):
@@ -466,79 +440,62 @@ def things() -> Iterator[Session]:
     engine.dispose()
 
 
-def test_objects_are_their_mapped_columns(things: Session) -> None:
-    """Without relationships and deferred columns, also of a mapped dataclass."""
-    assert csv_of(CSV(), list(things.query(Thing))) == (
+def test_csv_mapped_object_is_written_as_its_columns(things: Session) -> None:
+    """Relationships and deferred columns are omitted, also of a mapped dataclass."""
+    assert encode_csv(CSV(), list(things.query(Thing))) == (
         "id,name,owner_id\r\n1,a,1\r\n2,=b,1\r\n"
     )
-    assert csv_of(CSV(), list(things.query(Owner))) == "id\r\n1\r\n"
+    assert encode_csv(CSV(), list(things.query(Owner))) == "id\r\n1\r\n"
 
 
-def test_expired_objects_are_loaded(things: Session) -> None:
-    """What a commit has expired is not empty."""
-    found = list(things.query(Thing))
+def test_csv_expired_objects_are_loaded(things: Session) -> None:
+    """Attributes that a commit has expired are not written as empty cells."""
+    objects = list(things.query(Thing))
     things.expire_all()
-    assert csv_of(CSV(header=["n", "o", "p"]), found) == "n,o,p\r\n1,a,1\r\n2,=b,1\r\n"
+    assert (
+        encode_csv(CSV(header=["n", "o", "p"]), objects)
+        == "n,o,p\r\n1,a,1\r\n2,=b,1\r\n"
+    )
 
 
-def test_objects_of_the_models_base_are_rows(things: Session) -> None:
-    """The plain declarative base is as good as a dataclass."""
+def test_csv_declarative_object_is_a_row() -> None:
+    """Objects of a plain declarative base are rows, not only mapped dataclasses."""
     notes = [Note(id=1, text="a,b"), Note(id=2, text="", user_id=3)]
-    assert csv_of(CSV(), notes) == 'id,text,user_id\r\n1,"a,b",\r\n2,,3\r\n'
+    assert encode_csv(CSV(), notes) == 'id,text,user_id\r\n1,"a,b",\r\n2,,3\r\n'
 
 
-def test_row_of_one_entity_is_its_columns(things: Session) -> None:
-    """``session.execute(select(Thing))`` is as good as ``session.scalars()``."""
+def test_csv_row_of_one_entity_is_written_as_its_columns(things: Session) -> None:
+    """``session.execute(select(Thing))`` gives the same as ``session.scalars()``."""
     rows = things.execute(sa.select(Thing).order_by(Thing.id)).all()
     expected = "id,name,owner_id\r\n1,a,1\r\n2,=b,1\r\n"
-    assert csv_of(CSV(), rows) == expected
+    assert encode_csv(CSV(), rows) == expected
 
 
-def test_entity_among_other_columns_is_refused() -> None:
-    """Its columns could not be told from the others; the error names the field."""
+def test_csv_entity_beside_other_columns_is_rejected() -> None:
+    """The error names the column."""
     engine = sa.create_engine("sqlite://", poolclass=sa.StaticPool)
     Base.metadata.create_all(engine)
     with Session(engine) as session:
         session.add(Note(id=1, text="a", user=User(name="ada")))
         session.flush()
-        found = session.execute(sa.select(Note.id, User).join(User)).all()
-        made = csv_of(CSV(), found)
-        assert "item 1 has a User in 'User', and its text would be" in made
-        made = csv_of(CSV(), [(found[0].User,)])  # a plain tuple is its cells
-        assert "item 1 has a User in column 1" in made
+        rows = session.execute(sa.select(Note.id, User).join(User)).all()
+        output = encode_csv(CSV(), rows)
+        assert "item 1 has a User in column 'User', which would be written as" in output
+        output = encode_csv(CSV(), [(rows[0].User,)])  # the entity is a cell of a tuple
+        assert "item 1 has a User in column 1, which would be written as" in output
     engine.dispose()
 
 
-class Model(pydantic.BaseModel):
-    id: int
-    name: str = "x"
-
-    @pydantic.computed_field  # type: ignore[prop-decorator]
-    @property
-    def twice(self) -> int:
-        return self.id * 2
-
-
-class OldModel(pydantic_v1.BaseModel):
-    id: int
-    name: str = "x"
-
-
-@attrs.define
-class Plain:
-    id: int
-    name: str = "x"
-
-
 @pytest.mark.parametrize(
-    ("kind", "more"),
+    ("model", "computed"),
     [(Model, [",twice", ",2"]), (OldModel, ["", ""]), (Plain, ["", ""])],
 )
-def test_object_of_a_library_of_models_is_its_fields(
-    kind: Any, more: list[str]
+def test_csv_pydantic_or_attrs_object_is_written_as_its_fields(
+    model: Any, computed: list[str]
 ) -> None:
-    """As a dataclass is; tgstream knows the library by what its classes carry."""
-    assert csv_of(CSV(), [kind(id=1)]) == f"id,name{more[0]}\r\n1,x{more[1]}\r\n"
+    """Computed fields of pydantic are included."""
+    expected = f"id,name{computed[0]}\r\n1,x{computed[1]}\r\n"
+    assert encode_csv(CSV(), [model(id=1)]) == expected
 
 
 @pytest.mark.parametrize(
@@ -550,29 +507,30 @@ def test_object_of_a_library_of_models_is_its_fields(
     ids=["object", "function", "generator", "list", "map", "method", "dict", "view"],
 )
 @pytest.mark.parametrize("escapes", [False, True])
-def test_cell_without_a_text_of_its_own_is_refused(cell: Any, escapes: bool) -> None:
-    """No address of an object is in a file; the error names item and field."""
-    format, kind = CSV(escape_formulas=escapes), type(cell).__name__
+def test_csv_cell_without_a_text_is_rejected(cell: Any, escapes: bool) -> None:
+    """No address of an object is written, and the error names the item and column."""
+    format, type_name = CSV(escape_formulas=escapes), type(cell).__name__
     rows: list[tuple[str, Any]] = [
         ("column 2", [1, cell]),
         ("column 2", Lazy([1, cell])),
-        ("'y'", {"x": 1, "y": cell}),
-        ("'y'", Point(1, cell)),
-        ("'y'", Spot(1, cell)),
+        ("column 'y'", {"x": 1, "y": cell}),
+        ("column 'y'", Point(1, cell)),
+        ("column 'y'", Spot(1, cell)),
     ]
-    for name, row in rows:
-        fine = type(row)([0, "<at 0x1>"]) if "column" in name else Point(0, "a")
+    for column, row in rows:
+        fine = type(row)([0, "<at 0x1>"]) if column == "column 2" else Point(0, "a")
         if isinstance(row, dict):
             fine = {"x": 0, "y": "a"}
-        made = csv_of(format, [fine, row, fine])
-        assert f"item 2 has a {kind} in {name}, and its text would be" in made
-    assert "item 1 has" in csv_of(CSV(dialect="unix"), [[cell]])
+        output = encode_csv(format, [fine, row, fine])
+        expected = f"item 2 has a {type_name} in {column}, which would be written as"
+        assert expected in output
+    assert "item 1 has" in encode_csv(CSV(dialect="unix"), [[cell]])
 
 
-def test_text_that_looks_like_an_address_is_a_text() -> None:
-    """Only the text of an object is looked at."""
+def test_csv_text_may_look_like_an_address() -> None:
+    """Only the text of other objects is checked."""
     rows = [["<X object at 0x7f00>", 1], ["a", Text("<b at 0x1>")]]
-    assert csv_of(CSV(header=()), rows) == by_python(rows)
+    assert encode_csv(CSV(header=()), rows) == write_with_python(rows)
 
 
 @pytest.mark.parametrize(
@@ -584,22 +542,22 @@ def test_text_that_looks_like_an_address_is_a_text() -> None:
     ],
     ids=["value", "key", "list"],
 )
-def test_text_inside_a_container_may_look_like_an_address(cell: Any) -> None:
-    """A JSON column may contain the message of an error."""
+def test_csv_text_in_a_container_may_look_like_an_address(cell: Any) -> None:
+    """A JSON column may contain an error message."""
     rows = [[cell, 1], [None, 2]]
-    assert csv_of(CSV(header=()), rows) == by_python(rows)
+    assert encode_csv(CSV(header=()), rows) == write_with_python(rows)
 
 
-def test_memoryview_is_the_bytes_in_it() -> None:
-    """psycopg2 gives one for a ``bytea``, and psycopg gives bytes."""
+def test_csv_memoryview_is_written_as_its_bytes() -> None:
+    """psycopg2 returns a memoryview for a ``bytea``, and psycopg returns bytes."""
     for rows in ([[1, b"a,b"], [2, b"="]], [[b"x"]]):
-        seen = [
+        views = [
             [memoryview(cell) if isinstance(cell, bytes) else cell for cell in row]
             for row in rows
         ]
         for format in (CSV(header=()), CSV(header=(), dialect="excel-tab")):
-            assert csv_of(format, seen) == csv_of(format, rows)
-        assert csv_of(CSV(escape_formulas=True), seen) == csv_of(CSV(), rows)
+            assert encode_csv(format, views) == encode_csv(format, rows)
+        assert encode_csv(CSV(escape_formulas=True), views) == encode_csv(CSV(), rows)
 
 
 # Formulas.
@@ -612,15 +570,15 @@ FORMULAS += [NUL + "=1"]
 
 
 @pytest.mark.parametrize("cell", FORMULAS, ids=repr)
-def test_text_that_a_spreadsheet_would_run_is_guarded(cell: str) -> None:
-    """A ' stands in front, inside of the quotes; and in the header too."""
+def test_csv_formula_is_escaped(cell: str) -> None:
+    """A ' is put before the text, inside the quotes, and in the header too."""
     text = str.__str__(cell)
-    expected = by_python([["'" + text, 1]])
-    assert csv_of(CSV(escape_formulas=True), [[cell, 1]]) == expected
+    expected = write_with_python([["'" + text, 1]])
+    assert encode_csv(CSV(escape_formulas=True), [[cell, 1]]) == expected
     format = CSV(header=[cell, "n"], escape_formulas=True)
-    assert csv_of(format, []) == by_python([["'" + text, "n"]])
-    of_mapping = CSV(escape_formulas=True)
-    assert csv_of(of_mapping, [{cell: cell}]) == by_python([["'" + text]]) * 2
+    assert encode_csv(format, []) == write_with_python([["'" + text, "n"]])
+    format = CSV(escape_formulas=True)
+    assert encode_csv(format, [{cell: cell}]) == write_with_python([["'" + text]]) * 2
 
 
 @pytest.mark.parametrize(
@@ -652,45 +610,45 @@ def test_text_that_a_spreadsheet_would_run_is_guarded(cell: str) -> None:
     ],
     ids=repr,
 )
-def test_only_what_runs_is_guarded(cell: Any, text: str) -> None:
-    """Numbers stay numbers; the text of any other object is looked at."""
+def test_csv_only_formulas_are_escaped(cell: Any, text: str) -> None:
+    """Numbers are not changed, and the text of any other object is checked."""
     rows = [[cell, "x"], [cell, "=y"]]
-    expected = by_python([[text, "x"], [text, "'=y"]])
-    assert csv_of(CSV(escape_formulas=True), rows) == expected
-    assert csv_of(CSV(escape_formulas=True, dialect="unix"), rows) == by_python(
-        [[text, "x"], [text, "'=y"]], "unix"
-    )
+    expected = write_with_python([[text, "x"], [text, "'=y"]])
+    assert encode_csv(CSV(escape_formulas=True), rows) == expected
+    assert encode_csv(
+        CSV(escape_formulas=True, dialect="unix"), rows
+    ) == write_with_python([[text, "x"], [text, "'=y"]], "unix")
 
 
 @quick
 @given(tables)
-def test_no_cell_runs_that_is_not_a_number(rows: list[list[Any]]) -> None:
-    """Whatever the cells are, what a reader finds is harmless or a number."""
-    made = csv_of(CSV(header=(), escape_formulas=True), rows).replace("\0", "0")
-    for line in csv.reader(io.StringIO(made, newline="")):
+def test_csv_escaped_cells_are_harmless_or_numbers(rows: list[list[Any]]) -> None:
+    """A reader finds no cell that begins with a sign and is not a number."""
+    output = encode_csv(CSV(header=(), escape_formulas=True), rows).replace("\0", "0")
+    for line in csv.reader(io.StringIO(output, newline="")):
         for cell in line:
             if cell[:1] in ("=", "+", "-", "@", "\t", "\r"):
                 Decimal(cell)
 
 
-def test_numbers_are_not_quoted_where_texts_are() -> None:
-    """Guarding leaves a number a number for the dialect as well."""
+def test_csv_escaping_leaves_numbers_unquoted() -> None:
+    """A dialect that quotes texts still recognizes numbers."""
     dialect = type("D", (csv.excel,), {"quoting": csv.QUOTE_NONNUMERIC})
     format = CSV(dialect=dialect, escape_formulas=True)
-    assert csv_of(format, [[-1, "-1", Decimal("-2")]]) == '-1,"\'-1",-2\r\n'
+    assert encode_csv(format, [[-1, "-1", Decimal("-2")]]) == '-1,"\'-1",-2\r\n'
 
 
-def test_bytes_cannot_be_guarded() -> None:
-    """They are refused, in one sentence."""
-    made = csv_of(CSV(escape_formulas=True), [[1], b"=1\r\n"])
-    assert "item 2 is bytes, in which escape_formulas cannot find the cells" in made
+def test_csv_bytes_cannot_be_escaped() -> None:
+    """Bytes are rejected if formulas are to be escaped."""
+    output = encode_csv(CSV(escape_formulas=True), [[1], b"=1\r\n"])
+    assert "item 2 is bytes, in which escape_formulas cannot find the cells" in output
 
 
-# One format, many streams.
+# One format for many streams.
 
 
-class Meeting:
-    """A cell whose text is made while another stream writes a row."""
+class Interleaved:
+    """A cell whose text is made by writing a row of another stream."""
 
     def __init__(self, other: Iterator[Any]) -> None:
         self.other = other
@@ -699,42 +657,42 @@ class Meeting:
         return f"<{next(self.other).strip()}>"
 
 
-def test_streams_of_one_format_do_not_mix() -> None:
-    """A format serves all requests, also while a row of another is half written."""
+def test_csv_streams_that_share_a_format_do_not_mix() -> None:
+    """Another stream may write a row while this stream is in the middle of a row."""
     format = CSV(header=())
     other = format.encode([["first", "row"], ["secret", "row"]])
     assert next(other) == "first,row\r\n"
-    lines = list(format.encode([["a", "b"], ["c", Meeting(other)]]))
+    lines = list(format.encode([["a", "b"], ["c", Interleaved(other)]]))
     assert lines == ["a,b\r\n", 'c,"<secret,row>"\r\n']
 
 
-def test_threads_of_one_format_do_not_mix() -> None:
-    """The same on two threads, that wait for each other in the middle of a row."""
-    format, together = CSV(header=()), threading.Barrier(2)
+def test_csv_threads_that_share_a_format_do_not_mix() -> None:
+    """Two threads wait for each other in the middle of a row."""
+    format, barrier = CSV(header=()), threading.Barrier(2)
 
     class Waits:
         def __str__(self) -> str:
-            together.wait(10)
+            barrier.wait(10)
             return "w"
 
-    made: dict[str, str] = {}
+    outputs: dict[str, str] = {}
 
     def run(name: str) -> None:
-        made[name] = whole(format.encode([[name, Waits(), name]] * 20))
+        outputs[name] = join(format.encode([[name, Waits(), name]] * 20))
 
     threads = [threading.Thread(target=run, args=[name]) for name in "xy"]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert made == {name: f"{name},w,{name}\r\n" * 20 for name in "xy"}
+    assert outputs == {name: f"{name},w,{name}\r\n" * 20 for name in "xy"}
 
 
-# As a response.
+# In a response.
 
 
-def test_every_way_to_name_the_format_is_the_same(make_app: MakeApp) -> None:
-    """The class or an object, by the decorator or the helper."""
+def test_csv_is_given_as_class_or_object(make_app: MakeApp) -> None:
+    """The decorator and ``Stream`` accept both."""
 
     class RootController(TGController):
         @expose()
@@ -759,7 +717,7 @@ def test_every_way_to_name_the_format_is_the_same(make_app: MakeApp) -> None:
 
 
 @pytest.mark.parametrize(
-    ("format", "charset", "body", "said"),
+    ("format", "charset", "body", "header"),
     [
         (CSV, None, "é\r\n".encode(), "utf-8"),
         (CSV, "latin-1", b"\xe9\r\n", "latin-1"),
@@ -768,29 +726,31 @@ def test_every_way_to_name_the_format_is_the_same(make_app: MakeApp) -> None:
         (CSV(dialect="excel-tab"), "utf-16", "é\r\n".encode("utf-16"), "utf-16"),
     ],
 )
-def test_charset_is_honoured_but_with_a_mark(
-    make_app: MakeApp, format: Any, charset: str | None, body: bytes, said: str
+def test_csv_charset_is_used_unless_there_is_a_byte_order_mark(
+    make_app: MakeApp, format: Any, charset: str | None, body: bytes, header: str
 ) -> None:
-    """A byte order mark means UTF-8, in the bytes and in the header alike."""
+    """A byte order mark means UTF-8, in the body and in the header."""
     for items in ([["é"]], iter([["é"]])):
-        call = served(make_app, items, format, charset=charset)
+        call = get_stream(make_app, items, format, charset=charset)
         assert call.read() == body
-        assert call.headers["Content-Type"] == f"text/csv; charset={said}"
+        assert call.headers["Content-Type"] == f"text/csv; charset={header}"
 
 
-def test_mark_comes_once_and_first(make_app: MakeApp) -> None:
-    """Before the header, also without rows, and before bytes."""
-    assert csv_of(CSV(["a"], bom=True), [[1], [2]]) == "\ufeffa\r\n1\r\n2\r\n"
-    assert csv_of(CSV(bom=True), []) == "\ufeff"
-    assert csv_of(CSV(bom=True), [b"a,b\r\n", b"1,2\r\n"]) == "\ufeffa,b\r\n1,2\r\n"
-    twice = CSV(["\ufeff=1"], bom=True, escape_formulas=True)
-    assert csv_of(twice, []) == "\ufeff'\ufeff=1\r\n"
-    mark = served(make_app, iter([]), CSV(["ä"], bom=True))
-    assert mark.read() == b"\xef\xbb\xbf\xc3\xa4\r\n"
+def test_csv_byte_order_mark_comes_once_and_first(make_app: MakeApp) -> None:
+    """It stands before the header, also without rows, and before bytes."""
+    assert encode_csv(CSV(["a"], bom=True), [[1], [2]]) == "\ufeffa\r\n1\r\n2\r\n"
+    assert encode_csv(CSV(bom=True), []) == "\ufeff"
+    assert encode_csv(CSV(bom=True), [b"a,b\r\n", b"1,2\r\n"]) == "\ufeffa,b\r\n1,2\r\n"
+    format = CSV(["\ufeff=1"], bom=True, escape_formulas=True)
+    assert encode_csv(format, []) == "\ufeff'\ufeff=1\r\n"
+    response = get_stream(make_app, iter([]), CSV(["ä"], bom=True))
+    assert response.read() == b"\xef\xbb\xbf\xc3\xa4\r\n"
 
 
-def test_content_type_is_what_was_set_nearest(make_app: MakeApp) -> None:
-    """The response's before that of ``@expose`` before the format's."""
+def test_csv_content_type_of_the_controller_replaces_that_of_the_format(
+    make_app: MakeApp,
+) -> None:
+    """``tg.response`` comes before ``@expose``, and ``@expose`` before the format."""
 
     class RootController(TGController):
         @expose(content_type="text/plain")
@@ -810,37 +770,37 @@ def test_content_type_is_what_was_set_nearest(make_app: MakeApp) -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"chunk_size": 0}, {"commit": "each"}])
-def test_first_row_that_is_none_is_an_ordinary_error(
+def test_csv_error_of_the_first_row_is_an_ordinary_error_response(
     make_app: MakeApp, options: dict[str, Any]
 ) -> None:
-    """No header has left then, however small the chunks are."""
+    """The header has not been sent by then, however small the chunks are."""
     for items in (["text"], iter(["text"])):
-        call = served(make_app, items, CSV(header=["a"]), **options)
+        call = get_stream(make_app, items, CSV(header=["a"]), **options)
         call.read()
         assert call.status.startswith("500")
-        assert "item 1 is str" in call.errors.getvalue()
+        assert "item 1 must be a row" in call.errors.getvalue()
 
 
-def test_chunk_an_item_holds_for_lists_too(make_app: MakeApp) -> None:
-    """With ``chunk_size=0`` the header comes with the first row; each leaves alone."""
+def test_csv_list_with_chunk_size_0_is_sent_item_by_item(make_app: MakeApp) -> None:
+    """The header is sent with the first row."""
     for items in ([[1], [2], [3]], iter([[1], [2], [3]])):
-        call = served(make_app, items, CSV(header=["a"]), chunk_size=0)
+        call = get_stream(make_app, items, CSV(header=["a"]), chunk_size=0)
         assert list(call) == [b"a\r\n1\r\n", b"2\r\n", b"3\r\n"]
         call.close()
 
 
-def test_source_of_batches_keeps_its_header_with_automatic_commits(
+def test_csv_batched_source_keeps_its_header_with_automatic_commits(
     make_app: MakeApp,
 ) -> None:
-    """The names of its fields are known item by item as well."""
+    """The field names are known item by item too."""
     source = Batches([], ["x", "y"])
-    assert served(make_app, source, CSV, commit="each").read() == b"x,y\r\n"
+    assert get_stream(make_app, source, CSV, commit="each").read() == b"x,y\r\n"
     source = Batches([(1, 2)], ["x", "y"])
-    assert served(make_app, source, CSV, commit=2).read() == b"x,y\r\n1,2\r\n"
+    assert get_stream(make_app, source, CSV, commit=2).read() == b"x,y\r\n1,2\r\n"
 
 
-def test_empty_batch_is_none(make_app: MakeApp) -> None:
-    """A source may hand over a batch without items."""
+def test_csv_empty_batch_is_skipped(make_app: MakeApp) -> None:
+    """A source may give a batch without items."""
 
     class Sparse(Batches):
         def batches(self) -> Iterator[Sequence[Any]]:
@@ -848,4 +808,4 @@ def test_empty_batch_is_none(make_app: MakeApp) -> None:
             yield from super().batches()
             yield []
 
-    assert served(make_app, Sparse([[1]]), CSV(["a"])).read() == b"a\r\n1\r\n"
+    assert get_stream(make_app, Sparse([[1]]), CSV(["a"])).read() == b"a\r\n1\r\n"

@@ -1,4 +1,4 @@
-"""NDJSON and JSONArray: documents as TG's encoder has them, by orjson or without."""
+"""NDJSON and JSONArray: the documents of TG's encoder, with orjson or without."""
 
 from __future__ import annotations
 
@@ -31,12 +31,19 @@ from tg.util import Bunch
 from webob.multidict import MultiDict
 
 from tests.conftest import MakeApp
-from tests.formats.test_csv import Batches, Model, OldModel, Plain, duck
+from tests.formats.support import (
+    Batches,
+    Model,
+    OldModel,
+    Plain,
+    outcome,
+    query_duckdb,
+    sqlite_rows,
+)
 from tests.model import Base, Note, User
 from tests.wsgi import Call, get
 from tgstream import NDJSON, JSONArray, Report, Stream, stream
-from tgstream.formats.json_encoder import Encoder
-from tgstream.formats.json_encoder import document as document_of
+from tgstream.formats.json_encoder import Encoder, to_document
 
 often = settings(deadline=None, database=None, max_examples=100)
 
@@ -61,8 +68,8 @@ class Bad(enum.Enum):
     NAN = math.nan
 
 
-class Told(enum.Enum):
-    """What a TG application does to have an Enum in its JSON."""
+class Custom(enum.Enum):
+    """The way in which TG applications put an Enum into JSON."""
 
     YES = 1
 
@@ -90,22 +97,22 @@ class Dict(dict[str, Any]):
     pass
 
 
-class ToldFloat(float):
+class CustomFloat(float):
     def __json__(self) -> str:
-        return "never asked: it is a number"
+        return "never called for a number"
 
 
-class ToldList(list[Any]):
+class CustomList(list[Any]):
     def __json__(self) -> str:
-        return "never asked: it is a list"
+        return "never called for a list"
 
 
 Point = namedtuple("Point", "x y")
 
 
-class ToldPoint(namedtuple("ToldPoint", "x y")):
+class CustomPoint(namedtuple("CustomPoint", "x y")):
     def __json__(self) -> dict[str, Any]:
-        return {"told": self.x}
+        return {"custom": self.x}
 
 
 @dataclass(slots=True)
@@ -115,11 +122,11 @@ class Spot:
 
 
 @dataclass
-class ToldSpot:
+class CustomSpot:
     x: Any
 
     def __json__(self) -> dict[str, Any]:
-        return {"told": self.x}
+        return {"custom": self.x}
 
 
 class Thing:
@@ -129,7 +136,7 @@ class Thing:
     def __json__(self) -> Any:
         return self.value
 
-    def __repr__(self) -> str:  # names a test: no address in it
+    def __repr__(self) -> str:  # the name of a test: without an address
         return f"Thing({self.value!r})"
 
 
@@ -154,11 +161,11 @@ scalars = st.one_of(
     st.times(timezones=zones),
     st.decimals(-(10**20), 10**20, allow_nan=False),
     st.uuids(),
-    st.sampled_from([*Colour, *Word, *Level, *Told]),
+    st.sampled_from([*Colour, *Word, *Level, *Custom]),
     st.builds(Text, st.text(max_size=3)),
     st.builds(Whole, st.integers()),
     st.builds(Float, st.floats(allow_nan=False, allow_infinity=False)),
-    st.builds(ToldFloat, st.just(1.5)),
+    st.builds(CustomFloat, st.just(1.5)),
 )
 values = st.recursive(
     scalars,
@@ -166,7 +173,7 @@ values = st.recursive(
         st.lists(inner, max_size=3),
         st.lists(inner, max_size=3).map(tuple),
         st.lists(inner, max_size=3).map(List),
-        st.lists(inner, max_size=3).map(ToldList),
+        st.lists(inner, max_size=3).map(CustomList),
         st.dictionaries(keys, inner, max_size=3),
         st.dictionaries(st.text(max_size=3), inner, max_size=3).map(Dict),
         st.dictionaries(st.text(max_size=3), inner, max_size=3).map(OrderedDict),
@@ -174,59 +181,59 @@ values = st.recursive(
         st.builds(Bunch, a=inner),
         st.builds(MultiDict, st.lists(st.tuples(st.sampled_from("ab"), inner))),
         st.builds(Point, inner, inner),
-        st.builds(ToldPoint, inner, inner),
+        st.builds(CustomPoint, inner, inner),
         st.builds(Spot, inner, inner),
-        st.builds(ToldSpot, inner),
+        st.builds(CustomSpot, inner),
         st.builds(Thing, inner),
     ),
     max_leaves=8,
 )
 
 
-def quick_encoder() -> Encoder:
+def encoder_with_orjson() -> Encoder:
     encoder = Encoder()
-    assert encoder.quick
+    assert encoder.uses_orjson
     return encoder
 
 
-def slow_encoder() -> Encoder:
-    """As it is where orjson is not installed."""
+def encoder_without_orjson() -> Encoder:
+    """The encoder as it is when orjson is not installed."""
     encoder = Encoder()
-    encoder.quick = False
+    encoder.uses_orjson = False
     return encoder
 
 
-ENCODERS: list[Callable[[], Encoder]] = [quick_encoder, slow_encoder]
+ENCODERS: list[Callable[[], Encoder]] = [encoder_with_orjson, encoder_without_orjson]
 both = pytest.mark.parametrize("make_encoder", ENCODERS)
 
 
-def same(one: Any, other: Any) -> bool:
-    """Equal, of equal types, with the sign of a zero and the order of keys."""
+def are_same(one: Any, other: Any) -> bool:
+    """Compare values, their types, the signs of zeros and the order of keys."""
     return repr(one) == repr(other)
 
 
 @often
 @given(values)
-def test_orjson_and_json_parse_to_equal_documents(value: Any) -> None:
-    """Whatever the value; and what TG's own encoder can do, it decides."""
-    quick = json.loads(quick_encoder().encode(value, 1))
-    assert same(quick, json.loads(slow_encoder().encode(value, 1)))
+def test_json_documents_of_both_encoders_are_equal(value: Any) -> None:
+    """They are also equal to those of TG's own encoder, if it supports the value."""
+    document = json.loads(encoder_with_orjson().encode(value, 1))
+    assert are_same(document, json.loads(encoder_without_orjson().encode(value, 1)))
     try:
         expected = JSONEncoder().encode(value)
     except TypeError:
         return
-    assert same(quick, json.loads(expected))
+    assert are_same(document, json.loads(expected))
 
 
 @often
 @given(st.lists(st.one_of(st.builds(Point, values, values), values), max_size=8))
-def test_batches_are_the_items_to_the_byte(items: list[Any]) -> None:
-    """A batch is encoded at once, and nothing shows it."""
+def test_json_batches_are_the_same_bytes_as_items(items: list[Any]) -> None:
+    """A batch is encoded at once, which does not change its bytes."""
     for format in (NDJSON(end=True), JSONArray()):
-        made = b"".join(format.encode(items))
+        expected = b"".join(format.encode(items))
         for size in (1, 3, 500):
             batches = Batches(items, ["x", "y"], size)
-            assert b"".join(format.encode_batches(batches)) == made
+            assert b"".join(format.encode_batches(batches)) == expected
 
 
 COLUMNS: list[Any] = [
@@ -237,7 +244,7 @@ COLUMNS: list[Any] = [
     st.one_of(st.none(), st.datetimes()),
     st.one_of(st.none(), st.text(st.characters(), max_size=4)),
     st.one_of(st.booleans(), st.integers(0, 9), st.floats(0, 1)),
-    st.one_of(st.none(), st.dates(), st.sampled_from([*Colour, *Told])),
+    st.one_of(st.none(), st.dates(), st.sampled_from([*Colour, *Custom])),
     st.one_of(st.none(), st.uuids(), st.builds(Spot, st.integers())),
 ]
 Wide = namedtuple("Wide", "a b c d")
@@ -249,27 +256,21 @@ Wide = namedtuple("Wide", "a b c d")
         lambda columns: st.lists(st.builds(Wide, *columns), max_size=12)
     )
 )
-def test_columns_of_a_batch_are_the_items_to_the_byte(items: list[Any]) -> None:
-    """Columns of one kind are made at once, and what does not fit is found."""
+def test_json_columns_are_the_same_bytes_as_items(items: list[Any]) -> None:
+    """Columns of plain values are encoded at once, and other values one by one."""
     for format in (NDJSON(end=True), JSONArray()):
-        made = b"".join(format.encode(items))
+        expected = b"".join(format.encode(items))
         batches = Batches(items, list(Wide._fields), 500)
-        assert b"".join(format.encode_batches(batches)) == made
+        assert b"".join(format.encode_batches(batches)) == expected
 
 
-def sqlite_rows(statement: str) -> tuple[list[Any], list[str]]:
-    engine = sa.create_engine("sqlite://", poolclass=sa.NullPool)
-    with engine.connect() as connection:
-        result = connection.execute(sa.text(statement))
-        return list(result), list(result.keys())
-
-
-def test_names_of_columns_are_quoted() -> None:
-    """Labels may hold anything, and are objects' keys all the same."""
-    rows, fields = sqlite_rows('SELECT 1 AS "a ""b"" \\", 2 AS "é\n" UNION SELECT 3, 4')
-    made = b"".join(NDJSON().encode_batches(Batches(rows, fields, 500)))
-    assert made == b"".join(NDJSON().encode(rows))
-    assert json.loads(made.splitlines()[0]) == {'a "b" \\': 1, "é\n": 2}
+def test_json_names_of_columns_are_escaped() -> None:
+    """The label of a column may contain any character."""
+    rows = sqlite_rows('SELECT 1 AS "a ""b"" \\", 2 AS "é\n" UNION SELECT 3, 4')
+    batches = Batches(rows, rows[0]._fields, 500)
+    output = b"".join(NDJSON().encode_batches(batches))
+    assert output == b"".join(NDJSON().encode(rows))
+    assert json.loads(output.splitlines()[0]) == {'a "b" \\': 1, "é\n": 2}
 
 
 @pytest.mark.parametrize(
@@ -282,28 +283,21 @@ def test_names_of_columns_are_quoted() -> None:
         ([Point(1, 2), Point(3, 4)], ["y", "x"]),
         ([Point(1, 2), Point(3, 4)], ["x"]),
         ([Point(1, 2), Point(3, 4)], ["x", "x"]),
-        ([ToldPoint(1, 2), ToldPoint(3, 4)], ["x", "y"]),
-        ([Point(1, 2), ToldPoint(3, 4)], ["x", "y"]),
+        ([CustomPoint(1, 2), CustomPoint(3, 4)], ["x", "y"]),
+        ([Point(1, 2), CustomPoint(3, 4)], ["x", "y"]),
         ([Point(1, 2), None], ["x", "y"]),
         ([Spot(1, 2), Spot(3, 4)], ["x", "y"]),
-        (sqlite_rows("SELECT 1 AS x, 2 AS y UNION SELECT 3, 4")[0], ["a", "b"]),
-        (sqlite_rows("SELECT 1 AS x, 2 AS x UNION SELECT 3, 4")[0], ["x", "x"]),
+        (sqlite_rows("SELECT 1 AS x, 2 AS y UNION SELECT 3, 4"), ["a", "b"]),
+        (sqlite_rows("SELECT 1 AS x, 2 AS x UNION SELECT 3, 4"), ["x", "x"]),
     ],
 )
-def test_fields_of_a_source_make_no_other_documents(
+def test_json_fields_of_a_source_do_not_change_the_documents(
     items: list[Any], fields: list[str]
 ) -> None:
-    """A source may name fields that its items do not have in that order."""
-
-    def outcome(pieces: Callable[[], Iterator[bytes]]) -> Any:
-        try:
-            return b"".join(pieces())
-        except (TypeError, ValueError) as error:
-            return repr(error)
-
-    made = outcome(lambda: NDJSON().encode(items))
+    """A source may have other fields than its items, or in another order."""
+    expected = outcome(lambda: NDJSON().encode(items))
     batches = Batches(items, fields, 500)
-    assert outcome(lambda: NDJSON().encode_batches(batches)) == made
+    assert outcome(lambda: NDJSON().encode_batches(batches)) == expected
 
 
 @both
@@ -312,15 +306,15 @@ def test_fields_of_a_source_make_no_other_documents(
     [
         (Point(1, [2]), {"x": 1, "y": [2]}),
         ([Point(1, 2)], [[1, 2]]),
-        (ToldPoint(1, 2), {"told": 1}),
-        ([ToldPoint(1, 2)], [[1, 2]]),
-        (Spot(Spot(1), ToldSpot(2)), {"x": {"x": 1, "y": None}, "y": {"told": 2}}),
-        (Told.YES, "yes"),
-        ([Word.A, Level.LOW, Colour.RED, Told.YES], ["a\u2028", -1, "red", "yes"]),
+        (CustomPoint(1, 2), {"custom": 1}),
+        ([CustomPoint(1, 2)], [[1, 2]]),
+        (Spot(Spot(1), CustomSpot(2)), {"x": {"x": 1, "y": None}, "y": {"custom": 2}}),
+        (Custom.YES, "yes"),
+        ([Word.A, Level.LOW, Colour.RED, Custom.YES], ["a\u2028", -1, "red", "yes"]),
         (Colour.DAY, "2026-01-02"),
         (Colour.MANY, [1, "x"]),
-        (Thing(Thing(Told.YES)), "yes"),
-        (Thing({"e": Told.YES}), {"e": "yes"}),
+        (Thing(Thing(Custom.YES)), "yes"),
+        (Thing({"e": Custom.YES}), {"e": "yes"}),
         (MultiDict([("a", 1), ("a", 2)]), {"a": [1, 2]}),
         (MappingProxyType({"a": Decimal("1.5")}), {"a": 1.5}),
         ({1: 1, None: 2, 1.5: 4}, {"1": 1, "null": 2, "1.5": 4}),
@@ -330,19 +324,19 @@ def test_fields_of_a_source_make_no_other_documents(
         ("\ud800é", "\ud800é"),
         (2**200, 2**200),
         (None, None),
-        (sqlite_rows("SELECT 1 AS x, NULL AS y")[0][0], {"x": 1, "y": None}),
+        (sqlite_rows("SELECT 1 AS x, NULL AS y")[0], {"x": 1, "y": None}),
     ],
     ids=repr,
 )
-def test_documents(
+def test_json_document_of_an_item(
     make_encoder: Callable[[], Encoder], item: Any, document: Any
 ) -> None:
-    """An item with names is an object; in it, TG's rules."""
-    assert same(json.loads(make_encoder().encode(document_of(item), 1)), document)
+    """An item with names is an object, whose values are encoded with TG's rules."""
+    assert are_same(json.loads(make_encoder().encode(to_document(item), 1)), document)
 
 
-def later_enums() -> Iterator[tuple[str, Any]]:
-    """Members of classes that came to have a ``__json__`` after a stream had begun."""
+def late_enums() -> Iterator[tuple[str, Any]]:
+    """Members of classes that got a ``__json__`` after a stream had started."""
 
     class Base(enum.Enum):
         """A class without members, so that it can be derived from."""
@@ -358,14 +352,14 @@ def later_enums() -> Iterator[tuple[str, Any]]:
     class Changed(enum.Enum):
         A = 1
 
-    quick_encoder().encode(Changed.A, 1)
+    encoder_with_orjson().encode(Changed.A, 1)
     Changed.__json__ = lambda self: "changed"  # type: ignore[attr-defined]
 
     class Level(enum.IntEnum):
         A = 1
 
         def __json__(self) -> str:
-            return "never asked: it is a number"
+            return "never called for a number"
 
     class Flag(enum.Flag):
         A = 1
@@ -378,12 +372,12 @@ def later_enums() -> Iterator[tuple[str, Any]]:
 
 
 @pytest.mark.parametrize("which", ["derived", "changed", "flag", "number"])
-def test_enum_is_what_tgs_encoder_makes_of_it_whenever_its_class_was_made(
+def test_json_enum_is_encoded_as_tgs_encoder_does_it_whenever_it_was_defined(
     which: str,
 ) -> None:
-    """A class may be made, or get a ``__json__``, while a stream runs."""
-    encoder = quick_encoder()
-    member = dict(later_enums())[which]
+    """A class may be defined, or get a ``__json__``, while a stream runs."""
+    encoder = encoder_with_orjson()
+    member = dict(late_enums())[which]
 
     class Holder(enum.Enum):
         A = (member, 1)
@@ -400,11 +394,11 @@ def test_enum_is_what_tgs_encoder_makes_of_it_whenever_its_class_was_made(
         expected = json.loads(JSONEncoder().encode({"v": value}))["v"]
         assert json.loads(encoder.encode(value, 1)) == expected
         rows = [Point(1, value), Point(None, 2.5)]
-        made = b"".join(JSONArray().encode_batches(Batches(rows, ["x", "y"], 500)))
-        assert made == b"".join(JSONArray().encode(rows))
-        assert json.loads(made)[0]["y"] == expected
+        output = b"".join(JSONArray().encode_batches(Batches(rows, ["x", "y"], 500)))
+        assert output == b"".join(JSONArray().encode(rows))
+        assert json.loads(output)[0]["y"] == expected
     as_value = json.loads(encoder.encode({"a": Holder.A}, 1))["a"]
-    assert as_value == [json.loads(slow_encoder().encode(member, 1)), 1]
+    assert as_value == [json.loads(encoder_without_orjson().encode(member, 1)), 1]
     if which == "number":
         assert json.loads(encoder.encode({member: 1}, 1)) == {"1": 1}
     else:
@@ -413,21 +407,21 @@ def test_enum_is_what_tgs_encoder_makes_of_it_whenever_its_class_was_made(
 
 
 @both
-@pytest.mark.parametrize("beside", [1, 2**70, "\ud800", Told.YES, {1: 1}], ids=repr)
-def test_generator_is_asked_once(
+@pytest.mark.parametrize("beside", [1, 2**70, "\ud800", Custom.YES, {1: 1}], ids=repr)
+def test_json_generator_is_iterated_once(
     make_encoder: Callable[[], Encoder], beside: Any
 ) -> None:
-    """What it yields is there, also where a second attempt has to be made."""
+    """Its items are in the document, also if a second attempt is necessary."""
     value = {"g": (n for n in [1, 2]), "b": beside}
     assert json.loads(make_encoder().encode(value, 1))["g"] == [1, 2]
     rows = [Point((n for n in [k]), beside) for k in range(3)]
-    made = b"".join(JSONArray().encode_batches(Batches(rows, ["x", "y"], 500)))
-    assert [document["x"] for document in json.loads(made)] == [[0], [1], [2]]
+    output = b"".join(JSONArray().encode_batches(Batches(rows, ["x", "y"], 500)))
+    assert [document["x"] for document in json.loads(output)] == [[0], [1], [2]]
 
 
 @pytest.mark.parametrize("failure", [ValueError, TypeError, LookupError])
-def test_generator_that_fails_is_not_cut_short(failure: type[Exception]) -> None:
-    """What it yielded before is no whole list, in any path."""
+def test_json_generator_that_fails_is_an_error(failure: type[Exception]) -> None:
+    """The items before the failure are not written as if they were the whole list."""
 
     def fails() -> Iterator[int]:
         yield 1
@@ -441,21 +435,21 @@ def test_generator_that_fails_is_not_cut_short(failure: type[Exception]) -> None
         list(NDJSON().encode_batches(Batches(rows, ["x", "y"], 500)))
 
 
-def test_failure_of_a_value_is_raised_once() -> None:
-    """What failed is not tried again: it may succeed by half, or hide the reason."""
-    asked = []
+def test_json_value_that_fails_is_encoded_once() -> None:
+    """A second attempt could succeed with half the data, or hide the reason."""
+    calls = []
 
     class Fails:
         def __json__(self) -> None:
-            asked.append(1)
+            calls.append(1)
             raise OSError("gone")
 
     with pytest.raises(OSError, match="gone"):
-        quick_encoder().encode({"a": Fails()}, 1)
-    assert asked == [1]
+        encoder_with_orjson().encode({"a": Fails()}, 1)
+    assert calls == [1]
 
 
-# What has no JSON.
+# Values that JSON does not support.
 
 NANS: list[Any] = [
     math.nan,
@@ -481,9 +475,9 @@ NANS: list[Any] = [
 
 
 @pytest.mark.parametrize("value", NANS, ids=repr)
-def test_nan_and_infinity_are_refused(value: Any) -> None:
-    """Wherever they are, with the item's number, in every path."""
-    expected = r"item 3 holds NaN or Infinity, which JSON has not"
+def test_json_nan_and_infinity_are_rejected(value: Any) -> None:
+    """The error has the number of the item, wherever in the item they are."""
+    expected = "item 3 contains NaN or Infinity, which JSON does not support"
     for make_encoder in ENCODERS:
         with pytest.raises(ValueError, match=expected):
             make_encoder().encode(value, 3)
@@ -496,15 +490,15 @@ def test_nan_and_infinity_are_refused(value: Any) -> None:
                 list(format.encode_batches(Batches(items, ["x", "y"], size)))
 
 
-def test_first_item_that_fails_is_the_one_named() -> None:
-    """Also where an earlier column fails in a later row, as columns come first."""
+def test_json_error_names_the_first_invalid_item() -> None:
+    """An earlier column may be invalid in a later row."""
     items = [Point(1, 2.0), Point(1, math.nan), Point(object(), 2.0)]
-    with pytest.raises(ValueError, match="item 2 holds NaN"):
+    with pytest.raises(ValueError, match="item 2 contains NaN"):
         list(NDJSON().encode_batches(Batches(items, ["x", "y"], 500)))
 
 
 @pytest.mark.parametrize(
-    ("value", "error", "told"),
+    ("value", "error", "message"),
     [
         pytest.param(object(), TypeError, "not JSON serializable", id="object"),
         (datetime.timedelta(1), TypeError, "not JSON serializable"),
@@ -518,38 +512,39 @@ def test_first_item_that_fails_is_the_one_named() -> None:
     ],
     ids=repr,
 )
-def test_value_without_json_is_named(
-    value: Any, error: type[Exception], told: str
+def test_json_unsupported_value_is_rejected(
+    value: Any, error: type[Exception], message: str
 ) -> None:
-    """The number of the item, and what the encoder says."""
+    """The error has the number of the item and the message of the encoder."""
+    expected = f"item 2 cannot be encoded as JSON: .*{message}.*. Convert it to"
     for make_encoder in ENCODERS:
-        with pytest.raises(error, match=f"item 2 cannot be JSON: .*{told}"):
+        with pytest.raises(error, match=expected):
             make_encoder().encode([value], 2)
     rows = [Point(1, None), Point(1, value)]
-    with pytest.raises(error, match=f"item 2 cannot be JSON: .*{told}"):
+    with pytest.raises(error, match=expected):
         list(NDJSON().encode_batches(Batches(rows, ["x", "y"], 500)))
 
 
 @both
-def test_value_that_holds_itself_is_refused(
+def test_json_value_that_contains_itself_is_rejected(
     make_encoder: Callable[[], Encoder],
 ) -> None:
-    """Directly, by ``__json__``, or deeper than Python goes."""
+    """It may do so directly or by ``__json__``, or be nested too deeply."""
     loop: list[Any] = []
     loop.append(loop)
-    told = Thing(None)
-    told.value = [told]
+    thing = Thing(None)
+    thing.value = [thing]
     deep: Any = []
     for _ in range(100_000):
         deep = [deep]
-    for value in (loop, told, deep):
-        with pytest.raises(ValueError, match="item 1 cannot be JSON"):
+    for value in (loop, thing, deep):
+        with pytest.raises(ValueError, match="item 1 cannot be encoded as JSON"):
             make_encoder().encode(value, 1)
-    while deep:  # not to be freed by recursion
+    while deep:  # to free it without recursion
         deep = deep.pop()
 
 
-# Objects that SQLAlchemy maps.
+# Mapped objects of SQLAlchemy.
 
 
 @pytest.fixture
@@ -567,43 +562,46 @@ def session() -> Iterator[Session]:
 
 
 @both
-def test_object_is_what_tg_makes_of_it(
+def test_json_mapped_object_is_encoded_as_tgs_encoder_does_it(
     session: Session, make_encoder: Callable[[], Encoder]
 ) -> None:
-    """Its columns, and the relationships that are loaded."""
+    """The document has its columns and the relationships that are loaded."""
     user = session.query(User).one()
     note = session.query(Note).options(selectinload(Note.user)).first()
     for value in (user, note, {"nested": [user]}):
-        made = json.loads(make_encoder().encode(value, 1))
-        assert made == json.loads(JSONEncoder().encode(value))
-    plain = json.loads(make_encoder().encode(user, 1))
-    assert plain == {"id": 7, "name": "ada"}
+        document = json.loads(make_encoder().encode(value, 1))
+        assert document == json.loads(JSONEncoder().encode(value))
+    document = json.loads(make_encoder().encode(user, 1))
+    assert document == {"id": 7, "name": "ada"}
 
 
 @both
-def test_expired_object_is_loaded(
+def test_json_expired_object_is_loaded(
     session: Session, make_encoder: Callable[[], Encoder]
 ) -> None:
-    """A commit expires, and what TG's encoder would overlook is there."""
+    """TG's encoder would omit the attributes that a commit has expired."""
     user = session.query(User).one()
     session.commit()
     assert json.loads(make_encoder().encode(user, 1)) == {"id": 7, "name": "ada"}
 
 
 @both
-def test_what_a_query_left_out_stays_out(
+def test_json_columns_that_a_query_did_not_load_are_omitted(
     session: Session, make_encoder: Callable[[], Encoder]
 ) -> None:
-    """Columns that nobody loaded are neither loaded nor sent."""
+    """They are neither loaded nor sent."""
     user = session.query(User).options(load_only(User.id, raiseload=True)).one()
     assert json.loads(make_encoder().encode(user, 1)) == {"id": 7}
 
 
 @pytest.mark.parametrize("source", [list, iter])
-def test_row_of_one_entity_is_its_columns(
+def test_json_row_of_one_entity_is_encoded_as_the_entity(
     session: Session, source: Callable[[Any], Any]
 ) -> None:
-    """``execute(select(User))`` is as good as ``scalars()``; among others it nests."""
+    """``execute(select(User))`` gives the same as ``scalars()``.
+
+    An entity beside other columns is an object within the row's object.
+    """
     rows: list[Any] = [*session.execute(sa.select(User))]
     expected = [{"id": 7, "name": "ada"}]
     assert json.loads(b"".join(JSONArray().encode(source(rows)))) == expected
@@ -617,18 +615,18 @@ def test_row_of_one_entity_is_its_columns(
 
 
 @both
-def test_object_of_a_library_of_models_is_its_fields(
+def test_json_pydantic_or_attrs_object_is_encoded_as_its_fields(
     make_encoder: Callable[[], Encoder],
 ) -> None:
-    """With TG's rules for the values in it, also within another value."""
-    for kind in (Model, OldModel, Plain):
-        made = json.loads(make_encoder().encode([kind(id=1, name="é")], 1))
-        twice = {"twice": 2} if kind is Model else {}
-        assert made == [{"id": 1, "name": "é", **twice}]
+    """It may be within another value."""
+    for model in (Model, OldModel, Plain):
+        document = json.loads(make_encoder().encode([model(id=1, name="é")], 1))
+        twice = {"twice": 2} if model is Model else {}
+        assert document == [{"id": 1, "name": "é", **twice}]
 
 
-def test_rows_are_objects_item_by_item_and_in_batches(session: Session) -> None:
-    """A ``Row`` and a ``RowMapping`` have the labels of the statement."""
+def test_json_rows_are_objects_one_by_one_and_in_batches(session: Session) -> None:
+    """The keys of a ``Row`` and of a ``RowMapping`` are the labels of the statement."""
     statement = sa.select(Note.id, Note.text.label("t")).order_by(Note.id)
     expected = b'{"id":1,"t":"a"}\n{"id":2,"t":"b"}\n'
     rows = session.execute(statement).all()
@@ -644,7 +642,7 @@ def test_rows_are_objects_item_by_item_and_in_batches(session: Session) -> None:
 
 @pytest.fixture
 def default_encoder() -> Iterator[Any]:
-    """TG's encoder, whose configuration outlives an application."""
+    """TG's encoder, whose configuration is reset after the test."""
     encoder = tg.jsonify._default_encoder
     yield encoder
     encoder._registered_types_map.clear()
@@ -652,8 +650,8 @@ def default_encoder() -> Iterator[Any]:
     encoder._isodates = False
 
 
-def ndjson_of(make_app: MakeApp, items: Any, **config: Any) -> list[Any]:
-    """The documents that an application of this configuration streams."""
+def get_ndjson(make_app: MakeApp, items: Any, **config: Any) -> list[Any]:
+    """The documents that an application with this configuration streams."""
 
     class RootController(TGController):
         @expose()
@@ -670,21 +668,21 @@ MOMENT = datetime.datetime(2026, 1, 2, 3, 4, 5, 6)
 
 @pytest.mark.parametrize("value", [MOMENT, MOMENT.date(), MOMENT.time()], ids=repr)
 @pytest.mark.parametrize("on", [True, False])
-def test_dates_are_as_the_application_has_them(
+def test_json_dates_follow_the_option_json_isodates(
     make_app: MakeApp, default_encoder: Any, value: Any, on: bool
 ) -> None:
-    """``json.isodates`` holds for items and for batches."""
+    """The option applies to items and to batches."""
     items = [Point(1, value), Point(2, None)]
     batches = Batches(items, ["x", "y"], 500)
     for source in (iter(items), items, batches):
-        made = ndjson_of(make_app, source, json__isodates=on)
+        documents = get_ndjson(make_app, source, json__isodates=on)
         expected = json.loads(default_encoder.encode({"y": value}))["y"]
-        assert made == [{"x": 1, "y": expected}, {"x": 2, "y": None}]
+        assert documents == [{"x": 1, "y": expected}, {"x": 2, "y": None}]
         assert ("T" in expected) == (on and value is MOMENT)
 
 
 @pytest.mark.parametrize(
-    ("kind", "value"),
+    ("cls", "value"),
     [
         (uuid.UUID, uuid.UUID(int=1)),
         (Colour, Colour.RED),
@@ -694,23 +692,23 @@ def test_dates_are_as_the_application_has_them(
         (Spot, Spot(1)),
         (object, Colour.DAY),
         (object, [Thing(1), (1, b"x")]),
-        (str, "never asked"),
+        (str, "never called for a str"),
     ],
 )
-def test_custom_encoders_decide(
-    make_app: MakeApp, default_encoder: Any, kind: type, value: Any
+def test_json_custom_encoders_are_used_first(
+    make_app: MakeApp, default_encoder: Any, cls: type, value: Any
 ) -> None:
-    """What the application registers in ``json.custom_encoders`` is used first."""
-    custom = {kind: lambda value: f"custom {type(value).__name__}"}
+    """The encoders of ``json.custom_encoders`` apply to items and to batches."""
+    custom = {cls: lambda value: f"custom {type(value).__name__}"}
     items = [Point(1, value), Point(2, None)]
     batches = Batches(items, ["x", "y"], 500)
     for source in (iter(items), batches):
-        made = ndjson_of(make_app, source, json__custom_encoders=custom)
+        documents = get_ndjson(make_app, source, json__custom_encoders=custom)
         expected = json.loads(default_encoder.encode({"y": value}))["y"]
-        assert made == [{"x": 1, "y": expected}, {"x": 2, "y": None}]
+        assert documents == [{"x": 1, "y": expected}, {"x": 2, "y": None}]
 
 
-# Other readers, of what a stream sent.
+# Other readers.
 
 READABLE = st.recursive(
     st.one_of(
@@ -729,8 +727,8 @@ READABLE = st.recursive(
 
 @settings(often, max_examples=60)
 @given(st.lists(READABLE, max_size=6))
-def test_other_readers_agree(items: list[Any]) -> None:
-    """json, orjson and jq read the same values."""
+def test_json_is_read_by_json_orjson_and_jq(items: list[Any]) -> None:
+    """They read the same values."""
     array = b"".join(JSONArray().encode(items))
     lines = b"".join(NDJSON(end=True).encode(items))
     end = {"end": True, "items": len(items)}
@@ -742,10 +740,10 @@ def test_other_readers_agree(items: list[Any]) -> None:
 
 @pytest.mark.parametrize("in_batches", [True, False])
 @pytest.mark.parametrize("format", [NDJSON, JSONArray])
-def test_duckdb_reads_the_stream(
+def test_json_is_read_by_duckdb(
     make_app: MakeApp, tmp_path: Path, format: Any, in_batches: bool
 ) -> None:
-    """A reader that is told nothing finds names, numbers, texts and dates."""
+    """Without options, DuckDB reads names, numbers, texts and dates."""
     Record = namedtuple("Record", "id name moment amount maybe")
     rows = [
         Record(n, f'"n"\n{n}\u2028é', MOMENT, n / 4, None if n % 2 else True)
@@ -760,13 +758,13 @@ def test_duckdb_reads_the_stream(
 
     path = tmp_path / "rows.json"
     path.write_bytes(Call(make_app(RootController())).read())
-    names, read = duck(f"SELECT * FROM read_json('{path}')")
+    names, read = query_duckdb(f"SELECT * FROM read_json('{path}')")
     assert names == list(Record._fields)
     assert read == [tuple(row) for row in rows]
 
 
-def test_without_orjson_all_is_the_same(tmp_path: Path) -> None:
-    """A process that cannot import it makes equal documents, also in batches."""
+def test_json_without_orjson_is_equal(tmp_path: Path) -> None:
+    """A process that cannot import orjson writes equal documents, also in batches."""
     program = """if True:
         import sys
         sys.modules["orjson"] = None
@@ -779,9 +777,9 @@ def test_without_orjson_all_is_the_same(tmp_path: Path) -> None:
                 yield self[:]
         for y in ("é", 2**70, 1.5, tgstream.NDJSON.content_type, None):
             source = Source([P(1, y), P(2, y)])
-            made = b"".join(tgstream.NDJSON().encode_batches(source))
-            assert made == b"".join(tgstream.NDJSON().encode(source))
-            assert [*map(json.loads, made.splitlines())] == [
+            output = b"".join(tgstream.NDJSON().encode_batches(source))
+            assert output == b"".join(tgstream.NDJSON().encode(source))
+            assert [*map(json.loads, output.splitlines())] == [
                 {"x": 1, "y": y}, {"x": 2, "y": y}
             ]
         try:
@@ -789,17 +787,17 @@ def test_without_orjson_all_is_the_same(tmp_path: Path) -> None:
         except ValueError as error:
             print(error)
     """
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True
     )
-    assert (done.stderr, done.stdout[:23]) == ("", "item 1 holds NaN or Inf")
+    assert (process.stderr, process.stdout[:19]) == ("", "item 1 contains NaN")
 
 
-# As a response.
+# In a response.
 
 
-def test_every_way_to_name_the_format_is_the_same(make_app: MakeApp) -> None:
-    """The class or an object, by the decorator or the helper."""
+def test_json_format_is_given_as_class_or_object(make_app: MakeApp) -> None:
+    """The decorator and ``Stream`` accept both."""
 
     class RootController(TGController):
         @expose()
@@ -833,10 +831,13 @@ def test_every_way_to_name_the_format_is_the_same(make_app: MakeApp) -> None:
 
 @pytest.mark.parametrize("format", [NDJSON, JSONArray])
 @pytest.mark.parametrize("of_items", [list, iter])
-def test_json_is_utf8_whatever_was_asked(
+def test_json_is_utf8_whatever_charset_is_set(
     make_app: MakeApp, format: Any, of_items: Callable[[Any], Any]
 ) -> None:
-    """The option, ``@expose`` and the response may name another; the header tells."""
+    """The option, ``@expose`` and the response may set another charset.
+
+    The header does not name it.
+    """
 
     class RootController(TGController):
         @expose()
@@ -860,12 +861,17 @@ def test_json_is_utf8_whatever_was_asked(
     for name in ("option", "exposed", "chosen"):
         call = get(app, f"/{name}")
         assert '"é"' in call.text
-        said = call.headers["Content-Type"].lower()
-        assert "latin" not in said and said.partition("charset=")[2] in ("", "utf-8")
+        header = call.headers["Content-Type"].lower()
+        assert "latin" not in header and header.partition("charset=")[2] in (
+            "",
+            "utf-8",
+        )
 
 
-def test_content_type_is_what_was_set_nearest(make_app: MakeApp) -> None:
-    """The response's before that of ``@expose`` before the format's."""
+def test_json_content_type_of_the_controller_replaces_that_of_the_format(
+    make_app: MakeApp,
+) -> None:
+    """``tg.response`` comes before ``@expose``, and ``@expose`` before the format."""
 
     class RootController(TGController):
         @expose(content_type="application/geo+json")
@@ -895,8 +901,10 @@ def test_content_type_is_what_was_set_nearest(make_app: MakeApp) -> None:
         (JSONArray, [[]], "[[]]"),
     ],
 )
-def test_endings(make_app: MakeApp, format: Any, items: list[Any], body: str) -> None:
-    """A complete stream ends so, from a list, an iterator or batches."""
+def test_json_end_of_a_complete_stream(
+    make_app: MakeApp, format: Any, items: list[Any], body: str
+) -> None:
+    """The end is the same for a list, an iterator and batches."""
 
     class RootController(TGController):
         @expose()
@@ -909,17 +917,17 @@ def test_endings(make_app: MakeApp, format: Any, items: list[Any], body: str) ->
         assert get(app, f"/?of={of}").text == body
 
 
-def test_tgs_guard_of_arrays_is_not_asked(make_app: MakeApp) -> None:
-    """TG refuses a list as a document of its own; a stream is asked for as one."""
+def test_json_items_may_be_arrays(make_app: MakeApp) -> None:
+    """TG's own encoder rejects a list at the top level of a document."""
     with pytest.raises(JsonEncodeError):
         tg.json_encode([1])
-    assert ndjson_of(make_app, [[1], 2]) == [[1], 2]
+    assert get_ndjson(make_app, [[1], 2]) == [[1], 2]
 
 
-def test_failure_in_a_batch_is_reported_with_its_item(
+def test_json_error_in_the_first_batch_is_an_ordinary_error_response(
     make_app: MakeApp, reports: list[Report]
 ) -> None:
-    """In the first batch it is an ordinary error."""
+    """The error has the number of the item, not of the batch."""
 
     class RootController(TGController):
         @expose()
@@ -929,5 +937,5 @@ def test_failure_in_a_batch_is_reported_with_its_item(
 
     call = get(make_app(RootController()))
     assert call.status.startswith("500")
-    assert "item 3 holds NaN" in call.errors.getvalue()
+    assert "item 3 contains NaN" in call.errors.getvalue()
     assert [report.reason for report in reports] == ["failed"]

@@ -1,8 +1,7 @@
-"""``SSE`` and ``Event``: what is sent is what a client of the standard understands."""
+"""``SSE`` and ``Event``: a client of the HTML standard receives what was sent."""
 
 from __future__ import annotations
 
-import codecs
 import copy
 import dataclasses
 import enum
@@ -24,118 +23,48 @@ from sqlalchemy.orm import Session
 from tg import TGController, abort, expose
 
 from tests.conftest import LiveServer, MakeApp, assert_clean
+from tests.formats.support import (
+    EventParser,
+    Message,
+    encode_events,
+    parse_events,
+)
 from tests.model import Model, User
 from tests.wsgi import Call, get
 from tgstream import CSV, NDJSON, SSE, Event, Report, Stream, stream
-from tgstream.formats.sse import sealed
+from tgstream.formats.sse import encoded_event
 
 
-class Message(NamedTuple):
-    """What a listener is called with."""
-
-    type: str
-    data: str
-    last_event_id: str
-
-
-class Parser:
-    """An event stream as a browser reads it: the WHATWG's HTML standard, 9.2.6."""
-
-    def __init__(self) -> None:
-        self.decode = codecs.getincrementaldecoder("utf-8")("replace").decode
-        self.started = self.after_cr = False
-        self.line = self.data = self.type = self.id = self.last_event_id = ""
-        self.messages: list[Message] = []
-        self.retry: int | None = None
-
-    def feed(self, chunk: bytes) -> None:
-        """Read a chunk, which may end anywhere."""
-        for character in self.decode(chunk):
-            first, self.started = not self.started, True
-            if first and character == "\ufeff":
-                continue  # one leading byte order mark is ignored
-            if character == "\n" and self.after_cr:
-                self.after_cr = False
-                continue  # the second half of a CRLF
-            self.after_cr = character == "\r"
-            if character in "\r\n":
-                line, self.line = self.line, ""
-                self.interpret(line)
-            else:
-                self.line += character
-
-    def interpret(self, line: str) -> None:
-        """Process one line."""
-        if line == "":
-            self.dispatch()
-        elif not line.startswith(":"):
-            name, _, value = line.partition(":")
-            self.process(name, value[1:] if value.startswith(" ") else value)
-
-    def process(self, name: str, value: str) -> None:
-        """Process a field."""
-        if name == "event":
-            self.type = value
-        elif name == "data":
-            self.data += value + "\n"
-        elif name == "id" and "\0" not in value:
-            self.id = value
-        elif name == "retry" and re.fullmatch("[0-9]+", value):
-            self.retry = int(value)
-
-    def dispatch(self) -> None:
-        """Dispatch the event, if it is one."""
-        self.last_event_id = self.id
-        if self.data != "":
-            message = Message(self.type or "message", self.data[:-1], self.id)
-            self.messages.append(message)
-        self.data = self.type = ""
-
-
-def encoded(*items: Any) -> bytes:
-    """The body that these items make."""
-    return b"".join(SSE().encode(items))
-
-
-def parsed(body: bytes) -> Parser:
-    """What a client has read from a body."""
-    parser = Parser()
-    parser.feed(body)
-    assert (parser.line, parser.type, parser.data) == ("", "", "")  # all is dispatched
-    return parser
-
-
-def event(field: str, value: Any) -> Event:
-    """An event with this in one of its fields."""
+def make_event(field: str, value: Any) -> Event:
+    """An event with a value in one of its fields."""
     fields: dict[str, Any] = {"data": "x", field: value}
     return Event(**fields)
 
 
-def messages(*items: Any) -> list[Message]:
-    """What a listener hears of these items."""
-    return parsed(encoded(*items)).messages
+def send_messages(*items: Any) -> list[Message]:
+    """The messages that a listener receives for these items."""
+    return parse_events(encode_events(*items)).messages
 
 
-def pickled(event: Event) -> Event:
-    """What another process is given."""
-    made: Event = pickle.loads(pickle.dumps(event))
-    return made
+def pickle_copy(event: Event) -> Event:
+    """The event as another process receives it."""
+    copied: Event = pickle.loads(pickle.dumps(event))
+    return copied
 
 
-def data(*items: Any) -> list[str]:
-    """The data of what a listener hears."""
-    return [message.data for message in messages(*items)]
+def send_data(*items: Any) -> list[str]:
+    """The data that a listener receives for these items."""
+    return [message.data for message in send_messages(*items)]
 
 
-# What is sent.
+# Events and their bytes.
+
+EVENTS = [Event("x", id="3"), encoded_event("x", None, "3")]
 
 
-MADE = [Event("x", id="3"), sealed("x", None, "3")]
-
-
-@pytest.mark.parametrize("event", MADE, ids=["an item", "of a channel"])
-def test_event_is_its_fields_in_other_formats(event: Event) -> None:
-    """A feed may be NDJSON: what is made of an event for SSE is none of its fields."""
+@pytest.mark.parametrize("event", EVENTS, ids=["an item", "of a channel"])
+def test_event_has_only_its_fields_in_other_formats(event: Event) -> None:
+    """The bytes of an event for SSE are not one of its fields."""
     fields = {"data": "x", "event": None, "id": "3", "retry": None, "comment": None}
     line = b"".join(NDJSON().encode([event]))
     assert json.loads(line) == fields
@@ -147,51 +76,51 @@ class Priced(Event):
     price: int = 0
 
 
-def test_copy_of_an_own_event_has_its_own_fields() -> None:
-    """Whoever adds fields to an event keeps them."""
+def test_event_copy_of_a_subclass_keeps_added_fields() -> None:
+    """A subclass may add fields."""
     event = Priced("x", id="3", price=7)
-    for made in copy.copy(event), copy.deepcopy(event), pickled(event):
-        assert made == event
-        assert encoded(made) == encoded(event) == b"id: 3\ndata: x\n\n"
+    for copied in copy.copy(event), copy.deepcopy(event), pickle_copy(event):
+        assert copied == event
+        assert encode_events(copied) == encode_events(event) == b"id: 3\ndata: x\n\n"
     with pytest.raises(AttributeError, match="Priced has no attribute 'prices'"):
         event.prices  # type: ignore[attr-defined]  # noqa: B018
 
 
-@pytest.mark.parametrize("event", MADE, ids=["an item", "of a channel"])
-@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickled])
-def test_copy_of_an_event_is_sent_as_the_event(
-    event: Event, copied: Callable[[Event], Event]
+@pytest.mark.parametrize("event", EVENTS, ids=["an item", "of a channel"])
+@pytest.mark.parametrize("make_copy", [copy.copy, copy.deepcopy, pickle_copy])
+def test_event_copy_is_sent_as_the_event(
+    event: Event, make_copy: Callable[[Event], Event]
 ) -> None:
-    """It may come out of a cache, or from another process."""
-    assert copied(event) == event
-    assert encoded(copied(event)) == encoded(event)
+    """An event may come from a cache, or from another process."""
+    assert make_copy(event) == event
+    assert encode_events(make_copy(event)) == encode_events(event)
 
 
-def test_sse_sends_the_fields_that_are_there() -> None:
-    """Each on its line, and a blank line after them; data comes last."""
+def test_sse_sends_the_fields_that_are_set() -> None:
+    """Each field is a line, data is the last one, and a blank line ends the event."""
     event = Event("hello", event="greeting", id="7", retry=1000, comment="hi")
-    assert encoded(event) == (
+    assert encode_events(event) == (
         b": hi\nevent: greeting\nid: 7\nretry: 1000\ndata: hello\n\n"
     )
-    assert encoded("hello", "world") == b"data: hello\n\ndata: world\n\n"
+    assert encode_events("hello", "world") == b"data: hello\n\ndata: world\n\n"
 
 
-def test_sse_makes_one_piece_of_an_item() -> None:
-    """So that each can leave as it comes, and none is empty."""
+def test_sse_yields_one_bytes_object_for_each_item() -> None:
+    """So each event can be sent at once, and no bytes are empty."""
     items = ["a", Event(), Event("b\nc"), "", None]
-    pieces = list(SSE().encode(items))
-    assert len(pieces) == len(items)
-    assert all(piece.endswith(b"\n\n") for piece in pieces)
+    output = list(SSE().encode(items))
+    assert len(output) == len(items)
+    assert all(event.endswith(b"\n\n") for event in output)
 
 
-def test_sse_may_end_after_any_event() -> None:
-    """So a server that is stopped can end its streams cleanly."""
+def test_sse_stream_is_complete_after_any_event() -> None:
+    """So a server that is stopped can end its streams normally."""
     assert SSE.endless
-    assert data("a", "b") == data("a") + data("b")
+    assert send_data("a", "b") == send_data("a") + send_data("b")
 
 
 def test_sse_takes_items_one_by_one() -> None:
-    """No item is waited for before the one in front of it is encoded."""
+    """An item is encoded before the next item is taken."""
     taken: list[int] = []
 
     def items() -> Iterator[str]:
@@ -199,57 +128,65 @@ def test_sse_takes_items_one_by_one() -> None:
             taken.append(number)
             yield str(number)
 
-    pieces = SSE().encode(items())
-    assert next(pieces) == b"data: 1\n\n"
+    output = SSE().encode(items())
+    assert next(output) == b"data: 1\n\n"
     assert taken == [1]
 
 
-def test_event_is_an_event_of_its_type() -> None:
-    """Listeners hear the type, the data and the last ID; without a type, a message."""
-    heard = messages(Event("a", event="tick", id="1"), "b", Event("c", event=""))
-    assert heard == [("tick", "a", "1"), ("message", "b", "1"), ("message", "c", "1")]
+def test_event_is_dispatched_with_type_data_and_last_id() -> None:
+    """An event without a type is a ``message``."""
+    items = [Event("a", event="tick", id="1"), "b", Event("c", event="")]
+    assert send_messages(*items) == [
+        ("tick", "a", "1"),
+        ("message", "b", "1"),
+        ("message", "c", "1"),
+    ]
 
 
 def test_event_without_data_has_no_data_line() -> None:
-    """Nothing is dispatched, while ID and waiting time take effect."""
-    body = encoded(Event(comment="c"), Event(event="e"), Event(id="9"), Event(retry=0))
+    """Nothing is dispatched, but the ID and the reconnection time take effect."""
+    body = encode_events(
+        Event(comment="c"), Event(event="e"), Event(id="9"), Event(retry=0)
+    )
     assert b"data" not in body
-    parser = parsed(body)
+    parser = parse_events(body)
     assert (parser.messages, parser.last_event_id, parser.retry) == ([], "9", 0)
 
 
 def test_event_with_empty_data_is_dispatched() -> None:
-    """Empty data is data: a line of it is there."""
-    assert messages(Event(""), "") == [("message", "", "")] * 2
-    assert parsed(encoded(Event("", event="done"))).messages == [("done", "", "")]
+    """Empty data is sent as an empty ``data`` line."""
+    assert send_messages(Event(""), "") == [("message", "", "")] * 2
+    assert parse_events(encode_events(Event("", event="done"))).messages == [
+        ("done", "", "")
+    ]
 
 
-def test_event_with_nothing_at_all_is_a_heartbeat() -> None:
-    """An empty comment: bytes for a proxy that watches, nothing for a listener."""
-    assert encoded(Event()) == b":\n\n"
-    assert data("a", Event(), "b") == ["a", "b"]
+def test_event_without_fields_is_a_heartbeat() -> None:
+    """It is an empty comment, which listeners do not receive."""
+    assert encode_events(Event()) == b":\n\n"
+    assert send_data("a", Event(), "b") == ["a", "b"]
 
 
-def test_event_with_an_empty_id_resets_it() -> None:
-    """A client that comes back then sends none, as the standard has it."""
-    heard = messages(Event("a", id="1"), Event("b", id=""), "c")
-    assert [message.last_event_id for message in heard] == ["1", "", ""]
+def test_event_with_an_empty_id_clears_the_last_id() -> None:
+    """A client that reconnects then sends no ``Last-Event-ID``."""
+    received = send_messages(Event("a", id="1"), Event("b", id=""), "c")
+    assert [message.last_event_id for message in received] == ["1", "", ""]
 
 
-def test_event_takes_whole_numbers_for_an_id() -> None:
-    """A key of the database is its digits, whatever kind of whole number it is."""
+def test_event_id_may_be_a_whole_number() -> None:
+    """A subclass of int is sent as its digits too."""
 
     class Key(int):
         def __str__(self) -> str:
             return "key\ndata: forged"
 
-    assert encoded(Event(id=42), Event(id=Key(1))) == b"id: 42\n\nid: 1\n\n"
+    assert encode_events(Event(id=42), Event(id=Key(1))) == b"id: 42\n\nid: 1\n\n"
 
 
 @pytest.mark.parametrize("text", ["a\nb", "a\r\nb", "a\rb"], ids=["LF", "CRLF", "CR"])
-def test_data_is_split_at_line_breaks(text: str) -> None:
-    """Every kind of line break arrives, as LF."""
-    assert data(text, Event(text)) == ["a\nb"] * 2
+def test_event_data_is_split_at_line_breaks(text: str) -> None:
+    """Every kind of line break arrives as LF."""
+    assert send_data(text, Event(text)) == ["a\nb"] * 2
 
 
 @pytest.mark.parametrize(
@@ -265,10 +202,10 @@ def test_data_is_split_at_line_breaks(text: str) -> None:
     ],
     ids=repr,
 )
-def test_data_keeps_its_empty_lines(text: str, lines: int) -> None:
-    """A trailing line break is a line too, and an empty one ends no event."""
-    assert encoded(text).count(b"data:") == lines
-    assert data(text) == [re.sub("\r\n?", "\n", text)]
+def test_event_data_keeps_its_empty_lines(text: str, lines: int) -> None:
+    """A trailing line break is kept, and an empty line does not end the event."""
+    assert encode_events(text).count(b"data:") == lines
+    assert send_data(text) == [re.sub("\r\n?", "\n", text)]
 
 
 @pytest.mark.parametrize(
@@ -285,31 +222,33 @@ def test_data_keeps_its_empty_lines(text: str, lines: int) -> None:
     ],
     ids=ascii,
 )
-def test_text_arrives_as_it_is(text: str) -> None:
-    """Spaces, colons, marks, and what only Python takes for a line break."""
-    assert data(text, Event(text)) == [text] * 2
-    assert parsed(encoded(Event(text, comment=text))).messages[0].data == text
+def test_event_text_arrives_unchanged(text: str) -> None:
+    """Spaces, colons and characters that are line breaks only for Python are kept."""
+    assert send_data(text, Event(text)) == [text] * 2
+    assert (
+        parse_events(encode_events(Event(text, comment=text))).messages[0].data == text
+    )
 
 
 @pytest.mark.parametrize("text", [" a", "\ufeffa", "a:b", ":", "a\u2028b", " "])
-def test_id_and_event_arrive_as_they_are(text: str) -> None:
-    """Spaces and colons are no part of the standard's syntax behind the first."""
-    assert messages(Event("x", event=text, id=text)) == [(text, "x", text)]
+def test_event_id_and_type_arrive_unchanged(text: str) -> None:
+    """Only the first colon and space of a line are syntax."""
+    assert send_messages(Event("x", event=text, id=text)) == [(text, "x", text)]
 
 
 class Markup(str):
-    """Text with methods of its own, as MarkupSafe's has."""
+    """Text with its own methods, like that of MarkupSafe."""
 
     def encode(self, *args: Any) -> bytes:
         return b"\n\nevent: forged\n\n"
 
 
-def test_text_of_a_subclass_is_its_text() -> None:
-    """Its own methods have no part in what is sent."""
+def test_event_text_of_a_subclass_is_its_text() -> None:
+    """The methods of the subclass are not called."""
     text = Markup("a")
-    kind = enum.Enum("kind", {"A": "a"}, type=str)
-    heard = messages(text, Event(text, event=text, id=text), kind.A)
-    assert [tuple(message) for message in heard] == [
+    letters = enum.Enum("letters", {"A": "a"}, type=str)
+    received = send_messages(text, Event(text, event=text, id=text), letters.A)
+    assert [tuple(message) for message in received] == [
         ("message", "a", ""),
         ("a", "a", "a"),
         ("message", "a", "a"),
@@ -324,15 +263,15 @@ def test_text_of_a_subclass_is_its_text() -> None:
     [{"a": [1, None, "é\n"]}, [], 1, 1.5, True, {}, [{"b": "\r\n\0"}]],
     ids=repr,
 )
-def test_data_that_is_no_text_is_json(value: Any) -> None:
-    """On one line, in UTF-8."""
-    assert [json.loads(text) for text in data(value, Event(value))] == [value] * 2
-    assert encoded(value).count(b"\n") == 2
+def test_event_data_that_is_not_text_is_json(value: Any) -> None:
+    """The document is one line in UTF-8."""
+    assert [json.loads(text) for text in send_data(value, Event(value))] == [value] * 2
+    assert encode_events(value).count(b"\n") == 2
 
 
-def test_none_is_null_as_an_item() -> None:
-    """While an event with None has no data."""
-    assert data(None, Event(None), "null") == ["null", "null"]
+def test_sse_item_none_is_null() -> None:
+    """An event whose data is None has no data."""
+    assert send_data(None, Event(None), "null") == ["null", "null"]
 
 
 class Point(NamedTuple):
@@ -340,39 +279,42 @@ class Point(NamedTuple):
     y: int
 
 
-def test_row_is_an_object(sqlite_model: Model) -> None:
-    """What has names is sent with them, as in the other JSON formats."""
+def test_sse_row_is_an_object(sqlite_model: Model) -> None:
+    """A row with names is an object, as in the other JSON formats."""
     sqlite_model.seed("ada")
     with Session(sqlite_model.outside) as session:
         [row] = session.query(User.id, User.name)
     expected = [{"id": 1, "name": "ada"}] * 2 + [{"x": 1, "y": 2}]
-    assert [json.loads(text) for text in data(row, Event(row), Point(1, 2))] == expected
+    assert [
+        json.loads(text) for text in send_data(row, Event(row), Point(1, 2))
+    ] == expected
 
 
 @pytest.mark.parametrize("value", [float("nan"), {"a": float("inf")}], ids=repr)
-def test_number_that_json_has_not_names_its_item(value: Any) -> None:
-    """NaN and Infinity are refused, in an event and alone."""
+def test_sse_nan_and_infinity_are_rejected(value: Any) -> None:
+    """The error has the number of the item."""
     for item in (value, Event(value)):
-        with pytest.raises(ValueError, match=r"^item 2 "):
-            encoded("a", item)
+        with pytest.raises(ValueError, match=r"^item 2 contains NaN"):
+            encode_events("a", item)
 
 
-def test_object_that_json_has_not_names_its_item() -> None:
-    """So is what TG's encoder does not know."""
-    with pytest.raises(TypeError, match=r"^item 3 "):
-        encoded("a", "b", Event(object()))
+def test_sse_object_that_json_does_not_support_is_rejected() -> None:
+    """The error has the number of the item."""
+    with pytest.raises(TypeError, match=r"^item 3 cannot be encoded as JSON"):
+        encode_events("a", "b", Event(object()))
 
 
 @pytest.mark.parametrize("value", [b"a", bytearray(b"a"), memoryview(b"a")])
-def test_bytes_are_refused(value: Any) -> None:
-    """An event stream is text; the message names the item, or the event."""
-    with pytest.raises(TypeError, match=r"^item 2 is \w+, .* decode it to a str$"):
-        encoded("a", value)
-    with pytest.raises(TypeError, match=r"^Event: data is \w+, .* decode it to a str$"):
+def test_sse_bytes_are_rejected(value: Any) -> None:
+    """The error names the item, or the field of the event."""
+    expected = rf"must be .*, got {type(value).__name__}\. Decode it to a str$"
+    with pytest.raises(TypeError, match=f"^item 2 {expected}"):
+        encode_events("a", value)
+    with pytest.raises(TypeError, match=f"^Event: data {expected}"):
         Event(value)
 
 
-# What is refused.
+# Invalid events.
 
 ATTACK = "\ndata: forged\n\nevent: forged\ndata: x\n\n"
 
@@ -380,18 +322,21 @@ ATTACK = "\ndata: forged\n\nevent: forged\ndata: x\n\n"
 @pytest.mark.parametrize("field", ["event", "id", "comment"])
 @pytest.mark.parametrize("break_", ["\n", "\r", "\r\n"], ids=repr)
 @pytest.mark.parametrize("value", ["a{}data: x", "{}", "a{}", "{}a", "a{0}{0}retry: 1"])
-def test_line_break_in_a_field_is_refused(field: str, break_: str, value: str) -> None:
-    """It would begin a field of the attacker's choice, or an event."""
-    with pytest.raises(ValueError, match=f"^Event: {field}=.* must be one line; "):
-        event(field, value.format(break_))
+def test_event_line_break_in_a_field_is_rejected(
+    field: str, break_: str, value: str
+) -> None:
+    """An attacker could add a field or an event."""
+    with pytest.raises(ValueError, match=f"^Event: {field} must be one line without "):
+        make_event(field, value.format(break_))
 
 
 @pytest.mark.parametrize("field", ["event", "id"])
 @pytest.mark.parametrize("value", ["\0", "a\0b"], ids=repr)
-def test_nul_in_a_field_is_refused(field: str, value: str) -> None:
-    """Clients would ignore an ID with a NUL in it."""
-    with pytest.raises(ValueError, match=f"^Event: {field}=.* CR, LF or NUL in it"):
-        event(field, value)
+def test_event_nul_in_a_field_is_rejected(field: str, value: str) -> None:
+    """Clients would ignore an ID that contains NUL."""
+    expected = f"^Event: {field} must be one line without CR, LF or NUL, got "
+    with pytest.raises(ValueError, match=expected):
+        make_event(field, value)
 
 
 # GHSA-6hcq-hmm3-jj3c (Spring), CVE-2026-35515 (NestJS), GHSA-p6xx-57qc-3wxr (Hono),
@@ -408,13 +353,13 @@ def test_nul_in_a_field_is_refused(field: str, value: str) -> None:
     ],
     ids=ascii,
 )
-def test_known_attacks_fail(value: str, break_: str) -> None:
-    """What other frameworks let through is refused, or is data and nothing else."""
+def test_event_injection_attacks_fail(value: str, break_: str) -> None:
+    """Other frameworks were vulnerable. Here the text is rejected, or is only data."""
     value = value.replace("\n", break_)
     for field in ("event", "id", "comment"):
         with pytest.raises(ValueError):
-            event(field, value)
-    parser = parsed(encoded(value, Event(value), {"a": value}))
+            make_event(field, value)
+    parser = parse_events(encode_events(value, Event(value), {"a": value}))
     text = re.sub("\r\n?", "\n", value)
     assert parser.messages[:2] == [("message", text, "")] * 2
     assert json.loads(parser.messages[2].data) == {"a": value}
@@ -422,26 +367,25 @@ def test_known_attacks_fail(value: str, break_: str) -> None:
 
 
 @pytest.mark.parametrize("field", ["data", "event", "id", "comment"])
-def test_lone_surrogate_in_an_event_is_refused(field: str) -> None:
-    """UTF-8 cannot say it: a sentence, and no broken body."""
-    with pytest.raises(ValueError, match=f"^Event: {field} has a lone surrogate"):
-        event(field, "ab\ud800")
+def test_event_lone_surrogate_in_a_field_is_rejected(field: str) -> None:
+    """UTF-8 cannot encode a lone surrogate."""
+    with pytest.raises(ValueError, match=f"^Event: {field} contains a lone surrogate"):
+        make_event(field, "ab\ud800")
 
 
-def test_lone_surrogate_in_an_item_is_refused() -> None:
-    """With the item's number."""
+def test_sse_lone_surrogate_in_an_item_is_rejected() -> None:
+    """The error has the number of the item."""
     with pytest.raises(
-        ValueError, match=r"^item 2 has a lone surrogate at character 1"
+        ValueError, match=r"^item 2 contains a lone surrogate at character 1"
     ):
-        encoded("a", "b\udfff")
+        encode_events("a", "b\udfff")
 
 
 @pytest.mark.parametrize("retry", [-1, True, False, 1.0, 1.5, "1", "1\ndata: x", b"1"])
-def test_retry_is_whole_milliseconds(retry: Any) -> None:
-    """Anything else is refused, however near."""
-    with pytest.raises(
-        ValueError, match=r"^Event: retry=.* whole milliseconds, from 0"
-    ):
+def test_event_invalid_retry_is_rejected(retry: Any) -> None:
+    """It must be a whole number of milliseconds."""
+    expected = "^Event: retry must be a whole number of milliseconds >= 0 or None, got "
+    with pytest.raises(ValueError, match=expected):
         Event(retry=retry)
 
 
@@ -457,26 +401,25 @@ def test_retry_is_whole_milliseconds(retry: Any) -> None:
         ("comment", ["a"]),
     ],
 )
-def test_field_that_is_no_text_is_refused(field: str, value: Any) -> None:
-    """The message names the field and what to give instead."""
-    with pytest.raises(
-        TypeError, match=f"^Event: {field}=.* is no text; give it a str"
-    ):
-        event(field, value)
+def test_event_field_that_is_not_text_is_rejected(field: str, value: Any) -> None:
+    """The error has the field, the type and the value."""
+    got = re.escape(f"got {type(value).__name__}: {value!r}")
+    with pytest.raises(TypeError, match=f"^Event: {field} must be a str.* {got}$"):
+        make_event(field, value)
 
 
-def test_event_cannot_be_changed_after_it_was_checked() -> None:
-    """Nothing gets around the checks; a changed copy is checked again."""
+def test_event_is_immutable() -> None:
+    """A changed copy is checked again."""
     event = Event("a", id="1")
     with pytest.raises(dataclasses.FrozenInstanceError):
         event.id = "1\ndata: forged"  # type: ignore[misc]
-    assert encoded(dataclasses.replace(event, id="2")) == b"id: 2\ndata: a\n\n"
+    assert encode_events(dataclasses.replace(event, id="2")) == b"id: 2\ndata: a\n\n"
     with pytest.raises(ValueError):
         dataclasses.replace(event, id="1\n2")
 
 
-def test_event_shows_its_fields_and_is_equal_by_them() -> None:
-    """As tests of controllers want it."""
+def test_event_has_a_repr_and_equality_by_its_fields() -> None:
+    """Tests of controllers can compare events."""
     event = Event("a", id="1")
     assert repr(event) == (
         "Event(data='a', event=None, id='1', retry=None, comment=None)"
@@ -502,12 +445,12 @@ fields = st.fixed_dictionaries(
 )
 
 
-def refused(fields: dict[str, Any]) -> bool:
-    """Whether the standard, or UTF-8, has no way to say this."""
+def is_invalid(fields: dict[str, Any]) -> bool:
+    """Whether the standard or UTF-8 does not allow these fields."""
     texts = [value for value in fields.values() if isinstance(value, str)]
     lines = fields.get("event", "") + fields.get("id", "")
     return bool(
-        any("\ud800" <= character <= "\udfff" for each in texts for character in each)
+        any("\ud800" <= character <= "\udfff" for character in "".join(texts))
         or re.search("[\r\n]", lines + fields.get("comment", ""))
         or "\0" in lines
         or fields.get("retry", 0) < 0
@@ -516,24 +459,24 @@ def refused(fields: dict[str, Any]) -> bool:
 
 @settings(deadline=None, max_examples=150, derandomize=True, database=None)
 @given(st.lists(fields, max_size=4), st.lists(st.integers(0, 200), max_size=8))
-def test_any_text_is_refused_or_arrives(
-    wanted: list[dict[str, Any]], cuts: list[int]
+def test_event_text_arrives_or_is_rejected(
+    candidates: list[dict[str, Any]], cuts: list[int]
 ) -> None:
-    """Whatever is in any field, however the body is cut up on its way."""
+    """The body may be split anywhere on its way."""
     events, expected, id, retry = [], [], "", None
-    for each in wanted:
-        if refused(each):
+    for fields in candidates:
+        if is_invalid(fields):
             with pytest.raises(ValueError, match=r"^Event: \w+"):
-                Event(**each)
+                Event(**fields)
             continue
-        events.append(Event(**each))
-        id, retry = each.get("id", id), each.get("retry", retry)
-        if "data" in each:
-            lines = re.sub("\r\n?", "\n", each["data"])
-            expected.append((each.get("event") or "message", lines, id))
-    body, parser = encoded(*events), Parser()
-    places = sorted({0, *cuts})
-    for start, end in zip(places, [*places[1:], None], strict=True):
+        events.append(Event(**fields))
+        id, retry = fields.get("id", id), fields.get("retry", retry)
+        if "data" in fields:
+            lines = re.sub("\r\n?", "\n", fields["data"])
+            expected.append((fields.get("event") or "message", lines, id))
+    body, parser = encode_events(*events), EventParser()
+    offsets = sorted({0, *cuts})
+    for start, end in zip(offsets, [*offsets[1:], None], strict=True):
         parser.feed(body[start:end])
     assert parser.messages == expected
     assert (parser.last_event_id, parser.retry) == (id, retry)
@@ -550,16 +493,16 @@ json_values = st.recursive(
 
 @settings(deadline=None, max_examples=150, derandomize=True, database=None)
 @given(st.lists(json_values, max_size=4))
-def test_any_json_arrives(values: list[Any]) -> None:
-    """A document an event, equal to what was yielded."""
-    assert [json.loads(each) for each in data(*values)] == values
+def test_event_json_data_arrives(values: list[Any]) -> None:
+    """The document of each event is equal to the value."""
+    assert [json.loads(text) for text in send_data(*values)] == values
 
 
-# In an application.
+# In a response.
 
 
 def test_sse_sets_its_headers(make_app: MakeApp) -> None:
-    """Decorated with the class or an object, or returned by the helper."""
+    """The decorator accepts a class or an object, and so does ``Stream``."""
 
     class Root(TGController):
         @expose()
@@ -585,8 +528,8 @@ def test_sse_sets_its_headers(make_app: MakeApp) -> None:
         assert call.headers["X-Accel-Buffering"] == "no"
 
 
-def test_headers_that_the_user_sets_win(make_app: MakeApp) -> None:
-    """What a controller says of caching is left as it is."""
+def test_sse_keeps_headers_that_the_controller_sets(make_app: MakeApp) -> None:
+    """A controller may set its own ``Cache-Control``."""
 
     class Root(TGController):
         @expose()
@@ -601,10 +544,10 @@ def test_headers_that_the_user_sets_win(make_app: MakeApp) -> None:
     assert headers["X-Accel-Buffering"] == "yes"
 
 
-def test_each_event_is_a_chunk_and_stored_before_it_leaves(
+def test_sse_event_is_committed_before_its_chunk_is_sent(
     make_app: MakeApp, model: Model
 ) -> None:
-    """A client never sees an event that is not in the database."""
+    """A client never receives an event whose changes are not in the database."""
 
     class Root(TGController):
         @expose()
@@ -624,10 +567,10 @@ def test_each_event_is_a_chunk_and_stored_before_it_leaves(
     assert_clean(model)
 
 
-def test_error_before_the_first_event_is_an_ordinary_response(
+def test_sse_error_before_the_first_event_is_an_ordinary_response(
     make_app: MakeApp,
 ) -> None:
-    """A browser comes back for ever after a broken 200, and stops at a 404."""
+    """Browsers reconnect forever after an interrupted 200, but stop after a 404."""
 
     class Root(TGController):
         @expose()
@@ -642,10 +585,10 @@ def test_error_before_the_first_event_is_an_ordinary_response(
     assert "X-Accel-Buffering" not in call.headers
 
 
-def test_event_that_cannot_be_sent_breaks_the_stream(
+def test_sse_invalid_event_aborts_the_response(
     make_app: MakeApp, reports: list[Report]
 ) -> None:
-    """The events before it have left; nothing of it has."""
+    """The events before it have been sent, and no part of it."""
 
     class Root(TGController):
         @expose()
@@ -662,30 +605,30 @@ def test_event_that_cannot_be_sent_breaks_the_stream(
     assert [(report.reason, report.chunks) for report in reports] == [("failed", 1)]
 
 
-# Over a socket, read by a client of others.
+# Over a socket, read by another client.
 
 
 @pytest.fixture
 def live(live_server: Callable[..., LiveServer]) -> Iterator[Callable[..., Any]]:
-    """Asks a real server for events."""
+    """Requests events from a real server."""
     server = live_server("waitress", "stream_app")
     with httpx.Client(base_url=f"http://127.0.0.1:{server.port}", timeout=20) as client:
 
-        def ask(path: str, last: str | None = None, **params: str) -> Any:
+        def connect(path: str, last: str | None = None, **params: str) -> Any:
             headers = {} if last is None else {"Last-Event-ID": last}
             url = f"/traced/{path}"
             return connect_sse(client, "GET", url, params=params, headers=headers)
 
-        yield ask
+        yield connect
 
 
-def heard(source: EventSource) -> list[tuple[str, str, str]]:
-    """What the client has dispatched."""
-    return [(each.event, each.data, each.id) for each in source.iter_sse()]
+def read_events(source: EventSource) -> list[tuple[str, str, str]]:
+    """The events that the client has dispatched."""
+    return [(event.event, event.data, event.id) for event in source.iter_sse()]
 
 
-def test_real_client_understands_events(live: Callable[..., Any]) -> None:
-    """httpx-sse reads what was sent, and comes back for what it has not had."""
+def test_sse_is_read_by_httpx_sse(live: Callable[..., Any]) -> None:
+    """When it reconnects, it gets the events that it has not received."""
     sent = [
         {"id": 1, "data": "a\nb\rc\r\nd"},
         {"id": 2, "event": "a: b", "data": " \u2028 é 👩‍🚀"},
@@ -699,20 +642,20 @@ def test_real_client_understands_events(live: Callable[..., Any]) -> None:
         ("message", "", "4"),
     ]
     with live("events", of=json.dumps(sent)) as source:
-        assert heard(source) == expected
+        assert read_events(source) == expected
     with live("events", last="2", of=json.dumps(sent)) as source:
-        assert heard(source) == expected[2:]
+        assert read_events(source) == expected[2:]
 
 
-def test_real_client_hears_an_event_when_it_comes(
+def test_sse_event_is_received_when_it_is_yielded(
     live: Callable[..., Any], tmp_path: Path
 ) -> None:
-    """The response is open before there is an event, and the event does not wait."""
+    """The response starts before the first event, and events are not buffered."""
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     with live("ticks", pipe=str(pipe)) as source:
         assert source.response.headers["X-Accel-Buffering"] == "no"
-        go = os.open(pipe, os.O_RDWR)  # which does not wait for the other side
-        os.write(go, b"now\n")
-        assert heard(source) == [("tick", "now", "")]
-        os.close(go)
+        writer = os.open(pipe, os.O_RDWR)  # does not wait for the reader
+        os.write(writer, b"now\n")
+        assert read_events(source) == [("tick", "now", "")]
+        os.close(writer)

@@ -16,7 +16,7 @@ import tg
 from tg import TGController
 
 from tests.conftest import MakeApp
-from tests.formats.test_sse import encoded, parsed
+from tests.formats.support import encode_events, parse_events
 from tests.live.listeners import (
     LiveController,
     assert_reset,
@@ -97,8 +97,8 @@ def test_event_is_encoded_once_for_all_listeners(channel: Channel) -> None:
     chunks = [next(SSE().encode([event])) for event in events]
     assert chunks[0] is chunks[1] is chunks[2]
     fields = Event("a\r\nb", event="x", id=events[0].id)
-    assert chunks[0] == encoded(fields)
-    assert parsed(chunks[0]).messages[0].data == "a\nb"
+    assert chunks[0] == encode_events(fields)
+    assert parse_events(chunks[0]).messages[0].data == "a\nb"
 
 
 @pytest.mark.parametrize("text", ["a\r\nb", "é", ""])
@@ -117,7 +117,7 @@ def test_publish_encodes_text_once(channel: Channel, text: str) -> None:
         channel.publish(text)
     finally:
         sys.setprofile(None)
-    assert calls.count("sse._utf8") == calls.count("memory._append") == 1
+    assert calls.count("sse._encode_utf8") == calls.count("memory._append") == 1
     assert "sse.__post_init__" not in calls
     assert not [call for call in calls if call.startswith("json_encoder.")]
     assert receive(events, 2) == ["before", text]
@@ -126,13 +126,18 @@ def test_publish_encodes_text_once(channel: Channel, text: str) -> None:
 @pytest.mark.parametrize(
     ("data", "event", "error", "match"),
     [
-        (b"x", None, TypeError, r"to Channel\('x'\) cannot be an event: .* is bytes"),
-        (float("nan"), None, ValueError, "cannot be an event: .*NaN"),
-        (object(), None, TypeError, "cannot be JSON"),
+        (
+            b"x",
+            None,
+            TypeError,
+            r"to Channel\('x'\) cannot be sent as an event: .*got bytes",
+        ),
+        (float("nan"), None, ValueError, "cannot be sent as an event: .*NaN"),
+        (object(), None, TypeError, "cannot be encoded as JSON"),
         ("\ud800", None, ValueError, "lone surrogate"),
         ("x", "a\nb", ValueError, "CR, LF or NUL"),
         ("x", "a\0b", ValueError, "CR, LF or NUL"),
-        ("x", 7, TypeError, "event=7 is no text"),
+        ("x", 7, TypeError, "event must be a str or None, got int: 7"),
     ],
 )
 def test_publish_rejects_invalid_events(

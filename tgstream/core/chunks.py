@@ -10,7 +10,13 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from itertools import chain, islice
 from typing import Any, Protocol, TypeAlias
 
-from ..formats.protocols import Passed, batches_of, encoder_of, is_batched, parts_of
+from ..formats.protocols import (
+    CountedBatches,
+    batch_encoder,
+    is_batched,
+    iter_batches,
+    split_batch,
+)
 from .cleanup import close
 from .errors import StreamError
 from .options import Plan, check_charset, clock
@@ -119,10 +125,10 @@ class Chunks:
     def _encode_source(self, source: Any) -> Iterator[Any]:
         """The items as they are, or the output of the format."""
         format = self._plan.format
-        encode_batches = encoder_of(format)
+        encode_batches = batch_encoder(format)
         if encode_batches is not None and is_batched(source):
             counted = self._count_batches(self._batches(source))
-            output: Iterator[Any] = encode_batches(Passed(source, counted))
+            output: Iterator[Any] = encode_batches(CountedBatches(source, counted))
             return output
         self.iterator = iter(source)
         if format is None:
@@ -134,7 +140,7 @@ class Chunks:
         """The batches. They have one item if each item has its commit or its chunk."""
         if self._plan.chunk_size and not self._plan.commit_every:
             self._large = True
-            self.iterator = batches_of(source)
+            self.iterator = iter_batches(source)
             return self.iterator  # type: ignore[no-any-return]
         self.iterator = iter(source)
         return ([item] for item in self.iterator)
@@ -161,7 +167,7 @@ class Chunks:
         consumer = self._consumer
         assert consumer is not None
         for number, batch in enumerate(batches, 1):
-            for part in parts_of(batch) if batch else ():
+            for part in split_batch(batch) if batch else ():
                 self._items += len(part)
                 self._batch = part
                 yield part

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ..core.errors import StreamError
 from ..database.cursors import check_commits, opened
 from ..formats.csv import CSV
-from ..formats.protocols import Passed
+from ..formats.protocols import CountedBatches
 from .batch_sizes import BatchSizes
 from .rows import Rows, check_session, find_session
 
@@ -89,7 +89,7 @@ class Copy:
         rows = Rows(self._prepared, BLOCK_LINES, None, session)
         format = CSV(header=None if self._header else ())
         with closing(rows.batches()) as batches:
-            for piece in format.encode_batches(Passed(rows, batches)):
+            for piece in format.encode_batches(CountedBatches(rows, batches)):
                 if piece:
                     yield [piece if isinstance(piece, bytes) else piece.encode()]
 

@@ -22,7 +22,7 @@ from ..database.cursors import (
     watch,
 )
 from ..database.registry import scoped_sessions
-from ..formats.protocols import BATCH
+from ..formats.protocols import BATCH_SIZE
 from .batch_sizes import BatchSizes
 
 if TYPE_CHECKING:
@@ -156,7 +156,7 @@ class Rows:
             closing(warning),
         ):
             self.fields = self._get_fields(result)
-            sizes = BatchSizes(min(self._batch, BATCH))
+            sizes = BatchSizes(min(self._batch, BATCH_SIZE))
             # A server-side cursor of SQLAlchemy has already fetched the first row. Its
             # size shows how many rows can be fetched at once.
             batch = result.fetchmany(1)

@@ -1,1 +1,1 @@
-"""Formats: items into bytes."""
+"""The formats, which encode items as bytes. They use nothing else of tgstream."""

@@ -1,77 +1,192 @@
-"""The formats that hold many JSON documents.
+"""NDJSON and JSONArray: the formats that encode each item as a JSON document.
 
-Rule: what a document is, is told in ``_encoder``; here is what stands between them. No
-ending is written before the items have run out.
+``json_encoder`` encodes a document. This module joins the documents, and encodes a
+batch of rows a column at a time, which gives the same bytes as row by row. A row is
+encoded separately if one of its values is not plain.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from datetime import datetime
+from decimal import Decimal
 from typing import Any
 
-from ._json_columns import are_alike, objects
-from .json_encoder import Encoder, document
+from .fields import is_named_row, single_entity
+from .json_encoder import (
+    COLUMN_SEPARATOR,
+    Encoder,
+    encode_column,
+    encode_datetimes,
+    to_document,
+)
 from .protocols import Batched
 
 
-class _Documents:
-    """What both formats share: a document an item, with something in between."""
+class _JSONFormat:
+    """The base of both formats: a document for each item, with bytes around it."""
 
     charset = "utf-8"
-    _start, _between, _after = b"", b"", b""
+    _prefix = b""  # before the first document
+    _separator = b""  # between two documents
+    _suffix = b""  # after each document
 
     def encode(self, items: Iterable[Any]) -> Iterator[bytes]:
-        """A document an item."""
+        """Yield the document of each item, and the end."""
         encoder, number = Encoder(), 0
-        before = self._start
+        before = self._prefix
         for number, item in enumerate(items, 1):
-            yield before + encoder.encode(document(item), number) + self._after
-            before = self._between
+            yield before + encoder.encode(to_document(item), number) + self._suffix
+            before = self._separator
         yield self._ending(number)
 
     def encode_batches(self, source: Batched) -> Iterator[bytes]:
-        """The documents of a batch at once."""
+        """Yield the documents of each batch, and the end."""
         encoder, number = Encoder(), 0
-        before, between = self._start, self._after + self._between
+        before, between = self._prefix, self._suffix + self._separator
         for batch in source.batches():
             first, number = number + 1, number + len(batch)
-            if encoder.quick and len(batch) > 1 and are_alike(batch, source.fields):
-                data = objects(encoder, batch, source.fields, first, between)
+            if (
+                encoder.uses_orjson
+                and len(batch) > 1
+                and _have_columns(batch, source.fields)
+            ):
+                data = _encode_rows(encoder, batch, source.fields, first, between)
             else:
                 data = between.join(
-                    encoder.encode(document(item), n)
-                    for n, item in enumerate(batch, first)
+                    encoder.encode(to_document(item), item_number)
+                    for item_number, item in enumerate(batch, first)
                 )
-            yield before + data + self._after
-            before = self._between
+            yield before + data + self._suffix
+            before = self._separator
         yield self._ending(number)
 
-    def _ending(self, number: int) -> bytes:
+    def _ending(self, count: int) -> bytes:
+        """Return the bytes after the last of ``count`` documents."""
         return b""
 
 
-class NDJSON(_Documents):
-    """A JSON document a line, in UTF-8.
+class NDJSON(_JSONFormat):
+    """One JSON document per line (newline-delimited JSON), in UTF-8.
 
-    :param end: whether one more record, ``{"end": true, "items": N}``, tells the client
-        that it got all there was, where a server cannot show a break.
+    :param end: whether to send a last record, ``{"end": true, "items": N}``. It proves
+        to the client that the response is complete, for servers that cannot show that a
+        response was aborted.
     """
 
     content_type = "application/x-ndjson"
-    _after = b"\n"
+    _suffix = b"\n"
 
     def __init__(self, end: bool = False) -> None:
         self._end = end
 
-    def _ending(self, number: int) -> bytes:
-        return b'{"end":true,"items":%d}\n' % number if self._end else b""
+    def _ending(self, count: int) -> bytes:
+        return b'{"end":true,"items":%d}\n' % count if self._end else b""
 
 
-class JSONArray(_Documents):
-    """One JSON array of all items, in UTF-8; it stays open if the stream fails."""
+class JSONArray(_JSONFormat):
+    """One JSON array of all items, in UTF-8.
+
+    If the stream fails, the closing bracket is missing.
+    """
 
     content_type = "application/json"
-    _start, _between = b"[", b","
+    _prefix = b"["
+    _separator = b","
 
-    def _ending(self, number: int) -> bytes:
-        return b"]" if number else b"[]"
+    def _ending(self, count: int) -> bytes:
+        return b"]" if count else b"[]"
+
+
+# A batch of rows, a column at a time.
+
+
+def _have_columns(rows: Sequence[Any], names: Sequence[str]) -> bool:
+    """Return True for rows of one class, whose fields have exactly these names."""
+    types = set(map(type, rows))
+    row_type: Any = types.pop()
+    if len(names) == 1 and any(single_entity(row) is not None for row in rows):
+        return False  # such a row becomes the document of its entity
+    return (
+        not types
+        and is_named_row(row_type)
+        and not hasattr(row_type, "__json__")
+        and tuple(rows[0]._fields) == tuple(names)
+        and len(set(names)) == len(names)
+    )
+
+
+def _encode_rows(
+    encoder: Encoder,
+    rows: Sequence[Any],
+    names: Sequence[str],
+    first: int,
+    between: bytes,
+) -> bytes:
+    """Encode rows for which :func:`_have_columns` is True as objects.
+
+    :param encoder: uses orjson.
+    :param first: the item number of the first row, for errors.
+    :param between: the bytes between two objects.
+    """
+    separate: set[int] = set()
+    columns = [_encode_values(encoder, c, separate) for c in zip(*rows, strict=True)]
+    keys = [encoder.encode(name, first).replace(b"%", b"%%") for name in names]
+    template = b"{" + b",".join([key + b":%b" for key in keys]) + b"}"
+    documents = list(map(template.__mod__, zip(*columns, strict=True)))
+    for index in sorted(separate):
+        row = rows[index]
+        documents[index] = encoder.encode(to_document(row), first + index)
+    return between.join(documents)
+
+
+def _encode_values(
+    encoder: Encoder, values: Sequence[Any], separate: set[int]
+) -> list[bytes]:
+    """Encode the values of a column.
+
+    :param separate: gets the indices of the rows that must be encoded separately.
+    """
+    types = set(map(type, values)) - {type(None)}
+    data = None
+    if types <= {str, int, bool}:
+        data = encode_column(values)
+    elif types <= {int, float}:  # SQLite gives the 1.0 of a Numeric column as 1
+        data = _encode_floats(values)
+    elif types == {Decimal}:
+        data = _encode_decimals(values)
+    elif types == {datetime} and encoder.dates_as_str:
+        data = encode_datetimes(values)
+    if data is None:
+        return _encode_one_by_one(encoder, values, separate)
+    return data.split(COLUMN_SEPARATOR)
+
+
+def _encode_floats(values: Sequence[Any]) -> bytes | None:
+    data = encode_column(values)
+    if data is None or data.count(b"null") != values.count(None):
+        return None  # orjson wrote null for a NaN
+    return data
+
+
+def _encode_decimals(values: Sequence[Any]) -> bytes | None:
+    try:
+        floats = [None if value is None else float(value) for value in values]
+    except ValueError:  # a signaling NaN
+        return None
+    return _encode_floats(floats)
+
+
+def _encode_one_by_one(
+    encoder: Encoder, values: Sequence[Any], separate: set[int]
+) -> list[bytes]:
+    encoded: list[bytes] = []
+    for index, value in enumerate(values):
+        try:
+            data = encoder.encode_with_orjson(value)
+        except (TypeError, ValueError):  # the row, encoded separately, raises it again
+            data = None
+        if data is None:
+            separate.add(index)
+        encoded.append(data or b"")
+    return encoded

@@ -20,7 +20,7 @@ from ..core.errors import StreamError
 from ..core.report import log
 from ..core.settings import read_option
 from ..database.on_commit import send
-from ..formats.sse import Event, check_type, encoded
+from ..formats.sse import Event, check_event_type, encode_data
 from .backends import Backend, create_backend
 
 MAX_LENGTH = 256
@@ -84,8 +84,8 @@ class Channel:
             ``event`` is not a ``str``.
         :raises ValueError: if an event cannot contain ``data`` or ``event``.
         """
-        encoded_data = encoded(data, f"data published to {self!r}")
-        check_type(event)
+        encoded_data = encode_data(data, f"data published to {self!r}")
+        check_event_type(event)
         text = data if type(data) is str else encoded_data.decode()
         _warn_without_application()
         publish = partial(

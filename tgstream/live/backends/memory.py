@@ -16,7 +16,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from weakref import WeakValueDictionary
 
-from ...formats.sse import Event, Message
+from ...formats.sse import Event, EventTemplate
 from ..history import (
     ChannelHistory,
     Position,
@@ -55,12 +55,12 @@ class MemoryBackend:
         encoded_text: bytes | None = None,
     ) -> None:
         """Send an event to all listeners of this process."""
-        message = Message(text, event, encoded_text)
+        message = EventTemplate(text, event, encoded_text)
         apply_change(lambda: self._append(channel, message))
 
-    def _append(self, channel: str, message: Message) -> None:
+    def _append(self, channel: str, message: EventTemplate) -> None:
         history, number = self._history(channel), self._last_number + 1
-        history.append_directly((number, 0), message.sealed(self._format_id(number)))
+        history.append_directly((number, 0), message.with_id(self._format_id(number)))
         self._last_number = number
 
     def listen(

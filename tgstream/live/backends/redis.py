@@ -23,7 +23,7 @@ from weakref import WeakValueDictionary
 
 from ...core.options import clock
 from ...core.report import log
-from ...formats.sse import Event, sealed
+from ...formats.sse import Event, encoded_event
 from ..history import (
     HEARTBEAT,
     ChannelHistory,
@@ -449,7 +449,7 @@ def _entry(id: str, fields: Mapping[bytes, bytes]) -> Entry:
     assert position is not None
     try:
         event = None if type is None else _decode(type)
-        return position, sealed(_decode(fields[b"data"]), event, id)
+        return position, encoded_event(_decode(fields[b"data"]), event, id)
     except (KeyError, ValueError):
         return position, reset_event(id)
 
