@@ -15,7 +15,7 @@ from tests.model import MakeModel, Note, User
 from tests.wsgi import get
 from tgstream import rows
 from tgstream.database.effects import is_query, only_reads
-from tgstream.database.transaction import KEPT
+from tgstream.database.transaction import MAX_STATEMENTS
 
 OTHER = aliased(User)
 READS: list[Any] = [
@@ -87,7 +87,7 @@ def test_text_that_a_cursor_can_read_is_known(text: str, expected: bool) -> None
     assert is_query(sa.text(text).columns(User.id)) is expected
 
 
-@pytest.mark.parametrize("count", [KEPT - 1, KEPT])
+@pytest.mark.parametrize("count", [MAX_STATEMENTS - 1, MAX_STATEMENTS])
 def test_transaction_of_more_statements_than_are_kept_goes_on(
     make_app: MakeApp, make_model: MakeModel, postgresql: str, count: int
 ) -> None:
@@ -99,7 +99,7 @@ def test_transaction_of_more_statements_than_are_kept_goes_on(
         for _ in range(count):
             model.DBSession.scalars(sa.select(User.id)).all()
         for row in rows(sa.select(User), key=User.id, batch=1):
-            assert (model.idle_in_transaction() == 1) is (count == KEPT)
+            assert (model.idle_in_transaction() == 1) is (count == MAX_STATEMENTS)
             yield row.name
         tgstream.commit()
         for _ in rows(sa.select(User), key=User.id, batch=1):

@@ -395,7 +395,7 @@ def test_end_of_the_transaction_waits_for_the_cursor(
     def body() -> Iterator[str]:
         source = iter(rows(sa.select(User).order_by(User.id), batch=5))
         for row in source:
-            with pytest.raises(StreamError, match=r"use rows\(\.\.\., key=\.\.\.\)"):
+            with pytest.raises(StreamError, match=r"Use rows\(\.\.\., key=\.\.\.\)"):
                 end()
             if stop == "broken off" and row.id == 20:
                 break
@@ -419,7 +419,7 @@ def test_automatic_commits_are_refused_where_reading_starts(
     """In the same words, and before the first chunk: an error page can be shown."""
     seed(model, 3)
     app = make_app(Root(names, commit=commit), model, trace_errors__enable=False)
-    with pytest.raises(StreamError, match=r"use rows\(\.\.\., key=\.\.\.\)") as raised:
+    with pytest.raises(StreamError, match=r"Use rows\(\.\.\., key=\.\.\.\)") as raised:
         get(app)
     assert "Root.index" in str(raised.value)
     assert_clean(model)

@@ -33,7 +33,7 @@ from tgstream import (
     rollback,
     stream,
 )
-from tgstream.database.on_commit import send
+from tgstream.database.on_commit import send_on_commit
 from tgstream.live import history as _feed
 from tgstream.live.backends.memory import KEPT
 from tgstream.live.history import Feed, Start, follow
@@ -1225,7 +1225,7 @@ def test_event_of_a_hook_that_cannot_be_sent_is_logged(
     """After an abort too; the abort is none the worse, and the next event is sent."""
 
     def hook() -> None:
-        send("a thing", lambda: channel.publish(b"", now=True))
+        send_on_commit("a thing", lambda: channel.publish(b"", now=True))
         channel.publish("hook")
 
     def do() -> None:
@@ -1236,7 +1236,7 @@ def test_event_of_a_hook_that_cannot_be_sent_is_logged(
     assert get(app, "/request").text == "done"
     assert heard(events, 1) == ["hook"]
     (record,) = caplog.records
-    assert record.getMessage() == "a thing could not be sent after an abort"
+    assert record.getMessage() == "a thing is lost: it could not be sent after an abort"
 
 
 class Synchronizer:
@@ -1385,13 +1385,17 @@ def test_event_that_cannot_be_sent_leaves_the_transaction_committed(
     """What else was published goes out, and the log has what did not."""
     root = Live(channel, sqlite_model)
     app, events = make_app(root, sqlite_model), waiting(channel)
-    root.during = [lambda: send("a thing", lambda: channel.publish(b"", now=True))]
+    root.during = [
+        lambda: send_on_commit("a thing", lambda: channel.publish(b"", now=True))
+    ]
     root.during += [lambda: channel.publish("after")]
     assert get(app, "/post?text=ada").text == "posted"
     assert heard(events, 2) == ["ada", "after"]
     assert sqlite_model.names() == ["ada"]
     (record,) = caplog.records
-    assert record.getMessage() == "a thing was committed, and could not be sent"
+    assert (
+        record.getMessage() == "a thing is lost: it could not be sent after the commit"
+    )
     assert record.levelno == logging.ERROR
 
 

@@ -522,7 +522,7 @@ def test_publish_fails_while_redis_is_away(
     assert get(app, "/post?text=lost").text == "posted"
     told = [each.getMessage() for each in caplog.records if each.name == "tgstream"]
     assert told == [
-        f"an event of Channel('{name}') was committed, and could not be sent"
+        f"an event of Channel('{name}') is lost: it could not be sent after the commit"
     ]
     with pytest.raises(redis.ConnectionError):
         Channel(name).publish("lost", now=True)

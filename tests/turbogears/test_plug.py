@@ -163,5 +163,5 @@ def test_sessions_option_refuses_what_is_no_scoped_session(
 ) -> None:
     """What is found and is something else is told so."""
     app = make_app(root(), tgstream__sessions=value, trace_errors__enable=False)
-    with pytest.raises(ValueError, match="is no scoped session"):
+    with pytest.raises(ValueError, match="is not a scoped_session"):
         get(app, "/lines")

@@ -64,7 +64,7 @@ from .options import Plan, clock
 from .report import Reason
 
 if TYPE_CHECKING:
-    from ..database.database import Database
+    from ..database.database import StreamDatabase
     from ..turbogears.guard import Outcome
     from .limits import Seat
     from .stream import Stream
@@ -95,7 +95,7 @@ class Body:
         source: Any,
         plan: Plan,
         tg_locals: Any,
-        database: Database | None,
+        database: StreamDatabase | None,
         stream: Stream,
     ) -> None:
         self.plan = plan
@@ -324,7 +324,7 @@ class Body:
     def settle(self) -> None:
         """Commit the items whose chunk is about to leave."""
         if self.database is not None:
-            self.database.settle()
+            self.database.commit_items()
 
     def exhaust(self) -> None:
         """Commit where the items run out, before an ending tells that all is there."""
@@ -333,8 +333,8 @@ class Body:
         if self.database is None:
             return
         if not self.plan.manual:
-            self.database.settle()
-        elif left := self.database.left():
+            self.database.commit_items()
+        elif left := self.database.describe_uncommitted():
             _report.tell_left(self.plan.controller, left)
 
     # The end.

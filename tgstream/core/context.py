@@ -18,8 +18,8 @@ from tg import request_local
 from .errors import StreamError
 
 if TYPE_CHECKING:
-    from ..database.database import Database
-    from ..database.registry import Registry
+    from ..database.database import StreamDatabase
+    from ..database.registry import SessionRegistry
     from .body import Body
 
 
@@ -37,10 +37,10 @@ class Record:
         # _database: the dict of the thread-local transaction manager, once needed; the
         # registries, and how many removals each is kept over.
         self.managers: dict[str, Any] | None = None
-        self.shielded: dict[Registry, int] = {}
+        self.shielded: dict[SessionRegistry, int] = {}
 
     @property
-    def database(self) -> Database | None:
+    def database(self) -> StreamDatabase | None:
         """The sessions and the transaction of the stream that runs on this thread."""
         body = self.body
         return None if body is None else body.database
@@ -79,7 +79,7 @@ class Context:
         *("environ", "run", "tg_locals"),
     )
 
-    def __init__(self, tg_locals: Any, database: Database | None) -> None:
+    def __init__(self, tg_locals: Any, database: StreamDatabase | None) -> None:
         self.tg_locals = tg_locals
         self._database = database
         self.environ: dict[str, Any] = tg_locals.request.environ

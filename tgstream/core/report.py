@@ -60,7 +60,7 @@ def tell(body: Body, error: BaseException | None) -> None:
         bytes=body.bytes,
         seconds=clock() - body.started,
         first_chunk_seconds=body.first_chunk_seconds,
-        commits=0 if body.database is None else body.database.manager.commits,
+        commits=0 if body.database is None else body.database.commits,
     )
     log.log(
         _level(body, error),

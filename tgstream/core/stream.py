@@ -21,7 +21,7 @@ from .options import Commit, Options, Plan, check
 from .source import claim, is_iterable, open_source, resolve_proxy, source_of
 
 if TYPE_CHECKING:
-    from ..database.database import Database
+    from ..database.database import StreamDatabase
 
 
 class Stream:
@@ -180,7 +180,9 @@ class Stream:
                 "to a second; make it anew in each, and no @cached on its controller"
             )
 
-    def _open(self, plan: Plan, tg_locals: Any, database: Database | None) -> Body:
+    def _open(
+        self, plan: Plan, tg_locals: Any, database: StreamDatabase | None
+    ) -> Body:
         self._body = body = Body(self._source, plan, tg_locals, database, self)
         body.seat, self._seat = self._seat, None
         self._source = None
@@ -252,7 +254,7 @@ def _running(hook: str) -> Body:
     return body
 
 
-def _database(hook: str) -> Database:
+def _database(hook: str) -> StreamDatabase:
     body = _running(hook)
     if body.database is None or not body.database.registries:
         raise StreamError(

@@ -58,7 +58,7 @@ def writes(statement: Any) -> bool:
     )
 
 
-def lock_of(statement: Any) -> str | None:
+def find_lock(statement: Any) -> str | None:
     """The clause or function of a select() that locks until its transaction ends."""
     for part in visitors.iterate(statement):
         if isinstance(part, ForUpdateArg):

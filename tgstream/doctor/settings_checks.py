@@ -13,7 +13,7 @@ from urllib.parse import unquote
 from tg.support.converters import asbool
 
 from ..core.settings import OPTIONS, option
-from ..database.engines import binds_of_factory, is_shared
+from ..database.engines import get_factory_binds, has_one_connection
 from ..database.registry import scoped_sessions
 from ..live.channel import REDIS, own_words, shown_url
 from .finding import FAIL, NOTE, OK, WARN, Finding, said
@@ -126,10 +126,12 @@ def _database(config: Config) -> Iterator[Finding]:
     except ValueError as error:
         yield Finding(FAIL, "database", str(error))
         return
-    binds = [binds_of_factory(scoped) for scoped in found]
+    binds = [get_factory_binds(scoped) for scoped in found]
     names = [_name_of(config, scoped) for scoped in found]
     places = [_place(*each) for each in zip(names, binds, strict=True)]
-    alone = [not any(is_shared(bind.engine) for bind in each) for each in binds]
+    alone = [
+        not any(has_one_connection(bind.engine) for bind in each) for each in binds
+    ]
     if all(alone):
         yield Finding(OK, "database", ", ".join(places) or "no scoped session")
         return
@@ -158,7 +160,7 @@ def _prepared_statements(config: Config) -> Iterator[Finding]:
     except ValueError:
         return  # the check of the database reports it
     for scoped in found:
-        for bind in binds_of_factory(scoped):
+        for bind in get_factory_binds(scoped):
             if bind.engine.dialect.driver == "psycopg":
                 place = _place(_name_of(config, scoped), [bind])
                 yield _prepared_on(bind.engine, place)

@@ -11,7 +11,7 @@ from contextlib import ExitStack, closing, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from ..core.errors import StreamError
-from ..database.cursors import Sizes, check_commits, opened
+from ..database.cursors import Sizes, close_with_transaction, refuse_automatic_commits
 from ..formats.csv import CSV
 from ..formats.protocols import Passed
 from .rows import Rows, check_session, session_of
@@ -67,13 +67,13 @@ class Copy:
         from .statement import compiled
 
         session = session_of("copy", self._session, self._prepared.session)
-        check_commits("copy", session)
+        refuse_automatic_commits("copy", session)
         statement, found = self._prepared.statement, None
         if is_query(statement):
             found = compiled(session, statement, "postgresql", "psycopg")
         if found is not None:
             blocks = self._by_database(*found)
-            with opened(session, blocks):
+            with close_with_transaction(session, blocks):
                 for block in blocks:
                     if not block:
                         return

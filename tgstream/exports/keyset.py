@@ -15,7 +15,7 @@ from sqlalchemy.sql import visitors
 
 from ..core.errors import StreamError
 from ..database.cursors import Sizes
-from ..database.effects import lock_of, writes
+from ..database.effects import find_lock, writes
 from .keyset_columns import (
     bind,
     in_selection,
@@ -91,7 +91,7 @@ def _check_statement(statement: Any) -> None:
 
 
 def _check_effects(statement: sa.Select[Any]) -> None:
-    if (lock := lock_of(statement)) is not None:
+    if (lock := find_lock(statement)) is not None:
         raise StreamError(
             f"rows(key=...) cannot read a statement with {lock}: the transaction ends "
             "after each batch, and its locks with it, before the rows are used. Use "

@@ -16,11 +16,11 @@ import tg
 from ..core.errors import StreamError
 from ..database.cursors import (
     Sizes,
-    check_commits,
-    database_of,
-    end_reading,
-    opened,
-    watch,
+    close_with_transaction,
+    end_read_transaction,
+    find_database,
+    refuse_automatic_commits,
+    track_connections,
 )
 from ..database.registry import scoped_sessions
 from ..formats.protocols import BATCH
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     import sqlalchemy as sa
     from sqlalchemy.orm import Session
 
-    from ..database.database import Database
+    from ..database.database import StreamDatabase
     from .keyset import Keyset
     from .statement import Prepared
 
@@ -132,7 +132,7 @@ class Rows:
         from .server_side_cursor import WriterWatch, cursor_options
         from .statement import execute
 
-        check_commits("rows", session)
+        refuse_automatic_commits("rows", session)
         connections: list[sa.Connection] = []
 
         def prepare(connection: sa.Connection, statement: Any) -> Mapping[str, Any]:
@@ -142,7 +142,11 @@ class Rows:
         result = execute(session, self._prepared.statement, {}, prepare)
         unbuffered = [each for each in connections if each.dialect.name in NAMES]
         lock = WriterWatch(connections)
-        with opened(session, result), alone(unbuffered, result), closing(lock):
+        with (
+            close_with_transaction(session, result),
+            alone(unbuffered, result),
+            closing(lock),
+        ):
             self.fields = self._fields(result)
             sizes = Sizes(min(self._batch, BATCH))
             # SQLAlchemy has the first row already where it reads by a cursor of the
@@ -159,9 +163,9 @@ class Rows:
     def _by_key(self, session: Session, keyset: Keyset) -> Iterator[Sequence[Any]]:
         from .statement import OtherEngine, dialect_of
 
-        database = database_of(session)
+        database = find_database(session)
         if database is not None:
-            watch(session, database)
+            track_connections(session, database)
         dialect = dialect_of(session, self._prepared.statement)
         batches = self._batches_on(dialect, session, keyset, database)
         try:
@@ -178,7 +182,7 @@ class Rows:
         dialect: sa.Dialect,
         session: Session,
         keyset: Keyset,
-        database: Database | None,
+        database: StreamDatabase | None,
     ) -> Iterator[Sequence[Any]]:
         """The batches; OtherEngine before the first if the dialect is not this one."""
         from ..database.effects import only_reads
@@ -201,7 +205,9 @@ class Rows:
             result = execute(session, statement, {}, prepare)
             fetched = self._fields(result), result.all()
             if database is not None:
-                end_reading(session, database, began, connections if may_write else ())
+                end_read_transaction(
+                    session, database, began, connections if may_write else ()
+                )
             return fetched
 
         run = keyset.run(dialect, self._batch, fetch)

@@ -17,7 +17,7 @@ from sqlalchemy.orm import Bundle, Load, Mapper, Query, Session
 from sqlalchemy.orm.attributes import QueryableAttribute
 
 from ..core.errors import StreamError
-from ..database.cursors import OWN
+from ..database.cursors import OWN_STATEMENT
 from ..formats.fields import mapped_columns
 
 KINDS = sa.Select, sa.CompoundSelect, sa.TextualSelect, sa.TextClause, Query
@@ -135,7 +135,7 @@ def execute(
     """
 
     def on_connection(state: Any) -> Any:
-        if OWN not in state.local_execution_options:
+        if OWN_STATEMENT not in state.local_execution_options:
             return None  # a handler's own statement
         # Not the session's attribute: that is for those who use it themselves.
         connection = type(session).connection(
@@ -150,7 +150,9 @@ def execute(
 
     event.listen(session, "do_orm_execute", on_connection)
     try:
-        return session.execute(statement, execution_options={**options, OWN: True})
+        return session.execute(
+            statement, execution_options={**options, OWN_STATEMENT: True}
+        )
     finally:
         event.remove(session, "do_orm_execute", on_connection)
 

@@ -18,7 +18,7 @@ import tg
 from ..core import context as _context
 from ..core.report import log
 from ..core.settings import option
-from ..database.on_commit import send
+from ..database.on_commit import send_on_commit
 from ..formats.sse import Event, check_type, encoded
 from .backends.memory import Memory
 
@@ -96,7 +96,7 @@ class Channel:
         if now:
             publish()
         else:
-            send(f"an event of {self!r}", publish)
+            send_on_commit(f"an event of {self!r}", publish)
 
     def listen(self, after: str | None = None) -> Iterator[Event]:
         """The events of the channel, as they come, for a stream with ``SSE``.

@@ -183,9 +183,9 @@ def look(body: Body, now: float, seen: tuple[int, ...] | None) -> tuple[int, ...
     database = body.database
     if not body.plan.idle_seconds or database is None:
         return ()
-    if all(member.idle for member in database.parts):
+    if not database.in_transaction:
         return ()
-    where = (body.chunks, body.encoding.items, database.manager.commits)
+    where = (body.chunks, body.encoding.items, database.commits)
     if where == seen:
         _tell(
             body,

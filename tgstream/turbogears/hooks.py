@@ -24,15 +24,15 @@ from ..core.options import Options, Plan
 from ..core.settings import option
 from ..core.source import is_for_a_stream, not_streamed, resolve_proxy
 from ..core.stream import Stream
-from ..database.on_commit import tm_enabled
-from ..database.registry import registry, scoped_sessions
+from ..database.on_commit import is_tm_enabled
+from ..database.registry import install_registry, scoped_sessions
 from .decorator import name_of
 from .guard import Guard
 from .response import check_headers, end_previous, send_off, watch_exit
 
 if TYPE_CHECKING:
     from ..core.body import Body
-    from ..database.database import Database
+    from ..database.database import StreamDatabase
 
 # What TG calls.
 
@@ -162,24 +162,24 @@ def _vetoed(tg_locals: Any, response: Any) -> bool:
     return bool(veto(environ, response.status, response.headerlist))
 
 
-def _take_over(database: Database, body: Body, tg_locals: Any) -> None:
+def _take_over(database: StreamDatabase, body: Body, tg_locals: Any) -> None:
     try:
-        database.take_over(
-            tm_enabled(tg_locals), lambda: _vetoed(tg_locals, tg_locals.response)
+        database.adopt_request_sessions(
+            is_tm_enabled(tg_locals), lambda: _vetoed(tg_locals, tg_locals.response)
         )
     except BaseException:
         body.cancel()
         raise
 
 
-def _database_of(tg_locals: Any) -> Database | None:
+def _database_of(tg_locals: Any) -> StreamDatabase | None:
     """The stream's sessions and transaction, in an application that has any."""
     config = tg_locals.config
     scoped = scoped_sessions(config)
-    if not scoped and not tm_enabled(tg_locals):
+    if not scoped and not is_tm_enabled(tg_locals):
         return None
-    database: Database = _database_class()(
-        tuple(map(registry, scoped)), asbool(config.get("use_sqlalchemy"))
+    database: StreamDatabase = _database_class()(
+        tuple(map(install_registry, scoped)), asbool(config.get("use_sqlalchemy"))
     )
     return database
 
@@ -187,7 +187,7 @@ def _database_of(tg_locals: Any) -> Database | None:
 @lru_cache
 def _database_class() -> Any:
     """Imported where an application has sessions or transactions, and only there."""
-    return importlib.import_module("tgstream.database.database").Database
+    return importlib.import_module("tgstream.database.database").StreamDatabase
 
 
 HOOKS = _Hooks(before_render=_before_render, after_wsgi_middlewares=Guard)

@@ -16,7 +16,7 @@ from .diagnostics import KEY, advise, advise_if_unguarded, advise_of_dropped
 from .guard import Outcome, _Errors, outcome_of
 
 if TYPE_CHECKING:
-    from ..database.database import Database
+    from ..database.database import StreamDatabase
 
 _ATTEMPT = "tgstream.attempt"
 
@@ -34,7 +34,7 @@ class _Closer:
             return
         body.close()
         if body.database is not None:
-            body.database.clear_thread()  # of more sessions than TG removes
+            body.database.remove_request_sessions()  # of more sessions than TG removes
 
 
 def watch_exit(environ: dict[str, Any], body: Body) -> None:
@@ -123,7 +123,7 @@ def _remember(error: BaseException, environ: dict[str, Any]) -> None:
 class _Departed:
     """What TG closes, for its ``DBSessionRemoverMiddleware`` to remove nothing then."""
 
-    def __init__(self, app_iter: Any, database: Database) -> None:
+    def __init__(self, app_iter: Any, database: StreamDatabase) -> None:
         self._app_iter = app_iter
         self._database = database
 
@@ -132,7 +132,7 @@ class _Departed:
 
     def close(self) -> None:
         close(self._app_iter)
-        self._database.shield()
+        self._database.keep_over_next_remove()
 
 
 @cache
@@ -177,7 +177,8 @@ def _depart(body: Body, environ: dict[str, Any]) -> None:
     """Take everything of the request off the thread, and tell the guard."""
     body.left = True
     if body.database is not None:
-        body.database.clear_thread()  # while a scopefunc can still ask for the request
+        # While a scopefunc can still ask for the request.
+        body.database.remove_request_sessions()
     registry = environ["paste.registry"]
     registry.cleanup()
     registry.prepare()

@@ -1,0 +1,63 @@
+"""The context of a stream that has a database."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import transaction
+
+from ..core.context import Context, Record, _remove, thread
+
+if TYPE_CHECKING:
+    from ..core.body import Body
+    from .database import StreamDatabase
+
+
+class DatabaseContext(Context):
+    """A context that also exchanges the thread's transaction manager.
+
+    Both methods repeat those of the base, and do not call them: a call more costs a
+    tenth of a pull.
+
+    :param tg_locals: TG's ``RequestLocals`` of the request.
+    :param database: its manager is the thread's while the stream is bound.
+    """
+
+    __slots__ = ("_manager", "_managers", "_outer_manager", "_record")
+
+    def __init__(self, tg_locals: Any, database: StreamDatabase) -> None:
+        super().__init__(tg_locals, None)
+        self._manager = database.manager
+        self._outer_manager: Any = None
+        # The dict in which transaction.manager has the manager of a thread, of the last
+        # thread that this was bound on. Its attribute ``manager`` is documented, and
+        # meant to be exchanged. Its dict saves 70 of the 750 ns of a pull.
+        self._managers: dict[str, Any] = {}
+        self._record: Record | None = None
+
+    def bind(self, body: Body) -> Record:
+        """Make this the context of the current thread, above what is bound there.
+
+        :param body: the body that runs here until :meth:`unbind`.
+        :returns: the thread's record, for :meth:`unbind`.
+        """
+        record = thread.record
+        record.config.append(self._config)
+        record.context.append(self._context)
+        self._outer = record.body
+        record.body = body
+        if record is not self._record:
+            self._record, self._managers = record, transaction.manager.__dict__
+        managers = self._managers
+        self._outer_manager = managers["manager"]
+        managers["manager"] = self._manager
+        return record
+
+    def unbind(self, record: Record) -> None:
+        """Take the context off the thread again, and what was left above it."""
+        record.body = self._outer
+        self._managers["manager"] = self._outer_manager
+        if record.context.pop() is not self._context:
+            _remove(record.context, self._context)
+        if record.config.pop() is not self._config:
+            _remove(record.config, self._config)
