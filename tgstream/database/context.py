@@ -10,7 +10,7 @@ from ..core.context import Context, Record, _remove, thread
 
 if TYPE_CHECKING:
     from ..core.body import Body
-    from .database import StreamDatabase
+    from .sessions import StreamSessions
 
 
 class DatabaseContext(Context):
@@ -20,14 +20,14 @@ class DatabaseContext(Context):
     tenth of a pull.
 
     :param tg_locals: TG's ``RequestLocals`` of the request.
-    :param database: its manager is the thread's while the stream is bound.
+    :param sessions: their manager is the thread's while the stream is bound.
     """
 
     __slots__ = ("_manager", "_managers", "_outer_manager", "_record")
 
-    def __init__(self, tg_locals: Any, database: StreamDatabase) -> None:
+    def __init__(self, tg_locals: Any, sessions: StreamSessions) -> None:
         super().__init__(tg_locals, None)
-        self._manager = database.manager
+        self._manager = sessions.manager
         self._outer_manager: Any = None
         # The dict in which transaction.manager has the manager of a thread, of the last
         # thread that this was bound on. Its attribute ``manager`` is documented, and

@@ -10,6 +10,7 @@ import transaction
 
 from ..core.cleanup import first_error
 from . import handover
+from .context import DatabaseContext
 from .engines import log_unclosed_session
 from .errors import closed_cursor_error
 from .on_commit import count_unsent
@@ -120,6 +121,13 @@ class StreamDatabase(StreamSessions):
         return isinstance(error, ResourceClosedError)
 
     # The request.
+
+    def make_context(self, tg_locals: Any) -> DatabaseContext:
+        """The context in which the stream is pulled.
+
+        :param tg_locals: TG's ``RequestLocals`` of the request.
+        """
+        return DatabaseContext(tg_locals, self)
 
     def adopt_request_sessions(
         self, tm_enabled: bool, vetoed: Callable[[], bool]
