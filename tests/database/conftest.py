@@ -1,4 +1,4 @@
-"""What the tests of the database share: controllers, and looks from outside."""
+"""Controllers, and checks of the database, for several files of tests."""
 
 from __future__ import annotations
 

@@ -307,7 +307,7 @@ def test_object_outside_the_session_is_not_stored(
 def test_object_outside_the_session_does_not_return(
     make_app: MakeApp, model: Model
 ) -> None:
-    """Nor does it when the objects return to the request, and TG commits."""
+    """It is not added when the objects return to the request, and TG commits."""
 
     def items() -> Iterator[str]:
         yield masked(model).name
@@ -358,7 +358,7 @@ def test_before_commit_hook_finds_its_objects(
 def test_session_that_is_closed_for_good_is_replaced(
     make_app: MakeApp, make_model: MakeModel, url: str
 ) -> None:
-    """With ``close_resets_only=False`` the stream has a new one, with the objects."""
+    """With ``close_resets_only=False`` the stream gets a new session with them."""
     model = make_model(url, close_resets_only=False)
     held: list[User] = []
 

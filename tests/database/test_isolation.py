@@ -72,7 +72,7 @@ def test_streams_that_alternate_keep_their_changes_apart(
 def test_stream_dropped_in_a_request_keeps_its_session(
     make_app: MakeApp, model: Model, cyclic: bool
 ) -> None:
-    """TG removes the session of the thread that closes a body. This one is in use."""
+    """TG removes the session of the thread that closes a body, but not while in use."""
     calls: list[Call] = []
 
     def body() -> Iterator[str]:

@@ -242,7 +242,7 @@ def test_session_that_is_set_again_joins_once(
 def test_session_in_two_registries_is_removed_from_one(
     make_app: MakeApp, model: Model
 ) -> None:
-    """``remove()`` of one registry closes the session. The other goes on with it."""
+    """``remove()`` closes it, and the other registry goes on with it."""
     other = scoped_session(model.maker)
 
     def body() -> Iterator[str]:

@@ -128,18 +128,18 @@ def test_manager_runs_the_hooks_of_its_transactions(
     make_app: MakeApp, model: Model
 ) -> None:
     """``addAfterCommitHook`` is called after the stream's commit, in the stream."""
-    told: list[tuple[bool, list[str]]] = []
+    calls: list[tuple[bool, list[str]]] = []
 
     def body() -> Iterator[str]:
         model.DBSession.add(User(name="ada"))
         transaction.get().addAfterCommitHook(
-            lambda status: told.append((status, model.names()))
+            lambda status: calls.append((status, model.names()))
         )
         yield "one"
-        assert told == []
+        assert calls == []
 
     assert get(make_app(Root(body), model)).text == "one"
-    assert told == [(True, ["ada"])]
+    assert calls == [(True, ["ada"])]
     assert_clean(model)
 
 

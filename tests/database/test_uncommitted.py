@@ -15,6 +15,15 @@ from tests.wsgi import get
 from tgstream import Channel
 
 
+def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """The warnings and errors in the log."""
+    return [
+        record.getMessage()
+        for record in caplog.records
+        if record.levelno >= logging.WARNING
+    ]
+
+
 def test_uncommitted_changes_are_rolled_back_with_a_warning(
     make_app: MakeApp, model: Model, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -35,8 +44,8 @@ def test_uncommitted_changes_are_rolled_back_with_a_warning(
     app = make_app(ModelRoot(model, body, commit="manual"), model)
     assert get(app).text == "one"
     assert model.names() == ["ada", "bob", "cyd", "stored"]
-    [warning] = [each for each in caplog.records if each.levelno >= logging.WARNING]
-    assert "3 new User, 1 changed User, 1 deleted User. With" in warning.getMessage()
+    [warning] = warnings(caplog)
+    assert "3 new User, 1 changed User, 1 deleted User. With" in warning
     assert_thread_works(app, model)
 
 
@@ -64,9 +73,9 @@ def test_uncommitted_warning_counts_objects_and_events(
 
     app = make_app(ModelRoot(model, body, commit="manual"), model)
     assert get(app).text == "one"
-    [warning] = [each for each in caplog.records if each.levelno >= logging.WARNING]
+    [warning] = warnings(caplog)
     left = "2 new Note, 1 new User, 2 unsent events. With"
-    assert left in warning.getMessage()
+    assert left in warning
     assert (model.names(), model.texts()) == ([], [])
     assert_clean(model)
 
@@ -82,8 +91,8 @@ def test_uncommitted_event_alone_is_a_warning(
 
     root = ModelRoot(sqlite_model, body, commit="manual")
     assert get(make_app(root, sqlite_model)).text == "one"
-    [warning] = [each for each in caplog.records if each.levelno >= logging.WARNING]
-    assert "rolled back: 1 unsent event. With" in warning.getMessage()
+    [warning] = warnings(caplog)
+    assert "rolled back: 1 unsent event. With" in warning
     assert_clean(sqlite_model)
 
 
@@ -107,5 +116,5 @@ def test_uncommitted_warning_is_not_logged_without_changes(
     app = make_app(ModelRoot(model, body, commit="manual"), model)
     assert get(app).text == "onetwo"
     assert model.names() == (["ada"] if end is tgstream.commit else [])
-    assert [each for each in caplog.records if each.levelno >= logging.WARNING] == []
+    assert warnings(caplog) == []
     assert_clean(model)
