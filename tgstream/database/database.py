@@ -72,7 +72,8 @@ class StreamDatabase(StreamSessions):
         It costs nothing if no session was used. Objects are expired only if something
         was written.
         """
-        self._close_cursors()
+        if self.manager.cursors:
+            self._close_cursors()
         if not (self.manager.has_begun or self.in_transaction):
             return
         if self.manager.isDoomed():

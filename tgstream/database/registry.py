@@ -10,7 +10,6 @@ from __future__ import annotations
 import importlib
 import sys
 import threading
-from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Protocol
@@ -45,7 +44,7 @@ class _Thread(threading.local):
     """How many removals of its session each registry ignores on this thread."""
 
     def __init__(self) -> None:
-        self.ignored_removals: Counter[SessionRegistry] = Counter()
+        self.ignored_removals: dict[SessionRegistry, int] = {}
 
 
 _thread = _Thread()
@@ -97,10 +96,9 @@ class SessionRegistry:
 
     def clear(self) -> None:
         ignored = _thread.ignored_removals
-        if self in ignored:
-            ignored[self] -= 1
-            if not ignored[self]:
-                del ignored[self]
+        if removals := ignored.pop(self, 0):
+            if removals > 1:
+                ignored[self] = removals - 1
         elif (owner := _running()) is not None:
             owner.forget(self)
         else:
@@ -113,7 +111,8 @@ class SessionRegistry:
         body is closed. If the body was dropped, that thread may run another request or
         stream. Nothing is called here: a ``scopefunc`` may need its request.
         """
-        _thread.ignored_removals[self] += 1
+        ignored = _thread.ignored_removals
+        ignored[self] = ignored.get(self, 0) + 1
 
     def remove(self) -> None:
         """Close the thread's own session and take it off the thread."""

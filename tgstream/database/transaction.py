@@ -125,7 +125,7 @@ class StreamTransactionManager(transaction.TransactionManager):  # type: ignore[
         try:
             super().commit()
         except BaseException:
-            self._failed_resources = list(_resources(self.get()))
+            self._failed_resources = list(get_resources(self))
             # A lost connection makes the abort fail, too. The first error is reported.
             with suppress(Exception):
                 self.abort()
@@ -196,7 +196,7 @@ def is_empty(manager: Any) -> bool:
     """True if a commit of the thread's transaction would do nothing."""
     txn = manager.get()
     return not (
-        _resources(txn)
+        get_resources(manager)
         or any(txn.getBeforeCommitHooks())
         or any(txn.getAfterCommitHooks())
         or manager.registeredSynchs()
@@ -212,10 +212,10 @@ def _is_never_retryable(error: BaseException) -> bool:
     return False
 
 
-def _resources(txn: Any) -> list[Any]:
-    """The data managers that have joined a transaction."""
-    resources: list[Any] = txn._resources
-    return resources
+def get_resources(manager: Any) -> list[Any]:
+    """The data managers that have joined a manager's transaction, if it has begun."""
+    txn = manager._txn
+    return [] if txn is None else txn._resources
 
 
 class StreamDataManager:
@@ -268,7 +268,7 @@ class StreamDataManager:
 
     def _release_from_zope(self) -> None:
         with suppress(KeyError):  # zope's weak entry is gone: this is cyclic garbage
-            for data_manager in _resources(self._zope_manager.get()):
+            for data_manager in get_resources(self._zope_manager):
                 data_manager.abort(None)
             self._zope_manager.abort()  # this alone would log the KeyError
 
