@@ -54,7 +54,7 @@ class DatabaseContext(Context):
         return record
 
     def unbind(self, record: Record) -> None:
-        """Take the context off the thread again, and what was left above it."""
+        """Remove this context from the thread, and contexts that were left above it."""
         record.body = self._outer
         self._managers["manager"] = self._outer_manager
         if record.context.pop() is not self._context:

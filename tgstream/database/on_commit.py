@@ -1,8 +1,8 @@
 """Calls that are made when, and only when, a transaction commits.
 
-Channels send their events so. The pending calls take part in the transaction as a data
-manager, after all others. When they are made, the others have committed: nothing that
-can fail comes after them, and a call that fails cannot undo the commit.
+Channels send their events with them. The pending calls take part in the transaction
+as a data manager, after all others. When they are made, the others have committed, so
+nothing that can fail comes after them, and a call that fails cannot undo the commit.
 
 SQLAlchemy has savepoints and rollbacks of its own, which ``transaction`` does not see.
 So each call remembers the transactions and savepoints of the sessions in which it was

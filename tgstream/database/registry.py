@@ -50,7 +50,7 @@ class _Thread(threading.local):
 _thread = _Thread()
 
 
-def _running() -> SessionOwner | None:
+def _find_owner() -> SessionOwner | None:
     """The sessions of the stream that runs on this thread."""
     record: Any = thread.record
     owner: SessionOwner | None = record.database
@@ -83,12 +83,12 @@ class SessionRegistry:
     def has(self) -> bool:
         if self in _thread.ignored_removals:
             return False
-        owner = _running()
+        owner = _find_owner()
         return bool(self.underlying.has()) if owner is None else self in owner.current
 
     def set(self, session: Session) -> None:
         _thread.ignored_removals.pop(self, None)
-        owner = _running()
+        owner = _find_owner()
         if owner is None:
             self.underlying.set(session)
         else:
@@ -99,7 +99,7 @@ class SessionRegistry:
         if removals := ignored.pop(self, 0):
             if removals > 1:
                 ignored[self] = removals - 1
-        elif (owner := _running()) is not None:
+        elif (owner := _find_owner()) is not None:
             owner.forget(self)
         else:
             self.underlying.clear()
