@@ -334,7 +334,7 @@ class Body:
             return
         if not self.plan.manual:
             self.database.commit_items()
-        elif left := self.database.describe_uncommitted():
+        elif left := self.database.count_uncommitted():
             _report.tell_left(self.plan.controller, left)
 
     # The end.

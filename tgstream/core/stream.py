@@ -256,7 +256,7 @@ def _running(hook: str) -> Body:
 
 def _database(hook: str) -> StreamDatabase:
     body = _running(hook)
-    if body.database is None or not body.database.registries:
+    if body.database is None or not body.database.has_sessions:
         raise StreamError(
             f"{body.plan.controller} called {hook}(), and its application has no "
             "database session: set use_sqlalchemy, or name one in the option "

@@ -55,8 +55,7 @@ class Sizes:
 
 def find_database(session: Session) -> StreamDatabase | None:
     """The database of the stream that runs here, if ``session`` belongs to it."""
-    record: Any = thread.record
-    database: StreamDatabase | None = record.database
+    database: StreamDatabase | None = thread.record.database
     if database is None or database.find_data_manager(session) is None:
         return None
     return database

@@ -44,9 +44,14 @@ class StreamDatabase(StreamSessions):
     # While the generator runs.
 
     @property
-    def in_transaction(self) -> bool:
-        """Whether a session has a connection, or an object to flush."""
-        return any(each.in_transaction for each in self.data_managers)
+    def idle(self) -> bool:
+        """Whether no session holds a connection, or an object to flush."""
+        return not any(each.in_transaction for each in self.data_managers)
+
+    @property
+    def has_sessions(self) -> bool:
+        """Whether the application has a session."""
+        return bool(self.registries)
 
     @property
     def commits(self) -> int:
@@ -74,7 +79,7 @@ class StreamDatabase(StreamSessions):
         """
         if self.manager.cursors:
             self._close_cursors()
-        if not (self.manager.has_begun or self.in_transaction):
+        if self.idle and not self.manager.has_begun:
             return
         if self.manager.isDoomed():
             self.manager.abort()
@@ -87,7 +92,7 @@ class StreamDatabase(StreamSessions):
         if error is not None:
             raise error
 
-    def describe_uncommitted(self) -> list[str]:
+    def count_uncommitted(self) -> list[str]:
         """The changes that are not committed, as in ``1 new Post``."""
         actions = "new", "changed", "deleted"
         totals = [Counter[str]() for _ in actions]

@@ -79,8 +79,7 @@ def _find_pending(txn: Any) -> PendingSends | None:
 
 def _current_transaction() -> Any:
     """The transaction of the stream that runs here, or of TG's request, if any."""
-    record: Any = thread.record
-    stream: StreamSessions | None = record.database
+    stream: StreamSessions | None = thread.record.database
     if stream is not None and stream.ended:
         return None  # a hook of tgstream.finished: nothing will commit any more
     if stream is None:
@@ -133,8 +132,7 @@ def _open_transactions() -> list[SessionTransaction]:
 
 def _sessions() -> list[Session]:
     """The sessions in use by the stream that runs here, or by the request."""
-    record: Any = thread.record
-    stream: StreamSessions | None = record.database
+    stream: StreamSessions | None = thread.record.database
     if stream is not None:
         return [data_manager.session for data_manager in stream.current.values()]
     try:

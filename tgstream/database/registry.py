@@ -52,8 +52,7 @@ _thread = _Thread()
 
 def _find_owner() -> SessionOwner | None:
     """The sessions of the stream that runs on this thread."""
-    record: Any = thread.record
-    owner: SessionOwner | None = record.database
+    owner: SessionOwner | None = thread.record.database
     return owner
 
 
@@ -73,11 +72,10 @@ class SessionRegistry:
     def __call__(self) -> Session:
         if _thread.ignored_removals:
             _thread.ignored_removals.pop(self, None)
-        body: Any = thread.record.body
-        if body is not None and body.database is not None:
-            session: Session = body.database.get_session(self)
-        else:
-            session = self.underlying()
+        owner: SessionOwner | None = thread.record.database
+        if owner is not None:
+            return owner.get_session(self)
+        session: Session = self.underlying()
         return session
 
     def has(self) -> bool:

@@ -183,7 +183,7 @@ def look(body: Body, now: float, seen: tuple[int, ...] | None) -> tuple[int, ...
     database = body.database
     if not body.plan.idle_seconds or database is None:
         return ()
-    if not database.in_transaction:
+    if database.idle:
         return ()
     where = (body.chunks, body.encoding.items, database.commits)
     if where == seen:
