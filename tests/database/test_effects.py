@@ -15,9 +15,11 @@ from tests.model import MakeModel, Note, User
 from tests.wsgi import get
 from tgstream import rows
 from tgstream.database.effects import is_query, only_reads
-from tgstream.database.transaction import KEPT
+from tgstream.database.transaction import MAX_STATEMENTS
 
 OTHER = aliased(User)
+
+
 READS: list[Any] = [
     sa.select(User),
     sa.select(OTHER.name).join(Note, Note.user_id == OTHER.id),
@@ -31,6 +33,7 @@ READS: list[Any] = [
     sa.select(sa.select(User.id).cte(recursive=True)),
 ]
 """Each of them certainly leaves nothing."""
+
 
 OTHERS: list[Any] = [
     sa.text("SELECT 1"),
@@ -54,13 +57,13 @@ OTHERS: list[Any] = [
 
 @pytest.mark.parametrize("statement", READS)
 def test_statement_of_known_parts_only_reads(statement: Any) -> None:
-    """So the transaction of a query before does not last over the batches."""
+    """Its transaction need not go on over the batches of rows(key=...)."""
     assert only_reads(statement)
 
 
 @pytest.mark.parametrize("statement", OTHERS)
-def test_statement_of_other_parts_may_leave_something(statement: Any) -> None:
-    """A function, a text, a lock and an open cursor are not certain to be nothing."""
+def test_statement_of_unknown_parts_may_have_effects(statement: Any) -> None:
+    """Functions, texts, locks and open cursors are not certain to have none."""
     assert not only_reads(statement)
 
 
@@ -81,14 +84,14 @@ def test_statement_of_other_parts_may_leave_something(statement: Any) -> None:
         ("EXPLAIN SELECT 1", False),
     ],
 )
-def test_text_that_a_cursor_can_read_is_known(text: str, expected: bool) -> None:
-    """By its words outside of quotes and comments."""
+def test_text_that_only_selects_is_a_query(text: str, expected: bool) -> None:
+    """Words in quotes and comments do not count."""
     assert is_query(sa.text(text)) is expected
     assert is_query(sa.text(text).columns(User.id)) is expected
 
 
-@pytest.mark.parametrize("count", [KEPT - 1, KEPT])
-def test_transaction_of_more_statements_than_are_kept_goes_on(
+@pytest.mark.parametrize("count", [MAX_STATEMENTS - 1, MAX_STATEMENTS])
+def test_transaction_of_too_many_statements_goes_on(
     make_app: MakeApp, make_model: MakeModel, postgresql: str, count: int
 ) -> None:
     """tgstream keeps a limited number of statements to check."""
@@ -99,7 +102,7 @@ def test_transaction_of_more_statements_than_are_kept_goes_on(
         for _ in range(count):
             model.DBSession.scalars(sa.select(User.id)).all()
         for row in rows(sa.select(User), key=User.id, batch=1):
-            assert (model.idle_in_transaction() == 1) is (count == KEPT)
+            assert (model.idle_in_transaction() == 1) is (count == MAX_STATEMENTS)
             yield row.name
         tgstream.commit()
         for _ in rows(sa.select(User), key=User.id, batch=1):

@@ -1,54 +1,274 @@
-"""What a controller holds of its sessions goes into the stream, and nothing else."""
+"""The objects and sessions of a request go into its stream, and may return."""
 
 from __future__ import annotations
 
-import gc
-import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
+import tg
 import transaction
-from sqlalchemy.orm import Session, make_transient
-from tg import TGController, expose, redirect
+from sqlalchemy.orm import make_transient
+from tg import TGController, expose
 
+import tgstream
 from tests.conftest import MakeApp, assert_clean
+from tests.database.conftest import (
+    Lines,
+    ModelRoot,
+    assert_thread_works,
+    find_user,
+    record_statements,
+    seed_note,
+    stream_or_plain,
+)
 from tests.model import MakeModel, Model, Note, User
-from tests.wsgi import Call, get
+from tests.wsgi import get
 from tgstream import Report, Stream
 
-Body = Callable[[], Any]
+# Objects of the request.
 
 
-def root(model: Model, body: Body, items: Body = lambda: iter(["a", "b"])) -> Any:
-    """A controller that does ``body`` and streams ``items``, or answers as plain TG."""
+class Metadata:
+    """The ``authmetadata`` by which TG finds its users."""
 
-    class Root(TGController):
+    def __init__(self, model: Model) -> None:
+        self.model = model
+
+    def get_user(self, identity: Any, userid: str) -> User:
+        return find_user(self.model, userid)
+
+    def get_groups(self, identity: Any, userid: str) -> list[str]:
+        return []
+
+    get_permissions = get_groups
+
+
+def test_objects_of_the_request_keep_their_values(
+    make_app: MakeApp, model: Model
+) -> None:
+    """The identity's user, and objects that ``_before`` and the controller loaded."""
+    model.seed("ada", "bob", "cyd")
+    kept: dict[str, User] = {}
+    selects: list[str] = []
+
+    class Loading(ModelRoot):
+        def _before(self, *args: Any, **params: Any) -> None:
+            kept["before"] = find_user(model, "bob")
+
         @expose(content_type="text/plain")
-        def stream(self) -> Stream:
-            self.held = body()
-            return Stream(items())
+        def index(self) -> Stream:
+            kept["body"] = find_user(model, "cyd")
+            return super().index()
+
+    def body() -> Iterator[str]:
+        assert model.engine.pool.checkedout() == 0  # type: ignore[attr-defined]
+        with record_statements(model) as seen:
+            yield tg.request.identity["user"].name
+            yield kept["before"].name + kept["body"].name
+        selects.extend(seen)
+        assert kept["body"] in model.DBSession
+        kept["body"].notes.append(Note(text="lazy, and new"))
+        yield str(len(tg.request.identity["user"].notes))
+
+    root = Loading(model, body)
+    app = make_app(root, model, sa_auth__authmetadata=Metadata(model))
+    identity = {"repoze.who.userid": "ada"}
+    call = get(app, "/", **{"repoze.who.identity": identity})
+    assert call.text == "adabobcyd0"
+    assert selects == []
+    assert model.texts() == ["lazy, and new"]
+    assert_clean(model)
+
+
+def test_objects_of_the_request_cost_no_select(make_app: MakeApp, model: Model) -> None:
+    """A stream reads 3,000 objects of its request without a SELECT."""
+    model.seed(*(f"user{number}" for number in range(3000)))
+    users: list[User] = []
+
+    class Loading(ModelRoot):
+        @expose(content_type="text/plain")
+        def index(self) -> Stream:
+            model.DBSession.add(Note(text="so that the request commits"))
+            users.extend(model.DBSession.query(User))
+            return super().index()
+
+    def body() -> Iterator[str]:
+        for each in users:
+            yield each.name + "\n"
+
+    app = make_app(Loading(model, body), model)
+    with record_statements(model) as seen:
+        assert len(get(app).text.splitlines()) == 3000
+    assert [line for line in seen if line.startswith("SELECT")] == seen[1:]
+    assert len(seen) == 2
+    assert model.texts() == ["so that the request commits"]
+    assert_clean(model)
+
+
+def test_object_that_the_request_added_is_committed(
+    make_app: MakeApp, model: Model
+) -> None:
+    """The stream can change it."""
+    added = User(name="ada")
+
+    class Adding(ModelRoot):
+        @expose(content_type="text/plain")
+        def index(self) -> Stream:
+            model.DBSession.add(added)
+            return super().index()
+
+    def body() -> Iterator[str]:
+        assert model.names() == ["ada"]
+        yield str(added.id)
+        added.name = "lovelace"
+        yield added.name
+
+    assert get(make_app(Adding(model, body), model)).text == "1lovelace"
+    assert model.names() == ["lovelace"]
+    assert_clean(model)
+
+
+@pytest.mark.parametrize("touched", [False, True])
+@pytest.mark.parametrize("commit", ["end", "each"])
+def test_objects_of_the_request_are_expired_by_a_rollback(
+    make_app: MakeApp, model: Model, touched: bool, commit: str
+) -> None:
+    """After ``rollback()`` an object is read again on its next use."""
+    model.seed("ada")
+    kept: list[User] = []
+
+    class Loading(ModelRoot):
+        @expose(content_type="text/plain")
+        def index(self) -> Stream:
+            kept.append(find_user(model, "ada"))
+            return super().index()
+
+    def body() -> Iterator[str]:
+        yield kept[0].name
+        with model.outside.begin() as outside:
+            outside.execute(sa.text("UPDATE users SET name = 'countess'"))
+        yield kept[0].name
+        if touched:
+            kept[0].name = "undone"
+        tgstream.rollback()
+        yield kept[0].name
+
+    app = make_app(Loading(model, body, commit=commit), model)
+    assert get(app).text == "adaadacountess"
+    assert model.names() == ["countess"]
+    assert_clean(model)
+
+
+@pytest.mark.parametrize("chunks", [0, 1])
+def test_objects_return_to_the_request_for_after(
+    make_app: MakeApp, model: Model, chunks: int
+) -> None:
+    """If the stream ends in its first pull, ``_after`` finds them in its session."""
+    model.seed("ada")
+    kept: list[User] = []
+
+    class Loading(ModelRoot):
+        @expose(content_type="text/plain")
+        def index(self) -> Stream:
+            kept.append(find_user(model, "ada"))
+            return super().index()
+
+        def _after(self, *args: Any, **params: Any) -> None:
+            assert kept[0] in model.DBSession
+            kept[0].name += "!"
+
+    def body() -> Iterator[str]:
+        kept[0].notes.append(Note(text="new"))
+        yield from ["one"][:chunks]
+
+    root = Loading(model, body, format=Lines, chunk_size=9)
+    assert get(make_app(root, model)).text == "one" * chunks
+    assert model.names() == ["ada!"]
+    assert model.texts() == ["new"]
+    assert_clean(model)
+
+
+@pytest.mark.parametrize("read", [False, True])
+def test_objects_return_to_the_request_for_the_error_page(
+    make_app: MakeApp, model: Model, read: bool
+) -> None:
+    """If the first pull raises, the error page reads them, as without a stream."""
+    model.seed("ada")
+    kept: list[User] = []
+
+    class Error(TGController):
+        @expose(content_type="text/plain")
+        def document(self, *args: Any, **params: Any) -> str:
+            return "sorry, " + kept[0].name
+
+    class Loading(ModelRoot):
+        error = Error()
 
         @expose(content_type="text/plain")
-        def plain(self) -> str:
-            self.held = body()
-            return "ab"
+        def index(self) -> Stream:
+            kept.append(find_user(model, "ada"))
+            return super().index()
 
-    return Root()
+        @expose(content_type="text/plain")
+        def plain(self) -> None:
+            kept.append(find_user(model, "ada"))
+            raise ValueError("no")
+
+    def body() -> Iterator[str]:
+        if read:
+            model.DBSession.query(Note).all()
+        raise ValueError("no")
+        yield ""
+
+    app = make_app(
+        Loading(model, body),
+        model,
+        errorpage__enabled=True,
+        errorpage__status_codes=[500],
+        errorpage__content_types=[],
+    )
+    for path in ("/plain", "/"):
+        kept.clear()
+        call = get(app, path)
+        assert call.status.startswith("500")
+        assert call.text == "sorry, ada"
+    assert_thread_works(app, model)
 
 
-def ada(model: Model) -> User:
-    return model.DBSession.query(User).filter_by(name="ada").one()
+def test_uncommitted_changes_do_not_return_to_the_request(
+    make_app: MakeApp, model: Model
+) -> None:
+    """The request never commits a change that the stream did not commit."""
+    model.seed("ada", "bob")
+    kept: list[User] = []
+
+    class Loading(ModelRoot):
+        @expose(content_type="text/plain")
+        def index(self) -> Stream:
+            kept.extend(model.DBSession.query(User).order_by(User.id))
+            return super().index()
+
+    def body() -> Iterator[str]:
+        kept[0].name = "flushed"
+        model.DBSession.flush()
+        kept[1].name = "pending"
+        model.DBSession.add(User(name="new"))
+        tg.redirect("/elsewhere")
+        yield ""
+
+    app = make_app(Loading(model, body, commit="manual"), model)
+    assert get(app).status.startswith("302")
+    assert model.names() == ["ada", "bob"]
+    assert_thread_works(app, model)
 
 
-def seed(model: Model) -> None:
-    with Session(model.outside) as session:
-        session.add(User(name="ada", notes=[Note(text="secret")]))
-        session.commit()
+# Objects outside of the session.
 
 
 def masked(model: Model) -> Any:
-    user = ada(model)
+    user = find_user(model, "ada")
     note = user.notes[0]
     model.DBSession.expunge(note)
     note.text = "***"
@@ -56,7 +276,7 @@ def masked(model: Model) -> Any:
 
 
 def copied(model: Model) -> Any:
-    user = ada(model)
+    user = find_user(model, "ada")
     note = user.notes[0]
     model.DBSession.expunge(note)
     make_transient(note)
@@ -65,7 +285,7 @@ def copied(model: Model) -> Any:
 
 
 def previewed(model: Model) -> Any:
-    user = ada(model)
+    user = find_user(model, "ada")
     list(user.notes)
     return user, Note(text="preview", user=user)
 
@@ -73,26 +293,26 @@ def previewed(model: Model) -> Any:
 @pytest.mark.filterwarnings("ignore:Object of type <Note> not in session")
 @pytest.mark.parametrize("way", ["plain", "stream"])
 @pytest.mark.parametrize("body", [masked, copied, previewed])
-def test_object_that_was_left_out_is_not_stored(
+def test_object_outside_the_session_is_not_stored(
     make_app: MakeApp, model: Model, body: Callable[[Model], Any], way: str
 ) -> None:
-    """What was expunged, or never added, does not follow a relationship in."""
-    seed(model)
-    app = make_app(root(model, lambda: body(model)), model)
+    """An expunged object, or one that was never added, is not added by relationship."""
+    seed_note(model)
+    app = make_app(stream_or_plain(model, lambda: body(model)), model)
     assert get(app, f"/{way}").text == "ab"
     assert model.texts() == ["secret"]
     assert_clean(model)
 
 
-def test_object_that_was_left_out_does_not_come_back(
+def test_object_outside_the_session_does_not_return(
     make_app: MakeApp, model: Model
 ) -> None:
-    """Nor when the objects go back to the request, and TG commits a moment later."""
+    """It is not added when the objects return to the request, and TG commits."""
 
     def items() -> Iterator[str]:
         yield masked(model).name
 
-    seed(model)
+    seed_note(model)
 
     class Root(TGController):
         @expose(content_type="text/plain")
@@ -104,14 +324,17 @@ def test_object_that_was_left_out_does_not_come_back(
     assert_clean(model)
 
 
+# Transactions and sessions.
+
+
 @pytest.mark.parametrize("way", ["plain", "stream"])
 def test_before_commit_hook_finds_its_objects(
     make_app: MakeApp, model: Model, way: str
 ) -> None:
-    """A hook of the request's transaction may read and write what the body loaded."""
+    """A hook of the request's transaction may read and write the loaded objects."""
 
     def body() -> None:
-        user = ada(model)
+        user = find_user(model, "ada")
 
         def hook() -> None:
             user.name = f"{user.name} with {len(user.notes)}"
@@ -124,60 +347,40 @@ def test_before_commit_hook_finds_its_objects(
         assert model.names() == ["ada with 1"]
         yield "b"
 
-    seed(model)
-    app = make_app(root(model, body, items), model)
+    seed_note(model)
+    app = make_app(stream_or_plain(model, body, items), model)
     assert get(app, f"/{way}").text == "ab"
     assert model.names() == ["ada with 1"]
     assert model.texts() == ["secret", "audit"]
     assert_clean(model)
 
 
-def test_session_that_is_closed_for_good_gives_way(
+def test_session_that_is_closed_for_good_is_replaced(
     make_app: MakeApp, make_model: MakeModel, url: str
 ) -> None:
-    """With ``close_resets_only=False`` the stream has a new one, with the objects."""
+    """With ``close_resets_only=False`` the stream gets a new session with them."""
     model = make_model(url, close_resets_only=False)
     held: list[User] = []
 
     def items() -> Iterator[str]:
         yield f"{held[0].name} {len(held[0].notes)}"
 
-    seed(model)
-    app = make_app(root(model, lambda: held.append(ada(model)), items), model)
+    seed_note(model)
+    app = make_app(
+        stream_or_plain(model, lambda: held.append(find_user(model, "ada")), items),
+        model,
+    )
     assert get(app, "/stream").text == "ada 1"
     assert_clean(model)
 
 
-def test_session_of_a_stream_needs_no_collector(
-    make_app: MakeApp, sqlite_model: Model
-) -> None:
-    """With the stream goes its session, and what is in it."""
-    model = sqlite_model
-    sessions: list[weakref.ref[Session]] = []
-
-    def body() -> None:
-        ada(model)
-        sessions.append(weakref.ref(model.DBSession()))
-
-    seed(model)
-    app = make_app(root(model, body), model)
-    get(app, "/stream")
-    gc.collect()
-    gc.disable()
-    try:
-        get(app, "/stream")
-        assert [session() for session in sessions] == [None, None]
-    finally:
-        gc.enable()
-
-
-def test_explicit_manager_is_served(make_app: MakeApp, model: Model) -> None:
-    """With ``manager.explicit`` on there is a transaction where TG ends it."""
+def test_explicit_manager_is_supported(make_app: MakeApp, model: Model) -> None:
+    """With ``manager.explicit`` on there is a transaction for TG to end."""
 
     def body() -> None:
         model.DBSession.add(User(name="ada"))
 
-    app = make_app(root(model, body), model)
+    app = make_app(stream_or_plain(model, body), model)
     transaction.manager.explicit = True
     try:
         assert get(app, "/stream").text == "ab"
@@ -186,10 +389,10 @@ def test_explicit_manager_is_served(make_app: MakeApp, model: Model) -> None:
     assert model.names() == ["ada"]
 
 
-def test_request_that_fails_before_its_stream_tells_nothing_of_it(
+def test_request_that_fails_before_its_stream_has_no_report(
     make_app: MakeApp, model: Model, reports: list[Report]
 ) -> None:
-    """A stream whose request could not be committed never was."""
+    """A stream does not start if its request cannot be committed."""
     closed = []
 
     class Items:
@@ -202,82 +405,7 @@ def test_request_that_fails_before_its_stream_tells_nothing_of_it(
     def body() -> None:
         model.DBSession.add_all([User(name="ada"), User(name="ada")])
 
-    app = make_app(root(model, body, Items), model, debug=False)
+    app = make_app(stream_or_plain(model, body, Items), model, debug=False)
     assert get(app, "/stream").status.startswith("500")
     assert (reports, closed) == ([], [True])
-    assert_clean(model)
-
-
-@pytest.mark.parametrize("end", ["fail", "redirect", "complete", "go on"])
-def test_second_session_is_not_left_on_the_thread(
-    make_app: MakeApp, make_model: MakeModel, tmp_path: Any, end: str
-) -> None:
-    """TG removes one session at the end; tgstream all that it was told of."""
-    model = make_model(f"sqlite:///{tmp_path}/first.db")
-    other = make_model(f"sqlite:///{tmp_path}/second.db")
-    other.init_model(other.outside)
-    seed(other)
-
-    def items() -> Iterator[str]:
-        if end == "fail":
-            raise ValueError("failed")
-        if end == "redirect":
-            redirect("/")
-        yield ada(other).name
-        if end == "go on":
-            yield "b"
-
-    class Root(TGController):
-        @expose(content_type="text/plain")
-        def stream(self) -> Stream:
-            ada(other)
-            return Stream(items())
-
-        def _after(self, *remainder: Any, **params: Any) -> None:
-            ada(other)
-
-    app = make_app(Root(), model, tgstream__sessions=[other.DBSession])
-    get(app, "/stream")
-    assert not other.DBSession.registry.has()
-    assert_clean(model)
-
-
-def test_shield_counts_the_removals(make_app: MakeApp, sqlite_model: Model) -> None:
-    """Two bodies dropped at once in a request take their removals, and no session."""
-    model = sqlite_model
-    calls: list[Call] = []
-
-    class Second:
-        """Dropped with the first body, while that one is being closed."""
-
-        def __del__(self) -> None:
-            calls.pop().drop()
-
-    def items() -> Iterator[str]:
-        second = Second()
-        yield "a"
-        yield str(second)
-
-    class Root(TGController):
-        @expose(content_type="text/plain")
-        def stream(self) -> Stream:
-            return Stream(items())
-
-        @expose(content_type="text/plain")
-        def plain(self) -> Stream:
-            return Stream(iter(["a", "b"]))
-
-        @expose(content_type="text/plain")
-        def drop(self) -> str:
-            session = model.DBSession()
-            session.add(User(name="ada"))
-            calls.pop().drop()
-            return str(model.DBSession() is session)
-
-    app = make_app(Root(), model)
-    for path in ("/plain", "/stream"):
-        calls.append(Call(app, path, checked=False))
-        next(calls[-1])
-    assert get(app, "/drop").text == "True"
-    assert model.names() == ["ada"]
     assert_clean(model)

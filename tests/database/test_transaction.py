@@ -1,13 +1,9 @@
-"""A stream's transaction manager, and its sessions' part in two-phase commits."""
+"""A stream's transaction manager, its savepoints, and its attempts."""
 
 from __future__ import annotations
 
-import contextlib
-import gc
-import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import psycopg
@@ -15,8 +11,7 @@ import pytest
 import sqlalchemy as sa
 import transaction
 from sqlalchemy.exc import IntegrityError, OperationalError
-from sqlalchemy.orm import Session, scoped_session, sessionmaker
-from tg import TGController, expose
+from sqlalchemy.orm import scoped_session, sessionmaker
 from transaction.interfaces import (
     DoomedTransaction,
     InvalidSavepointRollbackError,
@@ -24,60 +19,12 @@ from transaction.interfaces import (
 )
 
 import tgstream
-from tests.conftest import MakeApp, assert_clean
+from tests.conftest import MakeApp, Root, assert_clean
+from tests.database.conftest import Resource
 from tests.faults.conftest import wait_until_blocked
 from tests.model import MakeModel, Model, Note, User
 from tests.wsgi import Call, get
-from tgstream import Report, Stream
-
-Generator = Callable[[], Iterator[str]]
-
-
-def make_root(body: Generator, **options: Any) -> TGController:
-    """A root with a stream of ``body``."""
-
-    class Root(TGController):
-        @expose(content_type="text/plain")
-        def index(self) -> Stream:
-            return Stream(body(), **options)
-
-    return Root()
-
-
-class Resource:
-    """A data manager as a mailer has it, which tells what it is asked to do."""
-
-    transaction_manager = None
-
-    def __init__(self, log: list[str], fails: str = "", key: str = "0") -> None:
-        self.log, self.fails, self.key = log, fails, key
-
-    def _note(self, step: str) -> None:
-        self.log.append(step)
-        if step == self.fails:
-            raise ValueError(f"in {step}")
-
-    def sortKey(self) -> str:
-        return self.key
-
-    def abort(self, transaction: Any) -> None:
-        self._note("abort")
-
-    def tpc_begin(self, transaction: Any) -> None:
-        self._note("tpc_begin")
-
-    def commit(self, transaction: Any) -> None:
-        self._note("commit")
-
-    def tpc_vote(self, transaction: Any) -> None:
-        self._note("tpc_vote")
-
-    def tpc_finish(self, transaction: Any) -> None:
-        self._note("tpc_finish")
-
-    def tpc_abort(self, transaction: Any) -> None:
-        self._note("tpc_abort")
-
+from tgstream import Report
 
 # The manager.
 
@@ -85,7 +32,7 @@ class Resource:
 def test_manager_commits_other_resources_with_the_sessions(
     make_app: MakeApp, model: Model
 ) -> None:
-    """A mail that the generator sends leaves when its rows are stored."""
+    """A mail of the generator is sent when its rows are stored."""
     log: list[str] = []
 
     def body() -> Iterator[str]:
@@ -94,7 +41,7 @@ def test_manager_commits_other_resources_with_the_sessions(
         yield "one"
         assert log == []
 
-    assert get(make_app(make_root(body), model)).text == "one"
+    assert get(make_app(Root(body), model)).text == "one"
     assert log == ["tpc_begin", "commit", "tpc_vote", "tpc_finish"]
     assert model.names() == ["ada"]
     assert_clean(model)
@@ -103,7 +50,7 @@ def test_manager_commits_other_resources_with_the_sessions(
 def test_manager_commits_other_resources_of_each_item(
     make_app: MakeApp, model: Model
 ) -> None:
-    """With commit='each' a mail leaves before its item, with no session in use."""
+    """With commit='each' a mail is sent before its item, also without a session."""
     log: list[str] = []
 
     def body() -> Iterator[str]:
@@ -111,7 +58,7 @@ def test_manager_commits_other_resources_of_each_item(
             transaction.get().join(Resource(log))
             yield "item"
 
-    call = Call(make_app(make_root(body, commit="each"), model))
+    call = Call(make_app(Root(body, commit="each"), model))
     assert [log.count("tpc_finish") for _ in call] == [1, 2]
     call.close()
     assert_clean(model)
@@ -121,7 +68,7 @@ def test_manager_commits_other_resources_of_each_item(
 def test_manager_stores_nothing_when_a_resource_refuses(
     make_app: MakeApp, model: Model, step: str
 ) -> None:
-    """The database votes last: what another resource refuses is not stored."""
+    """The database votes last, so it stores nothing that another resource refuses."""
     log: list[str] = []
 
     def body() -> Iterator[str]:
@@ -132,7 +79,7 @@ def test_manager_stores_nothing_when_a_resource_refuses(
         yield "one"
         model.DBSession.add(User(name="ada"))
 
-    assert get(make_app(make_root(body), model)).text == "one"
+    assert get(make_app(Root(body), model)).text == "one"
     assert "tpc_finish" not in log
     assert model.names() == ["ada"]
     assert_clean(model)
@@ -141,7 +88,7 @@ def test_manager_stores_nothing_when_a_resource_refuses(
 def test_manager_aborts_other_resources_when_the_database_refuses(
     make_app: MakeApp, model: Model, reports: list[Report]
 ) -> None:
-    """A mail is not sent for rows that could not be stored."""
+    """A mail is not sent if its rows could not be stored."""
     model.seed("ada")
     log: list[str] = []
 
@@ -151,7 +98,7 @@ def test_manager_aborts_other_resources_when_the_database_refuses(
         model.DBSession.add(User(name="ada"))
 
     with pytest.raises(IntegrityError):
-        get(make_app(make_root(body), model))
+        get(make_app(Root(body), model))
     assert "tpc_finish" not in log
     assert "abort" in log
     assert [report.reason for report in reports] == ["failed"]
@@ -161,7 +108,7 @@ def test_manager_aborts_other_resources_when_the_database_refuses(
 def test_manager_releases_the_sessions_when_an_abort_fails(
     make_app: MakeApp, model: Model, reports: list[Report]
 ) -> None:
-    """Each step of the end runs though the one before failed; its error is told."""
+    """Each step of the end runs. The error is in the report."""
 
     def body() -> Iterator[str]:
         transaction.get().join(Resource([], fails="abort"))
@@ -169,7 +116,7 @@ def test_manager_releases_the_sessions_when_an_abort_fails(
         model.DBSession.flush()
         yield "one"
 
-    call = Call(make_app(make_root(body), model))
+    call = Call(make_app(Root(body), model))
     next(call)
     call.close()
     assert model.names() == []
@@ -180,24 +127,26 @@ def test_manager_releases_the_sessions_when_an_abort_fails(
 def test_manager_runs_the_hooks_of_its_transactions(
     make_app: MakeApp, model: Model
 ) -> None:
-    """``addAfterCommitHook`` tells of the stream's commit, in the stream."""
-    told: list[tuple[bool, list[str]]] = []
+    """``addAfterCommitHook`` is called after the stream's commit, in the stream."""
+    calls: list[tuple[bool, list[str]]] = []
 
     def body() -> Iterator[str]:
         model.DBSession.add(User(name="ada"))
         transaction.get().addAfterCommitHook(
-            lambda status: told.append((status, model.names()))
+            lambda status: calls.append((status, model.names()))
         )
         yield "one"
-        assert told == []
+        assert calls == []
 
-    assert get(make_app(make_root(body), model)).text == "one"
-    assert told == [(True, ["ada"])]
+    assert get(make_app(Root(body), model)).text == "one"
+    assert calls == [(True, ["ada"])]
     assert_clean(model)
 
 
-def test_manager_begin_aborts_what_was_written(make_app: MakeApp, model: Model) -> None:
-    """``transaction.begin()`` undoes what is not committed, as anywhere."""
+def test_manager_begin_aborts_uncommitted_changes(
+    make_app: MakeApp, model: Model
+) -> None:
+    """``transaction.begin()`` undoes changes that are not committed, as usual."""
 
     def body() -> Iterator[str]:
         model.DBSession.add(User(name="lost"))
@@ -206,7 +155,7 @@ def test_manager_begin_aborts_what_was_written(make_app: MakeApp, model: Model) 
         model.DBSession.add(User(name="ada"))
         yield "one"
 
-    assert get(make_app(make_root(body), model)).text == "one"
+    assert get(make_app(Root(body), model)).text == "one"
     assert model.names() == ["ada"]
     assert_clean(model)
 
@@ -227,16 +176,16 @@ def test_manager_is_a_context_manager(make_app: MakeApp, model: Model) -> None:
                 model.DBSession.add(User(name="bob"))
         assert model.names() == ["ada", "bob"]
 
-    assert get(make_app(make_root(body, commit="manual"), model)).text == "one"
+    assert get(make_app(Root(body, commit="manual"), model)).text == "one"
     assert model.names() == ["ada", "bob"]
     assert_clean(model)
 
 
 @pytest.mark.parametrize("commit", [tgstream.commit, transaction.commit])
-def test_manager_refuses_to_commit_what_is_doomed(
+def test_manager_refuses_to_commit_a_doomed_transaction(
     make_app: MakeApp, model: Model, commit: Callable[[], None]
 ) -> None:
-    """To commit a doomed transaction raises, undoes it, and the stream goes on."""
+    """The commit raises and aborts, and the stream goes on."""
 
     def body() -> Iterator[str]:
         model.DBSession.add(User(name="lost"))
@@ -247,15 +196,15 @@ def test_manager_refuses_to_commit_what_is_doomed(
         model.DBSession.add(User(name="ada"))
         yield "one"
 
-    assert get(make_app(make_root(body), model)).text == "one"
+    assert get(make_app(Root(body), model)).text == "one"
     assert model.names() == ["ada"]
     assert_clean(model)
 
 
-def test_manager_breaks_a_stream_that_hides_a_failed_transaction(
+def test_manager_fails_a_stream_that_hides_a_failed_commit(
     make_app: MakeApp, model: Model
 ) -> None:
-    """``transaction.get().commit()`` that failed is not taken for a stored stream."""
+    """A stream that catches the error of ``get().commit()`` does not complete."""
     model.seed("ada")
 
     def body() -> Iterator[str]:
@@ -265,14 +214,14 @@ def test_manager_breaks_a_stream_that_hides_a_failed_transaction(
             transaction.get().commit()
 
     with pytest.raises(TransactionFailedError):
-        get(make_app(make_root(body), model))
+        get(make_app(Root(body), model))
     assert_clean(model)
 
 
 def test_manager_is_not_the_threads_between_pulls(
     make_app: MakeApp, model: Model
 ) -> None:
-    """A doomed stream dooms nobody else on its thread."""
+    """A doomed stream does not doom the other transactions of its thread."""
 
     def body() -> Iterator[str]:
         transaction.doom()
@@ -280,17 +229,17 @@ def test_manager_is_not_the_threads_between_pulls(
         assert transaction.isDoomed()
         yield "two"
 
-    call = Call(make_app(make_root(body), model))
+    call = Call(make_app(Root(body), model))
     next(call)
     assert not transaction.isDoomed()
     assert call.read() == b"two"
     assert_clean(model)
 
 
-def test_manager_reports_how_often_it_committed(
+def test_manager_counts_its_commits(
     make_app: MakeApp, model: Model, reports: list[Report]
 ) -> None:
-    """The report counts transactions that were committed, not those undone."""
+    """The report counts committed transactions, without aborted ones."""
 
     def body() -> Iterator[str]:
         for name in ("ada", "bob"):
@@ -300,7 +249,7 @@ def test_manager_reports_how_often_it_committed(
         model.DBSession.add(User(name="undone"))
         tgstream.rollback()
 
-    get(make_app(make_root(body), model))
+    get(make_app(Root(body), model))
     assert [report.commits for report in reports] == [2]
     assert_clean(model)
 
@@ -308,10 +257,10 @@ def test_manager_reports_how_often_it_committed(
 # Savepoints.
 
 
-def test_savepoint_undoes_what_came_after_it(
+def test_savepoint_undoes_later_changes(
     make_app: MakeApp, make_model: MakeModel, postgresql: str
 ) -> None:
-    """``transaction.savepoint()`` rolls back to where it was made, twice if asked."""
+    """``transaction.savepoint()`` rolls back to where it was made, also twice."""
     model = make_model(postgresql)
 
     def body() -> Iterator[str]:
@@ -331,7 +280,7 @@ def test_savepoint_undoes_what_came_after_it(
         savepoint.rollback()
         model.DBSession.add(User(name="bob"))
 
-    assert get(make_app(make_root(body), model)).text == "ada"
+    assert get(make_app(Root(body), model)).text == "ada"
     assert model.names() == ["ada", "bob"]
     assert_clean(model)
 
@@ -339,7 +288,7 @@ def test_savepoint_undoes_what_came_after_it(
 def test_savepoint_ends_with_its_transaction(
     make_app: MakeApp, make_model: MakeModel, postgresql: str
 ) -> None:
-    """After a commit a savepoint is no more, and what it held is stored."""
+    """After a commit a savepoint is invalid, and its changes are stored."""
     model = make_model(postgresql)
 
     def body() -> Iterator[str]:
@@ -351,13 +300,13 @@ def test_savepoint_ends_with_its_transaction(
         with pytest.raises(InvalidSavepointRollbackError):
             savepoint.rollback()
 
-    get(make_app(make_root(body), model))
+    get(make_app(Root(body), model))
     assert model.names() == ["ada", "bob"]
     assert_clean(model)
 
 
 def test_savepoint_is_refused_on_sqlite(make_app: MakeApp, sqlite_model: Model) -> None:
-    """As in zope.sqlalchemy; an optimistic one is made, and cannot be rolled back."""
+    """As in zope.sqlalchemy, an optimistic savepoint only fails when it is used."""
     model = sqlite_model
 
     def body() -> Iterator[str]:
@@ -372,15 +321,15 @@ def test_savepoint_is_refused_on_sqlite(make_app: MakeApp, sqlite_model: Model) 
         transaction.abort()
         model.DBSession.add(User(name="bob"))
 
-    assert get(make_app(make_root(body), model)).text == "one"
+    assert get(make_app(Root(body), model)).text == "one"
     assert model.names() == ["bob"]
     assert_clean(model)
 
 
-def test_savepoint_of_a_session_with_several_binds(
+def test_savepoint_works_with_several_binds(
     make_app: MakeApp, make_model: MakeModel, postgresql: str
 ) -> None:
-    """A session bound by class has savepoints, too, wherever it is connected."""
+    """A session that is bound by class has savepoints, too."""
     model = make_model(postgresql)
     scoped = scoped_session(sessionmaker())
 
@@ -393,7 +342,7 @@ def test_savepoint_of_a_session_with_several_binds(
         savepoint.rollback()
         yield "one"
 
-    app = make_app(make_root(body), model, tgstream__sessions=[scoped])
+    app = make_app(Root(body), model, tgstream__sessions=[scoped])
     scoped.configure(binds={User: model.engine})
     assert get(app).text == "one"
     assert model.names() == ["ada"]
@@ -415,7 +364,7 @@ STRICT = {"sqlalchemy__isolation_level": "REPEATABLE READ"}
 
 
 def overtake(model: Model) -> None:
-    """Change the row of ada in a transaction of somebody else."""
+    """Change the row of ada in another transaction."""
     model.change("UPDATE users SET name = name || ' of another' WHERE id = 1")
 
 
@@ -438,7 +387,7 @@ def test_attempt_is_repeated_after_a_serialization_failure(
     retry: Callable[[Callable[[], None]], None],
     commit: str,
 ) -> None:
-    """The statement is refused, and the next attempt reads what is stored by then."""
+    """A statement is refused. The next attempt reads the changed row."""
     model = serializable
     seen: list[str] = []
 
@@ -458,7 +407,7 @@ def test_attempt_is_repeated_after_a_serialization_failure(
         assert held in model.DBSession
         yield held.name
 
-    app = make_app(make_root(body, commit=commit), model, **STRICT)
+    app = make_app(Root(body, commit=commit), model, **STRICT)
     twice = "ada of another of another"
     assert get(app).text == f"{twice} of the stream"
     assert seen == ["ada", "ada of another", twice]
@@ -471,12 +420,12 @@ def test_attempt_is_repeated_after_a_serialization_failure(
 
 
 @pytest.mark.parametrize("retry", [retry_by_attempts, retry_by_run])
-def test_attempt_is_repeated_after_a_commit_that_was_refused(
+def test_attempt_is_repeated_after_a_refused_commit(
     make_app: MakeApp,
     serializable: Model,
     retry: Callable[[Callable[[], None]], None],
 ) -> None:
-    """The commit that fails is the attempt's own."""
+    """The attempt's own commit fails."""
     model = serializable
     runs: list[int] = []
 
@@ -497,7 +446,7 @@ def test_attempt_is_repeated_after_a_commit_that_was_refused(
 
         retry(work)
 
-    app = make_app(make_root(body), model, sqlalchemy__isolation_level="SERIALIZABLE")
+    app = make_app(Root(body), model, sqlalchemy__isolation_level="SERIALIZABLE")
     assert get(app).text == "one"
     assert runs == [2, 3]
     assert model.names()[2:] == ["zoe", "eve"]
@@ -508,7 +457,7 @@ def test_attempt_is_repeated_after_a_commit_that_was_refused(
 def test_attempt_that_fails_each_time_raises_its_last_error(
     make_app: MakeApp, serializable: Model, reports: list[Report], caught: bool
 ) -> None:
-    """After the last attempt the error is the stream's, or the generator's to catch."""
+    """After the last attempt the generator gets the error, and may catch it."""
     model = serializable
     runs: list[int] = []
 
@@ -527,7 +476,7 @@ def test_attempt_that_fails_each_time_raises_its_last_error(
         else:
             retry_by_attempts(work)
 
-    call = Call(make_app(make_root(body), model, **STRICT))
+    call = Call(make_app(Root(body), model, **STRICT))
     assert next(call) == b"one"
     if caught:
         assert call.read() == b""
@@ -573,7 +522,7 @@ def test_attempt_is_repeated_after_a_deadlock(
                 other.rollback()
         yield "one"
 
-    assert get(make_app(make_root(body), model)).text == "one"
+    assert get(make_app(Root(body), model)).text == "one"
     assert len(runs) == 2
     assert model.look("SELECT name FROM users WHERE id = 1") == [("eve",)]
     assert_clean(model)
@@ -582,7 +531,7 @@ def test_attempt_is_repeated_after_a_deadlock(
 def test_attempt_is_repeated_after_a_stale_version(
     make_app: MakeApp, model: Model
 ) -> None:
-    """A row that was deleted meanwhile: SQLAlchemy's own error, on any database."""
+    """A row was deleted meanwhile. The error is SQLAlchemy's, on each database."""
     model.seed("ada")
     runs: list[int] = []
 
@@ -597,18 +546,18 @@ def test_attempt_is_repeated_after_a_stale_version(
                 model.DBSession.add(Note(text="stored"))
         yield "one"
 
-    assert get(make_app(make_root(body), model)).text == "one"
+    assert get(make_app(Root(body), model)).text == "one"
     assert len(runs) == 2
     assert (model.names(), model.texts()) == (["ada"], ["stored"])
     assert_clean(model)
 
 
 class Conflict(Exception):
-    """The error of a resource that is no database, and knows that it may be tried."""
+    """The retryable error of a resource that is not a database."""
 
 
 class Conflicting(Resource):
-    """A data manager that refuses its vote, and lets the work be tried again."""
+    """A data manager that refuses its vote, and allows another attempt."""
 
     def tpc_vote(self, transaction: Any) -> None:
         raise Conflict
@@ -618,10 +567,10 @@ class Conflicting(Resource):
 
 
 @pytest.mark.parametrize("retry", [retry_by_attempts, retry_by_run])
-def test_attempt_is_repeated_where_another_resource_asks_for_it(
+def test_attempt_is_repeated_if_another_resource_allows_it(
     make_app: MakeApp, model: Model, retry: Callable[[Callable[[], None]], None]
 ) -> None:
-    """Its ``should_retry`` decides, although the failed transaction is over by then."""
+    """Its ``should_retry`` decides, although the transaction has ended by then."""
     runs: list[int] = []
 
     def work() -> None:
@@ -639,7 +588,7 @@ def test_attempt_is_repeated_where_another_resource_asks_for_it(
         with pytest.raises(Conflict), next(transaction.manager.attempts(2)):
             raise Conflict
 
-    assert get(make_app(make_root(body), model)).text == "one"
+    assert get(make_app(Root(body), model)).text == "one"
     assert model.names() == ["ada 2"]
     assert_clean(model)
 
@@ -648,7 +597,7 @@ def test_attempt_is_repeated_where_another_resource_asks_for_it(
 def test_attempt_is_not_repeated_for_the_commit_of_the_stream(
     make_app: MakeApp, serializable: Model, commit: str
 ) -> None:
-    """The request's controller and the generator run once, and the error is raised."""
+    """The controller and the generator run once, and the error is raised."""
     model = serializable
     runs: list[int] = []
 
@@ -659,7 +608,7 @@ def test_attempt_is_not_repeated_for_the_commit_of_the_stream(
         ada.name = "lost"
         yield "one"
 
-    app = make_app(make_root(body, commit=commit), model, tm__attempts=3, **STRICT)
+    app = make_app(Root(body, commit=commit), model, tm__attempts=3, **STRICT)
     if commit == "each":  # in the first pull, inside the request
         assert get(app).status.startswith("500")
     else:
@@ -667,276 +616,4 @@ def test_attempt_is_not_repeated_for_the_commit_of_the_stream(
             get(app)
     assert runs == [1]
     assert model.names() == ["ada of another", "bob"]
-    assert_clean(model)
-
-
-# Several databases.
-
-
-def two_databases(make_model: MakeModel, tmp_path: Path) -> tuple[Model, Model]:
-    """Two SQLite files; the second refuses a note of an unknown user at its commit."""
-    first = make_model(f"sqlite:///{tmp_path}/first.db")
-    second = make_model(f"sqlite:///{tmp_path}/second.db")
-    second.outside.dispose()
-    engine = sa.create_engine(second.url)
-    sa.event.listen(
-        engine, "connect", lambda raw, _: raw.execute("PRAGMA foreign_keys = ON")
-    )
-    with engine.begin() as connection:
-        connection.exec_driver_sql("DROP TABLE notes")
-        connection.exec_driver_sql(
-            "CREATE TABLE notes (id INTEGER PRIMARY KEY, text VARCHAR(200), user_id"
-            " INTEGER REFERENCES users DEFERRABLE INITIALLY DEFERRED)"
-        )
-    second.init_model(engine)
-    return first, second
-
-
-def not_atomic(caplog: pytest.LogCaptureFixture) -> list[str]:
-    """The warnings about commits of several sessions."""
-    messages = (each.getMessage() for each in caplog.records)
-    return [each for each in messages if "one after the other" in each]
-
-
-@pytest.mark.parametrize("commit", ["end", "each"])
-def test_databases_that_commit_one_by_one_are_warned_of_once(
-    make_app: MakeApp,
-    make_model: MakeModel,
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-    commit: str,
-) -> None:
-    """Once for each application, before the first commit that can come apart."""
-    first, second = two_databases(make_model, tmp_path)
-    refused = False
-
-    def body() -> Iterator[str]:
-        yield "one"
-        first.DBSession.add(Note(text="first"))
-        first.DBSession.flush()
-        second.DBSession.add(Note(text="second", user_id=7 if refused else None))
-        yield "two"
-
-    app = make_app(
-        make_root(body, commit=commit), first, tgstream__sessions=[second.DBSession]
-    )
-    for _ in range(2):
-        assert get(app).text == "onetwo"
-    assert (first.texts(), second.texts()) == (["first"] * 2, ["second"] * 2)
-    [warning] = not_atomic(caplog)
-    assert "twophase=True" in warning
-    refused = True
-    with pytest.raises(IntegrityError):
-        get(app)
-    assert second.texts() == ["second"] * 2
-    assert len(not_atomic(caplog)) == 1
-    assert_clean(first)
-    assert_clean(second)
-
-
-def test_database_that_refuses_leaves_the_one_before_committed(
-    make_app: MakeApp, make_model: MakeModel, tmp_path: Path
-) -> None:
-    """As the table of the explanation has it; each session commits once."""
-    first, second = two_databases(make_model, tmp_path)
-
-    def body() -> Iterator[str]:
-        second.DBSession.add(Note(text="refused", user_id=7))
-        first.DBSession.add(Note(text="stays"))
-        second.DBSession.flush()
-        yield "one"
-        members = transaction.get()._resources
-        members.sort(key=lambda member: member.sortKey())
-        order.extend(member.session is first.DBSession() for member in members)
-
-    order: list[bool] = []
-    app = make_app(make_root(body), first, tgstream__sessions=[second.DBSession])
-    with pytest.raises(IntegrityError):
-        get(app)
-    assert second.texts() == []
-    assert first.texts() == (["stays"] if order[0] else [])
-    assert_clean(first)
-    assert_clean(second)
-
-
-def test_databases_of_which_one_is_only_read_are_not_warned_of(
-    make_app: MakeApp,
-    make_model: MakeModel,
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    """A commit without changes cannot be refused."""
-    first, second = two_databases(make_model, tmp_path)
-
-    def body() -> Iterator[str]:
-        first.DBSession.add(Note(text="first"))
-        yield str(second.DBSession.query(User).count())
-
-    app = make_app(make_root(body), first, tgstream__sessions=[second.DBSession])
-    assert get(app).text == "0"
-    assert first.texts() == ["first"]
-    assert not_atomic(caplog) == []
-    assert_clean(first)
-
-
-def test_databases_in_two_phases_are_not_warned_of(
-    make_app: MakeApp, twophase: Model, caplog: pytest.LogCaptureFixture
-) -> None:
-    """All sessions but one in two phases: nothing can come apart."""
-    scoped = scoped_session(sessionmaker())
-
-    def body() -> Iterator[str]:
-        scoped.add(User(name="one phase"))
-        twophase.DBSession.add(User(name="two phases"))
-        yield "one"
-
-    app = make_app(make_root(body), twophase, tgstream__sessions=[scoped])
-    scoped.configure(bind=twophase.engine)
-    assert get(app).text == "one"
-    assert sorted(twophase.names()) == ["one phase", "two phases"]
-    assert not_atomic(caplog) == []
-    assert_clean(twophase)
-
-
-# Two phases.
-
-
-@pytest.fixture
-def twophase(make_model: MakeModel, postgresql: str) -> Iterator[Model]:
-    """A model whose sessions commit in two phases."""
-    model = make_model(postgresql, twophase=True)
-    yield model
-    assert model.look("SELECT * FROM pg_prepared_xacts") == []
-
-
-def test_twophase_session_votes_before_it_is_stored(
-    make_app: MakeApp, twophase: Model
-) -> None:
-    """It is prepared in the vote, and stored when all others have voted."""
-    model = twophase
-    seen: list[int] = []
-
-    class Watching(Resource):
-        def tpc_vote(self, transaction: Any) -> None:
-            assert model.names() == []
-            seen.append(len(model.look("SELECT * FROM pg_prepared_xacts")))
-
-    def body() -> Iterator[str]:
-        model.DBSession.add(User(name="ada"))
-        transaction.get().join(Watching([], key="~"))
-        yield "one"
-        ada = model.DBSession.query(User).one()
-        tgstream.commit()
-        yield ada.name
-        model.DBSession.execute(sa.text("INSERT INTO users (name) VALUES ('core')"))
-
-    assert get(make_app(make_root(body), model)).text == "oneada"
-    assert seen == [1]
-    assert model.names() == ["ada", "core"]
-    assert_clean(model)
-
-
-@pytest.mark.parametrize("commit", ["each", "end"])
-def test_twophase_session_is_undone_when_another_refuses(
-    make_app: MakeApp, twophase: Model, commit: str
-) -> None:
-    """What was prepared is rolled back, and the stream can go on."""
-    model = twophase
-
-    def body() -> Iterator[str]:
-        model.DBSession.add(User(name="lost"))
-        transaction.get().join(Resource([], fails="tpc_vote", key="~"))
-        with pytest.raises(ValueError, match="tpc_vote"):
-            transaction.commit()
-        model.DBSession.add(User(name="ada"))
-        yield "one"
-        model.DBSession.add(User(name="bob"))
-
-    assert get(make_app(make_root(body, commit=commit), model)).text == "one"
-    assert model.names() == ["ada", "bob"]
-    assert_clean(model)
-
-
-def test_twophase_session_stores_with_one_of_one_phase_or_not_at_all(
-    make_app: MakeApp, twophase: Model
-) -> None:
-    """Two phases vote first, so that one phase that fails undoes both."""
-    model = twophase
-    scoped = scoped_session(sessionmaker())
-
-    def body() -> Iterator[str]:
-        one = User(name="one phase")
-        scoped.add(one)
-        model.DBSession.add(User(name="two phases"))
-        scoped.execute(
-            sa.text(
-                "CREATE TEMP TABLE once (x int UNIQUE DEFERRABLE INITIALLY DEFERRED)"
-            )
-        )
-        scoped.execute(sa.text("INSERT INTO once VALUES (1), (1)"))
-        yield "one"
-
-    app = make_app(make_root(body), model, tgstream__sessions=[scoped])
-    scoped.configure(bind=model.engine)
-    with pytest.raises(IntegrityError):
-        get(app)
-    assert model.names() == []
-    assert_clean(model)
-
-
-# What is left.
-
-
-def test_stream_sessions_are_collected(make_app: MakeApp, sqlite_model: Model) -> None:
-    """Nothing keeps a stream's session once the stream has ended."""
-    model = sqlite_model
-    sessions: list[weakref.ref[Session]] = []
-
-    def body() -> Iterator[str]:
-        sessions.append(weakref.ref(model.DBSession()))
-        model.DBSession.add(User(name=f"user{len(sessions)}"))
-        yield "one"
-        yield "two"
-
-    app = make_app(make_root(body), model)
-    for number in range(6):
-        call = Call(app, checked=False)
-        next(call)
-        if number % 2:
-            call.read()
-        else:
-            call.drop()
-    del call
-    gc.collect()
-    assert [reference() for reference in sessions] == [None] * 6
-    assert len(model.names()) == 3
-    assert_clean(model)
-
-
-def test_stream_ends_when_the_request_did_not_end_well(
-    make_app: MakeApp, model: Model
-) -> None:
-    """After a request that left its transaction failed the next stream works."""
-
-    class Root(TGController):
-        @expose(content_type="text/plain")
-        def index(self) -> Stream:
-            return Stream(body())
-
-        @expose(content_type="text/plain")
-        def broken(self) -> str:
-            model.DBSession.add(User(name="ada"))
-            with contextlib.suppress(IntegrityError):
-                transaction.commit()
-            return "broken"
-
-    def body() -> Iterator[str]:
-        model.DBSession.add(Note(text="stored"))
-        yield "one"
-
-    app = make_app(Root(), model)
-    model.seed("ada")
-    assert get(app, "/broken").status.startswith("500")
-    assert get(app).text == "one"
-    assert model.texts() == ["stored"]
     assert_clean(model)

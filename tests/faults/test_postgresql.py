@@ -47,7 +47,7 @@ def pid(model: Model) -> int:
 
 
 def terminate(model: Model, pid: int) -> None:
-    """End a backend, and wait until it is gone."""
+    """Terminate a backend, and wait until it has ended."""
     assert model.look(f"SELECT pg_terminate_backend({pid}, 10000)") == [(True,)]
 
 
@@ -57,7 +57,7 @@ def terminate(model: Model, pid: int) -> None:
 def test_backend_terminated_before_the_first_chunk_is_an_ordinary_error(
     make_fault: MakeFault, model: Model
 ) -> None:
-    """The client gets a 500, and what the stream wrote is not stored."""
+    """The client gets a 500, and the stream's changes are not stored."""
 
     def body() -> Iterator[str]:
         add(model, "lost")
@@ -70,10 +70,10 @@ def test_backend_terminated_before_the_first_chunk_is_an_ordinary_error(
     fault.assert_leaves()
 
 
-def test_backend_terminated_in_mid_stream_breaks_the_transfer(
+def test_backend_terminated_in_mid_stream_aborts_the_transfer(
     make_fault: MakeFault, model: Model
 ) -> None:
-    """What commit() has stored is there, and nothing that came after it."""
+    """Only the changes that commit() has stored stay."""
 
     def body() -> Iterator[str]:
         add(model, "ada")
@@ -90,10 +90,10 @@ def test_backend_terminated_in_mid_stream_breaks_the_transfer(
     fault.assert_leaves("ada")
 
 
-def test_backend_terminated_in_the_final_commit_breaks_the_transfer(
+def test_backend_terminated_in_the_final_commit_aborts_the_transfer(
     make_fault: MakeFault, model: Model
 ) -> None:
-    """The commit has begun and waits; the client is not told that all is there."""
+    """The commit has begun and waits. The client gets an incomplete response."""
 
     def body() -> Iterator[str]:
         add(model, "lost")
@@ -116,10 +116,10 @@ def test_backend_terminated_in_the_final_commit_breaks_the_transfer(
     fault.assert_leaves()
 
 
-def test_backend_terminated_in_commit_lets_the_stream_go_on(
+def test_backend_terminated_in_commit_does_not_end_the_stream(
     make_fault: MakeFault, model: Model
 ) -> None:
-    """commit() raises and has aborted; caught, the stream gets another connection."""
+    """commit() aborts and raises. A stream that catches it gets another connection."""
 
     def body() -> Iterator[str]:
         first = pid(model)
@@ -142,7 +142,7 @@ def test_backend_terminated_in_commit_lets_the_stream_go_on(
 
 
 class Server:
-    """A PostgreSQL server that only this module uses, and may stop."""
+    """A PostgreSQL server of this module, which may stop it."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir()
@@ -163,7 +163,8 @@ class Server:
 def server() -> Iterator[Server]:
     """A PostgreSQL server that can be restarted.
 
-    Not in pytest's folder: another pytest that starts takes it from PostgreSQL's user.
+    It is not in pytest's folder: another pytest that starts there removes the access of
+    PostgreSQL's user.
     """
     with tempfile.TemporaryDirectory() as folder:
         server = Server(Path(folder) / "data")
@@ -171,11 +172,11 @@ def server() -> Iterator[Server]:
         server.server.cleanup()
 
 
-@pytest.mark.parametrize("leaves", [False, True])
-def test_server_restarted_in_mid_stream_breaks_the_transfer(
-    make_fault: MakeFault, make_model: MakeModel, server: Server, leaves: bool
+@pytest.mark.parametrize("disconnects", [False, True])
+def test_server_restarted_in_mid_stream_aborts_the_transfer(
+    make_fault: MakeFault, make_model: MakeModel, server: Server, disconnects: bool
 ) -> None:
-    """The stream is lost, also to a client that leaves; the next request is well."""
+    """The stream fails, also if its client disconnects. The next request works."""
     model = make_model(server.url)
 
     def body() -> Iterator[str]:
@@ -190,8 +191,8 @@ def test_server_restarted_in_mid_stream_breaks_the_transfer(
     call = fault.call()
     assert next(call) == b"one"
     server.restart()
-    if leaves:
-        fault.expected_noise = {"txn"}  # the package transaction tells of aborts, too
+    if disconnects:
+        fault.expected_noise = {"txn"}  # the package transaction logs the abort, too
         call.close()
         fault.assert_told(OperationalError, reason="disconnected")
     else:
@@ -203,7 +204,7 @@ def test_server_restarted_in_mid_stream_breaks_the_transfer(
 def test_server_restarted_while_a_stream_holds_no_connection(
     make_fault: MakeFault, make_model: MakeModel, server: Server, ping: bool
 ) -> None:
-    """With ``pool_pre_ping`` it goes on; without, it breaks, and it alone."""
+    """With ``pool_pre_ping`` it goes on. Without, only this stream fails."""
     model = make_model(server.url)
 
     def body() -> Iterator[str]:
@@ -238,7 +239,7 @@ ONE = {
 def test_pool_exhausted_before_the_first_chunk_is_an_ordinary_error(
     make_fault: MakeFault, model: Model
 ) -> None:
-    """The client gets a 500 and no broken 200; who has the connection goes on."""
+    """The client gets a 500. The stream that has the connection goes on."""
 
     def body() -> Iterator[str]:
         add(model, "ada")
@@ -255,10 +256,10 @@ def test_pool_exhausted_before_the_first_chunk_is_an_ordinary_error(
     fault.assert_leaves("ada")
 
 
-def test_pool_exhausted_in_mid_stream_breaks_the_transfer(
+def test_pool_exhausted_in_mid_stream_aborts_the_transfer(
     make_fault: MakeFault, model: Model
 ) -> None:
-    """A stream that asks for a connection late may get none."""
+    """The stream uses its first connection after its first chunk."""
 
     def body() -> Iterator[str]:
         yield "one"
@@ -274,10 +275,10 @@ def test_pool_exhausted_in_mid_stream_breaks_the_transfer(
     fault.assert_leaves()
 
 
-def test_pool_exhausted_in_commit_lets_the_stream_go_on(
+def test_pool_exhausted_in_commit_does_not_end_the_stream(
     make_fault: MakeFault, model: Model
 ) -> None:
-    """Caught, it is no failure, and a later try may have the connection."""
+    """A stream that catches the error may get the connection later."""
 
     def body() -> Iterator[str]:
         yield "one"
@@ -299,7 +300,7 @@ def test_pool_exhausted_in_commit_lets_the_stream_go_on(
 def test_pool_of_one_connection_is_enough_for_a_stream(
     make_fault: MakeFault, model: Model
 ) -> None:
-    """What its request has read from is the stream's, or back in the pool."""
+    """The connection of its request is the stream's, or back in the pool."""
 
     def body() -> Iterator[str]:
         add(model, f"ada{model.DBSession.query(User).count()}")
@@ -350,22 +351,22 @@ def test_pool_of_one_connection_is_not_enough_for_after_beside_a_cursor(
 
 
 class Race:
-    """A stream whose commit PostgreSQL refuses for what another one does meanwhile.
+    """A stream whose commit PostgreSQL refuses because of another transaction.
 
-    :param caught: whether ``commit()`` is called, and its error caught; else the
-        stream leaves it to its end.
+    :param caught: whether the generator calls ``commit()`` and catches its error.
+        Otherwise the end of the stream commits.
     """
 
-    def __init__(self, model: Model, kind: str, caught: bool) -> None:
-        self.model, self.kind, self.caught = model, kind, caught
+    def __init__(self, model: Model, reason: str, caught: bool) -> None:
+        self.model, self.reason, self.caught = model, reason, caught
         self.options = {"sqlalchemy__isolation_level": "SERIALIZABLE"}
-        if kind == "deadlock":
+        if reason == "deadlock":
             self.options = {}
         model.seed("ada", "bob")
 
     def body(self) -> Iterator[str]:
         session = self.model.DBSession
-        if self.kind == "deadlock":  # this one finds it, and is its victim
+        if self.reason == "deadlock":  # so that this transaction is the victim
             session.execute(sa.text("SET LOCAL deadlock_timeout = '10ms'"))
         ada, bob = session.query(User).order_by(User.id)
         ada.name = "ada of the stream"
@@ -382,15 +383,15 @@ class Race:
 
     @property
     def error(self) -> type[BaseException]:
-        if self.kind == "deadlock":
+        if self.reason == "deadlock":
             return psycopg.errors.DeadlockDetected
         return psycopg.errors.SerializationFailure
 
     @contextmanager
     def meanwhile(self) -> Iterator[None]:
-        """Between the stream's first chunk and its commit."""
+        """Run the other transaction between the stream's first chunk and its commit."""
         with outside(self.model) as other, ThreadPoolExecutor(1) as thread:
-            if self.kind == "serialization":
+            if self.reason == "serialization":
                 other.execute("SET TRANSACTION ISOLATION LEVEL SERIALIZABLE")
                 other.execute("SELECT name FROM users")
                 other.execute("INSERT INTO users (name) VALUES ('zoe')")
@@ -406,30 +407,30 @@ class Race:
 
 
 @pytest.fixture(params=["serialization", "deadlock"])
-def kind(request: pytest.FixtureRequest) -> str:
-    """Why PostgreSQL refuses a transaction."""
+def reason(request: pytest.FixtureRequest) -> str:
+    """The reason why PostgreSQL refuses a transaction."""
     return str(request.param)
 
 
-def test_refused_transaction_breaks_the_transfer_at_its_end(
-    make_fault: MakeFault, model: Model, kind: str
+def test_refused_transaction_aborts_the_transfer_at_its_end(
+    make_fault: MakeFault, model: Model, reason: str
 ) -> None:
-    """The other one's work is stored, and nothing of the stream's."""
-    race = Race(model, kind, caught=False)
+    """The changes of the other transaction are stored, but not the stream's."""
+    race = Race(model, reason, caught=False)
     fault = make_fault(model, race.body, app=race.options)
     call = fault.call()
     next(call)
     with race.meanwhile():
         fault.assert_breaks(call, DBAPIError, race.error.__name__)
-    names = ["ada", "bob", "zoe"] if kind == "serialization" else ["zoe"]
+    names = ["ada", "bob", "zoe"] if reason == "serialization" else ["zoe"]
     fault.assert_leaves(*names)
 
 
-def test_refused_transaction_in_commit_lets_the_stream_go_on(
-    make_fault: MakeFault, model: Model, kind: str
+def test_refused_transaction_in_commit_does_not_end_the_stream(
+    make_fault: MakeFault, model: Model, reason: str
 ) -> None:
-    """commit() raises and has aborted; caught, the stream reads and writes again."""
-    race = Race(model, kind, caught=True)
+    """commit() aborts and raises. A stream that catches it reads and writes again."""
+    race = Race(model, reason, caught=True)
     fault = make_fault(model, race.body, app=race.options)
     call = fault.call()
     next(call)
@@ -437,5 +438,5 @@ def test_refused_transaction_in_commit_lets_the_stream_go_on(
         assert next(call) == b"ada"
     assert call.read() == b""
     assert [report.reason for report in fault.reports] == ["completed"]
-    names = ["ada", "bob", "zoe"] if kind == "serialization" else ["zoe"]
+    names = ["ada", "bob", "zoe"] if reason == "serialization" else ["zoe"]
     fault.assert_leaves(*names, "eve")

@@ -1,4 +1,4 @@
-"""SQLite is busy: somebody else has what a stream needs to write, and keeps it."""
+"""SQLite is busy: another connection holds the lock that a stream needs."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from tests.model import MakeModel, Model, User
 
 BUSY = "database is locked"
 WRITES, READS = "BEGIN IMMEDIATE", "SELECT id FROM users"
-"""What keeps others from writing, and what keeps them from committing alone."""
+"""Statements that keep others from writing, and only from committing."""
 
 
 @pytest.fixture
 def model(make_model: MakeModel, tmp_path: Path) -> Model:
-    """The model of an application on an SQLite file, which does not wait long."""
+    """The model of an application on an SQLite file, with a short timeout."""
     return make_model(f"sqlite:///{tmp_path}/test.db?timeout=0.02")
 
 
 @contextmanager
-def busy(model: Model, statement: str = WRITES) -> Iterator[None]:
-    """Somebody else uses the database meanwhile."""
+def keep_busy(model: Model, statement: str = WRITES) -> Iterator[None]:
+    """Let another connection hold a lock on the database meanwhile."""
     with closing(sqlite3.connect(str(model.url.database))) as other:
-        cursor = other.execute(statement)  # a reader's lock is held as it is not read
+        cursor = other.execute(statement)  # its rows are not read, so the lock stays
         yield
         cursor.close()
 
@@ -49,15 +49,15 @@ def test_busy_database_before_the_first_chunk_is_an_ordinary_error(
         yield "one"
 
     fault = make_fault(model, body)
-    with busy(model):
+    with keep_busy(model):
         fault.assert_fails_at_once(OperationalError, BUSY)
     fault.assert_leaves()
 
 
-def test_busy_database_in_mid_stream_breaks_the_transfer(
+def test_busy_database_in_mid_stream_aborts_the_transfer(
     make_fault: MakeFault, model: Model
 ) -> None:
-    """What commit() has stored is there, and nothing else."""
+    """Only the changes that commit() has stored stay."""
 
     def body() -> Iterator[str]:
         add(model, "ada")
@@ -70,16 +70,16 @@ def test_busy_database_in_mid_stream_breaks_the_transfer(
     fault = make_fault(model, body)
     call = fault.call()
     assert next(call) == b"one"
-    with busy(model):
+    with keep_busy(model):
         fault.assert_breaks(call, OperationalError, BUSY)
     fault.assert_leaves("ada")
 
 
 @pytest.mark.parametrize("held", [WRITES, READS])
-def test_busy_database_in_the_final_commit_breaks_the_transfer(
+def test_busy_database_in_the_final_commit_aborts_the_transfer(
     make_fault: MakeFault, model: Model, held: str
 ) -> None:
-    """A reader refuses the COMMIT itself, when all was written."""
+    """A reader blocks only the COMMIT, after all changes were written."""
     model.seed("ada")
 
     def body() -> Iterator[str]:
@@ -89,16 +89,16 @@ def test_busy_database_in_the_final_commit_breaks_the_transfer(
     fault = make_fault(model, body)
     call = fault.call()
     assert next(call) == b"one"
-    with busy(model, held):
+    with keep_busy(model, held):
         fault.assert_breaks(call, OperationalError, BUSY)
     fault.assert_leaves("ada")
 
 
 @pytest.mark.parametrize("held", [WRITES, READS])
-def test_busy_database_in_commit_lets_the_stream_go_on(
+def test_busy_database_in_commit_does_not_end_the_stream(
     make_fault: MakeFault, model: Model, held: str
 ) -> None:
-    """commit() raises and has aborted; a later one finds the database free."""
+    """commit() aborts and raises. The next one succeeds."""
     model.seed("ada")
 
     def body() -> Iterator[str]:
@@ -112,17 +112,17 @@ def test_busy_database_in_commit_lets_the_stream_go_on(
     fault = make_fault(model, body)
     call = fault.call()
     assert next(call) == b"one"
-    with busy(model, held):
+    with keep_busy(model, held):
         assert next(call) == b"two"
     assert call.read() == b""
     assert [report.reason for report in fault.reports] == ["completed"]
     fault.assert_leaves("ada", "bob")
 
 
-def test_busy_database_sends_no_item_that_is_not_stored(
+def test_busy_database_keeps_the_item_from_being_sent(
     make_fault: MakeFault, model: Model
 ) -> None:
-    """With ``commit='each'`` the item whose commit is refused does not leave."""
+    """With ``commit='each'`` an item is not sent if its commit fails."""
 
     def body() -> Iterator[str]:
         for name in ["ada", "lost"]:
@@ -132,6 +132,6 @@ def test_busy_database_sends_no_item_that_is_not_stored(
     fault = make_fault(model, body, commit="each")
     call = fault.call()
     assert next(call) == b"ada"
-    with busy(model):
+    with keep_busy(model):
         fault.assert_breaks(call, OperationalError, BUSY)
     fault.assert_leaves("ada")

@@ -539,7 +539,7 @@ def test_publish_fails_while_redis_is_down(
     failing_server.terminate()
     assert get(app, "/post?text=lost").text == "posted"
     assert logged(caplog) == [
-        f"an event of Channel('{name}') was committed, and could not be sent"
+        f"an event of Channel('{name}') is lost: it could not be sent after the commit"
     ]
     with pytest.raises(redis.ConnectionError):
         Channel(name).publish("lost", now=True)

@@ -18,7 +18,7 @@ from tests.live.listeners import LiveController, open_listener, receive
 from tests.model import MakeModel, Model, User
 from tests.wsgi import Call, get
 from tgstream import Channel, Report, Stream, rollback
-from tgstream.database.on_commit import send
+from tgstream.database.on_commit import send_on_commit
 from tgstream.testing import OpenStream, open_stream
 
 
@@ -545,7 +545,7 @@ def test_event_of_a_hook_that_cannot_be_sent_is_logged(
     """The abort succeeds, and the next event is sent."""
 
     def hook() -> None:
-        send("a thing", lambda: channel.publish(b"", now=True))
+        send_on_commit("a thing", lambda: channel.publish(b"", now=True))
         channel.publish("hook")
 
     def act() -> None:
@@ -557,7 +557,7 @@ def test_event_of_a_hook_that_cannot_be_sent_is_logged(
     assert get(app, "/request").text == "done"
     assert receive(events, 1) == ["hook"]
     (record,) = caplog.records
-    assert record.getMessage() == "a thing could not be sent after an abort"
+    assert record.getMessage() == "a thing is lost: it could not be sent after an abort"
 
 
 class Synchronizer:
@@ -714,12 +714,14 @@ def test_event_that_cannot_be_sent_leaves_the_transaction_committed(
     app = make_app(root, sqlite_model)
     events = open_listener(channel)
     root.after_publish = [
-        lambda: send("a thing", lambda: channel.publish(b"", now=True))
+        lambda: send_on_commit("a thing", lambda: channel.publish(b"", now=True))
     ]
     root.after_publish += [lambda: channel.publish("after")]
     assert get(app, "/post?text=ada").text == "posted"
     assert receive(events, 2) == ["ada", "after"]
     assert sqlite_model.names() == ["ada"]
     (record,) = caplog.records
-    assert record.getMessage() == "a thing was committed, and could not be sent"
+    assert (
+        record.getMessage() == "a thing is lost: it could not be sent after the commit"
+    )
     assert record.levelno == logging.ERROR

@@ -179,5 +179,5 @@ def test_sessions_option_that_is_not_a_scoped_session_is_rejected(
 ) -> None:
     """An object of any other type is an error in the request."""
     app = make_app(root(), tgstream__sessions=value, trace_errors__enable=False)
-    with pytest.raises(ValueError, match="is no scoped session"):
+    with pytest.raises(ValueError, match="is not a scoped_session"):
         get(app, "/lines")

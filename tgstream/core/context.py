@@ -47,16 +47,16 @@ class StreamTransaction(Protocol):
     def idle(self) -> bool:
         """Whether no connection and no change is held."""
 
-    def clear_thread(self) -> None:
+    def remove_request_sessions(self) -> None:
         """Remove the request's sessions from the thread that its response leaves."""
 
-    def shield(self) -> None:
+    def keep_over_next_remove(self) -> None:
         """Keep the thread's own session over the next removal, which is TG's."""
 
-    def release(self, give_back: bool) -> None:
+    def release(self, return_objects: bool) -> None:
         """Roll back the uncommitted changes, and close the sessions.
 
-        :param give_back: whether the objects go back to the request's sessions first.
+        :param return_objects: whether the objects return to the request's sessions.
         :raises BaseException: the first error, after all sessions were closed.
         """
 
@@ -74,7 +74,7 @@ class Record:
     With gevent it is the record of a greenlet, like TG's own stacks.
     """
 
-    __slots__ = ("body", "config", "context", "managers", "shielded")
+    __slots__ = ("body", "config", "context")
 
     def __init__(self) -> None:
         # TG's stacks of this thread, which are made once and never replaced.
@@ -82,10 +82,6 @@ class Record:
         self.context = _stack_of(request_local.context)
         # The body whose generator runs on this thread.
         self.body: Any = None
-        # The package database: the dict of the thread-local transaction manager, and
-        # the number of removals that each session registry skips.
-        self.managers: dict[str, Any] | None = None
-        self.shielded: dict[Any, int] = {}
 
     @property
     def database(self) -> Any:

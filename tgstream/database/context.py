@@ -1,47 +1,62 @@
-"""The context of a stream with a database: it also binds the stream's transaction."""
+"""The context of a stream that has a database."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import transaction
+
 from ..core.context import Context, Record, remove_from, thread
 
 if TYPE_CHECKING:
     from ..core.context import RunningStream
-    from .database import Database
+    from .sessions import StreamSessions
 
 
 class DatabaseContext(Context):
-    """Binds the stream's transaction manager on the thread, beside TG's context.
+    """A context that also exchanges the thread's transaction manager.
 
-    Both are bound in one method: an extra call per pull costs about 10 %.
+    Both methods repeat those of the base, and do not call them: a call more costs a
+    tenth of a pull.
 
-    :param database: the stream's sessions and transaction.
+    :param tg_locals: TG's ``RequestLocals`` of the request.
+    :param sessions: their manager is the thread's while the stream is bound.
     """
 
-    __slots__ = ("_database",)
+    __slots__ = ("_manager", "_managers", "_outer_manager", "_record")
 
-    def __init__(self, tg_locals: Any, database: Database) -> None:
+    def __init__(self, tg_locals: Any, sessions: StreamSessions) -> None:
         super().__init__(tg_locals)
-        self._database = database
+        self._manager = sessions.manager
+        self._outer_manager: Any = None
+        # The dict in which transaction.manager has the manager of a thread, of the last
+        # thread that this was bound on. Its attribute ``manager`` is documented, and
+        # meant to be exchanged. Its dict saves 70 of the 750 ns of a pull.
+        self._managers: dict[str, Any] = {}
+        self._record: Record | None = None
 
     def bind(self, body: RunningStream) -> Record:
+        """Make this the context of the current thread, above what is bound there.
+
+        :param body: the body that runs here until :meth:`unbind`.
+        :returns: the thread's record, for :meth:`unbind`.
+        """
         record = thread.record
         record.config.append(self._config)
         record.context.append(self._context)
         self._outer = record.body
         record.body = body
-        database = self._database
-        managers = record.managers
-        if managers is None:
-            managers = record.managers = database.managers_of_thread()
-        database.outer_manager = managers["manager"]
-        managers["manager"] = database.manager
+        if record is not self._record:
+            self._record, self._managers = record, transaction.manager.__dict__
+        managers = self._managers
+        self._outer_manager = managers["manager"]
+        managers["manager"] = self._manager
         return record
 
     def unbind(self, record: Record) -> None:
+        """Remove this context from the thread, and contexts that were left above it."""
         record.body = self._outer
-        record.managers["manager"] = self._database.outer_manager  # type: ignore[index]
+        self._managers["manager"] = self._outer_manager
         if record.context.pop() is not self._context:
             remove_from(record.context, self._context)
         if record.config.pop() is not self._config:

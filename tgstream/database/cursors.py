@@ -1,7 +1,10 @@
-"""Reading in a stream's transaction: what may end it, and when reading itself does.
+"""Cursors and reads in a stream's transaction.
 
-Rule: an open cursor needs its transaction, so that no one ends it but the stream; who
-reads in batches ends it after each, unless something was written.
+An open cursor needs its transaction, so nothing may end it but the stream itself. A
+reader in batches (``rows(key=...)``) ends the transaction after each batch, so that no
+connection is held between two batches. It must not if the transaction may hold more
+than reads: a change, a lock, a setting. The session does not see all statements, so the
+statements on its connections are tracked, too, from the first batch on.
 """
 
 from __future__ import annotations
@@ -12,31 +15,30 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from ..core.context import thread
-from ..core.stream import current_stream
-from .errors import cursor_open
+from .errors import automatic_commit_error
 
 if TYPE_CHECKING:
     from sqlalchemy.orm import Session
 
-    from .database import Database
-    from .transaction import Member
+    from .database import StreamDatabase
+    from .transaction import StreamDataManager
 
-OWN = "tgstream_rows"
+OWN_STATEMENT = "tgstream_rows"
 """The execution option of the statements that rows() and copy() run."""
 
 
-def database_of(session: Session) -> Database | None:
-    """The database of the running stream, if ``session`` is the stream's own."""
-    database = thread.record.database
-    if database is None or database.member_of(session) is None:
+def find_database(session: Session) -> StreamDatabase | None:
+    """The database of the stream that runs here, if ``session`` belongs to it."""
+    database: StreamDatabase | None = thread.record.database
+    if database is None or database.find_data_manager(session) is None:
         return None
     return database
 
 
 @contextmanager
-def opened(session: Session, cursor: Any) -> Iterator[None]:
-    """Close ``cursor`` at the end, or when its transaction ends before."""
-    database = database_of(session)
+def close_with_transaction(session: Session, cursor: Any) -> Iterator[None]:
+    """Close ``cursor`` at the end, or before if the stream ends its transaction."""
+    database = find_database(session)
     cursors = set() if database is None else database.manager.cursors
     cursors.add(cursor)
     try:
@@ -46,93 +48,98 @@ def opened(session: Session, cursor: Any) -> Iterator[None]:
         cursor.close()
 
 
-def check_commits(hook: str, session: Session) -> None:
-    """Refuse a cursor in a stream that commits while it is read.
+def refuse_automatic_commits(hook: str, session: Session) -> None:
+    """Refuse a cursor in a stream that commits while the cursor is read.
 
-    :raises StreamError: when the stream does.
+    :param hook: the name of the function that opens the cursor.
+    :raises StreamError: when the stream commits after its items.
     """
-    if database_of(session) is not None:
-        body = current_stream()._body
-        if body is not None and body.plan.commit_every:
-            raise cursor_open(f"{body.plan.controller} commits after its items: ")
+    if find_database(session) is not None:
+        body: Any = thread.record.body
+        if body.plan.every:
+            raise automatic_commit_error(body.plan.controller, hook)
 
 
-def watch(session: Session, database: Database) -> None:
-    """See from here on also what is written past ``session``, on its connection.
+# Reading in batches.
 
-    Nobody else does: to listen there takes half as long as a small transaction.
+
+def track_connections(session: Session, database: StreamDatabase) -> None:
+    """From now on see all statements on the connections of ``session``.
+
+    Only readers in batches need it: the listener takes half as long as a small
+    transaction.
     """
     from sqlalchemy import event
 
-    member = database.member_of(session)
-    if member is None or member.watched:
+    data_manager = database.find_data_manager(session)
+    if data_manager is None or data_manager.tracks_connections:
         return
-    member.watched = True
-    listener = _Watch(member)
-    event.listen(session, "after_begin", listener.begin)
+    data_manager.tracks_connections = True
+    tracker = _StatementTracker(data_manager)
+    event.listen(session, "after_begin", tracker.after_begin)
     if session.in_transaction():
-        _judge(session, member)
-        for connection in member.connections:
-            listener.begin(session, None, connection)
-    member.statements.clear()
+        _check_transaction(session, data_manager)
+        for connection in data_manager.connections:
+            tracker.after_begin(session, None, connection)
+    data_manager.statements.clear()
 
 
-def _judge(session: Session, member: Member) -> None:
-    """Find out if the transaction that ``session`` is in must last.
+def _check_transaction(session: Session, data_manager: StreamDataManager) -> None:
+    """Find out if the transaction that ``session`` is in must go on.
 
     It must if the application wrote in it, or ran a statement that may have done more
     than read: a lock or a SET LOCAL would be lost.
     """
-    from .transaction import KEPT
+    from .transaction import MAX_STATEMENTS
 
-    member.changed = member.changed or any(map(has_written, member.connections))
-    if len(member.statements) >= KEPT or not all(
-        _is_reading(statement.execution_options(**options), member.connections)
-        for statement, options in member.statements
+    data_manager.changed = data_manager.changed or any(
+        map(has_written, data_manager.connections)
+    )
+    if len(data_manager.statements) >= MAX_STATEMENTS or not all(
+        _only_reads(statement.execution_options(**options), data_manager.connections)
+        for statement, options in data_manager.statements
     ):
-        member.held_in = session.get_transaction()
+        data_manager.pinned = session.get_transaction()
 
 
-def _is_reading(statement: Any, connections: Iterable[Any]) -> bool:
+def _only_reads(statement: Any, connections: Iterable[Any]) -> bool:
     """True if a statement certainly left nothing in its transaction.
 
-    On SQLite no select() can, without an INSERT, UPDATE or DELETE.
+    On SQLite that is each select() without an INSERT, UPDATE or DELETE.
     """
     from .effects import is_query, only_reads
 
-    if all(each.dialect.name == "sqlite" for each in connections):
+    if all(connection.dialect.name == "sqlite" for connection in connections):
         return is_query(statement)
     return only_reads(statement)
 
 
-class _Watch:
-    """What looks at each statement of a session's connections."""
+class _StatementTracker:
+    """Tells a data manager of each statement that may do more than read."""
 
-    def __init__(self, member: Member) -> None:
-        self._member = member
+    def __init__(self, data_manager: StreamDataManager) -> None:
+        self._data_manager = data_manager
         self._reading: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
 
-    def begin(self, session: Session, begun: Any, connection: Any) -> None:
+    def after_begin(self, session: Session, begun: Any, connection: Any) -> None:
         from sqlalchemy import event
 
-        event.listen(connection, "before_cursor_execute", self._look)
+        event.listen(connection, "before_cursor_execute", self._before_execute)
 
-    def _look(self, *args: Any) -> None:
+    def _before_execute(self, *args: Any) -> None:
         connection, context = args[0], args[4]
-        member = self._member
+        data_manager, options = self._data_manager, context.execution_options
         # The connection may be the application's own, and outlive the stream.
-        if member.released or OWN in context.execution_options:
+        if data_manager.released or OWN_STATEMENT in options:
             return
         compiled = context.compiled  # None for a driver's statement
         if not getattr(getattr(compiled, "statement", None), "is_select", False):
-            member.changed = True
+            data_manager.changed = True
             return
         if compiled not in self._reading:
-            self._reading[compiled] = _is_reading(compiled.statement, [connection])
-        if not self._reading[compiled] or context.execution_options.get(
-            "stream_results"
-        ):
-            member.held_in = member.session.get_transaction()
+            self._reading[compiled] = _only_reads(compiled.statement, [connection])
+        if not self._reading[compiled] or options.get("stream_results"):
+            data_manager.pinned = data_manager.session.get_transaction()
 
 
 _WRITES_ARE_KNOWN = frozenset({"postgresql", "sqlite"})
@@ -142,50 +149,43 @@ def has_written(connection: Any) -> bool:
     """True if something may have been written in the transaction of ``connection``."""
     name = connection.dialect.name
     if name == "postgresql":
-        asked = "SELECT txid_current_if_assigned() IS NOT NULL"
-        options = {OWN: True}
-        result = connection.exec_driver_sql(asked, execution_options=options)
+        statement = "SELECT txid_current_if_assigned() IS NOT NULL"
+        options = {OWN_STATEMENT: True}
+        result = connection.exec_driver_sql(statement, execution_options=options)
         return bool(result.scalar())
     if name == "sqlite":
         return bool(connection.connection.driver_connection.in_transaction)
     return True
 
 
-def end_reading(
-    session: Session, database: Database, began: bool, connections: Iterable[Any] = ()
+def end_read_transaction(
+    session: Session,
+    database: StreamDatabase,
+    began: bool,
+    connections: Iterable[Any] = (),
 ) -> None:
-    """End the transaction of ``session`` if it has only read; nothing is expired.
+    """End the transaction of ``session`` if it has only read. Nothing is expired.
 
-    In a transaction of its own: other sessions, and a doom, are not its matter.
-
-    :param began: whether the reading itself began it. Another one also lasts while a
-        cursor is open, for what it holds (a lock, a SET LOCAL), and if the application
-        began it by ``begin()``.
-    :param connections: those on which the statement that was read may have written.
+    :param began: whether the batch has begun the transaction. Otherwise it also goes on
+        while a cursor is open, for a lock or a setting in it, and if the application
+        has called ``begin()``.
+    :param connections: those on which the statement of the batch may have written.
     """
-    import transaction
     from sqlalchemy.orm import SessionTransactionOrigin
 
-    member, begun = database.member_of(session), session.get_transaction()
-    if member is None or begun is None or not member.unchanged:
+    data_manager, begun = database.find_data_manager(session), session.get_transaction()
+    if data_manager is None or begun is None or not data_manager.unchanged:
         return
-    known = [each for each in connections if each.dialect.name in _WRITES_ARE_KNOWN]
-    if any(map(has_written, known)):
-        member.changed = True
+    if any(
+        connection.dialect.name in _WRITES_ARE_KNOWN and has_written(connection)
+        for connection in connections
+    ):
+        data_manager.changed = True
         return
     if not began and (
         database.manager.cursors
-        or member.held_in is begun
+        or data_manager.pinned is begun
         or begun.origin is SessionTransactionOrigin.BEGIN
     ):
         return
-    reading = transaction.TransactionManager()
-    reading.get().join(member)
-    manager, managers = database.manager, database.managers_of_thread()
-    managers["manager"] = reading  # zope.sqlalchemy looks whether it commits
-    manager.settling = True
-    try:
-        reading.commit()
-    finally:
-        manager.settling = False
-        managers["manager"] = manager
+    database.manager.commit_alone(data_manager)

@@ -1,7 +1,6 @@
 """Effects of a statement beside reading: writes, locks, settings of its transaction.
 
-Text and unknown functions can have any effect, so a function here returns the careful
-answer for them.
+Text and unknown functions can have any effect. The functions here assume the worst.
 """
 
 from __future__ import annotations
@@ -16,15 +15,13 @@ from sqlalchemy.sql.dml import UpdateBase
 from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.sql.selectable import ForUpdateArg
 
-_SAFE_FUNCTIONS = frozenset(
-    [
-        *("abs", "avg", "char_length", "coalesce", "concat", "count", "current_date"),
-        *("current_time", "current_timestamp", "length", "localtime", "lower"),
-        *("localtimestamp", "max", "min", "now", "round", "sum", "trim", "upper"),
-        *("dense_rank", "rank", "row_number"),
-    ]
+_SAFE_FUNCTION_NAMES = (
+    "abs avg char_length coalesce concat count current_date current_time"
+    " current_timestamp dense_rank length localtime localtimestamp lower max min now"
+    " rank round row_number sum trim upper"
 )
-_SAFE_TEXT = re.compile(r"\*|\w+")  # count(*), and SELECT 1 of an EXISTS
+_SAFE_FUNCTIONS = frozenset(_SAFE_FUNCTION_NAMES.split())
+_SAFE_TEXT = re.compile(r"\*|\w+")  # of count(*), and of SELECT 1 in an EXISTS
 _QUOTED = re.compile(
     r"""--[^\n]*|/\*.*?\*/|'(?:[^']|'')*'|"(?:[^"]|"")*"|\$(\w*)\$.*?\$\1\$""", re.S
 )
@@ -38,9 +35,9 @@ _LOCKS = re.compile(
 
 
 def is_query(statement: Any) -> bool:
-    """True if a cursor, or a subquery, can stand for ``statement``: it only selects.
+    """True for a statement that can be a cursor's or a subquery: it only selects.
 
-    INSERT ... RETURNING, SHOW and EXPLAIN return rows too, and cannot.
+    INSERT ... RETURNING, SHOW and EXPLAIN return rows, too, but cannot be either.
     """
     if isinstance(statement, sa.TextualSelect):
         statement = statement.element
@@ -51,7 +48,7 @@ def is_query(statement: Any) -> bool:
 
 
 def writes(statement: Any) -> bool:
-    """True if an INSERT, UPDATE or DELETE is in a select(), as a CTE is."""
+    """True if a select() contains an INSERT, UPDATE or DELETE, for example as a CTE."""
     return any(
         isinstance(part, UpdateBase)
         or (isinstance(part, sa.TextualSelect) and not is_query(part))
@@ -59,8 +56,11 @@ def writes(statement: Any) -> bool:
     )
 
 
-def lock_of(statement: Any) -> str | None:
-    """The clause or function of a select() that locks until its transaction ends."""
+def find_lock(statement: Any) -> str | None:
+    """The clause or function of a select() that locks rows until its transaction ends.
+
+    None if there is no lock.
+    """
     for part in visitors.iterate(statement):
         if isinstance(part, ForUpdateArg):
             return "with_for_update()"
@@ -69,16 +69,13 @@ def lock_of(statement: Any) -> str | None:
         else:
             texts = _texts(part)
         for text in texts:
-            if found := _LOCKS.search(_QUOTED.sub(" ", text)):
-                return found[0]
+            if lock := _LOCKS.search(_QUOTED.sub(" ", text)):
+                return lock[0]
     return None
 
 
 def only_reads(statement: Any) -> bool:
-    """True if a statement certainly leaves nothing in its transaction.
-
-    A function can set a parameter, take a lock or write. So can any text.
-    """
+    """True if a statement certainly leaves nothing in its transaction."""
     if not isinstance(statement, sa.Select | sa.CompoundSelect):
         return False
     options = statement.get_execution_options()
@@ -97,7 +94,7 @@ def _only_reads(part: Any) -> bool:
 
 
 def _texts(part: Any) -> Iterator[str]:
-    """The texts that SQLAlchemy sends as they are."""
+    """The texts of a part that SQLAlchemy sends unchanged."""
     if isinstance(part, sa.TextClause):
         yield part.text
     elif isinstance(part, sa.ColumnClause) and part.is_literal:

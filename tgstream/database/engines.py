@@ -1,4 +1,4 @@
-"""The engines of a session: which it has, and whether streams can share them."""
+"""The engines of a session, and warnings where streams cannot use them safely."""
 
 from __future__ import annotations
 
@@ -13,66 +13,76 @@ if TYPE_CHECKING:
 log = logging.getLogger("tgstream")
 
 _warned: WeakSet[Any] = WeakSet()
+"""Engines and applications that were warned about."""
 
 
-def tell_shared(session: Session) -> None:
-    """Warn, once an engine, that a stream cannot have a connection of its own there."""
-    for bind in binds_of(session):
-        if bind.engine not in _warned and is_shared(bind.engine):
+def warn_shared_connection(session: Session) -> None:
+    """Warn, once an engine, if a stream cannot have a connection of its own."""
+    for bind in get_binds(session):
+        if bind.engine not in _warned and has_one_connection(bind.engine):
             _warned.add(bind.engine)
             log.warning(
-                "%s is one connection for all sessions of a thread: a stream's "
-                "transaction cannot be kept apart from the request's. Use a file, in "
-                "test.ini: sqlalchemy.url = sqlite:///%%(here)s/test.db",
-                bind.engine.url.set(query={}),  # where a password may be, too
+                "%s uses one connection for all sessions of a thread (typical of "
+                "in-memory SQLite), so a stream cannot have its own transaction. Use a "
+                "database file, in test.ini: sqlalchemy.url = "
+                "sqlite:///%%(here)s/test.db",
+                bind.engine.url.set(query={}),  # without a password in the query
             )
 
 
-def tell_not_atomic(application: Any) -> None:
-    """Warn, once an application, that one commit may fail after another."""
+def warn_not_atomic(application: Any) -> None:
+    """Warn, once an application, that a commit may fail after another one succeeded.
+
+    :param application: any object that the application has once.
+    """
     if application not in _warned:
         _warned.add(application)
         log.warning(
-            "a stream commits changes of several sessions one after the other: if a "
-            "database refuses its commit, those before it stay committed. Set "
-            "twophase=True for these sessions, or commit() after each of them"
+            "a stream commits the changes of several sessions one after the other. If "
+            "a database refuses its commit, the earlier commits stay. Set "
+            "twophase=True for these sessions, or call commit() after the changes of "
+            "each session"
         )
 
 
-def binds_of(session: Session) -> list[Any]:
-    """The engines and connections that ``session`` is bound to, without a statement.
+def log_unclosed_session(error: BaseException) -> None:
+    """Log the error of a request's session that could not be closed."""
+    log.error("a session could not be closed after its request", exc_info=error)
 
-    A session that chooses by statement (``get_bind()``) may have no answer.
+
+def get_binds(session: Session) -> list[Any]:
+    """The engines and connections that a session is bound to.
+
+    The list may be empty for a session that chooses its engine by statement.
     """
     by_class: Any = getattr(session, "binds", None)
-    if by_class is None:  # SQLAlchemy 2.0, which has no public name for it
+    if by_class is None:  # SQLAlchemy 2.0 has no public name for it
         by_class = getattr(session, "_Session__binds", {})
     bound = dict.fromkeys([session.bind, *by_class.values()])
-    binds = [each for each in bound if each is not None]
+    binds = [bind for bind in bound if bind is not None]
     if not binds:
         with suppress(Exception):  # UnboundExecutionError, or the application's own
             binds.append(session.get_bind())
     return binds
 
 
-def binds_of_factory(scoped: Any) -> list[Any]:
-    """The binds of a session that the factory of ``scoped`` makes, whatever it is."""
-    with suppress(Exception):  # the factory may need a request
+def get_factory_binds(scoped: Any) -> list[Any]:
+    """The engines and connections of the sessions that ``scoped`` makes.
+
+    It makes a session and closes it. The list is empty if that fails, for example
+    because the factory needs a request.
+    """
+    with suppress(Exception):
         session = scoped.session_factory()
         try:
-            return binds_of(session)
+            return get_binds(session)
         finally:
             session.close()
     return []
 
 
-def is_shared(engine: Any) -> bool:
-    """True where all sessions of a thread have one connection of ``engine``."""
+def has_one_connection(engine: Any) -> bool:
+    """True if all sessions of a thread use the same connection of ``engine``."""
     from sqlalchemy.pool import SingletonThreadPool, StaticPool
 
     return isinstance(engine.pool, SingletonThreadPool | StaticPool)
-
-
-def tell_unclosed(error: BaseException) -> None:
-    """Tell of a request's session that will not close: its context must go on."""
-    log.error("a session could not be closed after its request", exc_info=error)

@@ -5,21 +5,30 @@ from __future__ import annotations
 from ..core.errors import StreamError
 
 
-def cursor_open(where: str = "") -> StreamError:
-    """Why a transaction cannot end now, or an open cursor cannot be had."""
+def open_cursor_error() -> StreamError:
+    """The error of a commit or rollback while a cursor of tgstream is open."""
     return StreamError(
-        f"{where}a commit or rollback ends the transaction, and with it the cursor "
-        "that rows() or copy() reads from; use rows(..., key=...), whose batches "
-        "outlive it, or end reading before"
+        "cannot commit or roll back while rows() or copy() is reading: it would close "
+        "the cursor. Use rows(..., key=...), or finish reading first"
     )
 
 
-def cursor_ended(controller: str, cause: BaseException) -> StreamError:
-    """What a driver means when it says that a cursor is gone."""
+def automatic_commit_error(controller: str, hook: str) -> StreamError:
+    """The error of a cursor in a stream that commits after its items."""
+    return StreamError(
+        f"{controller} commits after its items, which would close the cursor of "
+        f"{hook}(). Use rows(..., key=...), or commit='end'"
+    )
+
+
+def closed_cursor_error(controller: str, cause: BaseException) -> StreamError:
+    """The error of a generator that reads from a cursor that a commit has closed.
+
+    :param cause: the error of the driver or of SQLAlchemy.
+    """
     error = StreamError(
-        f"{controller}: a commit ended the transaction, and with it the cursor that "
-        "the generator was reading from; read with rows(..., key=...), fetch the rows "
-        "first, or choose another commit"
+        f"{controller}: a commit closed the cursor that the generator was reading "
+        "from. Use rows(..., key=...), fetch all rows first, or commit after reading"
     )
     error.__cause__ = cause
     return error

@@ -1,18 +1,19 @@
-"""What is to be sent when, and only when, a transaction commits.
+"""Calls that are made when, and only when, a transaction commits.
 
-It takes part in the transaction as a data manager, after all others; so nothing that
-can still fail comes after it, and what fails here cannot undo them any more.
+Channels send their events with them. The pending calls take part in the transaction
+as a data manager, after all others. When they are made, the others have committed, so
+nothing that can fail comes after them, and a call that fails cannot undo the commit.
 
 SQLAlchemy has savepoints and rollbacks of its own, which ``transaction`` does not see.
-So an event remembers the transactions and savepoints of the sessions in which it was
-published, and it is not sent where one of them has ended by anything but a commit.
+So each call remembers the transactions and savepoints of the sessions in which it was
+registered, and it is not made if one of them has ended by anything but a commit.
 """
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -20,243 +21,260 @@ from tg.support.converters import asbool
 
 from ..core import context as _context
 from ..core.context import thread
-from ..core.report import log
 from .registry import scoped_sessions
 
 if TYPE_CHECKING:
     from sqlalchemy.orm import Session, SessionTransaction
 
-Send = Callable[[], None]
-COMMITTING = "Committing"
-"""transaction's word for what it is while its data managers commit."""
-OVER = "Committed", "Commit failed"
-"""Its words for one that has ended and is there until its hooks have run."""
+    from .sessions import StreamSessions
+
+log = logging.getLogger("tgstream")
+
+_COMMITTING = "Committing"
+"""The status of a transaction while its data managers commit."""
+_ENDED = "Committed", "Commit failed"
+"""The status of a transaction that has ended, while its hooks run."""
 
 
-def send(what: str, send: Send) -> None:
-    """Call ``send`` when the transaction that runs here commits; at once without one.
+def send_on_commit(description: str, send: Callable[[], None]) -> None:
+    """Call ``send`` when the transaction that runs here commits.
 
-    At once also where it is over, and its hooks run.
+    It is called at once if there is no transaction, or if it has ended and its hooks
+    run.
 
-    :param what: is sent, for the log.
+    :param description: what is sent, for the log.
     """
-    txn = _transaction()
-    if txn is None or txn.status in OVER:
+    txn = _current_transaction()
+    if txn is None or txn.status in _ENDED:
         send()
         return
-    outbox: Outbox | None = None
-    with suppress(KeyError):
-        outbox = txn.data(_KEY)
-    if outbox is None or outbox.left:
-        outbox = Outbox()
-        outbox.join(txn)
-        txn.set_data(_KEY, outbox)
-    outbox.sends.append(_Sending(what, send, _open_transactions()))
-    if not outbox.sends[-1].inside:
-        _note_next(outbox)
+    pending = _find_pending(txn)
+    if pending is None or pending.closed:
+        pending = PendingSends()
+        pending.join(txn)
+        txn.set_data(_KEY, pending)
+    pending.sends.append(_Send(description, send, _open_transactions()))
+    if not pending.sends[-1].transactions:
+        _wait_for_transaction(pending)
 
 
-def tm_enabled(tg_locals: Any) -> bool:
-    """True where the request runs in a transaction, TG's own or repoze.tm2's."""
+def is_tm_enabled(tg_locals: Any) -> bool:
+    """True if the request runs in a transaction, of TG or of repoze.tm2."""
     config, environ = tg_locals.config, tg_locals.request.environ
     return asbool(config.get("tm.enabled")) or "repoze.tm.active" in environ
 
 
-def unsent(txn: Any) -> int:
-    """How many are waiting for ``txn`` to commit."""
-    outbox: Outbox | None = None
-    with suppress(KeyError):
-        outbox = txn.data(_KEY)
-    return 0 if outbox is None else len(outbox.sends)
+def count_unsent(txn: Any) -> int:
+    """The number of calls that wait for ``txn`` to commit."""
+    pending = _find_pending(txn)
+    return 0 if pending is None else len(pending.sends)
 
 
-def _transaction() -> Any:
+def _find_pending(txn: Any) -> PendingSends | None:
+    try:
+        return txn.data(_KEY)  # type: ignore[no-any-return]
+    except KeyError:
+        return None
+
+
+def _current_transaction() -> Any:
     """The transaction of the stream that runs here, or of TG's request, if any."""
-    database = thread.record.database
-    if database is not None and database.over:
-        return None  # the hook of its report: nothing will commit there
-    if database is None:
+    stream: StreamSessions | None = thread.record.database
+    if stream is not None and stream.ended:
+        return None  # a hook of tgstream.finished: nothing will commit any more
+    if stream is None:
         try:
             tg_locals = _context.current()
-        except TypeError:  # no request at all
+        except TypeError:  # no request
             return None
-        if not tm_enabled(tg_locals):
+        if not is_tm_enabled(tg_locals):
             return None
-    import transaction  # here there is one; an application may have none
+    import transaction  # an application without transactions may not have it
 
     return transaction.manager.get()
 
 
-class _Sending(NamedTuple):
-    """What is to be sent, and what must not be rolled back until then."""
+# The transactions and savepoints of sessions.
 
-    what: str
-    send: Send
-    inside: list[SessionTransaction]
 
-    def is_undone(self, nested: bool) -> bool:
-        """Whether it is for nothing.
+class _Send(NamedTuple):
+    """A call, and the transactions that must not be rolled back before it."""
 
-        :param nested: whether savepoints alone count, for the others are ending.
+    description: str
+    send: Callable[[], None]
+    transactions: list[SessionTransaction]
+
+    def is_undone(self, savepoints_only: bool) -> bool:
+        """Whether one of the transactions has ended by anything but a commit.
+
+        :param savepoints_only: True while the others are ending.
         """
         return any(
-            not each.is_active and each not in _committed
-            for each in self.inside
-            if each.nested or not nested
+            not session_transaction.is_active and session_transaction not in _committed
+            for session_transaction in self.transactions
+            if session_transaction.nested or not savepoints_only
         )
 
 
 def _open_transactions() -> list[SessionTransaction]:
     """The transactions, and the savepoints in them, of the sessions in use here."""
-    found = []
+    transactions = []
     for session in _sessions():
-        place = session.get_nested_transaction() or session.get_transaction()
-        while place is not None:
-            # Not a flush's; nor one that is committing: its handlers run.
-            if place.is_active and (place.nested or place.parent is None):
-                _note_commits(session)
-                found.append(place)
-            place = place.parent
-    return found
+        current = session.get_nested_transaction() or session.get_transaction()
+        while current is not None:
+            # Without those of a flush, and those that are committing: handlers run.
+            if current.is_active and (current.nested or current.parent is None):
+                _track_commits(session)
+                transactions.append(current)
+            current = current.parent
+    return transactions
 
 
 def _sessions() -> list[Session]:
     """The sessions in use by the stream that runs here, or by the request."""
-    database = thread.record.database
-    if database is not None:
-        return [member.session for member in database.members.values()]
+    stream: StreamSessions | None = thread.record.database
+    if stream is not None:
+        return [data_manager.session for data_manager in stream.current.values()]
     try:
-        known = scoped_sessions(_context.current().config)
-    except TypeError:  # no request, or none any more
+        config = _context.current().config
+    except TypeError:  # no request
         return []
-    return [scoped() for scoped in known if scoped.registry.has()]
+    return [scoped() for scoped in scoped_sessions(config) if scoped.registry.has()]
 
 
-_noted: WeakSet[Session] = WeakSet()
-"""Sessions whose commits are noted, from their first event on."""
+_tracked: WeakSet[Session] = WeakSet()
+"""Sessions whose commits are tracked, from their first event on."""
 _committed: WeakSet[SessionTransaction] = WeakSet()
 
 
-def _note_commits(session: Session) -> None:
-    if session not in _noted:
-        from sqlalchemy import event  # here there is a session
+def _track_commits(session: Session) -> None:
+    if session not in _tracked:
+        from sqlalchemy import event  # there is a session, so it is installed
 
-        event.listen(session, "after_commit", _note_commit)
-        _noted.add(session)
-
-
-def _note_commit(session: Session) -> None:
-    ending = session.get_nested_transaction() or session.get_transaction()
-    assert ending is not None
-    _committed.add(ending)
+        event.listen(session, "after_commit", _after_commit)
+        _tracked.add(session)
 
 
-_waiting: WeakKeyDictionary[Any, Outbox] = WeakKeyDictionary()
-"""By their managers, those with events from before any session's transaction."""
+def _after_commit(session: Session) -> None:
+    committed = session.get_nested_transaction() or session.get_transaction()
+    assert committed is not None
+    _committed.add(committed)
 
 
-def _note_next(outbox: Outbox) -> None:
-    """What was published before any, belongs to the transaction that begins next."""
+_waiting: WeakKeyDictionary[Any, PendingSends] = WeakKeyDictionary()
+"""By transaction manager, the calls from before a session's transaction began."""
+
+
+def _wait_for_transaction(pending: PendingSends) -> None:
+    """Let the last call belong to the next transaction that a session begins."""
     orm = sys.modules.get("sqlalchemy.orm")
-    if orm is None or any(each.in_transaction() for each in _sessions()):
+    if orm is None or any(session.in_transaction() for session in _sessions()):
         return
     import transaction
     from sqlalchemy import event
 
-    if not event.contains(orm.Session, "after_transaction_create", _note_begun):
-        event.listen(orm.Session, "after_transaction_create", _note_begun)
-    outbox.early.append(outbox.sends[-1].inside)
-    _waiting[transaction.manager.manager] = outbox
+    if not event.contains(orm.Session, "after_transaction_create", _after_create):
+        event.listen(orm.Session, "after_transaction_create", _after_create)
+    pending.waiting.append(pending.sends[-1].transactions)
+    _waiting[transaction.manager.manager] = pending
 
 
-def _note_begun(session: Session, begun: SessionTransaction) -> None:
-    if begun.parent is not None or not _waiting:
+def _after_create(session: Session, created: SessionTransaction) -> None:
+    if created.parent is not None or not _waiting:
         return
     import transaction
 
     manager = transaction.manager.manager
-    outbox = _waiting.get(manager)
-    if outbox is not None and session in _sessions():
+    pending = _waiting.get(manager)
+    if pending is not None and session in _sessions():
         del _waiting[manager]
-        _note_commits(session)
-        for inside in outbox.early:
-            inside.append(begun)
-        outbox.early.clear()
+        _track_commits(session)
+        for transactions in pending.waiting:
+            transactions.append(created)
+        pending.waiting.clear()
 
 
 class _Key:
-    """What a transaction knows its outbox by."""
+    """The key of the pending calls in the data of a transaction."""
 
 
 _KEY = _Key()
 
 
-class Outbox:
-    """The part that what is to be sent takes in a transaction."""
+class PendingSends:
+    """The data manager of the calls that wait for a transaction to commit."""
 
     transaction_manager = None
 
     def __init__(self) -> None:
-        self.sends: list[_Sending] = []
-        self.early: list[list[SessionTransaction]] = []  # of those from before any
-        self.left = False  # the transaction has ended, or taken it out for a savepoint
+        self.sends: list[_Send] = []
+        # The transactions of calls from before a session's transaction began.
+        self.waiting: list[list[SessionTransaction]] = []
+        # The transaction has ended, or has dropped this for a savepoint.
+        self.closed = False
 
     def join(self, txn: Any) -> None:
-        """Take part in a transaction; one that is committing takes nobody any more."""
-        if txn.status == COMMITTING:
-            txn.addAfterCommitHook(self._settle)
+        """Take part in ``txn``. While it commits, it accepts only hooks."""
+        if txn.status == _COMMITTING:
+            txn.addAfterCommitHook(self._after_commit)
             return
         txn.join(self)
         if any(txn.getAfterAbortHooks()):
-            # Where one of these publishes, this one is called after it.
+            # If one of these publishes, this one is called after it.
             txn.addAfterAbortHook(self._after_abort)
 
-    def _settle(self, committed: bool) -> None:
+    def _after_commit(self, committed: bool) -> None:
         if committed:
             self.tpc_finish(None)
         else:
             self.abort(None)
 
     def _after_abort(self) -> None:
-        if not self.left:  # it was not there to be aborted: the transaction was over
+        if not self.closed:  # it was registered after the abort
             self._send_all(committed=False)
 
     def _send_all(self, committed: bool) -> None:
-        # First: what a finaliser publishes meanwhile must not come too late for this.
-        self.left = True
+        # First: a finaliser may publish meanwhile, which needs another data manager.
+        self.closed = True
         for each in self.sends:
-            if each.is_undone(nested=True):
+            if each.is_undone(savepoints_only=True):
                 continue
             try:
                 each.send()
             except Exception:
                 if committed:
-                    log.exception("%s was committed, and could not be sent", each.what)
+                    log.exception(
+                        "%s is lost: it could not be sent after the commit",
+                        each.description,
+                    )
                 else:
-                    log.exception("%s could not be sent after an abort", each.what)
+                    log.exception(
+                        "%s is lost: it could not be sent after an abort",
+                        each.description,
+                    )
         self.abort(None)
 
     # The protocol of transaction's data managers.
 
     def abort(self, transaction: Any) -> None:
-        self.left = True
+        self.closed = True
         self.sends.clear()
-        self.early.clear()
+        self.waiting.clear()
 
     def tpc_begin(self, transaction: Any) -> None:
-        """Look what was rolled back: from here on sessions end, however they do."""
+        """Drop what was rolled back. After this step, sessions end by commits, too."""
         self.sends[:] = [
-            each for each in self.sends if not each.is_undone(nested=False)
+            each for each in self.sends if not each.is_undone(savepoints_only=False)
         ]
 
     def commit(self, transaction: Any) -> None:
-        """Nothing: others may still fail."""
+        """Do nothing: others may still fail."""
 
     def tpc_vote(self, transaction: Any) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def tpc_finish(self, transaction: Any) -> None:
-        # The others have committed: the transaction is no less, whatever fails here.
+        # The others have committed. An error here would not undo them.
         self._send_all(committed=True)
 
     tpc_abort = abort
@@ -266,12 +284,12 @@ class Outbox:
         return f"~tgstream:{id(self)}"
 
     def savepoint(self) -> Any:
-        """Of a savepoint that is rolled back, nothing is sent."""
+        """Calls that were registered after a savepoint are undone with it."""
         return _Savepoint(self.sends)
 
 
 class _Savepoint:
-    def __init__(self, sends: list[_Sending]) -> None:
+    def __init__(self, sends: list[_Send]) -> None:
         self._sends, self._length = sends, len(sends)
 
     def rollback(self) -> None:

@@ -1,6 +1,8 @@
-"""A scoped session's registry, which hands a running stream its own session.
+"""The registry of a scoped session, which gives a running stream its own session.
 
-Rule: what the scoped session hands out is told here; how it ends, in ``_database``.
+Everything that a ``scoped_session`` does goes through its registry. tgstream replaces
+the registry by one that looks whether a stream runs on the thread. So nothing has to be
+exchanged around a pull, and no session exists before it is used.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ import sys
 import threading
 from collections.abc import Callable, Mapping
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ..core.context import thread
 from ..core.settings import read_option
@@ -21,114 +23,148 @@ if TYPE_CHECKING:
 _installing = threading.Lock()
 
 
-class Registry:
-    """A scoped session's registry, which hands a running stream its own session.
+class SessionOwner(Protocol):
+    """The sessions of a running stream, as a registry uses them."""
 
-    Everything that a ``scoped_session`` does goes through its registry, so that
-    nothing has to be exchanged around a pull, and no session exists before it is used.
+    @property
+    def current(self) -> Mapping[SessionRegistry, object]:
+        """The registries that have a session of the stream."""
+
+    def get_session(self, registry: SessionRegistry) -> Session:
+        """The stream's session, made on first use."""
+
+    def adopt(self, registry: SessionRegistry, session: Session) -> object:
+        """Make ``session`` the stream's."""
+
+    def forget(self, registry: SessionRegistry) -> None:
+        """Release the session after ``scoped_session.remove()`` has closed it."""
+
+
+class _Thread(threading.local):
+    """How many removals of its session each registry ignores on this thread."""
+
+    def __init__(self) -> None:
+        self.ignored_removals: dict[SessionRegistry, int] = {}
+
+
+_thread = _Thread()
+
+
+def _find_owner() -> SessionOwner | None:
+    """The sessions of the stream that runs on this thread."""
+    owner: SessionOwner | None = thread.record.database
+    return owner
+
+
+class SessionRegistry:
+    """The registry of a scoped session, as SQLAlchemy calls it.
+
+    :param underlying: the registry that it replaces. It has the sessions of requests.
     """
 
-    def __init__(self, outer: Any) -> None:
-        self.outer = outer
-        self.createfunc: Callable[[], Session] = outer.createfunc
+    def __init__(self, underlying: Any) -> None:
+        self.underlying = underlying
+        self.createfunc: Callable[[], Session] = underlying.createfunc
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.outer, name)
+        return getattr(self.underlying, name)
 
     def __call__(self) -> Session:
-        record = thread.record
-        record.shielded.pop(self, None)
-        if record.database is not None:
-            return record.database.session(self)
-        session: Session = self.outer()
+        if _thread.ignored_removals:
+            _thread.ignored_removals.pop(self, None)
+        owner: SessionOwner | None = thread.record.database
+        if owner is not None:
+            return owner.get_session(self)
+        session: Session = self.underlying()
         return session
 
     def has(self) -> bool:
-        record = thread.record
-        if self in record.shielded:
+        if self in _thread.ignored_removals:
             return False
-        if record.database is not None:
-            return self in record.database.members
-        return bool(self.outer.has())
+        owner = _find_owner()
+        return bool(self.underlying.has()) if owner is None else self in owner.current
 
     def set(self, session: Session) -> None:
-        record = thread.record
-        record.shielded.pop(self, None)
-        if record.database is not None:
-            record.database.adopt(self, session)
+        _thread.ignored_removals.pop(self, None)
+        owner = _find_owner()
+        if owner is None:
+            self.underlying.set(session)
         else:
-            self.outer.set(session)
+            owner.adopt(self, session)
 
     def clear(self) -> None:
-        record = thread.record
-        if removals := record.shielded.pop(self, 0):
+        ignored = _thread.ignored_removals
+        if removals := ignored.pop(self, 0):
             if removals > 1:
-                record.shielded[self] = removals - 1
-        elif record.database is not None:
-            record.database.forget(self)
+                ignored[self] = removals - 1
+        elif (owner := _find_owner()) is not None:
+            owner.forget(self)
         else:
-            self.outer.clear()
+            self.underlying.clear()
 
-    def shield(self) -> None:
-        """Keep the session in use on this thread over the next ``remove()``.
+    def keep_over_next_remove(self) -> None:
+        """Ignore the next ``remove()`` on this thread, if no call comes before it.
 
         TG's ``DBSessionRemoverMiddleware`` removes the session of the thread on which a
-        body is closed, for a dropped one maybe in the middle of another's request or
-        pull. What is in use is not asked for: a ``scopefunc`` may need its request.
+        body is closed. If the body was dropped, that thread may run another request or
+        stream. Nothing is called here: a ``scopefunc`` may need its request.
         """
-        shielded = thread.record.shielded
-        shielded[self] = shielded.get(self, 0) + 1
+        ignored = _thread.ignored_removals
+        ignored[self] = ignored.get(self, 0) + 1
 
     def remove(self) -> None:
         """Close the thread's own session and take it off the thread."""
-        if self.outer.has():
-            session = self.outer()
-            self.outer.clear()
+        if self.underlying.has():
+            session = self.underlying()
+            self.underlying.clear()
             session.close()
 
 
-def registry(scoped: scoped_session[Any]) -> Registry:
-    """The registry of a scoped session that knows of streams, installed if need be."""
-    if isinstance(scoped.registry, Registry):
+def install_registry(scoped: scoped_session[Any]) -> SessionRegistry:
+    """The registry of a scoped session, replaced by one of ours on the first call."""
+    if isinstance(scoped.registry, SessionRegistry):
         return scoped.registry
     with _installing:
-        if not isinstance(scoped.registry, Registry):
-            scoped.registry = Registry(scoped.registry)  # type: ignore[assignment]
+        if not isinstance(scoped.registry, SessionRegistry):
+            scoped.registry = SessionRegistry(scoped.registry)  # type: ignore[assignment]
         return scoped.registry  # type: ignore[return-value]
 
 
 def scoped_sessions(config: Mapping[str, Any]) -> list[Any]:
     """The scoped sessions of an application, TG's own first.
 
-    :raises ValueError: when the option ``tgstream.sessions`` names something else.
+    :raises ValueError: when the option ``tgstream.sessions`` is invalid.
     """
     orm = sys.modules.get("sqlalchemy.orm")
     if orm is None:
         return []
-    found: list[Any] = []
+    sessions: list[Any] = []
     for scoped in (config.get("SQLASession"), config.get("DBSession")):
-        if isinstance(scoped, orm.scoped_session) and scoped not in found:
-            found.append(scoped)
+        if isinstance(scoped, orm.scoped_session) and scoped not in sessions:
+            sessions.append(scoped)
     if config.get("tgstream.sessions"):
         named = map(_resolve, read_option(config, "tgstream.sessions"))
-        found += [scoped for scoped in named if scoped not in found]
-    return found
+        sessions += [scoped for scoped in named if scoped not in sessions]
+    return sessions
 
 
 @lru_cache
 def _resolve(name: Any) -> Any:
-    """A scoped session of the option ``tgstream.sessions``: an object, or a name."""
-    found, what = name, "is no scoped session"
+    """A scoped session of the option ``tgstream.sessions``.
+
+    :param name: its dotted name, or the scoped session itself.
+    """
+    scoped, problem = name, "is not a scoped_session"
     if isinstance(name, str):
         module, _, attribute = name.rpartition(".")
         try:
-            found = getattr(importlib.import_module(module), attribute)
+            scoped = getattr(importlib.import_module(module), attribute)
         except (ImportError, AttributeError, ValueError) as error:
-            what = f"cannot be found ({error})"
+            problem = f"cannot be imported ({error})"
     orm = sys.modules["sqlalchemy.orm"]
-    if not isinstance(found, orm.scoped_session):
+    if not isinstance(scoped, orm.scoped_session):
         raise ValueError(
-            f"the option tgstream.sessions names {name}, which {what}; give scoped "
-            "sessions, or their dotted names as myapp.model.DBSession"
+            f"the option tgstream.sessions names {name}, which {problem}. List scoped "
+            "sessions, or their dotted names such as myapp.model.DBSession"
         )
-    return found
+    return scoped

@@ -15,7 +15,7 @@ from urllib.parse import unquote
 from tg.support.converters import asbool
 
 from ..core.settings import OPTIONS, read_option
-from ..database.engines import binds_of_factory, is_shared
+from ..database.engines import get_factory_binds, has_one_connection
 from ..database.registry import scoped_sessions
 from ..live.backends import REDIS_SCHEMES, redact_url, reserved_url_options
 from .finding import FAIL, NOTE, OK, WARN, Finding, describe_error
@@ -148,9 +148,9 @@ def _check_database(config: Config) -> Iterator[Finding]:
         return
     descriptions = []
     for scoped in sessions:
-        binds = binds_of_factory(scoped)
+        binds = get_factory_binds(scoped)
         description = _describe_session(config, scoped, binds)
-        if any(is_shared(bind.engine) for bind in binds):
+        if any(has_one_connection(bind.engine) for bind in binds):
             yield Finding(
                 WARN,
                 "database",
@@ -185,7 +185,7 @@ def _check_prepared_statements(config: Config) -> Iterator[Finding]:
     except ValueError:
         return  # _check_database() has reported it
     for scoped in sessions:
-        for bind in binds_of_factory(scoped):
+        for bind in get_factory_binds(scoped):
             if bind.engine.dialect.driver == "psycopg":
                 description = _describe_session(config, scoped, [bind])
                 yield _check_psycopg(bind.engine, description)

@@ -11,7 +11,7 @@ from contextlib import ExitStack, closing, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from ..core.errors import StreamError
-from ..database.cursors import check_commits, opened
+from ..database.cursors import close_with_transaction, refuse_automatic_commits
 from ..formats.csv import CSV
 from ..formats.protocols import CountedBatches
 from .batch_sizes import BatchSizes
@@ -69,7 +69,7 @@ class Copy:
         from .statement import compile_for_driver
 
         session = find_session("copy", self._session, self._prepared.session)
-        check_commits("copy", session)
+        refuse_automatic_commits("copy", session)
         statement, compiled = self._prepared.statement, None
         if is_query(statement):
             compiled = compile_for_driver(session, statement, "postgresql", "psycopg")
@@ -77,7 +77,7 @@ class Copy:
             yield from self._encode_rows(session)
             return
         blocks = self._copy_from_database(compiled)
-        with opened(session, blocks):
+        with close_with_transaction(session, blocks):
             for block in blocks:
                 if not block:
                     return

@@ -15,7 +15,7 @@ from sqlalchemy.engine import result_tuple
 from sqlalchemy.sql import visitors
 
 from ..core.errors import StreamError
-from ..database.effects import lock_of, writes
+from ..database.effects import find_lock, writes
 from .batch_sizes import BatchSizes
 from .keyset_columns import (
     bind_driver_value,
@@ -106,7 +106,7 @@ def _is_set(clause: Any) -> bool:
 
 
 def _check_effects(statement: sa.Select[Any]) -> None:
-    if (lock := lock_of(statement)) is not None:
+    if (lock := find_lock(statement)) is not None:
         raise StreamError(
             f"rows(key=...) cannot read a statement with {lock}. Its transaction ends "
             "after each batch, and its locks with it, before the rows are used. Use "

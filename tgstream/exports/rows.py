@@ -15,11 +15,11 @@ import tg
 
 from ..core.errors import StreamError
 from ..database.cursors import (
-    check_commits,
-    database_of,
-    end_reading,
-    opened,
-    watch,
+    close_with_transaction,
+    end_read_transaction,
+    find_database,
+    refuse_automatic_commits,
+    track_connections,
 )
 from ..database.registry import scoped_sessions
 from ..formats.protocols import BATCH_SIZE
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     import sqlalchemy as sa
     from sqlalchemy.orm import Session
 
-    from ..database.database import Database
+    from ..database.database import StreamDatabase
     from .keyset import Keyset
     from .statement import PreparedStatement
 
@@ -134,7 +134,7 @@ class Rows:
         from .server_side_cursor import BlockedWriterWarning, cursor_options
         from .statement import execute
 
-        check_commits("rows", session)
+        refuse_automatic_commits("rows", session)
         connections: list[sa.Connection] = []
 
         def choose_options(
@@ -151,7 +151,7 @@ class Rows:
         ]
         warning = BlockedWriterWarning(connections)
         with (
-            opened(session, result),
+            close_with_transaction(session, result),
             refuse_other_statements(unbuffered, result),
             closing(warning),
         ):
@@ -171,9 +171,9 @@ class Rows:
     def _read_by_key(self, session: Session, keyset: Keyset) -> Iterator[Sequence[Any]]:
         from .statement import OtherEngineError, find_dialect
 
-        database = database_of(session)
+        database = find_database(session)
         if database is not None:
-            watch(session, database)
+            track_connections(session, database)
         dialect = find_dialect(session, self._prepared.statement)
         batches = self._read_on_dialect(dialect, session, keyset, database)
         try:
@@ -190,7 +190,7 @@ class Rows:
         dialect: sa.Dialect,
         session: Session,
         keyset: Keyset,
-        database: Database | None,
+        database: StreamDatabase | None,
     ) -> Iterator[Sequence[Any]]:
         """The batches by key.
 
@@ -219,7 +219,9 @@ class Rows:
             result = execute(session, statement, choose_options)
             fetched = self._get_fields(result), result.all()
             if database is not None:
-                end_reading(session, database, began, connections if may_write else ())
+                end_read_transaction(
+                    session, database, began, connections if may_write else ()
+                )
             return fetched
 
         reader = keyset.read(dialect, self._batch, fetch_rows)

@@ -16,7 +16,7 @@ import sqlalchemy as sa
 
 from ..core.options import clock
 from ..core.report import log
-from ..database.cursors import OWN
+from ..database.cursors import OWN_STATEMENT
 from ..database.effects import is_query
 
 BUSY_TIMEOUT = 5.0
@@ -70,7 +70,7 @@ def _plan_for_all_rows(connection: sa.Connection) -> None:
     This takes one round trip. The setting lasts until the transaction ends and affects
     only cursors. A value that the application has chosen stays.
     """
-    connection.execute(_PLAN_FOR_ALL, execution_options={OWN: True})
+    connection.execute(_PLAN_FOR_ALL, execution_options={OWN_STATEMENT: True})
 
 
 # SQLite.

@@ -18,7 +18,7 @@ from sqlalchemy.orm import Bundle, Load, Mapper, Query, Session
 from sqlalchemy.orm.attributes import QueryableAttribute
 
 from ..core.errors import StreamError
-from ..database.cursors import OWN
+from ..database.cursors import OWN_STATEMENT
 from ..formats.fields import mapped_columns
 
 STATEMENT_TYPES = (
@@ -144,7 +144,7 @@ def execute(
     """
 
     def execute_on_connection(state: Any) -> Any:
-        if OWN not in state.local_execution_options:
+        if OWN_STATEMENT not in state.local_execution_options:
             return None  # a handler's own statement
         # Not session.connection(), after which a stream keeps its transaction open.
         connection = type(session).connection(
@@ -159,7 +159,7 @@ def execute(
 
     event.listen(session, "do_orm_execute", execute_on_connection)
     try:
-        return session.execute(statement, execution_options={OWN: True})
+        return session.execute(statement, execution_options={OWN_STATEMENT: True})
     finally:
         event.remove(session, "do_orm_execute", execute_on_connection)
 

@@ -19,7 +19,7 @@ from ..core import context as _context
 from ..core.errors import StreamError
 from ..core.report import log
 from ..core.settings import read_option
-from ..database.on_commit import send
+from ..database.on_commit import send_on_commit
 from ..formats.sse import Event, check_event_type, encode_data
 from .backends import Backend, create_backend
 
@@ -94,7 +94,7 @@ class Channel:
         if now:
             publish()
         else:
-            send(f"an event of {self!r}", publish)
+            send_on_commit(f"an event of {self!r}", publish)
 
     def listen(self, after: str | None = None) -> Iterator[Event]:
         """The events of the channel, for a stream with ``SSE``.

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import tg
 
 from ..core.context import thread
-from ..database.engines import binds_of_factory
+from ..database.engines import get_factory_binds
 from ..database.registry import scoped_sessions
 
 
@@ -47,7 +47,7 @@ def _find_sessions() -> Iterator[str]:
     for scoped in scoped_sessions(tg.config):
         if scoped.registry.has():
             yield f"a session of {scoped} on this thread"
-        for bind in binds_of_factory(scoped):
+        for bind in get_factory_binds(scoped):
             pool = getattr(bind, "pool", None)  # a Connection has no pool
             count = getattr(pool, "checkedout", int)()
             if count:

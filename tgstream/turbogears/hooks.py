@@ -25,14 +25,14 @@ from ..core.options import FormatTraits, Plan
 from ..core.settings import read_option
 from ..core.source import make_missing_stream_error, needs_stream, resolve_proxy
 from ..core.stream import Stream
-from ..database.on_commit import tm_enabled
-from ..database.registry import registry, scoped_sessions
+from ..database.on_commit import is_tm_enabled
+from ..database.registry import install_registry, scoped_sessions
 from .decorator import name_of
 from .guard import Guard
 from .response import check_headers, end_previous, end_with_request, send_off
 
 if TYPE_CHECKING:
-    from ..database.database import Database
+    from ..database.database import StreamDatabase
 
 
 class _Hooks(dict[str, Any]):
@@ -99,19 +99,23 @@ class _Start:
 
     def _open(self, stream: Stream, controller: str) -> None:
         tg_locals = self._tg_locals
-        manages = tm_enabled(tg_locals)
+        manages = is_tm_enabled(tg_locals)
         database = _database_of(tg_locals, manages)
         body = stream._open(
             self._plan(controller),
             self._charset,
             self._declared_length,
-            _context_of(tg_locals, database),
+            Context(tg_locals)
+            if database is None
+            else database.make_context(tg_locals),
             database,
         )
         end_with_request(tg_locals.request.environ, body)
         if database is not None:
             try:
-                database.take_over(manages, lambda: self._vetoed(tg_locals.response))
+                database.adopt_request_sessions(
+                    manages, lambda: self._vetoed(tg_locals.response)
+                )
             except BaseException:
                 body.cancel()
                 raise
@@ -204,15 +208,7 @@ def _dispatched(request: Any) -> Any:
     return getattr(action, "__func__", action)
 
 
-def _context_of(tg_locals: Any, database: Database | None) -> Context:
-    if database is None:
-        return Context(tg_locals)
-    _, context_class = _database_classes()
-    made: Context = context_class(tg_locals, database)
-    return made
-
-
-def _database_of(tg_locals: Any, manages: bool) -> Database | None:
+def _database_of(tg_locals: Any, manages: bool) -> StreamDatabase | None:
     """The stream's sessions and transaction, in an application that has any.
 
     :param manages: whether a transaction manager runs the request.
@@ -221,20 +217,16 @@ def _database_of(tg_locals: Any, manages: bool) -> Database | None:
     scoped = scoped_sessions(config)
     if not scoped and not manages:
         return None
-    database_class, _ = _database_classes()
-    database: Database = database_class(
-        tuple(map(registry, scoped)), asbool(config.get("use_sqlalchemy"))
+    database: StreamDatabase = _database_class()(
+        tuple(map(install_registry, scoped)), asbool(config.get("use_sqlalchemy"))
     )
     return database
 
 
 @lru_cache
-def _database_classes() -> tuple[Any, Any]:
+def _database_class() -> Any:
     """Imported where an application has sessions or transactions, and only there."""
-    return (
-        importlib.import_module("tgstream.database.database").Database,
-        importlib.import_module("tgstream.database.context").DatabaseContext,
-    )
+    return importlib.import_module("tgstream.database.database").StreamDatabase
 
 
 HOOKS = _Hooks(before_render=_before_render, after_wsgi_middlewares=Guard)

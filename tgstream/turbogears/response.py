@@ -44,7 +44,8 @@ class _CloseOnCleanup:
             return
         body.close()
         if body.transaction is not None:
-            body.transaction.clear_thread()  # of more sessions than TG removes
+            # TG removes only the first.
+            body.transaction.remove_request_sessions()
 
 
 def end_with_request(environ: dict[str, Any], body: Body) -> None:
@@ -143,7 +144,7 @@ class _DepartedBody:
 
     def close(self) -> None:
         close(self._app_iter)
-        self._database.shield()
+        self._database.keep_over_next_remove()
 
 
 @cache
@@ -186,7 +187,8 @@ def _depart(body: Body, environ: dict[str, Any]) -> None:
     """Take everything of the request off the thread, and tell the guard."""
     body.depart()
     if body.transaction is not None:
-        body.transaction.clear_thread()  # while a scopefunc can still find the request
+        # While a scopefunc can still find the request.
+        body.transaction.remove_request_sessions()
     registry = environ["paste.registry"]
     registry.cleanup()
     registry.prepare()
