@@ -22,6 +22,7 @@ from . import (
     gather,
     live,
     pull,
+    request,
     servers,
     untouched,
 )
@@ -40,6 +41,7 @@ def questions(folder: Path, stack: ExitStack, quick: bool) -> dict[str, Question
     return {
         "pull": lambda: pull.run(*pairs(), quick),
         "first_chunk": lambda: first_chunk.run(*pairs(), quick),
+        "request": lambda: request.run(*pairs(), quick),
         "servers": lambda: servers.run(folder, quick),
         "untouched": lambda: untouched.run(folder, quick),
         "gather": lambda: gather.run(quick),

@@ -31,6 +31,11 @@ def one() -> Iterator[bytes]:
     yield b"x"
 
 
+def two() -> Iterator[bytes]:
+    yield b"x"
+    yield b"x"
+
+
 def blocks(count: int) -> Iterator[bytes]:
     for _ in range(count):
         yield bytes(BLOCK)  # a new one each time: what is kept would be seen
@@ -54,6 +59,11 @@ def make_root(stream: Callable[[Any], Any]) -> TGController:
         @stream
         def one(self) -> Any:
             return one()
+
+        @expose(content_type="application/octet-stream")
+        @stream
+        def two(self) -> Any:
+            return two()
 
         @expose(content_type="application/octet-stream")
         @stream
