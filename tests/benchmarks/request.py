@@ -1,4 +1,4 @@
-"""What does a whole request cost over plain TurboGears2's, its stream of two chunks?"""
+"""How much does tgstream add to a whole request, whose stream has two chunks?"""
 
 from __future__ import annotations
 
@@ -9,10 +9,7 @@ from .measure import Measure, Result, compare, interleave
 
 
 def requester(app: App, count: int) -> Measure:
-    """Return a measure of a request's CPU microseconds.
-
-    They run from the call of the application to the end of ``close()``.
-    """
+    """Measure CPU microseconds, from the call of the application to ``close()``."""
 
     def measure() -> float:
         seconds = 0.0

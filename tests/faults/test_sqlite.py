@@ -71,7 +71,7 @@ def test_busy_database_in_mid_stream_breaks_the_transfer(
     call = fault.call()
     assert next(call) == b"one"
     with busy(model):
-        fault.assert_breaks(call, OperationalError, BUSY)
+        fault.assert_aborts(call, OperationalError, BUSY)
     fault.assert_leaves("ada")
 
 
@@ -90,7 +90,7 @@ def test_busy_database_in_the_final_commit_breaks_the_transfer(
     call = fault.call()
     assert next(call) == b"one"
     with busy(model, held):
-        fault.assert_breaks(call, OperationalError, BUSY)
+        fault.assert_aborts(call, OperationalError, BUSY)
     fault.assert_leaves("ada")
 
 
@@ -133,5 +133,5 @@ def test_busy_database_sends_no_item_that_is_not_stored(
     call = fault.call()
     assert next(call) == b"ada"
     with busy(model):
-        fault.assert_breaks(call, OperationalError, BUSY)
+        fault.assert_aborts(call, OperationalError, BUSY)
     fault.assert_leaves("ada")
