@@ -88,8 +88,8 @@ def make_root(model: Model) -> TGController:
             pace, pad = float(options["pace"]), int(options["pad"])
             items = steps(DBSession, script, pace, "x" * pad)
             return Stream(
-                items if kind == "gathered" else (line_of(item) for item in items),
-                NDJSON if kind == "gathered" else None,
+                items if kind == "buffered" else (line_of(item) for item in items),
+                NDJSON if kind == "buffered" else None,
                 commit=int(commit) if commit.isdigit() else commit,
                 max_seconds=float(options["max_seconds"]),
             )

@@ -191,8 +191,8 @@ def make_views() -> list[Any]:
         for _ in range(3):
             with connection.cursor() as cursor:
                 cursor.execute("SELECT pg_backend_pid()")
-                (back_end,) = cursor.fetchone()
-            yield f"{request.GET['of']} {back_end}\n"
+                (backend,) = cursor.fetchone()
+            yield f"{request.GET['of']} {backend}\n"
 
     def turns(request: Any) -> Any:
         return plain(turn(request))

@@ -161,8 +161,8 @@ def make_app(url: str) -> Flask:
     def turns() -> Response:
         def generate() -> Iterator[str]:
             for _ in range(3):
-                back_end = db.session.scalar(sa.select(sa.func.pg_backend_pid()))
-                yield f"{request.args['of']} {back_end}\n"
+                backend = db.session.scalar(sa.select(sa.func.pg_backend_pid()))
+                yield f"{request.args['of']} {backend}\n"
 
         return Response(stream_with_context(generate()), mimetype="text/plain")
 
@@ -173,8 +173,8 @@ def make_app(url: str) -> Flask:
         def generate() -> Iterator[str]:
             with Session(engine) as session:
                 for _ in range(3):
-                    back_end = session.scalar(sa.select(sa.func.pg_backend_pid()))
-                    yield f"{of} {back_end}\n"
+                    backend = session.scalar(sa.select(sa.func.pg_backend_pid()))
+                    yield f"{of} {backend}\n"
 
         return Response(generate(), mimetype="text/plain")
 

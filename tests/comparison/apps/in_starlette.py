@@ -169,8 +169,8 @@ def make_app(url: str) -> Starlette:
         def generate() -> Iterator[str]:
             with make_session() as session:
                 for _ in range(3):
-                    back_end = session.scalar(sa.select(sa.func.pg_backend_pid()))
-                    yield f"{request.query_params['of']} {back_end}\n"
+                    backend = session.scalar(sa.select(sa.func.pg_backend_pid()))
+                    yield f"{request.query_params['of']} {backend}\n"
 
         return plain(generate())
 

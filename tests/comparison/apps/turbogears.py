@@ -158,8 +158,8 @@ def make_root(model: Model, kind: str) -> TGController:
         @stream
         def turns(self, of: str) -> Iterator[bytes]:
             for _ in range(3):
-                back_end = DBSession.scalar(sa.select(sa.func.pg_backend_pid()))
-                yield f"{tg.request.params['of']} {back_end}\n".encode()
+                backend = DBSession.scalar(sa.select(sa.func.pg_backend_pid()))
+                yield f"{tg.request.params['of']} {backend}\n".encode()
 
         if kind == "tgstream":
 
