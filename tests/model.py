@@ -59,21 +59,36 @@ class Model(types.ModuleType):
         if zope:
             register(self.DBSession)
         self.outside = sa.create_engine(url, poolclass=sa.NullPool)
+        self._skip_fsync(self.outside)
         if create:
-            Base.metadata.drop_all(self.outside)
-            Base.metadata.create_all(self.outside)
+            with self.outside.begin() as connection:  # one, because connecting is slow
+                Base.metadata.drop_all(connection)
+                Base.metadata.create_all(connection, checkfirst=False)
         self.engine = self.outside
+        self._reader: psycopg.Connection[Any] | None = None
+
+    def _skip_fsync(self, engine: sa.Engine) -> None:
+        """Make commits of SQLite fast. They are safe unless the machine crashes."""
+        if self.sqlite:
+            sa.event.listen(
+                engine,
+                "connect",
+                lambda raw, _: raw.execute("PRAGMA synchronous = OFF").close(),
+            )
 
     def init_model(self, engine: sa.Engine) -> None:
         """Bind the session. TG calls this with the engine of ``sqlalchemy.url``."""
         self.engine.dispose()  # that of an earlier application of the same test
         self.engine = engine
+        self._skip_fsync(engine)
         self.DBSession.configure(bind=engine)
 
     def dispose(self) -> None:
         """Close all connections."""
         self.DBSession.remove()
         self.engine.dispose()
+        if self._reader is not None:
+            self._reader.close()
 
     @property
     def sqlite(self) -> bool:
@@ -86,8 +101,18 @@ class Model(types.ModuleType):
                 rows = connection.execute(statement).fetchall()
             connection.close()
             return rows
-        with psycopg.connect(**self.connection_options()) as outside:
-            return outside.execute(statement.encode()).fetchall()
+        try:
+            return self._read(statement)
+        except psycopg.OperationalError:  # the server was restarted
+            return self._read(statement)
+
+    def _read(self, statement: str) -> list[tuple[Any, ...]]:
+        """Execute a statement on PostgreSQL, always over the same connection."""
+        if self._reader is None or self._reader.closed:
+            self._reader = psycopg.connect(
+                **self.connection_options(), autocommit=True, prepare_threshold=None
+            )
+        return self._reader.execute(statement.encode()).fetchall()
 
     def change(self, statements: str) -> None:
         """Execute and commit statements on another connection."""
