@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.comparison import expected
-from tests.comparison.__main__ import stand
+from tests.comparison.__main__ import run_app
 from tests.comparison.frameworks import FRAMEWORKS
 from tests.comparison.questions import QUESTIONS
 from tests.servers.__main__ import results_with_tgstream
@@ -21,9 +21,9 @@ def test_server_has_the_expected_results(name: str, postgresql: str) -> None:
 def test_comparison_has_the_expected_results_for_tgstream(postgresql: str) -> None:
     """The fast questions have the answers of the column for tgstream."""
     slow = "Streams that wait", "Two streams in turn"
-    with stand(FRAMEWORKS["tgstream"], postgresql) as running:
+    with run_app(FRAMEWORKS["tgstream"], postgresql) as app:
         answers = {
-            question: answer(running)
+            question: answer(app)
             for question, answer in QUESTIONS.items()
             if question not in slow
         }

@@ -10,7 +10,7 @@ import pytest
 from tests.soak.client import Received
 from tests.soak.ledger import Account, Ending, Row, balance
 from tests.soak.plans import Plan, visits
-from tests.soak.run import SERVERS, Soaked, soak
+from tests.soak.run import SERVERS, SoakResult, soak
 from tests.soak.vitals import Vitals
 
 STREAMS = 60
@@ -20,10 +20,10 @@ REST = Vitals(memory=90.0, threads=8, connections=0, idle=0, contexts=0, alive=0
 @pytest.mark.parametrize("server", SERVERS)
 def test_soak_finds_no_fault(server: str, postgresql: str) -> None:
     """No row is lost, extra or of another stream, and the streams leave nothing."""
-    soaked = soak(server, postgresql, seed=1, streams=STREAMS, seconds=60)
-    assert soaked.wrongs == []
-    assert soaked.account.streams == STREAMS
-    assert 0 < soaked.account.expected <= soaked.account.found
+    result = soak(server, postgresql, seed=1, streams=STREAMS, seconds=60)
+    assert result.wrongs == []
+    assert result.account.streams == STREAMS
+    assert 0 < result.account.expected <= result.account.found
 
 
 def account(received: Received, rows: list[Row], reason: str, items: int) -> Account:
@@ -182,6 +182,6 @@ def test_visits_are_the_same_for_the_same_seed() -> None:
 )
 def test_soak_finds_leaks(changed: dict[str, Any]) -> None:
     """Memory, threads, connections, contexts and streams must not grow."""
-    assert Soaked("waitress", Account(), REST, REST, REST, "").wrongs == []
+    assert SoakResult("waitress", Account(), REST, REST, REST, "").wrongs == []
     end = REST._replace(**changed)
-    assert len(Soaked("waitress", Account(), REST, REST, end, "").wrongs) == 1
+    assert len(SoakResult("waitress", Account(), REST, REST, end, "").wrongs) == 1

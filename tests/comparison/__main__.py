@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session
 
 from tests.comparison.expected import EXPECTED, unexpected
 from tests.comparison.frameworks import FRAMEWORKS, Framework
-from tests.comparison.questions import QUESTIONS, Stand
+from tests.comparison.questions import QUESTIONS, RunningApp
 from tests.comparison.table import table
 from tests.conftest import LiveServer
 from tests.model import Model, Note, User
@@ -22,7 +22,7 @@ from tests.servers.__main__ import postgresql
 
 
 @contextmanager
-def stand(framework: Framework, url: str) -> Iterator[Stand]:
+def run_app(framework: Framework, url: str) -> Iterator[RunningApp]:
     """Run an application, on its own database."""
     model = Model(url)
     with Session(model.outside) as session:
@@ -32,7 +32,7 @@ def stand(framework: Framework, url: str) -> Iterator[Stand]:
     options = [word.format(url=url) for word in framework.options]
     live = LiveServer(framework.server, *options, run="tests.comparison.serve")
     try:
-        yield Stand(framework, live, model)
+        yield RunningApp(framework, live, model)
     finally:
         live.stop()
         model.dispose()
@@ -51,9 +51,9 @@ def main(names: list[str]) -> int:
     all_answers: dict[str, dict[str, str]] = {}
     with postgresql() as url:
         for name in names or FRAMEWORKS:
-            with stand(FRAMEWORKS[name], url) as running:
+            with run_app(FRAMEWORKS[name], url) as app:
                 all_answers[name] = {
-                    question: answer(running) for question, answer in QUESTIONS.items()
+                    question: answer(app) for question, answer in QUESTIONS.items()
                 }
     last_row = {name: versions(FRAMEWORKS[name]) for name in all_answers}
     print(table(all_answers, last_row), end="")

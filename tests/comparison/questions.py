@@ -27,7 +27,7 @@ AT_ONCE = 20
 """Concurrent streams on a server with six threads."""
 
 
-class Stand(NamedTuple):
+class RunningApp(NamedTuple):
     """A running application, and its database."""
 
     framework: Framework
@@ -45,20 +45,20 @@ class Answer(NamedTuple):
     """Whether the body has a proper end."""
 
 
-def open_response(stand: Stand, path: str) -> http.client.HTTPResponse:
+def open_response(app: RunningApp, path: str) -> http.client.HTTPResponse:
     """Return a response whose body is still unread."""
-    connection = http.client.HTTPConnection("127.0.0.1", stand.live.port, SECONDS)
+    connection = http.client.HTTPConnection("127.0.0.1", app.live.port, SECONDS)
     connection.request("GET", path, headers={"Connection": "close"})
     return connection.getresponse()
 
 
-def ask(stand: Stand, path: str) -> Answer:
+def ask(app: RunningApp, path: str) -> Answer:
     """Make a request, and read as much of the response as the server sends.
 
     :raises TimeoutError: if the server hangs. No framework's server does.
     """
     try:
-        response = open_response(stand, path)
+        response = open_response(app, path)
     except http.client.HTTPException:
         return Answer(0, {}, "", False)
     body, complete = b"", True
@@ -82,14 +82,14 @@ def describe(answer: Answer, body: str) -> str:
     return f"{empty} {answer.status}{ending}"
 
 
-def with_and_without(stand: Stand, question: str, path: str, body: str) -> str:
+def with_and_without(app: RunningApp, question: str, path: str, body: str) -> str:
     """Return the answers without the framework's helper, and with it."""
     name, _, query = path.partition("?")
-    bare = describe(ask(stand, path), body)
-    helper = stand.framework.helpers.get(question)
+    bare = describe(ask(app, path), body)
+    helper = app.framework.helpers.get(question)
     if bare == "works" or helper is None:
         return bare
-    helped = describe(ask(stand, f"{name}_helped?{query}"), body)
+    helped = describe(ask(app, f"{name}_helped?{query}"), body)
     if bare == "none":
         return helper if helped == "works" else f"{helper}: {helped}"
     return f"{bare}; {helper}: {helped}"
@@ -98,44 +98,44 @@ def with_and_without(stand: Stand, question: str, path: str, body: str) -> str:
 # The questions.
 
 
-def text(stand: Stand) -> str:
+def text(app: RunningApp) -> str:
     """Return how a yielded ``str`` arrives."""
-    return describe(ask(stand, "/text"), "grüß dich")
+    return describe(ask(app, "/text"), "grüß dich")
 
 
-def request(stand: Stand) -> str:
+def request(app: RunningApp) -> str:
     """Return whether the generator can read the request, and how."""
-    return with_and_without(stand, "request", "/request?of=ada", "ada\n" * 3)
+    return with_and_without(app, "request", "/request?of=ada", "ada\n" * 3)
 
 
-def loaded(stand: Stand) -> str:
+def loaded(app: RunningApp) -> str:
     """Return whether an object of the view can load attributes in the generator."""
-    return with_and_without(stand, "loaded", "/loaded", "one\ntwo\n")
+    return with_and_without(app, "loaded", "/loaded", "one\ntwo\n")
 
 
-def added(stand: Stand) -> str:
+def added(app: RunningApp) -> str:
     """Return when rows of the generator are stored, without and with a commit."""
-    bare = add(stand, "adds")
-    helper = stand.framework.helpers.get("added")
-    return f"{bare}; {helper}: {add(stand, 'adds_helped')}" if helper else bare
+    bare = add(app, "adds")
+    helper = app.framework.helpers.get("added")
+    return f"{bare}; {helper}: {add(app, 'adds_helped')}" if helper else bare
 
 
-def add(stand: Stand, name: str) -> str:
+def add(app: RunningApp, name: str) -> str:
     """Return when rows are stored: after the first chunk, at the end, or never."""
     counts = []
     for fails in "", "yes":
-        before = count_notes(stand.model, "added")
+        before = count_notes(app.model, "added")
         with pipe() as path:
-            response = open_response(stand, f"/{name}?pipe={path}&fails={fails}")
+            response = open_response(app, f"/{name}?pipe={path}&fails={fails}")
             response.read(len("added\n"))
-            counts.append(count_notes(stand.model, "added") - before)
+            counts.append(count_notes(app.model, "added") - before)
             with open(path, "w") as writer:
                 writer.write("go\n")
             try:
                 response.read()
             except http.client.IncompleteRead:
                 assert fails
-        counts.append(count_notes(stand.model, "added") - before)
+        counts.append(count_notes(app.model, "added") - before)
     words: dict[tuple[int, ...], str] = {
         (0, 3, 0, 0): "all or none",
         (1, 3, 1, 3): "each at once",
@@ -144,9 +144,9 @@ def add(stand: Stand, name: str) -> str:
     return words.get(tuple(counts), str(counts))
 
 
-def early(stand: Stand) -> str:
+def early(app: RunningApp) -> str:
     """Return the results of a 404, a redirect and an error before the first chunk."""
-    answers = [ask(stand, f"/early?how={how}") for how in ("404", "302", "500")]
+    answers = [ask(app, f"/early?how={how}") for how in ("404", "302", "500")]
     codes = ["-" if answer.status == 501 else str(answer.status) for answer in answers]
     pages = [answer.body == f"our page for {answer.status}" for answer in answers[::2]]
     page = ", own pages" if all(pages) else ", the server's page"
@@ -155,62 +155,62 @@ def early(stand: Stand) -> str:
     return f"{' '.join(codes)}{page}"
 
 
-def header(stand: Stand) -> str:
+def header(app: RunningApp) -> str:
     """Return whether a header and a cookie of the generator are sent."""
-    headers = ask(stand, "/early?how=").headers
+    headers = ask(app, "/early?how=").headers
     sent = [name in headers for name in ("X-Made", "Set-Cookie")]
     return {2: "sent", 0: "ignored"}.get(sum(sent), "one of two")
 
 
-def failure(stand: Stand) -> str:
+def failure(app: RunningApp) -> str:
     """Return how a client sees a generator that fails after two chunks."""
-    answer = ask(stand, "/fails")
+    answer = ask(app, "/fails")
     if not answer.complete:
         return "breaks"
     return "looks whole" if answer.body == "one\ntwo\n" else "text appended"
 
 
-def disconnect(stand: Stand) -> str:
+def disconnect(app: RunningApp) -> str:
     """Return what a disconnect ends: the generator, its transaction, its rows."""
-    helper = stand.framework.helpers.get("leaves")
+    helper = app.framework.helpers.get("leaves")
     # With the helper first: the other may keep a connection until a garbage collection.
     helped = ""
     if helper:
-        helped = f"; {helper}: {read_and_disconnect(stand, 'paced_helped')}"
-    return read_and_disconnect(stand, "paced") + helped
+        helped = f"; {helper}: {read_and_disconnect(app, 'paced_helped')}"
+    return read_and_disconnect(app, "paced") + helped
 
 
-def read_and_disconnect(stand: Stand, name: str) -> str:
-    before = count_notes(stand.model, "left")
+def read_and_disconnect(app: RunningApp, name: str) -> str:
+    before = count_notes(app.model, "left")
     with pipe() as path:
         reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-        response = open_response(stand, f"/{name}?pipe={path}")
+        response = open_response(app, f"/{name}?pipe={path}")
         response.read1(1)
         response.close()
         end = read_pipe(reader)
         os.close(reader)
     deadline = time.monotonic() + SECONDS
-    while (idle := stand.model.idle_in_transaction()) and time.monotonic() < deadline:
+    while (idle := app.model.idle_in_transaction()) and time.monotonic() < deadline:
         pass
-    stays = count_notes(stand.model, "left") > before
+    stays = count_notes(app.model, "left") > before
     rows = "row stays" if stays else "row undone"
     end = "not closed" if end == "nothing" else end
     return f"{end}, {'connection kept' if idle else 'released'}, {rows}"
 
 
-def turns(stand: Stand) -> str:
+def turns(app: RunningApp) -> str:
     """Return whether two streams in turn on a thread keep request and connection."""
-    url = stand.model.url.render_as_string(hide_password=False)
-    options = [word.format(url=url) for word in stand.framework.options]
+    url = app.model.url.render_as_string(hide_password=False)
+    options = [word.format(url=url) for word in app.framework.options]
     answers = []
     for path in "/turns", "/turns_helped":
         command = [sys.executable, "-m", "tests.comparison.turns", path, *options]
         run = subprocess.run(command, capture_output=True, text=True, check=True)
         lines = json.loads(run.stdout.splitlines()[-1])
         answers.append(describe_turns(**lines))
-        if "turns" not in stand.framework.helpers:
+        if "turns" not in app.framework.helpers:
             return answers[0]
-    return f"{answers[0]}; {stand.framework.helpers['turns']}: {answers[1]}"
+    return f"{answers[0]}; {app.framework.helpers['turns']}: {answers[1]}"
 
 
 def describe_turns(ada: list[str], bob: list[str], eve: list[str] | None = None) -> str:
@@ -231,22 +231,22 @@ def describe_turns(ada: list[str], bob: list[str], eve: list[str] | None = None)
     return ", ".join(words)
 
 
-def waiting(stand: Stand) -> str:
+def waiting(app: RunningApp) -> str:
     """Return how many streams get their first chunk while all others wait.
 
     The helper is another server.
     """
-    first = f"{wait(stand.live, 'waits')} of {AT_ONCE}"
-    if "waiting" not in stand.framework.helpers:
+    first = f"{wait(app.live, 'waits')} of {AT_ONCE}"
+    if "waiting" not in app.framework.helpers:
         return first
-    url = stand.model.url.render_as_string(hide_password=False)
-    options = [word.format(url=url) for word in stand.framework.options]
+    url = app.model.url.render_as_string(hide_password=False)
+    options = [word.format(url=url) for word in app.framework.options]
     live = LiveServer("uvicorn", *options, "asgi=yes", run="tests.comparison.serve")
     try:
         helped = wait(live, "waits_helped")
     finally:
         live.stop()
-    return f"{first}; {stand.framework.helpers['waiting']}: {helped} of {AT_ONCE}"
+    return f"{first}; {app.framework.helpers['waiting']}: {helped} of {AT_ONCE}"
 
 
 def wait(live: LiveServer, name: str) -> int:
@@ -271,23 +271,23 @@ def wait(live: LiveServer, name: str) -> int:
     return first
 
 
-def events(stand: Stand) -> str:
+def events(app: RunningApp) -> str:
     """Return whether a feed resumes, sends heartbeats, and publishes on commit.
 
     A framework whose packages never mention ``Last-Event-ID`` has no such feed.
     """
-    if "kind=tgstream" not in stand.framework.options:
-        names = [name for name in stand.framework.packages if names_header(name)]
+    if "kind=tgstream" not in app.framework.options:
+        names = [name for name in app.framework.packages if names_header(name)]
         return f"in {', '.join(names)}" if names else "not in the box"
-    with Feed(stand) as feed:
+    with Feed(app) as feed:
         feed.next("id")
-        ask(stand, "/publish?text=refused&fails=yes")
-        ask(stand, "/publish?text=one")
+        ask(app, "/publish?text=refused&fails=yes")
+        ask(app, "/publish?text=one")
         on_commit = feed.next("data") == "one"
         last = feed.id
         heartbeats = feed.next("") is not None
-    ask(stand, "/publish?text=two")
-    with Feed(stand, {"Last-Event-ID": last}) as feed:
+    ask(app, "/publish?text=two")
+    with Feed(app, {"Last-Event-ID": last}) as feed:
         resumes = feed.next("data") == "two"
     features = {"resumes": resumes, "heartbeats": heartbeats, "on commit": on_commit}
     return ", ".join(feature for feature, works in features.items() if works)
@@ -305,8 +305,8 @@ def names_header(package: str) -> bool:
 class Feed:
     """A client of Server-Sent Events, which reads a field at a time."""
 
-    def __init__(self, stand: Stand, headers: dict[str, str] | None = None) -> None:
-        port = stand.live.port
+    def __init__(self, app: RunningApp, headers: dict[str, str] | None = None) -> None:
+        port = app.live.port
         self.connection = http.client.HTTPConnection("127.0.0.1", port, SECONDS)
         self.connection.request("GET", "/listen", headers=headers or {})
         self.response = self.connection.getresponse()
@@ -330,7 +330,7 @@ class Feed:
         return None
 
 
-QUESTIONS: dict[str, Callable[[Stand], str]] = {
+QUESTIONS: dict[str, Callable[[RunningApp], str]] = {
     "Text": text,
     "The request": request,
     "A loaded object": loaded,

@@ -41,7 +41,7 @@ def path_of(name: str, **params: Any) -> str:
     return "/faulty/write?" + urlencode({"name": name, **params})
 
 
-def say(pipe: Path, line: bytes) -> None:
+def write_line(pipe: Path, line: bytes) -> None:
     """Write a line to the process that waits at the other end of the pipe."""
     with pipe.open("wb") as file:
         file.write(line)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import LiveServer
-from tests.faults.conftest import path_of, say, wait_until
+from tests.faults.conftest import path_of, wait_until, write_line
 from tests.model import MakeModel, Model
 from tests.test_servers import BROKEN, SEVERAL, Client, assert_settles, read
 
@@ -77,7 +77,7 @@ def test_reset_before_the_first_chunk_aborts_what_is_not_committed(
     waiting.sendall(request(path_of("a", pipe=pipe, blocks=MANY)))
     wait_until(lambda: model.names() == ["a stored"], "the stream has not begun")
     reset(waiting)
-    say(pipe, b"too late\n")
+    write_line(pipe, b"too late\n")
     assert_serves(server, model, "a stored")
 
 
@@ -157,7 +157,7 @@ def test_half_closed_connection_gets_the_whole_response(
         half.sendall(request(path_of("a", pipe=pipe, blocks=3)))
         half.shutdown(socket.SHUT_WR)
         wait_until(lambda: model.names() == ["a stored"], "the stream has not begun")
-        say(pipe, b"first\n")
+        write_line(pipe, b"first\n")
         response = http.client.HTTPResponse(half)
         response.begin()
         assert response.read() == b"first\n" + b"x" * 3 * 65536 + b"end"

@@ -16,9 +16,9 @@ from tests.faults.conftest import (
     commits_wait,
     install_waits,
     path_of,
-    say,
     wait_until,
     wait_until_blocked,
+    write_line,
 )
 from tests.model import MakeModel, Model
 from tests.test_servers import BROKEN, SEVERAL, Client, read
@@ -104,7 +104,7 @@ def test_worker_killed_in_the_final_commit_may_have_committed(victim: Victim) ->
     """The response is incomplete, although PostgreSQL completes the commit. So an
     incomplete response does not mean that nothing was stored."""
     with commits_wait(victim.model):
-        say(victim.pipe, b"go on\n")
+        write_line(victim.pipe, b"go on\n")
         wait_until_blocked(victim.model, victim.backend)
         victim.kill()
         assert victim.model.names() == ["a stored"]

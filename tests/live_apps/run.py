@@ -208,7 +208,7 @@ def program(arguments: Callable[[int, Path], list[str]]) -> Serve:
             os.chmod(folder, 0o755)  # Apache's workers are another user
             server = subprocess.Popen(arguments(port, Path(folder)), cwd=ROOT)
             signal.signal(signal.SIGTERM, lambda *_: server.terminate())
-            while server.poll() is None and not answers(port):
+            while server.poll() is None and not accepts_connections(port):
                 pass
             print_port(port)
             server.wait()
@@ -216,7 +216,7 @@ def program(arguments: Callable[[int, Path], list[str]]) -> Serve:
     return serve
 
 
-def answers(port: int) -> bool:
+def accepts_connections(port: int) -> bool:
     """Return whether a server listens on this port."""
     try:
         socket.create_connection(("127.0.0.1", port), 1).close()

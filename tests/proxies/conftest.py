@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import LiveServer
-from tests.live_apps.run import APACHE, answers
+from tests.live_apps.run import APACHE, accepts_connections
 from tests.pages import DOCS, blocks
 
 PAGE = (DOCS / "proxies.rst").read_text()
@@ -78,7 +78,7 @@ class Proxy:
             command = ["/usr/sbin/apache2", "-DFOREGROUND", "-f"]
         conf.write_text(lines)
         self._process = subprocess.Popen([*command, str(conf)])
-        while not answers(self.port):
+        while not accepts_connections(self.port):
             assert self._process.poll() is None, f"{kind} has exited"
 
     def stop(self) -> None:

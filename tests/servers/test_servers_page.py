@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import LiveServer
-from tests.live_apps.run import APACHE, MOD_WSGI, answers
+from tests.live_apps.run import APACHE, MOD_WSGI, accepts_connections
 from tests.pages import DOCS, blocks, commands
 
 PAGE = (DOCS / "servers.rst").read_text()
@@ -76,7 +76,7 @@ def run(folder: Path, command: Callable[[int], list[str]]) -> tuple[int, bytes]:
     words = command(port)
     process = subprocess.Popen(words, cwd=folder, env=environ)
     try:
-        while not answers(port):
+        while not accepts_connections(port):
             assert process.poll() is None, f"{words[0]} has exited"
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
         connection.request("GET", "/traced/words", headers={"Connection": "close"})

@@ -14,7 +14,7 @@ import sys
 from tests.servers.__main__ import postgresql
 
 from .plans import FATES
-from .run import SERVERS, Soaked, soak
+from .run import SERVERS, SoakResult, soak
 
 HEAD = (
     "server",
@@ -36,14 +36,14 @@ HEAD = (
 NAMES = (*FATES, "stuck")
 
 
-def fates(soaked: Soaked) -> tuple[str, ...]:
+def fates(result: SoakResult) -> tuple[str, ...]:
     """Return how many streams of a server had each fate."""
-    return soaked.server, *(str(soaked.account.fates[name]) for name in NAMES)
+    return result.server, *(str(result.account.fates[name]) for name in NAMES)
 
 
-def cells(soaked: Soaked) -> tuple[str, ...]:
+def cells(result: SoakResult) -> tuple[str, ...]:
     """Return a server's row of the table."""
-    account, warm, end = soaked.account, soaked.warm, soaked.end
+    account, warm, end = result.account, result.warm, result.end
     counts = (
         account.expected,
         account.found,
@@ -52,11 +52,11 @@ def cells(soaked: Soaked) -> tuple[str, ...]:
         account.mixed,
     )
     return (
-        soaked.server,
+        result.server,
         str(account.streams),
         *map(str, counts),
         str(len(account.wrong_ends)),
-        f"{soaked.growth:+.1f} of {warm.memory:.0f} MiB",
+        f"{result.growth:+.1f} of {warm.memory:.0f} MiB",
         str(end.connections),
         str(end.idle),
         f"{warm.threads} -> {end.threads}",
@@ -88,17 +88,17 @@ def main() -> int:
     servers = options.server or SERVERS
     streams = options.streams // len(servers)
     with postgresql() as url:
-        soaks = [
+        results = [
             soak(server, url, options.seed, streams, options.seconds)
             for server in servers
         ]
-    print(table([("streams", *NAMES), *map(fates, soaks)]))
+    print(table([("streams", *NAMES), *map(fates, results)]))
     print()
-    print(table([HEAD, *map(cells, soaks)]))
-    for soaked in soaks:
-        for wrong in soaked.wrongs[:20]:
-            print(f"WRONG {soaked.server}: {wrong}")
-    return 1 if any(soaked.wrongs for soaked in soaks) else 0
+    print(table([HEAD, *map(cells, results)]))
+    for result in results:
+        for wrong in result.wrongs[:20]:
+            print(f"WRONG {result.server}: {wrong}")
+    return 1 if any(result.wrongs for result in results) else 0
 
 
 if __name__ == "__main__":

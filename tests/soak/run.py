@@ -30,7 +30,7 @@ GROWTH = 16.0
 """MiB that the process may still grow, because of fragmented memory."""
 
 
-class Soaked(NamedTuple):
+class SoakResult(NamedTuple):
     """The result of a server."""
 
     server: str
@@ -68,7 +68,7 @@ class Soaked(NamedTuple):
         return wrongs
 
 
-def soak(server: str, url: str, seed: int, streams: int, seconds: float) -> Soaked:
+def soak(server: str, url: str, seed: int, streams: int, seconds: float) -> SoakResult:
     """Start a server, load it, and check the results.
 
     :param url: of the PostgreSQL database. Its tables are created again.
@@ -93,7 +93,7 @@ def soak(server: str, url: str, seed: int, streams: int, seconds: float) -> Soak
             clients.close()
             log = live.stop()
         account = balance(received, rows_of(url), endings_of(endings))
-    return Soaked(server, account, warm, staying, end, log)
+    return SoakResult(server, account, warm, staying, end, log)
 
 
 def load(
