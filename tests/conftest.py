@@ -286,6 +286,13 @@ class LiveServer:
 
 
 @pytest.fixture
+def pipe(tmp_path: Path) -> Path:
+    """A named pipe, with which a client and a live server wait for each other."""
+    os.mkfifo(tmp_path / "pipe")
+    return tmp_path / "pipe"
+
+
+@pytest.fixture
 def live_server() -> Iterator[Callable[..., LiveServer]]:
     """Starts servers, and stops them after the test."""
     with contextlib.ExitStack() as stack:

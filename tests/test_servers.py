@@ -62,13 +62,6 @@ def unplugged(request: pytest.FixtureRequest, start: Start) -> LiveServer:
     return start(request.param, "no")
 
 
-@pytest.fixture
-def pipe(tmp_path: Path) -> Path:
-    """A named pipe, with which the client and the server wait for each other."""
-    os.mkfifo(tmp_path / "pipe")
-    return tmp_path / "pipe"
-
-
 class Client:
     """A request to a server."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -45,13 +44,6 @@ def write_line(pipe: Path, line: bytes) -> None:
     """Write a line to the process that waits at the other end of the pipe."""
     with pipe.open("wb") as file:
         file.write(line)
-
-
-@pytest.fixture
-def pipe(tmp_path: Path) -> Iterator[Path]:
-    """A named pipe, which a stream waits for."""
-    os.mkfifo(tmp_path / "pipe")
-    yield tmp_path / "pipe"
 
 
 LOCK = 4711

@@ -20,7 +20,9 @@ Start = Callable[..., LiveServer]
 
 
 @contextmanager
-def vanished(network: Network, server: LiveServer, path: str) -> Iterator[None]:
+def disconnected_clients(
+    network: Network, server: LiveServer, path: str
+) -> Iterator[None]:
     """Open feeds in fifty clients, and disconnect their network."""
     command = sys.executable, "-m", "tests.network.clients"
     with network.start(
@@ -43,7 +45,7 @@ def test_dead_connections_expire_without_delaying_other_clients(
     path = f"/memory/feed?name=vanish&seconds=6&limit={MANY}"
     reader = Listener(server, "/memory/feed?name=vanish")
     slowest, number, started = 0.0, 0, time.monotonic()
-    with vanished(network, server, path):
+    with disconnected_clients(network, server, path):
         while ended(server, "vanish", "expired") < MANY:
             assert time.monotonic() - started < 20
             sent = time.monotonic()
@@ -76,7 +78,7 @@ def test_dead_connections_are_closed_by_the_kernel(
     beat = "beat=0.2" if patience else "beat=15"
     server = live_server(name, "listening", *options, beat)
     started = time.monotonic()
-    with vanished(network, server, "/memory/feed?name=given"):
+    with disconnected_clients(network, server, "/memory/feed?name=given"):
         pause = 0.05 if patience else 5
         while ask(server, "/vitals")["alive"]:
             assert time.monotonic() - started < (patience * 4 or 2400)
