@@ -1,8 +1,8 @@
-"""The page on streaming of TurboGears' cookbook, with @stream: one full-stack file.
+"""The streaming page of TurboGears' cookbook, with @stream, in one file.
 
 python examples/cookbook.py                  # then open the address that it prints
-curl -N http://127.0.0.1:8080/numbers        # see the pieces come, one a second
-curl http://127.0.0.1:8080/fails; echo $?    # 18: the client knows that it broke
+curl -N http://127.0.0.1:8080/numbers        # prints a number each second
+curl http://127.0.0.1:8080/fails; echo $?    # 18: curl reports an incomplete response
 """
 
 import argparse
@@ -53,13 +53,13 @@ def init_model(engine):  # TG calls it
 
 
 INDEX = """<!doctype html><title>Streaming with TurboGears</title><ul>
-<li><a href="numbers">numbers</a>: a JSON array of the numbers from 1 to 10
-<li><a href="lines">lines</a>: ten lines that read tg.request
-<li><a href="users">users</a>: reads nine users, of whom there are two
-<li><a href="by_hand">by_hand</a>: adds nine permissions, and commits as one had to
-<li><a href="at_the_end">at_the_end</a>: the same, and nobody has to think of it
-<li><a href="each">each</a>: commits each; stop it half-way, and see the number here
-<li><a href="fails">fails</a>: breaks half-way, and the browser is told
+<li><a href="numbers">numbers</a>: sends a JSON array of the numbers from 1 to 10
+<li><a href="lines">lines</a>: reads tg.request in each of ten lines
+<li><a href="users">users</a>: looks up nine users, and finds two
+<li><a href="by_hand">by_hand</a>: adds nine permissions, and calls transaction.commit()
+<li><a href="at_the_end">at_the_end</a>: adds nine, and tgstream commits at the end
+<li><a href="each">each</a>: commits each. Stop it halfway, and see the number below
+<li><a href="fails">fails</a>: fails halfway, and the browser reports it
 </ul>Permissions in the database: %d"""
 
 
@@ -68,7 +68,7 @@ def pause():
 
 
 class RootController(TGController):
-    unused = itertools.count()  # no name twice, however often a page is opened
+    unused = itertools.count()  # each page load needs new names
 
     @expose()
     def index(self):
@@ -132,7 +132,7 @@ class RootController(TGController):
     def fails(self):
         yield "the first half\n"
         pause()
-        raise RuntimeError("half-way")
+        raise RuntimeError("halfway")
 
 
 def main():
@@ -155,7 +155,7 @@ def main():
             }
         )
         tgstream.plugme(base_config)
-        logging.getLogger("tg").setLevel("ERROR")  # one file has no lib.helpers
+        logging.getLogger("tg").setLevel("ERROR")  # TG misses lib.helpers here
         app = base_config.make_wsgi_app({}, {})
         server = waitress.create_server(app, host=args.host, port=args.port)
         print(f"Open http://{args.host}:{server.effective_port}/", flush=True)

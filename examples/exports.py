@@ -1,8 +1,8 @@
-"""A table of 100,000 rows in every format, as fast as the database and in no memory.
+"""Exports of a table with 100,000 rows in every format, in constant memory.
 
 python examples/exports.py                     # then open the address that it prints
 curl http://127.0.0.1:8080/csv | head -3       # or /excel, /lines, /array
-curl 'http://127.0.0.1:8080/lines?after=99997' # goes on behind a key
+curl 'http://127.0.0.1:8080/lines?after=99997' # continues after a key
 """
 
 import argparse
@@ -37,9 +37,9 @@ class Order(Base):
 def init_model(engine):  # TG calls it
     DBSession.configure(bind=engine)
     Base.metadata.create_all(engine)
-    made = [{"customer": f"=Customer {n}", "amount": n / 4} for n in range(100_000)]
+    orders = [{"customer": f"=Customer {n}", "amount": n / 4} for n in range(100_000)]
     with engine.begin() as connection:
-        connection.execute(sa.insert(Order), made)
+        connection.execute(sa.insert(Order), orders)
 
 
 class RootController(TGController):
@@ -87,7 +87,7 @@ def main():
             }
         )
         tgstream.plugme(base_config)
-        logging.getLogger("tg").setLevel("ERROR")  # one file has no lib.helpers
+        logging.getLogger("tg").setLevel("ERROR")  # TG misses lib.helpers here
         app = base_config.make_wsgi_app({}, {})
         server = waitress.create_server(app, host=args.host, port=args.port)
         print(f"Open http://{args.host}:{server.effective_port}/", flush=True)

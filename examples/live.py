@@ -1,10 +1,10 @@
-"""A live page: a feed, a form that posts to it, a job whose bar survives a reload.
+"""A live page: a feed, a form that posts to it, and a job with a progress bar.
 
 python examples/live.py                      # then open its address in two browsers
-curl -N http://127.0.0.1:8080/feed           # see what is said, as it is said
+curl -N http://127.0.0.1:8080/feed           # prints each message when it is sent
 curl -d text=hello http://127.0.0.1:8080/say
 
-Two processes that are one, over a Valkey or a Redis (pip install '.[redis]'):
+Two processes that share their channels, with Valkey or Redis (pip install '.[redis]'):
 
 python examples/live.py --channels redis://localhost --port 8080
 python examples/live.py --channels redis://localhost --port 8081
@@ -52,19 +52,19 @@ li { padding: .4rem .8rem; border-left: .25rem solid #0a7d55; margin: .4rem 0;
 const $ = id => document.getElementById(id);
 function show(text) {
   const line = document.createElement("li");
-  line.textContent = text;  // never innerHTML: others have written it
+  line.textContent = text;  // not innerHTML: other users wrote the text
   $("feed").prepend(line);
 }
-const feed = new EventSource("feed");  // it comes back by itself, with its last id
+const feed = new EventSource("feed");  // reconnects automatically, with its last id
 feed.onmessage = event => show(event.data);
-feed.addEventListener("reset", () => show("(some of it was missed)"));
+feed.addEventListener("reset", () => show("(some messages are missing)"));
 $("say").onsubmit = async event => {
   event.preventDefault();
   await fetch("say", {method: "POST", body: new FormData($("say"))});
   $("say").reset();
 };
 let steps;
-function follow() {  // from the job's beginning: the bar of a page that comes back, too
+function follow() {  // from the job's first step, so that the bar survives a reload
   steps?.close();
   steps = new EventSource("steps" + location.search);
   steps.onmessage = event => {
@@ -84,7 +84,7 @@ if (location.search) follow();
 </script>"""
 
 
-def work(channel, pause):  # on a thread of its own: the job needs no page
+def work(channel, pause):  # on its own thread: the job outlives the page
     for step in range(1, STEPS + 1):
         time.sleep(pause)
         channel.publish({"step": step, "of": STEPS})
@@ -102,15 +102,15 @@ class RootController(TGController):
 
     @expose()
     def say(self, text):
-        Channel("feed").publish(text[:500])  # leaves when the transaction commits
+        Channel("feed").publish(text[:500])  # sent when the transaction commits
 
     @expose("json")
     def start(self):
         job = uuid.uuid4().hex
         channel, pause = Channel(f"job {job}"), tg.config["live.pause"]
-        since = next(channel.listen()).id  # where the channel is before the first step
+        since = next(channel.listen()).id  # the position before the first step
         threading.Thread(target=work, args=[channel, pause], daemon=True).start()
-        return {"job": job, "lastEventId": since}  # which last_event_id() reads
+        return {"job": job, "lastEventId": since}  # last_event_id() reads it
 
     @expose()
     @stream(SSE(retry=1000))
@@ -138,15 +138,15 @@ def main():
         }
     )
     tgstream.plugme(base_config, {"channels": args.channels})
-    logging.getLogger("tg").setLevel("ERROR")  # one file has no lib.helpers
+    logging.getLogger("tg").setLevel("ERROR")  # TG misses lib.helpers here
     app = base_config.make_wsgi_app({}, {})
-    # Each open page holds a thread for its feed, and one for its bar.
+    # Each open page needs a thread for its feed, and a thread for its progress bar.
     server = waitress.create_server(app, host=args.host, port=args.port, threads=100)
     print(f"Open http://{args.host}:{server.effective_port}/", flush=True)
     threading.Thread(target=server.run, daemon=True).start()
     with contextlib.suppress(KeyboardInterrupt):
         threading.Event().wait()
-    tgstream.drain()  # its browsers come back, when it does
+    tgstream.drain()  # browsers reconnect to the next process
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Applications, databases and servers for the tests; all of them real."""
+"""Real applications, databases and servers for the tests."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+import psutil  # type: ignore[import-untyped]
 import pytest
 import sqlalchemy as sa
 import tg
@@ -25,12 +26,13 @@ from tg.configuration import milestones
 from tg.request_local import context
 
 import tgstream
+from tests.application import Plug, database_options, make_wsgi_app
 from tests.model import MakeModel, Model
 from tgstream import Report, Stream
 
 MakeApp = Callable[..., Any]
 
-# Each has a command of its own, which sets its variable.
+# Each of these folders has its own command, which sets the variable.
 OWN_COMMANDS = {
     "TGSTREAM_MARIADB": "mariadb",
     "TGSTREAM_PGBOUNCER": "pgbouncer",
@@ -46,7 +48,7 @@ collect_ignore = [
 
 @pytest.fixture(scope="session")
 def postgresql(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The URL of a PostgreSQL database of its own, from a wheel and as any user."""
+    """The URL of a new PostgreSQL server, which a wheel provides."""
     folder = tmp_path_factory.mktemp("pg")
     server = get_server(folder, cleanup_mode="delete", start=False)
     server.ensure_pgdata_inited()
@@ -59,7 +61,7 @@ def postgresql(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture(params=["sqlite", "postgresql"])
 def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """An empty database, of each kind that tgstream promises something about."""
+    """The URL of an empty SQLite file, and of a PostgreSQL database."""
     if request.param == "sqlite":
         return f"sqlite:///{tmp_path}/test.db"
     return str(request.getfixturevalue("postgresql"))
@@ -67,7 +69,7 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 @pytest.fixture
 def make_model() -> Iterator[MakeModel]:
-    """Makes models, and leaves nothing of them behind."""
+    """Makes models, and closes their connections after the test."""
     models: list[Model] = []
 
     def make(url: str, **options: Any) -> Model:
@@ -81,7 +83,7 @@ def make_model() -> Iterator[MakeModel]:
 
 @pytest.fixture
 def model(make_model: MakeModel, url: str) -> Model:
-    """The model of an application, once on an SQLite file and once on PostgreSQL."""
+    """The model of an application, on an SQLite file and on PostgreSQL."""
     return make_model(url)
 
 
@@ -93,21 +95,21 @@ def sqlite_model(make_model: MakeModel, tmp_path: Path) -> Model:
 
 @pytest.fixture
 def session(model: Model) -> Iterator[Session]:
-    """A session that is no stream's."""
+    """A session that no stream uses."""
     with Session(model.outside) as session:
         yield session
 
 
 class Root(TGController):
-    """An application whose one page is a stream of ``body``.
+    """A controller with one page, which streams ``body``.
 
-    :param body: makes what is streamed, in the controller.
+    :param body: called in the controller to make the items.
     :param options: of the stream.
     """
 
     def __init__(self, body: Callable[[], Any], **options: Any) -> None:
         self.body, self.options = body, options
-        expose(content_type="text/plain")(Root.index)  # TG forgets it between tests
+        expose(content_type="text/plain")(Root.index)  # fixtures reset TG's registry
 
     def index(self) -> Stream:
         return Stream(self.body(), **self.options)
@@ -115,8 +117,8 @@ class Root(TGController):
 
 @pytest.fixture
 def make_app() -> Iterator[MakeApp]:
-    """Makes applications of TG's full stack, plugged, and resets what TG keeps."""
-    milestones._reset_all()  # before the test's controllers, which wait for them
+    """Makes plugged applications of TG's full stack, and resets TG's global state."""
+    milestones._reset_all()  # before the test's controllers register with them
     yield make_application
     for name in [name for name in tg.config if name.startswith("tgstream.")]:
         del tg.config[name]
@@ -127,54 +129,27 @@ def make_application(
     root: TGController,
     model: Model | None = None,
     configurator: Any = FullStackApplicationConfigurator,
-    plug: Callable[[Any], Any] = tgstream.plugme,
+    plug: Plug = tgstream.plugme,
     **options: Any,
 ) -> Any:
-    """An application as ``config/app_cfg.py`` makes it.
+    """Return an application, made as in ``config/app_cfg.py``.
 
     :param root: its root controller.
-    :param model: its database; without one it has none.
-    :param configurator: the configurator to use.
-    :param plug: what makes it know tgstream.
-    :param options: its configuration, with ``__`` for a dot.
+    :param model: its database, if it has a database.
+    :param configurator: makes the configurator.
+    :param plug: called with the configurator, to plug tgstream.
+    :param options: its configuration, with ``__`` instead of a dot.
     """
-    base_config = configurator()
-    base_config.update_blueprint(
-        {
-            "root_controller": root,
-            "renderers": ["json"],
-            "default_renderer": "json",
-            "errorpage.enabled": False,
-            "app_globals": AppGlobals,
-            "helpers": helpers,
-            **({} if model is None else database_options(model)),
-            **{name.replace("__", "."): value for name, value in options.items()},
-        }
-    )
-    plug(base_config)
-    return base_config.make_wsgi_app({}, {})
-
-
-class AppGlobals:
-    """What ``tg.app_globals`` is."""
-
-
-class helpers:
-    """What templates know as ``h``."""
-
-
-def database_options(model: Model) -> dict[str, Any]:
-    """What an application with this model has in its configuration."""
-    return {
-        "use_sqlalchemy": True,
-        "sqlalchemy.url": model.url.render_as_string(hide_password=False),
-        "model": model,
-    }
+    defaults: dict[str, Any] = {"root_controller": root, "i18n.enabled": True}
+    if model is not None:
+        defaults |= database_options(model)
+    dotted = {name.replace("__", "."): value for name, value in options.items()}
+    return make_wsgi_app({**defaults, **dotted}, plug, configurator)
 
 
 @pytest.fixture
 def reports(make_app: MakeApp) -> Iterator[list[Report]]:
-    """The reports of the streams that ended, in order."""
+    """The reports of the ended streams, in order."""
     ended: list[Report] = []
     tg.hooks.register("tgstream.finished", ended.append)
     yield ended
@@ -184,28 +159,28 @@ def reports(make_app: MakeApp) -> Iterator[list[Report]]:
 @pytest.fixture
 def ended(reports: list[Report]) -> Iterator[Callable[[], Report]]:
     """Waits for the next report, and returns it."""
-    told = threading.Semaphore(0)
+    finished = threading.Semaphore(0)
 
-    def tell(report: Report) -> None:
-        told.release()
+    def release(report: Report) -> None:
+        finished.release()
 
     def wait() -> Report:
-        assert told.acquire(timeout=10)
+        assert finished.acquire(timeout=10)
         return reports.pop(0)
 
-    tg.hooks.register("tgstream.finished", tell)
+    tg.hooks.register("tgstream.finished", release)
     yield wait
-    tg.hooks.disconnect("tgstream.finished", tell)
+    tg.hooks.disconnect("tgstream.finished", release)
 
 
 def assert_thread_clean() -> None:
-    """Nothing of a request or of a stream is left on this thread."""
+    """Check that this thread has no state of a request or a stream."""
     assert context._object_stack() == []
     assert type(transaction.manager.manager) is transaction.TransactionManager
 
 
 def assert_clean(model: Model) -> None:
-    """No stream or request has left anything behind, on this thread or elsewhere."""
+    """Check that streams and requests left no state on this thread or elsewhere."""
     assert_thread_clean()
     assert not model.DBSession.registry.has()
     assert pool(model).checkedout() == 0
@@ -213,22 +188,22 @@ def assert_clean(model: Model) -> None:
 
 
 def pool(model: Model) -> sa.QueuePool:
-    """The pool of the application's connections."""
+    """Return the application's connection pool."""
     assert isinstance(model.engine.pool, sa.QueuePool)
     return model.engine.pool
 
 
 @pytest.fixture(scope="session", autouse=True)
-def frozen_in_the_end() -> Iterator[None]:
-    """Nothing is: some extensions look at exit whether they were collected."""
+def unfreeze_at_exit() -> Iterator[None]:
+    """Unfreeze the garbage, because some extensions check at exit for leaks."""
     yield
     gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)
-def nothing_is_left(frozen_in_the_end: None) -> Iterator[None]:
-    """After every test, this thread carries nothing; cyclic garbage is no excuse."""
-    gc.freeze()  # what is there already is no garbage: to look through it takes minutes
+def thread_is_clean(unfreeze_at_exit: None) -> Iterator[None]:
+    """Check after every test that this thread is clean, after a garbage collection."""
+    gc.freeze()  # objects from before the test need no check, which would take minutes
     yield
     gc.collect()
     try:
@@ -238,7 +213,7 @@ def nothing_is_left(frozen_in_the_end: None) -> Iterator[None]:
 
 
 class LiveServer:
-    """A real server, in a process of its own, on a port of its own."""
+    """A real server in its own process, on its own port."""
 
     def __init__(
         self, server: str, app: str, *options: str, run: str = "tests.live_apps.run"
@@ -249,11 +224,12 @@ class LiveServer:
             r"port (\d+)",
         )
 
-    def start(self, command: list[str], says: str, **options: Any) -> None:
-        """Run a command, until it says on which port it listens.
+    def start(self, command: list[str], pattern: str, **options: Any) -> None:
+        """Start a command, and wait until it prints its port.
 
-        :param says: what a line begins with, and where the port stands in it.
+        :param pattern: matches the beginning of the line. Its group is the port.
         :param options: of the process.
+        :raises RuntimeError: with the output, if the command ends before that.
         """
         self.process = subprocess.Popen(
             command,
@@ -266,21 +242,37 @@ class LiveServer:
         self.log: list[str] = []
         for line in self.process.stdout:
             self.log.append(line)
-            if listens := re.match(says, line):
-                self.port = int(listens[1])
+            if match := re.match(pattern, line):
+                self.port = int(match[1])
                 break
         else:
             self.process.wait()
             self.process.stdout.close()
             raise RuntimeError("".join(self.log))
-        # A pipe that nobody reads stops who writes to it.
+        # The server would block when its pipe is full, so read the pipe.
         self._reader = threading.Thread(
             target=self.log.extend, args=[self.process.stdout]
         )
         self._reader.start()
 
+    def kill(self) -> None:
+        """Stop the server without waiting for its streams and workers.
+
+        A worker of gunicorn needs up to a second to notice SIGTERM. Nothing has to wait
+        for that after a test.
+        """
+        if self.process.poll() is None:
+            workers = psutil.Process(self.process.pid).children(recursive=True)
+            self.process.terminate()  # first: gunicorn must not replace its worker
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(0.1)
+            for worker in workers:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    worker.kill()
+        self.stop()
+
     def stop(self) -> str:
-        """End the server, and return all that it has written."""
+        """Stop the server with SIGTERM, and return its output."""
         self.process.terminate()
         try:
             self.process.wait(timeout=10)
@@ -294,13 +286,20 @@ class LiveServer:
 
 
 @pytest.fixture
+def pipe(tmp_path: Path) -> Path:
+    """A named pipe, with which a client and a live server wait for each other."""
+    os.mkfifo(tmp_path / "pipe")
+    return tmp_path / "pipe"
+
+
+@pytest.fixture
 def live_server() -> Iterator[Callable[..., LiveServer]]:
-    """Starts servers, and ends them."""
+    """Starts servers, and stops them after the test."""
     with contextlib.ExitStack() as stack:
 
         def start(server: str, app: str, *options: str) -> LiveServer:
             live = LiveServer(server, app, *options)
-            stack.callback(live.stop)
+            stack.callback(live.kill)
             return live
 
         yield start

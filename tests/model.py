@@ -1,4 +1,4 @@
-"""A database model as a quickstarted application has it, made anew for a test."""
+"""A database model like that of a quickstarted application, new for each test."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ class Note(Base):
 
 
 class Model(types.ModuleType):
-    """What TG takes as an application's ``model``, with means to look from outside.
+    """An application's ``model``, which also reads the database from outside.
 
-    :param url: of a database file, or of a PostgreSQL database.
+    :param url: of an SQLite file, or of a PostgreSQL database.
     :param zope: whether the session is registered with zope.sqlalchemy.
-    :param create: whether its tables are made anew; else they are there.
+    :param create: whether to drop and create the tables. Otherwise they must exist.
     :param session_options: for ``sessionmaker``.
     """
 
@@ -59,44 +59,69 @@ class Model(types.ModuleType):
         if zope:
             register(self.DBSession)
         self.outside = sa.create_engine(url, poolclass=sa.NullPool)
+        self._skip_fsync(self.outside)
         if create:
-            Base.metadata.drop_all(self.outside)
-            Base.metadata.create_all(self.outside)
+            with self.outside.begin() as connection:  # one, because connecting is slow
+                Base.metadata.drop_all(connection)
+                Base.metadata.create_all(connection, checkfirst=False)
         self.engine = self.outside
+        self._reader: psycopg.Connection[Any] | None = None
+
+    def _skip_fsync(self, engine: sa.Engine) -> None:
+        """Make commits of SQLite fast. They are safe unless the machine crashes."""
+        if self.sqlite:
+            sa.event.listen(
+                engine,
+                "connect",
+                lambda raw, _: raw.execute("PRAGMA synchronous = OFF").close(),
+            )
 
     def init_model(self, engine: sa.Engine) -> None:
-        """What TG calls, with the engine that it made of ``sqlalchemy.*``."""
-        self.engine.dispose()  # of the application made before, if a test makes two
+        """Bind the session. TG calls this with the engine of ``sqlalchemy.url``."""
+        self.engine.dispose()  # that of an earlier application of the same test
         self.engine = engine
+        self._skip_fsync(engine)
         self.DBSession.configure(bind=engine)
 
     def dispose(self) -> None:
-        """Leave nothing open."""
+        """Close all connections."""
         self.DBSession.remove()
         self.engine.dispose()
+        if self._reader is not None:
+            self._reader.close()
 
     @property
     def sqlite(self) -> bool:
         return self.url.get_backend_name() == "sqlite"
 
     def look(self, statement: str) -> list[tuple[Any, ...]]:
-        """The rows of ``statement``, over a connection that knows no SQLAlchemy."""
+        """Return the rows of ``statement``, read without SQLAlchemy."""
         if self.sqlite:
             with sqlite3.connect(str(self.url.database), timeout=5) as connection:
                 rows = connection.execute(statement).fetchall()
             connection.close()
             return rows
-        with psycopg.connect(**self.connection_options()) as outside:
-            return outside.execute(statement.encode()).fetchall()
+        try:
+            return self._read(statement)
+        except psycopg.OperationalError:  # the server was restarted
+            return self._read(statement)
+
+    def _read(self, statement: str) -> list[tuple[Any, ...]]:
+        """Execute a statement on PostgreSQL, always over the same connection."""
+        if self._reader is None or self._reader.closed:
+            self._reader = psycopg.connect(
+                **self.connection_options(), autocommit=True, prepare_threshold=None
+            )
+        return self._reader.execute(statement.encode()).fetchall()
 
     def change(self, statements: str) -> None:
-        """Run statements of somebody else, and commit them."""
+        """Execute and commit statements on another connection."""
         with self.outside.connect() as outside:
             outside.exec_driver_sql(statements)
             outside.commit()
 
     def connection_options(self) -> dict[str, Any]:
-        """What psycopg connects with."""
+        """Return the parameters of ``psycopg.connect``."""
         url = self.url
         return {
             "host": url.query.get("host", url.host),
@@ -106,21 +131,21 @@ class Model(types.ModuleType):
         }
 
     def names(self) -> list[str]:
-        """The names of the users that are committed, in order."""
+        """Return the names of the committed users, in order."""
         return [row[0] for row in self.look("SELECT name FROM users ORDER BY id")]
 
     def texts(self) -> list[str]:
-        """The texts of the notes that are committed, in order."""
+        """Return the texts of the committed notes, in order."""
         return [row[0] for row in self.look("SELECT text FROM notes ORDER BY id")]
 
     def seed(self, *names: str) -> None:
-        """Commit users of these names, from outside of the application."""
+        """Commit users with these names, from outside of the application."""
         with Session(self.outside) as session:
             session.add_all([User(name=name) for name in names])
             session.commit()
 
     def idle_in_transaction(self) -> int:
-        """How many PostgreSQL backends are idle in transaction; none with SQLite."""
+        """Return how many PostgreSQL backends are idle in transaction, 0 for SQLite."""
         if self.sqlite:
             return 0
         return int(

@@ -1,27 +1,31 @@
-"""The claims of ``tests.servers`` on three servers, and tgstream's in the README."""
+"""The claims of ``tests.servers`` on three servers, and those of the comparison."""
 
 from __future__ import annotations
 
 import pytest
 
 from tests.comparison import expected
-from tests.comparison.__main__ import stand
+from tests.comparison.__main__ import run_app
 from tests.comparison.frameworks import FRAMEWORKS
 from tests.comparison.questions import QUESTIONS
-from tests.servers.__main__ import seen_with_tgstream
+from tests.servers.__main__ import results_with_tgstream
 from tests.servers.expected import unexpected
 
 
 @pytest.mark.parametrize("name", ["waitress", "gunicorn-gthread", "gunicorn-gevent"])
-def test_server_gives_what_is_claimed_of_it(name: str, postgresql: str) -> None:
-    """All that a client sees, and nothing is left behind."""
-    assert unexpected(name, seen_with_tgstream(name, postgresql)) == {}
+def test_server_has_the_expected_results(name: str, postgresql: str) -> None:
+    """All claims about the server are true."""
+    assert unexpected(name, results_with_tgstream(name, postgresql)) == {}
 
 
-def test_tgstream_answers_as_it_is_compared(postgresql: str) -> None:
-    """Its column of the comparison, but for what takes a second or a process each."""
+def test_comparison_has_the_expected_results_for_tgstream(postgresql: str) -> None:
+    """The fast questions have the answers of the column for tgstream."""
     slow = "Streams that wait", "Two streams in turn"
-    with stand(FRAMEWORKS["tgstream"], postgresql) as running:
-        seen = {of: look(running) for of, look in QUESTIONS.items() if of not in slow}
-    assert expected.unexpected("tgstream", seen) == {}
-    assert len(seen) == len(QUESTIONS) - len(slow)
+    with run_app(FRAMEWORKS["tgstream"], postgresql) as app:
+        answers = {
+            question: answer(app)
+            for question, answer in QUESTIONS.items()
+            if question not in slow
+        }
+    assert expected.unexpected("tgstream", answers) == {}
+    assert len(answers) == len(QUESTIONS) - len(slow)

@@ -1,4 +1,4 @@
-"""The same claims on every server: over real sockets, seen by real clients."""
+"""Streams on real servers, read by real clients over sockets."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.conftest import LiveServer
 WIRINGS = ["traced", "traced-buffered", "untraced", "debugged", "debugged-buffered"]
 DATABASES = ["sqlite", "postgresql"]
 SERVERS = ["waitress", "gunicorn-sync", "gunicorn-gthread", "gunicorn-gevent"]
-SEVERAL = [name for name in SERVERS if name != "gunicorn-sync"]  # requests at a time
+SEVERAL = [name for name in SERVERS if name != "gunicorn-sync"]  # concurrent requests
 BROKEN = (http.client.IncompleteRead, ConnectionResetError)
 
 Start = Callable[[str, str], LiveServer]
@@ -31,13 +31,13 @@ Start = Callable[[str, str], LiveServer]
 
 @pytest.fixture(scope="module")
 def start(postgresql: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
-    """Starts each server once, with its applications plugged or not."""
+    """Starts a server, with plugged applications or not. Only the last one runs."""
     servers: dict[tuple[str, str], LiveServer] = {}
 
     def start(name: str, plugged: str) -> LiveServer:
         if (name, plugged) not in servers:
             while servers:
-                servers.popitem()[1].stop()
+                servers.popitem()[1].kill()
             folder = tmp_path_factory.mktemp(name)
             urls = [f"sqlite=sqlite:///{folder}/test.db", f"postgresql={postgresql}"]
             servers[name, plugged] = LiveServer(
@@ -47,30 +47,23 @@ def start(postgresql: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
     yield start
     for server in servers.values():
-        server.stop()
+        server.kill()
 
 
 @pytest.fixture(scope="module", params=SERVERS)
 def server(request: pytest.FixtureRequest, start: Start) -> LiveServer:
-    """A server whose applications are plugged."""
+    """A server with plugged applications."""
     return start(request.param, "yes")
 
 
 @pytest.fixture(scope="module", params=SERVERS)
 def unplugged(request: pytest.FixtureRequest, start: Start) -> LiveServer:
-    """A server whose applications were made before tgstream was imported."""
+    """A server whose applications are made before tgstream is imported."""
     return start(request.param, "no")
 
 
-@pytest.fixture
-def pipe(tmp_path: Path) -> Path:
-    """A named pipe, by which client and server wait for each other."""
-    os.mkfifo(tmp_path / "pipe")
-    return tmp_path / "pipe"
-
-
 class Client:
-    """One request to a server."""
+    """A request to a server."""
 
     def __init__(self, server: LiveServer, path: str) -> None:
         self.connection = http.client.HTTPConnection("127.0.0.1", server.port, 20)
@@ -78,7 +71,7 @@ class Client:
         self.response = self.connection.getresponse()
 
     def leave(self) -> None:
-        """Go away without a farewell, as a client that crashes does."""
+        """Reset the connection, like a client that crashes."""
         linger = struct.pack("ii", 1, 0)
         assert self.response.fp is not None
         raw: Any = self.response.fp
@@ -91,7 +84,7 @@ class Client:
 
 
 def read(server: LiveServer, path: str) -> bytes:
-    """The body of a response, to its end."""
+    """Return the whole body of a response."""
     client = Client(server, path)
     try:
         return client.response.read()
@@ -100,16 +93,16 @@ def read(server: LiveServer, path: str) -> bytes:
 
 
 def curl(server: LiveServer, path: str) -> tuple[int, bytes]:
-    """What curl makes of a response: its exit status, and the data."""
+    """Read a response with curl. Return its exit code, and the body."""
     url = f"http://127.0.0.1:{server.port}{path}"
     run = subprocess.run(["curl", "-sS", "-m", "20", url], capture_output=True)
     return run.returncode, run.stdout
 
 
 def assert_settles(server: LiveServer, database: str) -> None:
-    """Soon no thread has a context, and nobody a connection.
+    """Wait until no thread has a context, and no connection is in use.
 
-    A server may tell the client of the end before it tells the application.
+    A server may end the response before it closes the application's body.
     """
     clean = {"contexts": 0, "connections": 0, "idle in transaction": 0}
     deadline = time.monotonic() + 10
@@ -122,8 +115,8 @@ def assert_settles(server: LiveServer, database: str) -> None:
     assert state == clean
 
 
-def assert_breaks(server: LiveServer, wiring: str) -> None:
-    """No client takes the failed stream for a whole one, nor sees foreign text."""
+def assert_aborted(server: LiveServer, wiring: str) -> None:
+    """Check that the failed response is incomplete, and has no error text."""
     client = Client(server, f"/{wiring}/fail")
     assert client.response.status == 200
     received = b""
@@ -136,38 +129,38 @@ def assert_breaks(server: LiveServer, wiring: str) -> None:
 
 
 @pytest.mark.parametrize("wiring", WIRINGS)
-def test_failed_stream_arrives_broken(server: LiveServer, wiring: str) -> None:
-    """Plugged, a failure after the first chunk breaks the transfer in any wiring."""
-    assert_breaks(server, wiring)
+def test_failed_stream_is_incomplete(server: LiveServer, wiring: str) -> None:
+    """An error after the first chunk aborts the transfer, with any middleware."""
+    assert_aborted(server, wiring)
 
 
 @pytest.mark.parametrize("wiring", WIRINGS)
-def test_failed_stream_arrives_broken_without_the_plug(
+def test_failed_stream_is_incomplete_without_the_plug(
     unplugged: LiveServer, wiring: str
 ) -> None:
-    """As these servers refuse a second ``start_response``, so does it unplugged; what
-    is open with servers that take it, ``test_guard`` tells."""
-    assert_breaks(unplugged, wiring)
+    """The transfer is aborted without the plug too, because these servers refuse a
+    second ``start_response``. ``test_guard`` tests servers that accept it."""
+    assert_aborted(unplugged, wiring)
 
 
 @pytest.mark.parametrize("database", DATABASES)
 def test_failed_stream_leaves_nothing(server: LiveServer, database: str) -> None:
-    """On the server, no context, no connection and no transaction is left of it."""
+    """No context, no connection and no transaction remains on the server."""
     with pytest.raises(BROKEN):
         read(server, f"/{database}/fail")
     assert_settles(server, database)
 
 
-def test_abort_before_the_first_chunk_is_a_missing_page(server: LiveServer) -> None:
-    """The client gets the 404 that the generator asked for."""
+def test_abort_before_the_first_chunk_is_an_error_page(server: LiveServer) -> None:
+    """The client gets the generator's status 404."""
     client = Client(server, "/traced/missing")
     assert client.response.status == 404
     client.close()
 
 
 @pytest.mark.parametrize("wiring", WIRINGS)
-def test_whole_stream_arrives_whole(server: LiveServer, wiring: str) -> None:
-    """What is not broken is complete."""
+def test_successful_stream_is_complete(server: LiveServer, wiring: str) -> None:
+    """The client gets the whole body and its proper end."""
     assert curl(server, f"/{wiring}/words") == (0, b"one\ntwo\n")
 
 
@@ -175,7 +168,7 @@ REFUSED = [("X-Answer", "a\nb"), ("X-Answer", "42"), ("X-Answer", "\u20ac")]
 
 
 def assert_headers_are_handled(server: LiveServer) -> None:
-    """A hop-by-hop header is dropped, any other that is refused is a server error."""
+    """Check that a hop-by-hop header is dropped, and an invalid header is an error."""
     for wiring in WIRINGS:
         late = "yes" if wiring.endswith("buffered") else ""
 
@@ -183,36 +176,38 @@ def assert_headers_are_handled(server: LiveServer) -> None:
             query = urlencode({"name": name, "value": value, "late": late})
             return f"/{wiring}/header?{query}"
 
-        got = curl(server, path("Connection", "keep-alive"))
-        assert got == (0, b"one\ntwo\n")
+        result = curl(server, path("Connection", "keep-alive"))
+        assert result == (0, b"one\ntwo\n")
         for name, value in REFUSED:
             client = Client(server, path(name, value))
             assert client.response.status == 500
             client.close()
 
 
-def test_header_that_the_server_refuses_is_no_empty_page(server: LiveServer) -> None:
-    """In any wiring, whether the controller or the generator has set it."""
+def test_rejected_header_is_a_server_error(server: LiveServer) -> None:
+    """The status is 500, whether the controller or the generator set the header."""
     assert_headers_are_handled(server)
 
 
-def test_header_that_the_server_refuses_is_no_empty_page_without_the_plug(
+def test_rejected_header_is_a_server_error_without_the_plug(
     unplugged: LiveServer,
 ) -> None:
-    """Without the error guard it is the same."""
+    """The status is 500 without the error guard too."""
     assert_headers_are_handled(unplugged)
 
 
 @pytest.mark.parametrize("plugged", ["yes", "no"])
-def test_header_that_wsgiref_refuses_is_no_empty_page(
+def test_header_rejected_by_wsgiref_is_a_server_error(
     start: Start, plugged: str
 ) -> None:
-    """wsgiref is as strict as PEP 3333 allows."""
+    """The status is 500 with wsgiref too, which is as strict as PEP 3333."""
     assert_headers_are_handled(start("wsgiref", plugged))
 
 
-def test_status_without_a_body_keeps_the_connection_intact(server: LiveServer) -> None:
-    """Two requests are pipelined, and the second response is its own."""
+def test_status_without_a_body_does_not_disturb_the_next_response(
+    server: LiveServer,
+) -> None:
+    """Of two pipelined requests, the second gets its own response."""
     for status in "204 No Content", "304 Not Modified":
         for items, expected in ("0", status[:3]), ("1", "500"):
             query = urlencode({"status": status, "items": items})
@@ -234,38 +229,38 @@ def test_status_without_a_body_keeps_the_connection_intact(server: LiveServer) -
 
 
 @pytest.mark.parametrize("wiring", WIRINGS)
-def test_first_chunk_comes_before_the_second_is_made(
+def test_first_chunk_is_sent_before_the_second_is_made(
     server: LiveServer, pipe: Path, wiring: str
 ) -> None:
-    """The client has the first chunk while the generator waits for the client."""
+    """The client receives the first chunk while the generator waits for the client."""
     client = Client(server, f"/{wiring}/wait?pipe={pipe}")
     assert client.response.read(5) == b"first"
-    go = os.open(pipe, os.O_RDWR)  # which does not wait for the other side
-    os.write(go, b"second\n")
+    writer = os.open(pipe, os.O_RDWR)  # does not block until there is a reader
+    os.write(writer, b"second\n")
     assert client.response.read() == b"second\n"
-    os.close(go)
+    os.close(writer)
     client.close()
 
 
 @pytest.mark.parametrize("database", DATABASES)
-def test_client_that_leaves_ends_the_stream(
+def test_disconnected_client_ends_the_stream(
     server: LiveServer, pipe: Path, database: str
 ) -> None:
-    """An endless stream is disconnected when its client is gone, and leaves nothing."""
-    told = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    """An endless stream ends when its client disconnects, and leaves nothing behind."""
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
     client = Client(server, f"/{database}/endless?tell={pipe}")
     assert client.response.read(1) == b"x"
     client.leave()
-    assert select.select([told], [], [], 20)[0]
-    assert os.read(told, 100) == b"disconnected"
-    os.close(told)
+    assert select.select([reader], [], [], 20)[0]
+    assert os.read(reader, 100) == b"disconnected"
+    os.close(reader)
     assert_settles(server, database)
 
 
 @pytest.mark.parametrize("database", DATABASES)
 @pytest.mark.parametrize("server", SEVERAL, indirect=True)
 def test_concurrent_streams_do_not_mix(server: LiveServer, database: str) -> None:
-    """Four streams, each chunk of which waits for the others', keep to themselves."""
+    """Four streams that wait for each other at every chunk keep their own context."""
 
     def stream_of(letter: str) -> str:
         return read(server, f"/{database}/names?of={letter}&concurrent=1").decode()

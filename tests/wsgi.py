@@ -1,4 +1,4 @@
-"""Requests in process, with more of what servers may do than users' tests need."""
+"""Requests in process, with more of a server's freedom than ``tgstream.testing``."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ App = Callable[..., Any]
 
 
 class Call(OpenStream):
-    """One request to a WSGI application, whose body is pulled by the test.
+    """A request to a WSGI application. The test pulls its body.
 
-    :param app: the application; it is called at once.
-    :param checked: whether ``wsgiref.validate`` stands between; it wants a close().
-    :param lenient: whether a second ``start_response`` is taken, against PEP 3333, as
-        granian, hypercorn and a2wsgi do.
+    :param app: the application, which is called at once.
+    :param checked: whether ``wsgiref.validate`` checks the request. It requires a call
+        of ``close()``.
+    :param lenient: whether a second ``start_response`` is accepted, against PEP 3333,
+        like by granian, hypercorn and a2wsgi.
     """
 
     text = ""
@@ -49,33 +50,33 @@ class Call(OpenStream):
         if self.lenient and exc_info is None:
             self.status = ""
         write = super()._start_response(status, headers, exc_info)
-        self.starts += 1  # of those that were not refused
+        self.starts += 1  # accepted calls
         return write
 
     @property
     def cookies(self) -> list[str]:
-        """The cookies that are set."""
+        """The ``Set-Cookie`` headers."""
         return list(self.headers.getall("Set-Cookie"))
 
     def read(self) -> bytes:
-        """The rest of the body; closed, as a server does, whatever happens."""
+        """Return the rest of the body, and close it in any case, like a server."""
         try:
             return super().read()
         finally:
             self.close()
 
     def close(self) -> None:
-        """Close the body, also before its first chunk was taken, and again."""
+        """Close the body. It may be unread, or already closed."""
         if hasattr(self.body, "close"):
             self.body.close()
 
     def drop(self) -> None:
-        """Let go of the body without closing it, as some servers do."""
+        """Drop the body without closing it, like some servers."""
         self.abandon()
 
 
 def get(app: App, path: str = "/", **environ: Any) -> Call:
-    """A request that is read to its end."""
+    """Make a request, and read the body to its end."""
     call = Call(app, path, **environ)
     call.text = call.read().decode()
     return call

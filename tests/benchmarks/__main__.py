@@ -1,6 +1,6 @@
-"""Prints what tgstream costs over plain TurboGears2: ``python -m tests.benchmarks``.
+"""Measure what tgstream costs over plain TurboGears2: ``python -m tests.benchmarks``.
 
-Exit code 1 tells that a target is missed.
+The exit code is 1 if a limit is exceeded.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from . import (
     gather,
     live,
     pull,
+    request,
     servers,
     untouched,
 )
@@ -33,13 +34,14 @@ Question = Callable[[], list[Result]]
 
 
 def questions(folder: Path, stack: ExitStack, quick: bool) -> dict[str, Question]:
-    """What can be asked, by the names of the modules."""
+    """Return the questions by name. The names are those of the modules."""
     pairs = cache(lambda: make_pairs(folder))
     rows = exports.MILLION // 10 if quick else exports.MILLION
     urls = cache(lambda: stack.enter_context(databases(folder, rows)))
     return {
         "pull": lambda: pull.run(*pairs(), quick),
         "first_chunk": lambda: first_chunk.run(*pairs(), quick),
+        "request": lambda: request.run(*pairs(), quick),
         "servers": lambda: servers.run(folder, quick),
         "untouched": lambda: untouched.run(folder, quick),
         "gather": lambda: gather.run(quick),
@@ -51,26 +53,27 @@ def questions(folder: Path, stack: ExitStack, quick: bool) -> dict[str, Question
 
 def main() -> int:
     parser = argparse.ArgumentParser("tests.benchmarks", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="shorter, and noisier")
-    parser.add_argument("question", nargs="*", help="names of modules; default: all")
-    picture = (
-        "draw one export, done in four ways; nothing else is asked but by its name"
-    )
+    parser.add_argument("--quick", action="store_true", help="run shorter and noisier")
+    parser.add_argument("question", nargs="*", help="a module's name. Default: all")
+    picture = "draw one export, made in four ways. Runs only the questions you name"
     parser.add_argument("--chart", metavar="FILE.svg", type=Path, help=picture)
     options = parser.parse_args()
     logging.disable(logging.CRITICAL)
     results: list[Result] = []
     with TemporaryDirectory() as name, ExitStack() as stack:
-        asked = questions(Path(name), stack, options.quick)
-        if unknown := set(options.question) - asked.keys():
-            parser.error(f"no question: {', '.join(unknown)}; ask {', '.join(asked)}")
-        wanted = options.question or ([] if options.chart else [*asked])
+        available = questions(Path(name), stack, options.quick)
+        if unknown := set(options.question) - available.keys():
+            parser.error(
+                f"unknown question: {', '.join(unknown)}. "
+                f"Choose from {', '.join(available)}"
+            )
+        chosen = options.question or ([] if options.chart else [*available])
         if options.chart:
             results += chart.run(Path(name), options.chart, options.quick)
-        # In this order: who comes first may need tgstream not to be imported.
-        for question, answer in asked.items():
-            if question in wanted:
-                results += answer()
+        # Keep this order: the first questions must run before tgstream is imported.
+        for question, measure in available.items():
+            if question in chosen:
+                results += measure()
     print(table(results))
     return 0 if all(result.passed for result in results) else 1
 

@@ -1,7 +1,7 @@
-"""The applications that are compared: plain TurboGears2, and the same with tgstream.
+"""The two applications that are compared: plain TurboGears2, and with tgstream.
 
-Rule: nothing here imports tgstream before an application asks for it, so that a
-process can stay without.
+This module imports tgstream only to make the application with tgstream, so that a
+process can measure plain TurboGears2 alone.
 """
 
 from __future__ import annotations
@@ -14,12 +14,14 @@ from tempfile import mkdtemp
 from typing import Any, NamedTuple
 from wsgiref.util import setup_testing_defaults
 
-from tg import FullStackApplicationConfigurator, TGController, expose
+from tg import TGController, expose
 
+from tests.application import Plug, database_options, make_wsgi_app
 from tests.model import Model
 
 App = Callable[..., Any]
 BLOCK = 65536
+NO_DATABASE = {"tm.enabled": False}
 
 
 def endless() -> Iterator[bytes]:
@@ -31,9 +33,14 @@ def one() -> Iterator[bytes]:
     yield b"x"
 
 
+def two() -> Iterator[bytes]:
+    yield b"x"
+    yield b"x"
+
+
 def blocks(count: int) -> Iterator[bytes]:
     for _ in range(count):
-        yield bytes(BLOCK)  # a new one each time: what is kept would be seen
+        yield bytes(BLOCK)  # a new object each time, so that a leak shows in the memory
 
 
 def lines(count: int) -> Iterator[bytes]:
@@ -42,7 +49,7 @@ def lines(count: int) -> Iterator[bytes]:
 
 
 def make_root(stream: Callable[[Any], Any]) -> TGController:
-    """The controllers, decorated with ``stream``."""
+    """Return a root controller whose streams are decorated with ``stream``."""
 
     class RootController(TGController):
         @expose(content_type="application/octet-stream")
@@ -57,6 +64,11 @@ def make_root(stream: Callable[[Any], Any]) -> TGController:
 
         @expose(content_type="application/octet-stream")
         @stream
+        def two(self) -> Any:
+            return two()
+
+        @expose(content_type="application/octet-stream")
+        @stream
         def blocks(self, count: str) -> Any:
             return blocks(int(count))
 
@@ -67,70 +79,53 @@ def make_root(stream: Callable[[Any], Any]) -> TGController:
 
         @expose(content_type="text/plain")
         def page(self) -> str:
-            return "A page that is no stream."
+            return "An ordinary page."
 
     return RootController()
 
 
 def make_app(tgstream: bool, folder: Path | None) -> App:
-    """An application of TG's full stack.
+    """Return an application of TG's full stack.
 
-    :param tgstream: whether its controllers stream with tgstream, and it is plugged.
-    :param folder: where to make its database; without, it has no transactions either.
+    :param tgstream: whether the application uses tgstream, with its plug.
+    :param folder: a folder for its database. Without a folder the application has
+        neither a database nor transactions.
     """
-    configurator = FullStackApplicationConfigurator()
-    stream: Callable[[Any], Any] = lambda function: function  # noqa: E731
-    if tgstream:
-        import tgstream as library
+    options = NO_DATABASE if folder is None else database(folder)
+    if not tgstream:
+        return configure(make_root(lambda function: function), options)
+    from tgstream import plugme, stream
 
-        library.plugme(configurator)
-        stream = library.stream
-    options = {"tm.enabled": False} if folder is None else database(folder)
-    return configure(make_root(stream), options, configurator)
+    return configure(make_root(stream), options, plugme)
 
 
 def configure(
-    root: TGController,
-    options: dict[str, Any],
-    configurator: Any = None,
+    root: TGController, options: dict[str, Any], plug: Plug | None = None
 ) -> App:
-    """An application of TG's full stack, with ``root`` and with no error pages."""
-    configurator = configurator or FullStackApplicationConfigurator()
-    configurator.update_blueprint(
-        {
-            "root_controller": root,
-            "renderers": ["json"],
-            "default_renderer": "json",
-            "errorpage.enabled": False,
-            "app_globals": Nothing,
-            "helpers": Nothing,
-            **options,
-        }
-    )
-    app: App = configurator.make_wsgi_app({}, {})
+    """Return an application with ``root``, and with TG's translations.
+
+    :param plug: plugs tgstream, in an application that uses it.
+    """
+    defaults = {"root_controller": root, "i18n.enabled": True}
+    app: App = make_wsgi_app({**defaults, **options}, plug)
     return app
 
 
-class Nothing:
-    """What ``tg.app_globals`` and a template's ``h`` are."""
-
-
 def database(folder: Path) -> dict[str, Any]:
-    """What an application with a database has in its configuration."""
-    url = f"sqlite:///{mkdtemp(dir=folder)}/benchmark.db"
-    return {"use_sqlalchemy": True, "sqlalchemy.url": url, "model": Model(url)}
+    """Return the options of an application with a new database in ``folder``."""
+    return database_options(Model(f"sqlite:///{mkdtemp(dir=folder)}/benchmark.db"))
 
 
 class Pair(NamedTuple):
-    """The same application both ways, in this process."""
+    """The same application with and without tgstream, in this process."""
 
     plain: App
     tgstream: App
 
 
 def make_pairs(folder: Path) -> tuple[Pair, Pair]:
-    """The application with a database in ``folder``, and without any."""
-    # Plain first: an application made before tgstream is imported has no guard.
+    """Return the applications with a database in ``folder``, and without a database."""
+    # First the plain ones: an application made before the import has no error guard.
     assert "tgstream" not in sys.modules
     with_database, without = make_app(False, folder), make_app(False, None)
     return (
@@ -140,11 +135,11 @@ def make_pairs(folder: Path) -> tuple[Pair, Pair]:
 
 
 def environ(path: str) -> dict[str, Any]:
-    """The environment of a request, as small as a server may make it."""
-    made: dict[str, Any] = {"PATH_INFO": path, "wsgi.errors": io.StringIO()}
-    setup_testing_defaults(made)
-    return made
+    """Return the smallest WSGI environment of a request."""
+    variables: dict[str, Any] = {"PATH_INFO": path, "wsgi.errors": io.StringIO()}
+    setup_testing_defaults(variables)
+    return variables
 
 
 def start_response(*args: Any) -> None:
-    """What a server would do with the headers: here nothing."""
+    """Ignore the status and the headers."""

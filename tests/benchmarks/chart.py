@@ -1,7 +1,7 @@
-"""A picture of one export: the server's memory while it runs, and its first byte.
+"""Draw one export: the server's memory while it runs, and the time to the first byte.
 
-Rule: each export has a server of its own, so that none finds memory that another has
-left; and what any first request loads is loaded, for it has exported a few rows before.
+Each export has its own server, so that no export reuses the memory of another. Each
+server first exports a few rows, so that lazy imports are not measured.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ import sqlalchemy as sa
 from .exports import APPS, HAND, LIST, MILLION, PLAIN, ROWS, Group
 from .measure import Result, in_turn, ratio
 from .people import fill, people, person
-from .servers import MIB, REQUEST, Server
+from .servers import MIB, REQUEST, Server, resident
 
-WAYS = {  # in the colours of Okabe and Ito, which everybody tells apart
+WAYS = {  # the colours of Okabe and Ito, which colour-blind readers can distinguish
     LIST: "#d55e00",
     PLAIN: "#0072b2",
     HAND: "#cc79a7",
@@ -29,13 +29,13 @@ WAYS = {  # in the colours of Okabe and Ito, which everybody tells apart
 }
 FEW = 1000
 INTERVAL = 0.02
-"""Seconds between two looks at the memory."""
+"""Seconds between two measurements of the memory."""
 
 
 class Trace(NamedTuple):
-    """An export as its client sees it, in seconds from the request on."""
+    """An export as its client sees it. Times are seconds since the request."""
 
-    memory: list[tuple[float, float]]  # when, and the MiB that the server has grown by
+    memory: list[tuple[float, float]]  # times, each with the server's growth in MiB
     first: float
     last: float
 
@@ -45,9 +45,9 @@ class Trace(NamedTuple):
 
 
 def trace(engine: sa.Engine, way: str, rows: int) -> Trace:
-    """Export the many once, from a server that has exported the few before.
+    """Export the large table from a server that has exported the small table before.
 
-    :raises RuntimeError: when the response has not as many rows as there are.
+    :raises RuntimeError: if the response does not have all rows.
     """
     url = str(engine.url)
     path = Group("SQLite", url, "gthread", "CSV").path(way)
@@ -62,7 +62,7 @@ def trace(engine: sa.Engine, way: str, rows: int) -> Trace:
 
 
 def make_tables(url: str, rows: int) -> sa.Engine:
-    """A database whose ``people`` are few, with the many beside them."""
+    """Return a database with a small table ``people`` and a large table ``beside``."""
     fill(url, rows)
     engine = sa.create_engine(url, poolclass=sa.NullPool)
     with engine.begin() as connection:
@@ -73,21 +73,17 @@ def make_tables(url: str, rows: int) -> sa.Engine:
 
 
 def swap(engine: sa.Engine) -> None:
-    """Let ``people`` be the others."""
+    """Exchange the names of the tables ``people`` and ``beside``."""
     with engine.begin() as connection:
         for old, new in ("people", "away"), ("beside", "people"), ("away", "beside"):
             connection.execute(sa.text(f"ALTER TABLE {old} RENAME TO {new}"))
 
 
 def read(server: Server, path: str, rows: int) -> Trace:
-    """Read a response as fast as it comes, and look at the server meanwhile."""
+    """Read a response as fast as possible, and measure the server's memory."""
     processes = server.processes
-
-    def held() -> float:
-        return float(sum(each.memory_info().rss for each in processes) / MIB)
-
     buffer = bytearray(MIB)
-    before, first, found = held(), 0.0, 0
+    before, first, found = resident(processes), 0.0, 0
     memory = [(0.0, 0.0)]
     start = perf_counter()
     with socket.create_connection(("127.0.0.1", server.port)) as connection:
@@ -103,14 +99,14 @@ def read(server: Server, path: str, rows: int) -> Trace:
                 pass
             now = perf_counter() - start
             if now - memory[-1][0] >= INTERVAL or not count:
-                memory.append((now, held() - before))
+                memory.append((now, resident(processes) - before))
     if found != rows:
-        raise RuntimeError(f"{path} has {found} rows of {rows}")
+        raise RuntimeError(f"{path} sent {found} of {rows} rows")
     return Trace(memory, first, memory[-1][0])
 
 
 def run(folder: Path, file: Path, quick: bool) -> list[Result]:
-    """Measure at three sizes, draw it into ``file``, and tell the figures."""
+    """Measure three sizes, draw them into ``file``, and return the figures."""
     largest = MILLION // 10 if quick else MILLION
     traces: dict[int, dict[str, list[Trace]]] = {}
     for rows in (largest // 100, largest // 10, largest):
@@ -126,11 +122,12 @@ def run(folder: Path, file: Path, quick: bool) -> list[Result]:
 
 
 def results(rows: int, measured: dict[str, list[Trace]]) -> Iterator[Result]:
-    """What is drawn, in figures; beside is the first byte of a list."""
-    listed = [each.first for each in measured[LIST]]
+    """Yield the drawn figures. Each is compared with the first byte of a list."""
+    listed = [trace.first for trace in measured[LIST]]
     for way, traces in measured.items():
-        highest = max(each.highest for each in traces)
-        first, last = [e.first for e in traces], median(e.last for e in traces)
+        highest = max(trace.highest for trace in traces)
+        first = [trace.first for trace in traces]
+        last = median(trace.last for trace in traces)
         yield Result(
             f"{rows:,} rows: {name(way)}",
             f"{median(listed) * 1000:.0f} ms",
@@ -141,20 +138,20 @@ def results(rows: int, measured: dict[str, list[Trace]]) -> Iterator[Result]:
 
 
 def name(way: str) -> str:
-    """Without how it makes JSON, which nothing here is."""
+    """Return the name without its note about JSON, which is not drawn."""
     return way.partition(":")[0]
 
 
 def middle(traces: list[Trace]) -> Trace:
-    """The one whose time is the median."""
-    return sorted(traces, key=lambda each: each.last)[len(traces) // 2]
+    """Return the trace whose time is the median."""
+    return sorted(traces, key=lambda trace: trace.last)[len(traces) // 2]
 
 
 # The picture.
 
 
 def draw(traces: dict[int, dict[str, list[Trace]]], file: Path) -> None:
-    """Both axes on one white card, which dark pages show as it is."""
+    """Draw both diagrams on a white background, for pages in dark colours too."""
     import matplotlib as mpl
 
     mpl.use("svg")
@@ -182,31 +179,34 @@ def draw(traces: dict[int, dict[str, list[Trace]]], file: Path) -> None:
 
 
 def draw_memory(axes: Any, rows: int, measured: dict[str, list[Trace]]) -> None:
-    """What the server has grown by, from the request to the last byte."""
+    """Draw the server's growth, from the request to the last byte."""
     axes.set_title(f"CSV of {rows:,} rows: memory of the server", loc="left")
     axes.set_xlabel(
         "seconds since the request; a dot is the first byte, a bar the last"
     )
     axes.set_ylabel("MiB more than before it")
     for way, colour in WAYS.items():
-        one = middle(measured[way])
-        axes.plot(*zip(*one.memory, strict=True), color=colour, linewidth=2)
-        at = next(grown for when, grown in one.memory if when >= one.first)
-        end = one.last, max(0, one.memory[-1][1])
-        axes.plot(one.first, at, "o", color=colour, markersize=7, clip_on=False)
+        drawn = middle(measured[way])
+        axes.plot(*zip(*drawn.memory, strict=True), color=colour, linewidth=2)
+        at = next(grown for time, grown in drawn.memory if time >= drawn.first)
+        end = drawn.last, max(0, drawn.memory[-1][1])
+        axes.plot(drawn.first, at, "o", color=colour, markersize=7, clip_on=False)
         axes.plot(*end, "|", color=colour, markersize=16, markeredgewidth=2)
         beside = {"xytext": (5, 2), "textcoords": "offset points", "weight": "bold"}
-        axes.annotate(f"{one.last:.1f} s", end, color=colour, **beside)
-    axes.set_xlim(0, 1.15 * max(middle(each).last for each in measured.values()))
+        axes.annotate(f"{drawn.last:.1f} s", end, color=colour, **beside)
+    axes.set_xlim(0, 1.15 * max(middle(ways).last for ways in measured.values()))
     axes.set_ylim(bottom=0)
 
 
 def draw_first_bytes(axes: Any, traces: dict[int, dict[str, list[Trace]]]) -> None:
-    """How long a client waits for it, by how much there is."""
+    """Draw the time to the first byte by the number of rows."""
     axes.set_title("time to the first byte", loc="left")
     axes.set_xlabel("rows")
     for way, colour in WAYS.items():
-        first = [median(e.first for e in each[way]) for each in traces.values()]
+        first = [
+            median(trace.first for trace in measured[way])
+            for measured in traces.values()
+        ]
         axes.plot([*traces], first, "o-", color=colour, linewidth=2, label=name(way))
     axes.set_xscale("log")
     axes.set_yscale("log")

@@ -1,4 +1,4 @@
-"""How Python's garbage collector is set in a server, while its streams are open."""
+"""Set Python's garbage collector in a server while its streams are open."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _thresholds = gc.get_threshold()
 
 
 def set_collector(how: str) -> None:
-    """Set it ``how``: as Python begins, with all there is frozen, or rarely run."""
+    """Set the collector to Python's default, to frozen objects, or to rare runs."""
     gc.unfreeze()
     gc.set_threshold(*(THRESHOLDS if how == RARE else _thresholds))
     if how == FROZEN:

@@ -1,7 +1,7 @@
-"""What does an export cost in process, beside what the driver can do at best?
+"""How much does an export cost in process, compared with the bare driver?
 
-The whole stack of TurboGears2 is called, and its body read; beside it, the driver's own
-cursor with a ``csv.writer``, and ``psql``.
+The measured export calls the whole stack of TurboGears2 and reads the body. It is
+compared with the driver's cursor and a ``csv.writer``, and with ``psql``.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ COPY = f"COPY ({SQL}) TO STDOUT (FORMAT csv, HEADER true)"
 
 
 def timed(work: Callable[[], Any]) -> Measure:
-    """The seconds that ``work`` takes, of everybody's."""
+    """Return a measure of the seconds on the clock that ``work`` takes."""
 
     def measure() -> float:
         start = perf_counter()
@@ -40,7 +40,7 @@ def timed(work: Callable[[], Any]) -> Measure:
 
 
 def pull(app: App, path: str) -> int:
-    """Call the application, and read all that it answers with."""
+    """Call the application and read the whole body. Return its size."""
     body = app(environ(path), start_response)
     size = sum(map(len, body))
     body.close()
@@ -48,7 +48,7 @@ def pull(app: App, path: str) -> int:
 
 
 def write(cursor: Any) -> int:
-    """Make CSV of what a driver's cursor gives, in blocks of bytes."""
+    """Convert the rows of a driver's cursor to CSV. Return the size."""
     file = io.StringIO(newline="")
     writer = csv.writer(file)
     writer.writerow(FIELDS)
@@ -71,7 +71,7 @@ def sqlite(url: sa.URL) -> int:
 def postgresql(url: sa.URL) -> int:
     with (
         psycopg.connect(host=str(url.query["host"]), user=url.username) as connection,
-        connection.cursor("everybody") as cursor,  # at the server: not all in memory
+        connection.cursor("everybody") as cursor,  # named, so it stays at the server
     ):
         cursor.execute(SQL.encode())
         return write(cursor)
@@ -98,7 +98,7 @@ def psql(url: sa.URL) -> None:
 
 
 def run(urls: dict[str, str], quick: bool) -> list[Result]:
-    """CSV, NDJSON and ``copy()``, each beside what it is held against."""
+    """Measure CSV, NDJSON and ``copy()``."""
     results = []
     for database, url in urls.items():
         results += measure(database, sa.make_url(url), 5 if quick else 11)
@@ -115,13 +115,13 @@ def measure(database: str, url: sa.URL, rounds: int) -> list[Result]:
         "CSV": partial(pull, app, "/csv"),
         "NDJSON": partial(pull, app, "/ndjson"),
     }
-    asked = [
+    compared = [
         ("CSV", BARE, 1.2 if at_server else 1.4),
         ("NDJSON", BARE, 0.9),
     ]
     if at_server:
         ways |= {PSQL: partial(psql, url), "copy()": partial(pull, app, "/csv_copy")}
-        asked.append(("copy()", PSQL, 1.5))
+        compared.append(("copy()", PSQL, 1.5))
     seconds = in_turn(rounds, {way: timed(work) for way, work in ways.items()})
     return [
         Result(
@@ -131,5 +131,5 @@ def measure(database: str, url: sa.URL, rounds: int) -> list[Result]:
             ratio(seconds[way], seconds[beside]),
             limit,
         )
-        for way, beside, limit in asked
+        for way, beside, limit in compared
     ]

@@ -1,6 +1,6 @@
-"""How fast, and how lean, is an export of a whole table over a real socket?
+"""How fast is an export of a whole table over a socket, and what memory does it use?
 
-Rule: the client only counts; what it measures is the server's.
+The client only counts rows, so that the server is the slower side.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from time import perf_counter
 from typing import NamedTuple
 
 from .measure import Result, in_turn, ratio, table
-from .servers import MIB, REQUEST, Server
+from .servers import MIB, REQUEST, Server, resident
 
 PLAIN, LIST = "plain TG2, a generator", "plain TG2, a list"
 HAND = "plain TG2, by hand: blocks, orjson"
@@ -33,7 +33,7 @@ APPS = {
 }
 PATHS = {LIST: "_list", HAND: "_by_hand", COPY: "_copy"}
 FORMATS = {"CSV": "csv", "NDJSON": "ndjson", "JSONArray": "json"}
-TIMES = {  # as fast as a plain generator that yields a row, at least
+TIMES = {  # how many times faster than a plain generator that yields rows, at least
     "waitress": {"CSV": 4.5, "NDJSON": 10, "JSONArray": 10},
     "gthread": {"CSV": 2.8, "NDJSON": 5.5, "JSONArray": 5.5},
 }
@@ -41,57 +41,56 @@ MILLION = 1_000_000
 
 
 class Reading(NamedTuple):
-    """What a client has seen of an export."""
+    """One export, as its client measured it."""
 
     seconds: float
     first: float  # seconds until the first byte
-    grown: float  # MiB, what the server held at most, over what it had held before
+    grown: float  # MiB of the server's highest memory over its memory before
 
 
 def read(server: Server, path: str, rows: int) -> Reading:
-    """Read an export as fast as it comes.
+    """Read an export as fast as possible.
 
-    A stream grows from its first byte on; a list, which has grown by then, before it.
+    The growth of a stream counts from its first byte. The growth of a list counts from
+    the request, because a list has grown before its first byte.
 
-    :raises RuntimeError: when it has not as many rows as there are.
+    :raises RuntimeError: if the response does not have all rows.
     """
     processes = server.processes
-
-    def held() -> float:
-        return float(sum(each.memory_info().rss for each in processes) / MIB)
-
     buffer = bytearray(MIB)
-    before = highest = held()
+    before = resident(processes)
+    highest = before
     found = unseen = 0
     first = 0.0
     start = perf_counter()
     with socket.create_connection(("127.0.0.1", server.port)) as connection:
-        connection.settimeout(0.02)  # to look at the memory while nothing comes
+        connection.settimeout(0.02)  # to measure the memory during pauses
         connection.sendall(f"GET {path} {REQUEST}".encode())
         while True:
             try:
                 count = connection.recv_into(buffer)
             except TimeoutError:
-                highest = max(highest, held())
+                highest = max(highest, resident(processes))
                 continue
             if not count:
                 break
             if not first:
                 first = perf_counter() - start
                 if not path.endswith("_list"):
-                    before = highest = held()
+                    before = resident(processes)
+                    highest = before
             found += buffer.count(b"@", 0, count)
             unseen += count
             if unseen > 4 * MIB:
-                unseen, highest = 0, max(highest, held())
+                unseen, highest = 0, max(highest, resident(processes))
     seconds = perf_counter() - start
     if found != rows:
-        raise RuntimeError(f"{path} has {found} rows of {rows}")
-    return Reading(seconds, first, max(highest, held()) - before)
+        raise RuntimeError(f"{path} sent {found} of {rows} rows")
+    return Reading(seconds, first, max(highest, resident(processes)) - before)
 
 
 class Group(NamedTuple):
-    """What is compared with each other: the same rows, database and format."""
+    """The exports that are compared: the same rows, database, server and format."""
 
     database: str
     url: str
@@ -99,12 +98,12 @@ class Group(NamedTuple):
     format: str
 
     def ways(self) -> Iterator[str]:
-        """Who exports; the others are compared with the first."""
+        """Yield the ways to export. The first is the one to compare with."""
         yield from (PLAIN, LIST, HAND, ROWS)
         if self.format == "CSV" and self.database == "PostgreSQL":
             yield COPY
         if self.database == "SQLite" and self.format != "JSONArray":
-            # Of them one database, and JSON in one form, tells all there is to tell.
+            # For other frameworks, one database and one JSON format are enough.
             yield from ("Flask", "Django")
             if self.server == "waitress":
                 yield "Starlette on uvicorn"
@@ -113,34 +112,43 @@ class Group(NamedTuple):
         return f"/{FORMATS[self.format]}" + PATHS.get(way, "")
 
     def measure(self, rounds: int, rows: int) -> dict[str, list[Reading]]:
-        """Export in every way, each from a server of its own, in turn."""
+        """Export in every way in turn, each way from its own server."""
         with ExitStack() as stack:
             readings = in_turn(
                 rounds,
-                {w: self.reader(stack, w, self.server, rows) for w in self.ways()},
+                {
+                    way: self.reader(stack, way, self.server, rows)
+                    for way in self.ways()
+                },
             )
         if self.server == "waitress":
             for way in STREAMS & readings.keys():
                 with ExitStack() as stack:
                     grown = self.reader(stack, way, "unbuffered", rows)().grown
-                readings[way] = [each._replace(grown=grown) for each in readings[way]]
+                readings[way] = [
+                    reading._replace(grown=grown) for reading in readings[way]
+                ]
         return readings
 
     def reader(
         self, stack: ExitStack, way: str, server: str, rows: int
     ) -> Callable[[], Reading]:
-        """Start a server, until ``stack`` is left; what reads an export from it."""
+        """Start a server, and return a function that reads an export from it.
+
+        The server stops when ``stack`` closes.
+        """
         name = "uvicorn" if way.startswith("Starlette") else server
         started = Server(name, APPS[way], self.url)
         stack.callback(started.stop)
-        started.read("/nothing", 1)  # what any first request loads
+        started.read("/nothing", 1)  # the first request imports modules
         return partial(read, started, self.path(way), rows)
 
     def results(self, readings: dict[str, list[Reading]], rows: int) -> list[Result]:
-        """The lines of the table, held against what is asked for."""
+        """Return the lines of the table, with their limits."""
         what = f"{self.format}, {self.database}, {self.server}: "
         speed = {
-            way: [rows / e.seconds for e in seen] for way, seen in readings.items()
+            way: [rows / reading.seconds for reading in seen]
+            for way, seen in readings.items()
         }
         limits = {ROWS: TIMES[self.server][self.format]}
         results = [
@@ -156,26 +164,34 @@ class Group(NamedTuple):
         ]
         if COPY in readings:
             times = ratio(speed[COPY], speed[ROWS])
-            both = thousands(speed[ROWS]), thousands(speed[COPY])
             results.append(
-                Result(f"{what}copy(), rows() beside", *both, times, 2, at_least=True)
+                Result(
+                    f"{what}copy(), rows() beside",
+                    thousands(speed[ROWS]),
+                    thousands(speed[COPY]),
+                    times,
+                    2,
+                    at_least=True,
+                )
             )
         for way in sorted(STREAMS & readings.keys(), reverse=True):
-            results += lean(
+            results += compare_with_list(
                 f"{what}{way}, a list beside", readings[LIST], readings[way], rows
             )
         return results
 
 
-def lean(
+def compare_with_list(
     what: str, listed: list[Reading], streamed: list[Reading], rows: int
 ) -> Iterator[Result]:
-    """What is asked for of memory and of the first byte."""
-    highest, grown = (max(e.grown for e in seen) for seen in (listed, streamed))
+    """Yield the lines about memory and the first byte."""
+    highest = max(reading.grown for reading in listed)
+    grown = max(reading.grown for reading in streamed)
     yield Result(
         f"{what}: growth", f"{highest:.0f} MiB", f"{grown:.1f} MiB", grown, 10, "MiB"
     )
-    late, first = ([e.first for e in seen] for seen in (listed, streamed))
+    late = [reading.first for reading in listed]
+    first = [reading.first for reading in streamed]
     yield Result(
         f"{what}: first byte",
         f"{median(late) * 1000:.0f} ms",
@@ -190,13 +206,14 @@ def thousands(speeds: list[float]) -> str:
 
 
 def run(urls: dict[str, str], rows: int, quick: bool) -> list[Result]:
-    """Every database, server and format."""
+    """Measure every database, server and format."""
     results = []
     for database, url in urls.items():
         for server in TIMES:
             for format in FORMATS:
                 group = Group(database, url, server, format)
                 readings = group.measure(2 if quick else 3, rows)
-                results += (found := group.results(readings, rows))
-                print(table(found), file=sys.stderr)  # all of them take their time
+                measured = group.results(readings, rows)
+                print(table(measured), file=sys.stderr)  # progress: all take long
+                results += measured
     return results

@@ -1,4 +1,4 @@
-"""How much later than plain TurboGears2's does the first chunk of a stream come?"""
+"""How much does tgstream delay the first chunk of a stream?"""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .measure import Measure, Result, compare, interleave
 
 
 def starter(app: App, count: int) -> Measure:
-    """The CPU microseconds from the call of the application to the first chunk."""
+    """Measure CPU microseconds, from the call of the application to the first chunk."""
 
     def measure() -> float:
         seconds = 0.0
@@ -18,7 +18,7 @@ def starter(app: App, count: int) -> Measure:
             environment = environ("/one")
             start = process_time()
             body = app(environment, start_response)
-            chunks = iter(body)  # held: to drop it here were to measure the end too
+            chunks = iter(body)  # a name keeps it alive: its end must not be measured
             next(chunks)
             seconds += process_time() - start
             body.close()
@@ -28,7 +28,7 @@ def starter(app: App, count: int) -> Measure:
 
 
 def run(with_database: Pair, without: Pair, quick: bool) -> list[Result]:
-    """With a database configured that is not touched; with Python's gc and without."""
+    """Compare with a database that no request touches, with Python's gc and without."""
     rounds, count = (7, 300) if quick else (25, 800)
     measures = (
         starter(with_database.plain, count),

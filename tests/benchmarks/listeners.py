@@ -1,4 +1,4 @@
-"""Clients of a live stream, thousands in one process, which note when they hear."""
+"""Thousands of clients of a live stream in one process, which measure delays."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ from contextlib import ExitStack
 
 from .servers import REQUEST
 
-WAVE = 50  # connections that are opened at once: a server's backlog is bounded
+WAVE = 50
+"""Connections that are opened at once, because a server's backlog is limited."""
 PATIENCE = 30.0
+"""Seconds until a missing answer is an error."""
 
 
 class Listeners:
-    """Open connections to ``/listen`` of one server."""
+    """Connections to ``/listen`` of one server."""
 
     def __init__(self, port: int) -> None:
         self._address = "127.0.0.1", port
@@ -24,24 +26,25 @@ class Listeners:
     def __len__(self) -> int:
         return len(self._sockets)
 
-    def _ask(self, path: str) -> socket.socket:
+    def _request(self, path: str) -> socket.socket:
         connection = socket.create_connection(self._address, PATIENCE)
         connection.sendall(f"GET {path} {REQUEST}".encode())
         return connection
 
     def get(self, path: str) -> None:
-        """Ask for a page, and wait until it is there."""
-        with self._ask(path) as connection:
+        """Request a page and read it."""
+        with self._request(path) as connection:
             answer = connection.recv(4096)
             while more := connection.recv(4096):
                 answer += more
         if not answer.startswith(b"HTTP/1.1 200"):
-            raise RuntimeError(f"{path} is answered with {answer[:200]!r}")
+            raise RuntimeError(f"unexpected response of {path}: {answer[:200]!r}")
 
     def open(self, count: int) -> None:
-        """Have so many listeners, each of which has had its first comment."""
+        """Open ``count`` connections, and wait for the first comment of each."""
         while len(self) < count:
-            wave = [self._ask("/listen") for _ in range(min(WAVE, count - len(self)))]
+            size = min(WAVE, count - len(self))
+            wave = [self._request("/listen") for _ in range(size)]
             for connection in wave:
                 answer = b""
                 while b": open" not in answer:
@@ -52,10 +55,10 @@ class Listeners:
                 self._epoll.register(connection, select.EPOLLIN)
                 self._sockets[connection.fileno()] = connection
 
-    def hear(self, events: int) -> list[float]:
-        """Have one published each second; the seconds that each delivery took.
+    def receive(self, events: int) -> list[float]:
+        """Publish an event each second. Return the sorted delays, in seconds.
 
-        :raises RuntimeError: when not every listener has heard every event in time.
+        :raises RuntimeError: if not every client receives every event in time.
         """
         delays: list[float] = []
         expected, published = events * len(self), 0
@@ -64,14 +67,14 @@ class Listeners:
             while len(delays) < expected:
                 now = time.monotonic()
                 if now > begun + events + PATIENCE:
-                    raise RuntimeError(f"heard {len(delays)} events of {expected}")
+                    raise RuntimeError(f"received {len(delays)} of {expected} events")
                 due = begun + published - now if published < events else 1.0
                 if due <= 0:
-                    stack.enter_context(self._ask("/publish"))
+                    stack.enter_context(self._request("/publish"))
                     published += 1
                     continue
                 for number, _ in self._epoll.poll(due):
-                    heard(self._sockets[number], delays)
+                    note_delays(self._sockets[number], delays)
         return sorted(delays)
 
     def close(self) -> None:
@@ -80,13 +83,13 @@ class Listeners:
             connection.close()
 
 
-def heard(connection: socket.socket, delays: list[float]) -> None:
-    """Note the delay of each event that has come; it says when it was published."""
+def note_delays(connection: socket.socket, delays: list[float]) -> None:
+    """Add the delay of each received event, whose data is its publication time."""
     if not (received := connection.recv(4096)):
-        raise RuntimeError("a listener was cut off")
+        raise RuntimeError("the server closed a listener's connection")
     now = time.monotonic()
     for piece in received.split(b"data: ")[1:]:
-        data, whole, _ = piece.partition(b"\n")
-        if not whole:
-            raise RuntimeError(f"an event came in parts: {received!r}")
+        data, complete, _ = piece.partition(b"\n")
+        if not complete:
+            raise RuntimeError(f"an event arrived in parts: {received!r}")
         delays.append(now - float(data))

@@ -1,6 +1,6 @@
-"""What do thousands of open event streams cost, and how late do they hear?
+"""How much do thousands of open event streams cost, and how late do events arrive?
 
-Rule: each server is one process with nothing else to do; the clients are one more.
+Each server is one process with nothing else to do. All clients share another process.
 """
 
 from __future__ import annotations
@@ -29,62 +29,62 @@ COLLECTORS = {FROZEN: "gc.freeze()", RARE: "raised thresholds"}
 FILES = 12_000
 
 
-class Heard(NamedTuple):
-    """What one event a second came to."""
+class Delivery(NamedTuple):
+    """The cost of one event per second."""
 
-    p50: float  # ms
-    p99: float
-    cpu: float  # us of the server, an event delivered
+    p50: float  # milliseconds
+    p99: float  # milliseconds
+    cpu: float  # the server's microseconds per delivered event
 
 
 class Reading(NamedTuple):
-    """What was measured of one server."""
+    """The figures of one server."""
 
-    memory: float  # KiB an open stream
-    few: Heard
-    many: Heard
-    collectors: dict[str, Heard]  # with many streams open
+    memory: float  # KiB per open stream
+    few: Delivery
+    many: Delivery
+    collectors: dict[str, Delivery]  # with many streams open
 
 
-def hear(server: Server, listeners: Listeners, events: int) -> Heard:
-    """Publish one event a second, and see what becomes of it."""
-    listeners.hear(2)  # what any first event needs
+def deliver(server: Server, listeners: Listeners, events: int) -> Delivery:
+    """Publish one event per second, and measure its delivery."""
+    listeners.receive(2)  # the first events are slower
     before = server.cpu()
     gc.disable()  # the client's own
     try:
-        delays = listeners.hear(events)
+        delays = listeners.receive(events)
     finally:
         gc.enable()
     cpu = server.cpu() - before
     p50, p99 = (delays[int(len(delays) * share)] * 1e3 for share in (0.5, 0.99))
-    return Heard(p50, p99, cpu / len(delays) * 1e6)
+    return Delivery(p50, p99, cpu / len(delays) * 1e6)
 
 
 def measure(way: str, few: int, many: int, events: int) -> Reading:
-    """Open ``few`` streams and then ``many`` of a new server, and listen."""
+    """Measure a new server with ``few`` open streams, and then with ``many``."""
     with ExitStack() as stack:
         server = Server(*APPS[way], "-")
         stack.callback(server.stop)
         listeners = stack.enter_context(closing(Listeners(server.port)))
-        with closing(Listeners(server.port)) as first:  # what any first stream loads
+        with closing(Listeners(server.port)) as first:  # loads modules
             first.open(10)
-            first.hear(1)
+            first.receive(1)
         before = server.memory()
         listeners.open(few)
-        with_few = hear(server, listeners, events)
+        with_few = deliver(server, listeners, events)
         listeners.open(many)
-        with_many = hear(server, listeners, events)
+        with_many = deliver(server, listeners, events)
         memory = (server.memory() - before) * 1024 / many
         collectors = {}
         for how in COLLECTORS:
             listeners.get(f"/collector?how={how}")
-            collectors[how] = hear(server, listeners, events)
+            collectors[how] = deliver(server, listeners, events)
             listeners.get(f"/collector?how={DEFAULT}")
         return Reading(memory, with_few, with_many, collectors)
 
 
 def run(quick: bool) -> list[Result]:
-    """All ways in turn, each with a server of its own."""
+    """Measure all ways in turn, each with its own server."""
     few, many, events = (200, 500, 5) if quick else (1000, 5000, 10)
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(FILES, most), most))
@@ -94,7 +94,7 @@ def run(quick: bool) -> list[Result]:
 
 
 def results(readings: dict[str, list[Reading]], few: int, many: int) -> list[Result]:
-    """The lines of the table, held against what is asked for."""
+    """Return the lines of the table, with their limits."""
     lines = []
     for way in (PLAIN, OURS):
         limit = (lambda _: None) if way == PLAIN else float
@@ -107,17 +107,17 @@ def results(readings: dict[str, list[Reading]], few: int, many: int) -> list[Res
                 ("p99", "ms", 1),
             ):
                 ours, theirs = (
-                    [getattr(getattr(each, at), figure) for each in side]
+                    [getattr(getattr(reading, at), figure) for reading in side]
                     for side in (seen, peer)
                 )
-                asked = at == "many" or figure == "p99"
+                has_limit = at == "many" or figure == "p99"
                 lines.append(
                     Result(
                         f"{NAMES[figure]}, {count} open: {way}",
                         f"{median(theirs):.3g} {unit}",
                         f"{median(ours):.3g} {unit}",
                         ratio(ours, theirs),
-                        limit(most) if asked else None,
+                        limit(most) if has_limit else None,
                     )
                 )
     return lines + collected(readings, many)
@@ -126,7 +126,7 @@ def results(readings: dict[str, list[Reading]], few: int, many: int) -> list[Res
 def memory(
     way: str, many: int, seen: list[Reading], peer: list[Reading], limit: float | None
 ) -> Result:
-    ours, theirs = (median(each.memory for each in side) for side in (seen, peer))
+    ours, theirs = (median(reading.memory for reading in side) for side in (seen, peer))
     return Result(
         f"memory of a stream, {many} open: {way}",
         f"{theirs:.3g} KiB",
@@ -138,7 +138,7 @@ def memory(
 
 
 def collected(readings: dict[str, list[Reading]], many: int) -> list[Result]:
-    """What the settings of the collector do, beside the same server without."""
+    """Return the effect of the collector's settings, compared with the default."""
     lines = []
     for way, seen in readings.items():
         for how, name in COLLECTORS.items():

@@ -1,6 +1,6 @@
-"""What all questions share: both ways in turn, medians, and a verdict.
+"""Measure two ways in turn, compute medians, and compare them with limits.
 
-Rule: a figure is compared within its own run alone; machines differ, ratios hold.
+Figures are compared only within one run. Machines differ, but ratios are stable.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ Way = TypeVar("Way")
 
 
 class Result(NamedTuple):
-    """A line of the table; ``value`` is held against ``limit``, both in ``unit``.
+    """A line of the table: ``value`` is compared with ``limit``, both in ``unit``.
 
-    ``plain`` is what the measured way is compared with: plain TurboGears2, unless
-    ``what`` names another. Where there is no limit, the line is to compare with.
+    ``plain`` is the figure of plain TurboGears2, or of the peer that ``what`` names. A
+    line without a limit is informative.
     """
 
     what: str
@@ -37,7 +37,7 @@ class Result(NamedTuple):
         return self.value <= self.limit
 
     def cells(self) -> tuple[str, ...]:
-        """What the table shows."""
+        """Return the cells of the line."""
         value = f"{self.value:.3g} {self.unit}"
         if self.limit is None:
             return self.what, self.plain, self.measured, value, "", ""
@@ -48,7 +48,7 @@ class Result(NamedTuple):
 
 
 class Both(NamedTuple):
-    """What the two ways cost, and the ratio of tgstream's cost to plain TG2's."""
+    """The cost of both ways, and the ratio of tgstream to plain TurboGears2."""
 
     plain: float
     tgstream: float
@@ -56,11 +56,11 @@ class Both(NamedTuple):
 
 
 def interleave(rounds: int, plain: Measure, tgstream: Measure) -> Both:
-    """Measure both in turn, each round the other one first; the medians of that.
+    """Measure both ways in turn, in alternating order, and return the medians.
 
-    The ratio is the median of the rounds' own: a drift of the machine is in both.
+    The ratio is the median of each round's ratio, because the machine's speed drifts.
     """
-    plain(), tgstream()  # warm
+    plain(), tgstream()  # warm up
     pairs: list[tuple[float, float]] = []
     for number in range(rounds):
         if number % 2:
@@ -76,7 +76,7 @@ def interleave(rounds: int, plain: Measure, tgstream: Measure) -> Both:
 
 
 def compare(what: str, both: Both, limit: float, unit: str) -> Result:
-    """The result of a comparison, whose figures are in ``unit``."""
+    """Return the result of a comparison, whose figures are in ``unit``."""
     return Result(
         what,
         f"{both.plain:.3g} {unit}",
@@ -87,7 +87,7 @@ def compare(what: str, both: Both, limit: float, unit: str) -> Result:
 
 
 def in_turn(rounds: int, ways: Mapping[str, Callable[[], Way]]) -> dict[str, list[Way]]:
-    """Measure all ways once a round, each round another one first."""
+    """Measure all ways once per round, each round with another way first."""
     names = list(ways)
     measured: dict[str, list[Way]] = {name: [] for name in names}
     for number in range(rounds):
@@ -98,12 +98,12 @@ def in_turn(rounds: int, ways: Mapping[str, Callable[[], Way]]) -> dict[str, lis
 
 
 def ratio(over: Iterable[float], under: Iterable[float]) -> float:
-    """The median of the rounds' own ratios."""
+    """Return the median of each round's ratio."""
     return median(a / b for a, b in zip(over, under, strict=True))
 
 
 def table(results: list[Result]) -> str:
-    """The results as text, a line each."""
+    """Format the results, a line each."""
     rows: list[tuple[str, ...]] = [("", "beside", "measured", "", "limit", "")]
     rows += [result.cells() for result in results]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

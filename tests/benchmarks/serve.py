@@ -1,8 +1,7 @@
-"""Serves one application: ``python -m tests.benchmarks.serve waitress plain FOLDER``.
+"""Serve an application: ``python -m tests.benchmarks.serve waitress plain FOLDER``.
 
-Or one of ``peers``, by its name, and with the URL of a database for the folder.
-
-It prints its port on a line of its own, and serves until it is terminated.
+To serve a module of ``peers``, give its name, and the URL of a database instead of the
+folder. The command prints its port on a line, and serves until it is terminated.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ def waitress(app: App, **options: Any) -> None:
 
 
 def unbuffered(app: App) -> None:
-    """waitress, which keeps up to 16 MiB of what it has sent in large chunks else."""
+    """Serve with waitress, but without its buffer of up to 16 MiB for large chunks."""
     waitress(app, outbuf_high_watermark=2**17)
 
 
@@ -48,19 +47,19 @@ def gunicorn(app: App, **options: Any) -> None:
             for name, value in options.items():
                 self.cfg.set(name, value)
             self.cfg.set("loglevel", "warning")
-            self.cfg.set("when_ready", tell)
+            self.cfg.set("when_ready", print_port)
 
         def load(self) -> App:
             return app
 
-    def tell(arbiter: Any) -> None:
+    def print_port(arbiter: Any) -> None:
         print(arbiter.LISTENERS[0].sock.getsockname()[1], flush=True)
 
     Application().run()
 
 
 def uvicorn(app: App) -> None:
-    """What Starlette is served by: of the servers here the only one for ASGI."""
+    """Serve an ASGI application, here Starlette."""
     from uvicorn import Config, Server
 
     with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -78,7 +77,10 @@ SERVERS: dict[str, Callable[[App], None]] = {
 
 
 def make(way: str, where: str) -> App:
-    """The application ``way``, with its database ``where``."""
+    """Return the application named ``way``.
+
+    :param where: a folder for the database, or the URL of a database for a peer.
+    """
     if way in ("plain", "tgstream"):
         from .apps import make_app
 
@@ -90,7 +92,7 @@ def make(way: str, where: str) -> App:
 if __name__ == "__main__":
     server, way, where = sys.argv[1:]
     sys.argv = sys.argv[:1]
-    if server == "gevent":  # before TG is imported, which keeps its context by thread
+    if server == "gevent":  # before the import of TG, whose context is per thread
         from gevent import monkey
 
         monkey.patch_all()

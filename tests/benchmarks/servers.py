@@ -1,4 +1,4 @@
-"""What does a stream cost a server, of its CPU and of its memory?"""
+"""How much CPU and memory does a stream cost a server?"""
 
 from __future__ import annotations
 
@@ -17,8 +17,13 @@ MIB = 2**20
 REQUEST = "HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
 
 
+def resident(processes: list[psutil.Process]) -> float:
+    """Return the resident memory of these processes, in MiB."""
+    return float(sum(process.memory_info().rss for process in processes) / MIB)
+
+
 class Server:
-    """A server in a process of its own, with all that it has forked."""
+    """A server in its own process, together with its child processes."""
 
     def __init__(self, server: str, way: str, where: Path | str) -> None:
         self._process = subprocess.Popen(
@@ -39,32 +44,37 @@ class Server:
         return [parent, *parent.children()]
 
     def cpu(self) -> float:
-        """The CPU seconds that it has used so far."""
+        """Return the CPU seconds used so far."""
         times = [process.cpu_times() for process in self.processes]
-        return float(sum(each.user + each.system for each in times))
+        return float(sum(used.user + used.system for used in times))
 
     def memory(self) -> float:
-        """What it holds now, in MiB."""
-        return float(sum(each.memory_info().rss for each in self.processes) / MIB)
+        """Return the resident memory, in MiB."""
+        return resident(self.processes)
 
     def read(self, path: str, expected: int) -> float:
-        """Read a response as fast as it comes; what the server grew at most, in MiB."""
+        """Read a response as fast as possible. Return the server's growth in MiB.
+
+        :raises RuntimeError: if the response has fewer bytes than ``expected``.
+        """
         buffer = bytearray(MIB)
-        received = looked = 0
-        before = highest = self.memory()
+        received = 0
+        measured = 0  # bytes received at the last measurement of the memory
+        before = self.memory()
+        highest = before
         with socket.create_connection(("127.0.0.1", self.port)) as connection:
             connection.sendall(f"GET {path} {REQUEST}".encode())
             while count := connection.recv_into(buffer):
                 received += count
-                if received - looked > 32 * MIB:
-                    looked, highest = received, max(highest, self.memory())
+                if received - measured > 32 * MIB:
+                    measured, highest = received, max(highest, self.memory())
         if received < expected:
-            raise RuntimeError(f"{path} broke after {received} bytes")
+            raise RuntimeError(f"{path} sent {received} of {expected} bytes")
         return max(highest, self.memory()) - before
 
 
 def reader(server: Server, path: str, size: int) -> Measure:
-    """The CPU seconds that a response costs the server."""
+    """Measure the server's CPU seconds for a response."""
 
     def measure() -> float:
         start = server.cpu()
@@ -75,7 +85,7 @@ def reader(server: Server, path: str, size: int) -> Measure:
 
 
 def run(folder: Path, quick: bool) -> list[Result]:
-    """Large chunks over waitress, and small ones over gunicorn's threads."""
+    """Measure large chunks on waitress, and small chunks on gunicorn's threads."""
     return [*large_chunks(folder, quick), small_chunks(folder, quick)]
 
 
@@ -118,7 +128,7 @@ def small_chunks(folder: Path, quick: bool) -> Result:
 
 
 def start(stack: ExitStack, server: str, folder: Path) -> tuple[Server, Server]:
-    """The same server with both applications, until ``stack`` is left."""
+    """Start a server for each application. Both stop when ``stack`` closes."""
     plain, ours = (Server(server, way, folder) for way in ("plain", "tgstream"))
     stack.callback(plain.stop)
     stack.callback(ours.stop)

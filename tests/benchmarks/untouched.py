@@ -1,8 +1,8 @@
-"""What does tgstream cost a request that does not stream?
+"""How much does tgstream add to a request that does not stream?
 
-Each application runs in processes of its own, ``python -m tests.benchmarks.untouched
-plain FOLDER``, so that the plain ones have never imported tgstream. The noise is what
-19 of 20 measurements of two plain processes differ by: within it nothing is measurable.
+Each application runs in its own processes, ``python -m tests.benchmarks.untouched plain
+FOLDER``, so that the plain processes never import tgstream. The limit is the noise: the
+difference between two plain processes in 19 of 20 measurements.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .measure import Both, Result, compare
 
 
 class Worker:
-    """A process that makes requests to an application, whenever it is told to."""
+    """A process that makes requests to an application."""
 
     def __init__(self, way: str, folder: Path) -> None:
         self._process = subprocess.Popen(
@@ -30,13 +30,13 @@ class Worker:
         self.times: list[float] = []
 
     def measure(self, count: int) -> None:
-        """Make ``count`` requests, and keep the CPU microseconds of one."""
+        """Make ``count`` requests, and keep the CPU microseconds per request."""
         assert self._process.stdin is not None and self._process.stdout is not None
         print(count, file=self._process.stdin, flush=True)
         self.times.append(float(self._process.stdout.readline()))
 
     def stop(self) -> list[float]:
-        """End it, and return what was measured after the first, which was to warm."""
+        """End the process, and return the times without the first, a warm-up."""
         self._process.communicate()
         return self.times[1:]
 
@@ -53,19 +53,19 @@ def work(app: App) -> None:
 
 
 def run(folder: Path, quick: bool) -> list[Result]:
-    """A page of the same application, in processes with tgstream and without."""
+    """Compare the same page in processes with tgstream and without."""
     processes, rounds, count = (2, 11, 300) if quick else (6, 21, 700)
     workers = [
         (Worker("plain", folder), Worker("plain", folder), Worker("tgstream", folder))
         for _ in range(processes)
     ]
     for _ in range(rounds):
-        for each in workers:
-            for worker in each:
+        for group in workers:
+            for worker in group:
                 worker.measure(count)
     rows: list[tuple[float, ...]] = []
-    for each in workers:
-        rows += zip(*(worker.stop() for worker in each), strict=True)
+    for group in workers:
+        rows += zip(*(worker.stop() for worker in group), strict=True)
     noise = quantiles([abs(again / plain - 1) for plain, again, _ in rows], n=20)[-1]
     plain, _, ours = map(median, zip(*rows, strict=True))
     ratio = median(row[2] / row[0] for row in rows)

@@ -1,4 +1,4 @@
-"""Real browsers, each with nothing remembered; ``.ci/browser`` starts these tests."""
+"""Real browsers, each with an empty profile. ``.ci/browser`` runs these tests."""
 
 from __future__ import annotations
 
@@ -27,27 +27,27 @@ class Browser:
         options.binary_location = os.environ["TGSTREAM_BROWSER"]
         for flag in (*FLAGS.split(), f"--user-data-dir={folder}"):
             options.add_argument(flag)
-        # Named, so that Selenium does not look for one to download.
+        # With a path, so that Selenium does not download a driver.
         service = ChromeService(shutil.which("chromedriver"))
         self.driver = Chrome(options, service)
 
     def open(self, address: str) -> None:
-        """Show a page."""
+        """Open a page."""
         self.driver.get(f"http://{address}")
 
     def run(self, script: str) -> Any:
-        """What a script returns, in the page."""
+        """Run a script in the page, and return its result."""
         return self.driver.execute_script(script)
 
     def until(self, condition: str, seconds: float = 30) -> Any:
-        """Wait until an expression is true in the page, and return what it is."""
+        """Wait until an expression is true in the page, and return its value."""
         wait = WebDriverWait(self.driver, seconds, poll_frequency=0.02)
         return wait.until(lambda _: self.run(f"return {condition}"), condition)
 
 
 @pytest.fixture
 def open_browser(tmp_path: Path) -> Iterator[Callable[[], Browser]]:
-    """Opens browsers, and closes them."""
+    """Opens browsers, and closes them after the test."""
     numbers = count()
     with contextlib.ExitStack() as stack:
 

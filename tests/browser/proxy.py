@@ -1,4 +1,4 @@
-"""A TCP proxy that a test cuts: what stands between a browser and a server."""
+"""A TCP proxy between a browser and a server, whose connections a test can close."""
 
 from __future__ import annotations
 
@@ -9,73 +9,78 @@ import threading
 from selectors import EVENT_READ
 from typing import Any
 
-RESET = struct.pack("ii", 1, 0)  # SO_LINGER: close() resets, what waits is lost
+RESET = struct.pack("ii", 1, 0)
+"""A value of SO_LINGER with which close() resets the connection."""
 
 
 class Proxy:
-    """Hands bytes on between a port of its own and a server's, until it is told else.
+    """Forwards bytes between its own port and a server's port.
 
-    :param port: the server's.
+    :param port: the server's port.
     """
 
     def __init__(self, port: int) -> None:
         self._server = port
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._listener.getsockname()[1]
-        self._told, self._teller = socket.socketpair()
+        self._commands, self._sender = socket.socketpair()
         self._selector = selectors.DefaultSelector()
-        for each in self._listener, self._told:
-            self._selector.register(each, EVENT_READ)
+        for side in self._listener, self._commands:
+            self._selector.register(side, EVENT_READ)
         self._peers: dict[socket.socket, socket.socket] = {}
         self._from_server: set[socket.socket] = set()
-        self._tears = self._refuses = self._ended = False
-        self._turned_away = 0
+        self._tears = False
+        self._refuses = False
+        self._ended = False
+        self._refused = 0
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._run)
         self._thread.start()
 
     def close(self) -> None:
-        """Cut all, and end."""
-        self._tell("end")
+        """Close all connections, and end the proxy."""
+        self._send("end")
         self._thread.join()
-        for each in self._listener, self._told, self._teller, self._selector:
-            each.close()
+        self._listener.close()
+        self._commands.close()
+        self._sender.close()
+        self._selector.close()
 
     def cut(self) -> None:
-        """Close every connection, as a server that ends does."""
-        self._tell("cut")
+        """Close all connections, like a server that stops."""
+        self._send("cut")
 
     def tear(self) -> None:
-        """Close every connection in the middle of the next piece, after half of it."""
-        self._tell("tear")
+        """Close all connections after half of the server's next data."""
+        self._send("tear")
 
     def refuse(self) -> None:
-        """Reset every connection, and the next two as well."""
-        self._tell("refuse")
+        """Reset all connections, and also the next two."""
+        self._send("refuse")
 
-    def _tell(self, what: str) -> None:
+    def _send(self, command: str) -> None:
         self._done.clear()
-        self._teller.sendall(what.encode())
-        assert self._done.wait(20), f"{what}: not done"
+        self._sender.sendall(command.encode())
+        assert self._done.wait(20), f"the proxy has not done this: {command}"
 
-    # What runs on its thread.
+    # The methods below run on the proxy's thread.
 
     def _run(self) -> None:
         while not self._ended:
             for key, _ in self._selector.select():
                 side: Any = key.fileobj
-                if side is self._told:
-                    self._obey(side.recv(100).decode())
+                if side is self._commands:
+                    self._execute(side.recv(100).decode())
                 elif side is self._listener:
                     self._accept(*side.accept())
                 elif side in self._peers:
-                    self._hand_on(side)
+                    self._forward(side)
 
-    def _obey(self, what: str) -> None:
-        if what == "tear":
+    def _execute(self, command: str) -> None:
+        if command == "tear":
             self._tears = True
             return
-        self._refuses, self._ended = what == "refuse", what == "end"
+        self._refuses, self._ended = command == "refuse", command == "end"
         self._close_all()
         if not self._refuses:
             self._done.set()
@@ -83,18 +88,18 @@ class Proxy:
     def _accept(self, client: socket.socket, _: Any) -> None:
         if self._refuses:
             self._reset(client)
-            self._turned_away += 1
-            if self._turned_away == 2:
-                self._refuses, self._turned_away = False, 0
+            self._refused += 1
+            if self._refused == 2:
+                self._refuses, self._refused = False, 0
                 self._done.set()
             return
         server = socket.create_connection(("127.0.0.1", self._server))
         self._peers |= {client: server, server: client}
         self._from_server.add(server)
-        for each in client, server:
-            self._selector.register(each, EVENT_READ)
+        for side in client, server:
+            self._selector.register(side, EVENT_READ)
 
-    def _hand_on(self, side: socket.socket) -> None:
+    def _forward(self, side: socket.socket) -> None:
         try:
             data = side.recv(65536)
             tears = self._tears and side in self._from_server
@@ -115,13 +120,16 @@ class Proxy:
             self._close(side)
 
     def _close(self, side: socket.socket) -> None:
-        if side not in self._peers:  # closed with its peer
+        if side not in self._peers:  # already closed with its peer
             return
-        for each in side, self._peers[side]:
-            del self._peers[each]
-            self._from_server.discard(each)
-            self._selector.unregister(each)
-            self._reset(each) if self._refuses else each.close()
+        for end in side, self._peers[side]:
+            del self._peers[end]
+            self._from_server.discard(end)
+            self._selector.unregister(end)
+            if self._refuses:
+                self._reset(end)
+            else:
+                end.close()
 
     def _reset(self, side: socket.socket) -> None:
         side.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)

@@ -1,4 +1,4 @@
-"""What a real browser makes of streams, under real servers."""
+"""Streams of real servers in a real browser."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Start = Callable[..., LiveServer]
 
 
 class Site:
-    """The application of these tests on a server, behind a proxy that can be cut."""
+    """The application of these tests on a server, behind a proxy."""
 
     def __init__(self, server: LiveServer) -> None:
         self.connection = HTTPConnection("127.0.0.1", server.port, timeout=20)
@@ -28,25 +28,25 @@ class Site:
         self.address = f"127.0.0.1:{self.proxy.port}/"
 
     def ask(self, path: str) -> bytes:
-        """What the server answers, past the proxy."""
+        """Return the server's response to a request without the proxy."""
         self.connection.request("GET", path)
         response = self.connection.getresponse()
         assert response.status == 200
         return response.read()
 
-    def asked(self) -> list[str]:
-        """The last ids with which a feed was asked for."""
-        asked: list[str] = json.loads(self.ask("/asked"))["asked"]
-        return asked
+    def last_ids(self) -> list[str]:
+        """Return the ``Last-Event-ID`` of each request for the feed."""
+        last_ids: list[str] = json.loads(self.ask("/last_ids"))["last_ids"]
+        return last_ids
 
     def close(self) -> None:
-        """End the proxy, but not the server."""
+        """Stop the proxy, but not the server."""
         self.proxy.close()
         self.connection.close()
 
 
 class Publisher:
-    """Publishes the numbers from 0 on, until it is told to stop."""
+    """Publishes the numbers from 0 on, until the ``with`` block ends."""
 
     def __init__(self, site: Site) -> None:
         self.site, self.published = site, 0
@@ -69,7 +69,7 @@ class Publisher:
 
 @pytest.fixture
 def start_site(live_server: Start) -> Iterator[Callable[..., Site]]:
-    """Starts the application under a named server."""
+    """Starts the application on a server."""
     sites: list[Site] = []
 
     def start(server: str, *options: str) -> Site:
@@ -81,15 +81,20 @@ def start_site(live_server: Start) -> Iterator[Callable[..., Site]]:
         site.close()
 
 
+def open_feed(site: Site, browser: Browser) -> None:
+    """Open the page, and let it listen to the feed."""
+    browser.open(site.address)
+    browser.run("listen()")
+    assert browser.until("opened.length && opened") == [0]
+
+
 @pytest.mark.parametrize("server", SERVERS)
 def test_event_source_opens_before_the_first_event(
     start_site: Callable[..., Site], browser: Browser, server: str
 ) -> None:
-    """The page knows that it listens, while there is nothing to hear."""
+    """The event source is open although no event was published."""
     site = start_site(server)
-    browser.open(site.address)
-    browser.run("listen()")
-    assert browser.until("opened.length && opened") == [0]
+    open_feed(site, browser)
     site.ask("/publish?number=1")
     [[data, id]] = browser.until("received.length && received")
     assert data == "1"
@@ -97,30 +102,26 @@ def test_event_source_opens_before_the_first_event(
 
 
 @pytest.mark.parametrize("server", SERVERS)
-def test_event_source_comes_back_with_its_last_id(
+def test_event_source_reconnects_with_its_last_id(
     start_site: Callable[..., Site], browser: Browser, server: str
 ) -> None:
-    """Cut off, it tells the server the id of the last event that it has had."""
+    """After a closed connection, the browser sends the id of its last event."""
     site = start_site(server)
-    browser.open(site.address)
-    browser.run("listen()")
-    browser.until("opened.length")
+    open_feed(site, browser)
     site.ask("/publish?number=1")
     [[_, id]] = browser.until("received.length && received")
     site.proxy.cut()
     browser.until("opened.length == 2")
-    assert site.asked() == ["", id]
+    assert site.last_ids() == ["", id]
 
 
 @pytest.mark.parametrize("server", SERVERS)
-def test_event_source_that_is_cut_three_times_gets_each_event_once(
+def test_event_source_gets_each_event_once_over_three_reconnects(
     start_site: Callable[..., Site], browser: Browser, server: str
 ) -> None:
-    """Whether the connection ends, tears inside an event, or is refused for a while."""
+    """The connection is closed, then closed within an event, then refused twice."""
     site = start_site(server)
-    browser.open(site.address)
-    browser.run("listen()")
-    browser.until("opened.length")
+    open_feed(site, browser)
     with Publisher(site) as publisher:
         for cuts, cut in enumerate(
             [site.proxy.cut, site.proxy.tear, site.proxy.refuse], 1
@@ -135,14 +136,12 @@ def test_event_source_that_is_cut_three_times_gets_each_event_once(
 
 
 @pytest.mark.parametrize("server", SERVERS)
-def test_event_source_whose_stream_expires_gets_each_event_once(
+def test_event_source_gets_each_event_once_when_its_stream_expires(
     start_site: Callable[..., Site], browser: Browser, server: str
 ) -> None:
-    """``max_seconds`` ends it three times, and events are published meanwhile."""
+    """``max_seconds`` ends the stream three times while events are published."""
     site = start_site(server, "seconds=1")
-    browser.open(site.address)
-    browser.run("listen()")
-    browser.until("opened.length")
+    open_feed(site, browser)
     with Publisher(site) as publisher:
         browser.until("opened.length == 4")
         had = browser.run("return received.length")
@@ -153,12 +152,12 @@ def test_event_source_whose_stream_expires_gets_each_event_once(
 def assert_ledger(
     name: str, site: Site, browser: Browser, publisher: Publisher
 ) -> None:
-    """Hold what was published against what came, and print it."""
+    """Compare the published events with the received ones, and print the counts."""
     site.ask("/publish?number=end")
     browser.until("received.some(([data]) => data == 'end')")
     received = [data for data, _ in browser.run("return received")]
     ids = browser.run("return received.map(([_, id]) => id)")
-    [first, *others] = site.asked()
+    [first, *others] = site.last_ids()
     assert first == ""
     assert len(others) >= 3
     assert set(others) <= set(ids)
@@ -170,8 +169,8 @@ def assert_ledger(
         "duplicated": times.total() - len(times),
         "lost": len(set(expected) - set(received)),
     }
-    told = ", ".join(f"{count} {what}" for what, count in ledger.items())
-    print(f"\n{name}: {told}; came back {len(others)} times with its last id")
+    counts = ", ".join(f"{count} {what}" for what, count in ledger.items())
+    print(f"\n{name}: {counts}, {len(others)} reconnects with the last id")
     assert received == expected
 
 
@@ -179,7 +178,7 @@ def assert_ledger(
 def test_fetch_reads_ndjson_piece_by_piece(
     start_site: Callable[..., Site], browser: Browser, server: str
 ) -> None:
-    """A piece is made when the page has said that it has the one before."""
+    """The page receives each piece before the next piece is made."""
     site = start_site(server)
     browser.open(site.address)
     browser.run("read()")
@@ -191,18 +190,18 @@ def test_fetch_reads_ndjson_piece_by_piece(
     ]
 
 
-def test_browser_has_six_streams_of_a_server(
+def test_browser_opens_at_most_six_streams_of_a_server(
     start_site: Callable[..., Site], browser: Browser
 ) -> None:
-    """The next waits until one is closed, as the page on servers warns."""
+    """The seventh stream waits until another is closed, as the servers page warns."""
     site = start_site("gunicorn-gevent")
     browser.open(site.address)
     browser.run(
         "window.sources = [...Array(7)].map(() => new EventSource('feed'));"
-        "window.open_ones = () => sources.filter(each => each.readyState == 1).length"
+        "window.countOpen = () => sources.filter(each => each.readyState == 1).length"
     )
-    browser.until("open_ones() == 6")
-    assert len(site.asked()) == 6
+    browser.until("countOpen() == 6")
+    assert len(site.last_ids()) == 6
     browser.run("sources.find(each => each.readyState == 1).close()")
-    browser.until("open_ones() == 6 && sources.every(each => each.readyState > 0)")
-    assert len(site.asked()) == 7
+    browser.until("countOpen() == 6 && sources.every(each => each.readyState > 0)")
+    assert len(site.last_ids()) == 7

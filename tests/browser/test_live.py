@@ -1,4 +1,4 @@
-"""``examples/live.py``, as those see it who open it."""
+"""``examples/live.py`` in real browsers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MARKUP = '<img src=x onerror=\'document.title = "broken into"\'> & "more"'
 
 @pytest.fixture
 def start_live(tmp_path: Path) -> Iterator[StartLive]:
-    """Starts the example, and ends it."""
+    """Starts the example, and stops it after the test."""
     examples: list[Example] = []
 
     def start(*options: str) -> Example:
@@ -35,27 +35,27 @@ def start_live(tmp_path: Path) -> Iterator[StartLive]:
 
 
 def visit(browser: Browser, address: str) -> None:
-    """Open a page of the example, and wait until it listens."""
+    """Open a page of the example, and wait until its feed is open."""
     browser.open(address)
     browser.until("feed.readyState == EventSource.OPEN")
 
 
 def say(browser: Browser, text: str) -> None:
-    """Write into the form, and send it."""
+    """Send the form with this text."""
     browser.driver.find_element(By.NAME, "text").send_keys(text + "\n")
 
 
 def lines(browser: Browser, count: int) -> list[str]:
-    """The feed, from its first line on, once it has so many."""
+    """Wait until the feed has ``count`` lines, and return them, the oldest first."""
     shown = "[...document.querySelectorAll('#feed li')].map(each => each.textContent)"
     browser.until(f"{shown}.length >= {count}")
     return list(reversed(browser.run(f"return {shown}")))
 
 
-def test_what_one_browser_says_is_shown_in_both(
+def test_message_of_one_browser_is_shown_in_both(
     start_live: StartLive, open_browser: OpenBrowser
 ) -> None:
-    """As text, whatever it is: a page runs nothing that another has written."""
+    """The message is shown as text, even if it is markup."""
     live, one, two = start_live(), open_browser(), open_browser()
     visit(one, live.address)
     visit(two, live.address)
@@ -72,9 +72,9 @@ def test_what_one_browser_says_is_shown_in_both(
 def test_progress_survives_a_reload(
     start_live: StartLive, open_browser: OpenBrowser
 ) -> None:
-    """The bar of a page that comes back goes on; so does one that comes by its address.
+    """The bar continues after a reload, and in a browser that opens the same address.
 
-    ``TGSTREAM_SCREENSHOT`` names a file that is to show it.
+    ``TGSTREAM_SCREENSHOT`` names a file for a screenshot.
     """
     live, one, two = start_live("--pause=0.2"), open_browser(), open_browser()
     visit(one, live.address)
@@ -82,12 +82,12 @@ def test_progress_survives_a_reload(
     one.driver.find_element(By.ID, "start").click()
     before = one.until("bar.value > 0.2 && bar.value")
     one.driver.refresh()
-    # Not from the first step on: what has been is there at once.
+    # The page gets the earlier steps at once.
     assert one.until("bar.value > 0 && bar.value") < 1
     one.until(f"bar.value > {before}")
     visit(two, one.driver.current_url.removeprefix("http://"))
     two.until(f"bar.value > {before}")
-    say(two, "Some of it is done.")
+    say(two, "The job is half done.")
     lines(one, 1)
     if path := os.environ.get("TGSTREAM_SCREENSHOT"):
         take_picture(one, two, path)
@@ -99,10 +99,10 @@ def test_progress_survives_a_reload(
 
 
 def take_picture(one: Browser, two: Browser, path: str) -> None:
-    """Of the first browser, where the job is half done and both have said something."""
-    say(one, "It goes on where it was: I have reloaded the page.")
+    """Take a screenshot of the first browser, with a half done job and messages."""
+    say(one, "I reloaded the page, and the job continued.")
     lines(one, 2)
-    say(two, "Here, too. Who is there?")
+    say(two, "I see it too.")
     lines(one, 3)
     say(one, "Two browsers, one server, and no JavaScript library.")
     lines(one, 4)
@@ -111,19 +111,19 @@ def take_picture(one: Browser, two: Browser, path: str) -> None:
     assert one.driver.get_screenshot_as_file(path)
 
 
-def test_job_that_nobody_remembers_is_said_to_be_forgotten(
+def test_unknown_job_is_shown_as_forgotten(
     start_live: StartLive, browser: Browser
 ) -> None:
-    """As after a restart of the server, whose channels were in its memory."""
+    """A job is unknown after a restart of a server with channels in memory."""
     live = start_live()
     visit(browser, f"{live.address}/?job={'0' * 32}&lastEventId=00000000-1")
     browser.until("step.textContent == 'forgotten'")
 
 
-def test_two_processes_are_one_over_valkey(
+def test_two_processes_share_channels_over_valkey(
     start_live: StartLive, open_browser: OpenBrowser, tmp_path: Path
 ) -> None:
-    """Each browser has a server of its own, and sees what the other does."""
+    """Each browser uses another server, and sees the messages of the other browser."""
     with Valkey(tmp_path) as valkey:
         url = f"--channels={valkey.url}"
         here, there = start_live(url, "--pause=0.1"), start_live(url)
@@ -142,10 +142,10 @@ def test_two_processes_are_one_over_valkey(
             browser.until("step.textContent == 'done'")
 
 
-def test_feed_goes_on_when_its_server_has_been_restarted(
+def test_feed_continues_after_its_server_is_restarted(
     start_live: StartLive, browser: Browser, tmp_path: Path
 ) -> None:
-    """The page stays open, and gets what was said in another process meanwhile."""
+    """The open page gets the messages that another process published meanwhile."""
     with Valkey(tmp_path) as valkey:
         url = f"--channels={valkey.url}"
         here, there = start_live(url), start_live(url)

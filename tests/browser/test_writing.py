@@ -12,8 +12,8 @@ from tests.conftest import LiveServer
 from tests.pages import DOCS, blocks
 
 FORM = """
-window.told = [], window.ended = [];
-window.show = line => told.push(line);
+window.shown = [], window.ended = [];
+window.show = line => shown.push(line);
 window.form = document.createElement("form");
 form.innerHTML = '<input type="file" name="file">';
 window.upload = function (names, head = "user_name,display_name") {
@@ -30,7 +30,7 @@ window.upload = function (names, head = "user_name,display_name") {
 def page(
     live_server: Callable[..., LiveServer], browser: Browser, tmp_path: Path
 ) -> Iterator[Browser]:
-    """A page that has what the page on writing shows, and a form."""
+    """A page with the script of ``docs/writing.rst``, and a form."""
     url = f"sqlite:///{tmp_path}/test.db"
     live = live_server("waitress", "page_app", "page=writing", f"url={url}")
     browser.open(f"127.0.0.1:{live.port}/jobs/progress?job=none")
@@ -39,24 +39,24 @@ def page(
     yield browser
 
 
-def test_upload_is_told_line_by_line(page: Browser) -> None:
-    """Each row, and at last that it is complete."""
+def test_upload_reports_progress_line_by_line(page: Browser) -> None:
+    """The page shows each row, and at last that the upload is complete."""
     page.run("upload([...Array(250).keys()].map(number => `user${number}`))")
     assert page.until("ended.length && ended") == ["well"]
-    assert page.run("return told.length") == 251
-    assert page.run("return told[250]") == {"end": True, "items": 250}
+    assert page.run("return shown.length") == 251
+    assert page.run("return shown[250]") == {"end": True, "items": 250}
 
 
-def test_upload_of_a_wrong_file_says_why(page: Browser) -> None:
-    """It is an error page, which the error has."""
+def test_upload_of_a_wrong_file_reports_the_reason(page: Browser) -> None:
+    """The error has the text of the error page."""
     page.run("upload([], 'name')")
     [error] = page.until("ended.length && ended")
     assert "user_name,display_name" in error
 
 
-def test_upload_that_fails_is_seen_to_fail(page: Browser) -> None:
-    """The transfer breaks behind the rows that were told."""
+def test_failed_upload_is_an_error(page: Browser) -> None:
+    """The transfer is aborted after some rows."""
     page.run("upload([...Array(4000).keys(), 1].map(number => `user${number}`))")
     [error] = page.until("ended.length && ended")
-    assert "TypeError" in error  # as fetch says it
-    assert page.run("return told.length") > 0
+    assert "TypeError" in error  # the error of fetch
+    assert page.run("return shown.length") > 0

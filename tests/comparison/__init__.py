@@ -1,7 +1,7 @@
-"""The same questions of tgstream, TurboGears alone, Flask, Django and Starlette.
+"""Compare tgstream, TurboGears alone, Flask, Django and Starlette.
 
     python -m tests.comparison
 
-Rule: a framework is asked in the best form that its own manual has. Where it knows a
-helper, both are asked, with and without.
+Each framework is used in the best way that its own manual shows. If a framework has a
+helper for a question, the answer tells the results without and with the helper.
 """

@@ -1,4 +1,4 @@
-"""Asks all, and prints what was seen as a table, in reStructuredText.
+"""Ask all questions, and print the answers as a table in reStructuredText.
 
 python -m tests.comparison [name ...]
 """
@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session
 
 from tests.comparison.expected import EXPECTED, unexpected
 from tests.comparison.frameworks import FRAMEWORKS, Framework
-from tests.comparison.questions import QUESTIONS, Stand
+from tests.comparison.questions import QUESTIONS, RunningApp
 from tests.comparison.table import table
 from tests.conftest import LiveServer
 from tests.model import Model, Note, User
@@ -22,8 +22,8 @@ from tests.servers.__main__ import postgresql
 
 
 @contextmanager
-def stand(framework: Framework, url: str) -> Iterator[Stand]:
-    """A running application, on a database of its own."""
+def run_app(framework: Framework, url: str) -> Iterator[RunningApp]:
+    """Run an application, on its own database."""
     model = Model(url)
     with Session(model.outside) as session:
         notes = [Note(text="one"), Note(text="two")]
@@ -32,31 +32,33 @@ def stand(framework: Framework, url: str) -> Iterator[Stand]:
     options = [word.format(url=url) for word in framework.options]
     live = LiveServer(framework.server, *options, run="tests.comparison.serve")
     try:
-        yield Stand(framework, live, model)
+        yield RunningApp(framework, live, model)
     finally:
         live.stop()
         model.dispose()
 
 
 def versions(framework: Framework) -> str:
-    """What was asked, to the number."""
+    """Return the versions of the framework's packages."""
     return ", ".join(f"{name} {version(name)}" for name in framework.packages)
 
 
 def main(names: list[str]) -> int:
     """Print the table.
 
-    :returns: how many cells are not as in ``expected.py``.
+    :returns: how many cells differ from ``expected.py``.
     """
-    seen: dict[str, dict[str, str]] = {}
+    all_answers: dict[str, dict[str, str]] = {}
     with postgresql() as url:
         for name in names or FRAMEWORKS:
-            with stand(FRAMEWORKS[name], url) as running:
-                seen[name] = {of: look(running) for of, look in QUESTIONS.items()}
-    last = {name: versions(FRAMEWORKS[name]) for name in seen}
-    print(table(seen, last), end="")
+            with run_app(FRAMEWORKS[name], url) as app:
+                all_answers[name] = {
+                    question: answer(app) for question, answer in QUESTIONS.items()
+                }
+    last_row = {name: versions(FRAMEWORKS[name]) for name in all_answers}
+    print(table(all_answers, last_row), end="")
     wrong = 0
-    for name, answers in seen.items():
+    for name, answers in all_answers.items():
         for question, answer in unexpected(name, answers).items():
             wrong += 1
             pinned = EXPECTED[name].get(question)

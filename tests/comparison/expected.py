@@ -1,4 +1,4 @@
-"""What each framework gives, pinned, also where it is better: a change is seen."""
+"""The expected answers of each framework, where it is better included."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import sys
 
 from tests.comparison.table import Answers
 
-LEFT = "closed, released, row undone"
+DISCONNECTED = "closed, released, row undone"
 
 EXPECTED: Answers = {
     "tgstream": {
@@ -17,7 +17,7 @@ EXPECTED: Answers = {
         "Errors before the first chunk": "404 302 500, own pages",
         "Headers and cookies": "sent",
         "A failure half-way": "breaks",
-        "A client that leaves": LEFT,
+        "A client that leaves": DISCONNECTED,
         "Two streams in turn": "own request, own connection",
         "Streams that wait": "6 of 20",
         "Server-Sent Events": "resumes, heartbeats, on commit",
@@ -30,7 +30,7 @@ EXPECTED: Answers = {
         "Errors before the first chunk": "200 200 200, looks whole",
         "Headers and cookies": "ignored",
         "A failure half-way": "looks whole",
-        "A client that leaves": LEFT,
+        "A client that leaves": DISCONNECTED,
         "Two streams in turn": (
             "requests mix, one connection, AssertionError, on another thread ends early"
         ),
@@ -45,7 +45,7 @@ EXPECTED: Answers = {
         "Errors before the first chunk": "500 500 500, the server's page",
         "Headers and cookies": "ignored",
         "A failure half-way": "breaks",
-        "A client that leaves": LEFT,
+        "A client that leaves": DISCONNECTED,
         "Two streams in turn": (
             "requests mix, one connection, AssertionError, LookupError,"
             " on another thread LookupError;"
@@ -62,7 +62,9 @@ EXPECTED: Answers = {
         "Errors before the first chunk": "500 - 500, the server's page",
         "Headers and cookies": "ignored",
         "A failure half-way": "breaks",
-        "A client that leaves": f"closed, released, row stays; ``atomic()``: {LEFT}",
+        "A client that leaves": (
+            f"closed, released, row stays; ``atomic()``: {DISCONNECTED}"
+        ),
         "Two streams in turn": "own request, one connection",
         "Streams that wait": "6 of 20; ``async`` on uvicorn: 20 of 20",
         "Server-Sent Events": "not in the box",
@@ -78,7 +80,7 @@ EXPECTED: Answers = {
         "Headers and cookies": "ignored",
         "A failure half-way": "breaks",
         "A client that leaves": (
-            f"not closed, connection kept, row undone; ``async``: {LEFT}"
+            f"not closed, connection kept, row undone; ``async``: {DISCONNECTED}"
         ),
         "Two streams in turn": "own request, own connection",
         "Streams that wait": "20 of 20",
@@ -88,14 +90,18 @@ EXPECTED: Answers = {
 
 
 BEFORE_PYTHON_311 = {
-    # There an ordinary generator is let go of, and so closed, at once.
-    "Starlette": {"A client that leaves": f"{LEFT}; ``async``: {LEFT}"},
+    # Before Python 3.11 an ordinary generator is released, and so closed, at once.
+    "Starlette": {"A client that leaves": f"{DISCONNECTED}; ``async``: {DISCONNECTED}"},
 }
 
 
-def unexpected(name: str, seen: dict[str, str]) -> dict[str, str]:
-    """The answers that are not as they were."""
+def unexpected(name: str, answers: dict[str, str]) -> dict[str, str]:
+    """Return the answers that differ from the expected ones."""
     pinned = dict(EXPECTED[name])
     if sys.version_info < (3, 11):
         pinned |= BEFORE_PYTHON_311.get(name, {})
-    return {of: answer for of, answer in seen.items() if answer != pinned.get(of)}
+    return {
+        question: answer
+        for question, answer in answers.items()
+        if answer != pinned.get(question)
+    }

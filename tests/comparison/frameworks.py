@@ -1,4 +1,4 @@
-"""What is compared: how each is started, and the helpers that its manual has."""
+"""The compared frameworks: how to start each, and the helpers in its manual."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ class Framework(NamedTuple):
     """The name of its server in ``serve.py``."""
 
     options: list[str]
-    """Its module in ``apps``, and what that wants to know."""
+    """Its module in ``apps``, and the options of that module."""
 
     helpers: dict[str, str]
-    """What a view uses whose name ends with ``_helped``, by question."""
+    """The helpers by question. The views that use them end with ``_helped``."""
 
     packages: list[str]
-    """Whose versions are told."""
+    """The packages whose versions the table shows."""
 
 
 FRAMEWORKS = {

@@ -1,6 +1,6 @@
-"""What is asked of each framework; an answer is a few words of what was seen.
+"""The questions about each framework. An answer is a few words about the client's view.
 
-Nothing here fails: what is pinned is in ``expected.py``.
+The questions do not fail. ``expected.py`` has the expected answers.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from typing import NamedTuple
 from tests.comparison.frameworks import Framework
 from tests.conftest import LiveServer
 from tests.model import Model
-from tests.servers.claims import SECONDS, pipe, told
+from tests.servers.claims import SECONDS, count_notes, pipe, read_pipe
 
 AT_ONCE = 20
-"""Streams that are open at once, on a server with six threads."""
+"""Concurrent streams on a server with six threads."""
 
 
-class Stand(NamedTuple):
-    """One running application, and its database seen from outside."""
+class RunningApp(NamedTuple):
+    """A running application, and its database."""
 
     framework: Framework
     live: LiveServer
@@ -36,60 +36,60 @@ class Stand(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """What a client had of a response."""
+    """A response, as its client received it."""
 
     status: int
     headers: dict[str, str]
     body: str
-    whole: bool
-    """Whether it has a proper ending."""
+    complete: bool
+    """Whether the body has a proper end."""
 
 
-def opened(stand: Stand, path: str) -> http.client.HTTPResponse:
-    """A response of which nothing has been read."""
-    connection = http.client.HTTPConnection("127.0.0.1", stand.live.port, SECONDS)
+def open_response(app: RunningApp, path: str) -> http.client.HTTPResponse:
+    """Return a response whose body is still unread."""
+    connection = http.client.HTTPConnection("127.0.0.1", app.live.port, SECONDS)
     connection.request("GET", path, headers={"Connection": "close"})
     return connection.getresponse()
 
 
-def ask(stand: Stand, path: str) -> Answer:
-    """One request, read to its end as far as that comes.
+def ask(app: RunningApp, path: str) -> Answer:
+    """Make a request, and read as much of the response as the server sends.
 
-    :raises TimeoutError: where a server hangs, for which there is no word here.
+    :raises TimeoutError: if the server hangs. No framework's server does.
     """
     try:
-        response = opened(stand, path)
+        response = open_response(app, path)
     except http.client.HTTPException:
         return Answer(0, {}, "", False)
-    body, whole = b"", True
+    body, complete = b"", True
     try:
         while chunk := response.read1():
             body += chunk
     except (http.client.HTTPException, ConnectionError):
-        whole = False
+        complete = False
     response.close()
-    return Answer(response.status, dict(response.headers), body.decode(), whole)
+    return Answer(response.status, dict(response.headers), body.decode(), complete)
 
 
-def seen(answer: Answer, body: str) -> str:
-    """Whether a client got what was to come, or what it got instead."""
-    if answer[::2] == (200, body) and answer.whole:
+def describe(answer: Answer, body: str) -> str:
+    """Return "works" if the answer has this body, or the answer in a few words."""
+    if (answer.status, answer.body) == (200, body) and answer.complete:
         return "works"
     if answer.status == 404:
         return "none"
     empty = "an empty" if not answer.body else "a"
-    ending = "" if answer.whole else " that breaks"
+    ending = "" if answer.complete else " that breaks"
     return f"{empty} {answer.status}{ending}"
 
 
-def with_and_without(stand: Stand, question: str, path: str, body: str) -> str:
-    """What is seen without the helper that the framework has, and then with it."""
+def with_and_without(app: RunningApp, question: str, path: str, body: str) -> str:
+    """Return the answers without the framework's helper, and with it."""
     name, _, query = path.partition("?")
-    bare = seen(ask(stand, path), body)
-    helper = stand.framework.helpers.get(question)
+    bare = describe(ask(app, path), body)
+    helper = app.framework.helpers.get(question)
     if bare == "works" or helper is None:
         return bare
-    helped = seen(ask(stand, f"{name}_helped?{query}"), body)
+    helped = describe(ask(app, f"{name}_helped?{query}"), body)
     if bare == "none":
         return helper if helped == "works" else f"{helper}: {helped}"
     return f"{bare}; {helper}: {helped}"
@@ -98,44 +98,44 @@ def with_and_without(stand: Stand, question: str, path: str, body: str) -> str:
 # The questions.
 
 
-def text(stand: Stand) -> str:
-    """What becomes of a ``str`` that is yielded."""
-    return seen(ask(stand, "/text"), "grüß dich")
+def text(app: RunningApp) -> str:
+    """Return how a yielded ``str`` arrives."""
+    return describe(ask(app, "/text"), "grüß dich")
 
 
-def request(stand: Stand) -> str:
-    """Whether, and how, the generator reads the request."""
-    return with_and_without(stand, "request", "/request?of=ada", "ada\n" * 3)
+def request(app: RunningApp) -> str:
+    """Return whether the generator can read the request, and how."""
+    return with_and_without(app, "request", "/request?of=ada", "ada\n" * 3)
 
 
-def loaded(stand: Stand) -> str:
-    """Whether an object that the view has loaded reads more in the generator."""
-    return with_and_without(stand, "loaded", "/loaded", "one\ntwo\n")
+def loaded(app: RunningApp) -> str:
+    """Return whether an object of the view can load attributes in the generator."""
+    return with_and_without(app, "loaded", "/loaded", "one\ntwo\n")
 
 
-def added(stand: Stand) -> str:
-    """What becomes of rows that the generator adds, without and with a commit."""
-    bare = add(stand, "adds")
-    helper = stand.framework.helpers.get("added")
-    return f"{bare}; {helper}: {add(stand, 'adds_helped')}" if helper else bare
+def added(app: RunningApp) -> str:
+    """Return when rows of the generator are stored, without and with a commit."""
+    bare = add(app, "adds")
+    helper = app.framework.helpers.get("added")
+    return f"{bare}; {helper}: {add(app, 'adds_helped')}" if helper else bare
 
 
-def add(stand: Stand, name: str) -> str:
-    """How many rows are there after the first chunk, at the end, and if it fails."""
+def add(app: RunningApp, name: str) -> str:
+    """Return when rows are stored: after the first chunk, at the end, or never."""
     counts = []
     for fails in "", "yes":
-        before = stored(stand, "added")
+        before = count_notes(app.model, "added")
         with pipe() as path:
-            response = opened(stand, f"/{name}?pipe={path}&fails={fails}")
+            response = open_response(app, f"/{name}?pipe={path}&fails={fails}")
             response.read(len("added\n"))
-            counts.append(stored(stand, "added") - before)
-            with open(path, "w") as go:
-                go.write("go\n")
+            counts.append(count_notes(app.model, "added") - before)
+            with open(path, "w") as writer:
+                writer.write("go\n")
             try:
                 response.read()
             except http.client.IncompleteRead:
                 assert fails
-        counts.append(stored(stand, "added") - before)
+        counts.append(count_notes(app.model, "added") - before)
     words: dict[tuple[int, ...], str] = {
         (0, 3, 0, 0): "all or none",
         (1, 3, 1, 3): "each at once",
@@ -144,85 +144,84 @@ def add(stand: Stand, name: str) -> str:
     return words.get(tuple(counts), str(counts))
 
 
-def stored(stand: Stand, of: str) -> int:
-    """How many notes of that name are committed."""
-    return sum(text.startswith(of) for text in stand.model.texts())
-
-
-def early(stand: Stand) -> str:
-    """What becomes of a 404, a redirect and an error before the first chunk."""
-    answers = [ask(stand, f"/early?how={how}") for how in ("404", "302", "500")]
-    codes = ["-" if a.status == 501 else str(a.status) for a in answers]
-    pages = [a.body == f"our page for {a.status}" for a in answers[::2]]
+def early(app: RunningApp) -> str:
+    """Return the results of a 404, a redirect and an error before the first chunk."""
+    answers = [ask(app, f"/early?how={how}") for how in ("404", "302", "500")]
+    codes = ["-" if answer.status == 501 else str(answer.status) for answer in answers]
+    pages = [answer.body == f"our page for {answer.status}" for answer in answers[::2]]
     page = ", own pages" if all(pages) else ", the server's page"
     if codes[0] == "200":
-        page = ", broken" if not answers[0].whole else ", looks whole"
+        page = ", broken" if not answers[0].complete else ", looks whole"
     return f"{' '.join(codes)}{page}"
 
 
-def header(stand: Stand) -> str:
-    """Whether a header and a cookie that are set before the first chunk are sent."""
-    headers = ask(stand, "/early?how=").headers
-    there = [name in headers for name in ("X-Made", "Set-Cookie")]
-    return {2: "sent", 0: "ignored"}.get(sum(there), "one of two")
+def header(app: RunningApp) -> str:
+    """Return whether a header and a cookie of the generator are sent."""
+    headers = ask(app, "/early?how=").headers
+    sent = [name in headers for name in ("X-Made", "Set-Cookie")]
+    return {2: "sent", 0: "ignored"}.get(sum(sent), "one of two")
 
 
-def failure(stand: Stand) -> str:
-    """What a client makes of a generator that fails after two chunks."""
-    answer = ask(stand, "/fails")
-    if not answer.whole:
+def failure(app: RunningApp) -> str:
+    """Return how a client sees a generator that fails after two chunks."""
+    answer = ask(app, "/fails")
+    if not answer.complete:
         return "breaks"
     return "looks whole" if answer.body == "one\ntwo\n" else "text appended"
 
 
-def leaves(stand: Stand) -> str:
-    """What a client that leaves ends: the generator, its transaction, its rows."""
-    helper = stand.framework.helpers.get("leaves")
-    # First: what the other may keep is kept until Python collects its garbage.
-    helped = f"; {helper}: {leave(stand, 'paced_helped')}" if helper else ""
-    return leave(stand, "paced") + helped
+def disconnect(app: RunningApp) -> str:
+    """Return what a disconnect ends: the generator, its transaction, its rows."""
+    helper = app.framework.helpers.get("leaves")
+    # With the helper first: the other may keep a connection until a garbage collection.
+    helped = ""
+    if helper:
+        helped = f"; {helper}: {read_and_disconnect(app, 'paced_helped')}"
+    return read_and_disconnect(app, "paced") + helped
 
 
-def leave(stand: Stand, name: str) -> str:
-    before = stored(stand, "left")
+def read_and_disconnect(app: RunningApp, name: str) -> str:
+    before = count_notes(app.model, "left")
     with pipe() as path:
         reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-        response = opened(stand, f"/{name}?pipe={path}")
+        response = open_response(app, f"/{name}?pipe={path}")
         response.read1(1)
         response.close()
-        end = told(reader)
+        end = read_pipe(reader)
         os.close(reader)
     deadline = time.monotonic() + SECONDS
-    while (idle := stand.model.idle_in_transaction()) and time.monotonic() < deadline:
+    while (idle := app.model.idle_in_transaction()) and time.monotonic() < deadline:
         pass
-    rows = "row stays" if stored(stand, "left") - before else "row undone"
+    stays = count_notes(app.model, "left") > before
+    rows = "row stays" if stays else "row undone"
     end = "not closed" if end == "nothing" else end
     return f"{end}, {'connection kept' if idle else 'released'}, {rows}"
 
 
-def turns(stand: Stand) -> str:
-    """Whether two streams in turn on a thread have a request and a connection each."""
-    url = stand.model.url.render_as_string(hide_password=False)
-    options = [word.format(url=url) for word in stand.framework.options]
+def turns(app: RunningApp) -> str:
+    """Return whether two streams in turn on a thread keep request and connection."""
+    url = app.model.url.render_as_string(hide_password=False)
+    options = [word.format(url=url) for word in app.framework.options]
     answers = []
     for path in "/turns", "/turns_helped":
         command = [sys.executable, "-m", "tests.comparison.turns", path, *options]
         run = subprocess.run(command, capture_output=True, text=True, check=True)
-        answers.append(in_turn(**json.loads(run.stdout.splitlines()[-1])))
-        if "turns" not in stand.framework.helpers:
+        lines = json.loads(run.stdout.splitlines()[-1])
+        answers.append(describe_turns(**lines))
+        if "turns" not in app.framework.helpers:
             return answers[0]
-    return f"{answers[0]}; {stand.framework.helpers['turns']}: {answers[1]}"
+    return f"{answers[0]}; {app.framework.helpers['turns']}: {answers[1]}"
 
 
-def in_turn(ada: list[str], bob: list[str], eve: list[str] | None = None) -> str:
-    """The same of what the two gave, and a third with the help of another thread.
+def describe_turns(ada: list[str], bob: list[str], eve: list[str] | None = None) -> str:
+    """Describe the lines of two streams in turn, and of a third on two threads.
 
-    A line is whose request it was made in, and by which connection; or an error.
+    A line has the request's parameter and the number of the connection, or an error.
     """
     lines = [line.split() for line in ada if " " in line]
     others = [line.split() for line in bob if " " in line]
     mixed = {of for of, _ in lines} != {"ada"} or {of for of, _ in others} != {"bob"}
-    shared = {back_end for _, back_end in lines} & {back_end for _, back_end in others}
+    shared = {backend for _, backend in lines} & {backend for _, backend in others}
     words = ["requests mix" if mixed else "own request"]
     words.append("one connection" if shared else "own connection")
     words += dict.fromkeys(line for line in [*ada, *bob] if " " not in line)
@@ -232,26 +231,26 @@ def in_turn(ada: list[str], bob: list[str], eve: list[str] | None = None) -> str
     return ", ".join(words)
 
 
-def waiting(stand: Stand) -> str:
-    """How many streams get their first chunk while all others wait.
+def waiting(app: RunningApp) -> str:
+    """Return how many streams get their first chunk while all others wait.
 
     The helper is another server.
     """
-    first = f"{wait(stand.live, 'waits')} of {AT_ONCE}"
-    if "waiting" not in stand.framework.helpers:
+    first = f"{wait(app.live, 'waits')} of {AT_ONCE}"
+    if "waiting" not in app.framework.helpers:
         return first
-    url = stand.model.url.render_as_string(hide_password=False)
-    options = [word.format(url=url) for word in stand.framework.options]
+    url = app.model.url.render_as_string(hide_password=False)
+    options = [word.format(url=url) for word in app.framework.options]
     live = LiveServer("uvicorn", *options, "asgi=yes", run="tests.comparison.serve")
     try:
         helped = wait(live, "waits_helped")
     finally:
         live.stop()
-    return f"{first}; {stand.framework.helpers['waiting']}: {helped} of {AT_ONCE}"
+    return f"{first}; {app.framework.helpers['waiting']}: {helped} of {AT_ONCE}"
 
 
 def wait(live: LiveServer, name: str) -> int:
-    """How many have their first chunk before any has its second."""
+    """Return how many streams have their first chunk before any has its second."""
     with tempfile.TemporaryDirectory() as folder:
         gate = Path(folder, "gate")
         connections = []
@@ -260,7 +259,7 @@ def wait(live: LiveServer, name: str) -> int:
             connection.request("GET", f"/{name}?gate={gate}")
             connections.append(connection)
         pending = {connection.sock for connection in connections}
-        # Until there is none for a second; and those who have none get theirs later.
+        # Wait until no chunk arrives for a second. The other streams start later.
         while ready := select.select(pending, [], [], 1)[0]:
             pending -= {*ready}
         first = AT_ONCE - len(pending)
@@ -272,31 +271,30 @@ def wait(live: LiveServer, name: str) -> int:
     return first
 
 
-def events(stand: Stand) -> str:
-    """Whether a feed goes on where its client was, keeps alive, and keeps to commits.
+def events(app: RunningApp) -> str:
+    """Return whether a feed resumes, sends heartbeats, and publishes on commit.
 
-    Where no package of the framework so much as names the header by which a client
-    says where it was, there is nothing to ask.
+    A framework whose packages never mention ``Last-Event-ID`` has no such feed.
     """
-    if "kind=tgstream" not in stand.framework.options:
-        names = [name for name in stand.framework.packages if names_header(name)]
+    if "kind=tgstream" not in app.framework.options:
+        names = [name for name in app.framework.packages if names_header(name)]
         return f"in {', '.join(names)}" if names else "not in the box"
-    with Feed(stand) as feed:
+    with Feed(app) as feed:
         feed.next("id")
-        ask(stand, "/publish?text=refused&fails=yes")
-        ask(stand, "/publish?text=one")
+        ask(app, "/publish?text=refused&fails=yes")
+        ask(app, "/publish?text=one")
         on_commit = feed.next("data") == "one"
         last = feed.id
         heartbeats = feed.next("") is not None
-    ask(stand, "/publish?text=two")
-    with Feed(stand, {"Last-Event-ID": last}) as feed:
+    ask(app, "/publish?text=two")
+    with Feed(app, {"Last-Event-ID": last}) as feed:
         resumes = feed.next("data") == "two"
-    does = {"resumes": resumes, "heartbeats": heartbeats, "on commit": on_commit}
-    return ", ".join(word for word, seen in does.items() if seen)
+    features = {"resumes": resumes, "heartbeats": heartbeats, "on commit": on_commit}
+    return ", ".join(feature for feature, works in features.items() if works)
 
 
 def names_header(package: str) -> bool:
-    """Whether a distribution's source has ``Last-Event-ID``, in whichever case."""
+    """Return whether the source of a distribution contains ``Last-Event-ID``."""
     return any(
         b"last-event-id" in path.read_bytes().lower()
         for path in map(Path, map(str, map(PackagePath.locate, files(package) or [])))
@@ -305,10 +303,10 @@ def names_header(package: str) -> bool:
 
 
 class Feed:
-    """What a client of events hears, a field at a time."""
+    """A client of Server-Sent Events, which reads a field at a time."""
 
-    def __init__(self, stand: Stand, headers: dict[str, str] | None = None) -> None:
-        port = stand.live.port
+    def __init__(self, app: RunningApp, headers: dict[str, str] | None = None) -> None:
+        port = app.live.port
         self.connection = http.client.HTTPConnection("127.0.0.1", port, SECONDS)
         self.connection.request("GET", "/listen", headers=headers or {})
         self.response = self.connection.getresponse()
@@ -322,7 +320,7 @@ class Feed:
         self.connection.close()
 
     def next(self, field: str) -> str | None:
-        """The next value of a field; a comment's field is empty."""
+        """Return the next value of a field. The field of a comment is empty."""
         while line := self.response.readline().decode():
             name, _, value = line.rstrip("\n").partition(":")
             if name == "id":
@@ -332,7 +330,7 @@ class Feed:
         return None
 
 
-QUESTIONS: dict[str, Callable[[Stand], str]] = {
+QUESTIONS: dict[str, Callable[[RunningApp], str]] = {
     "Text": text,
     "The request": request,
     "A loaded object": loaded,
@@ -340,7 +338,7 @@ QUESTIONS: dict[str, Callable[[Stand], str]] = {
     "Errors before the first chunk": early,
     "Headers and cookies": header,
     "A failure half-way": failure,
-    "A client that leaves": leaves,
+    "A client that leaves": disconnect,
     "Two streams in turn": turns,
     "Streams that wait": waiting,
     "Server-Sent Events": events,

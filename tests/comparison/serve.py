@@ -1,8 +1,8 @@
-"""Starts one of the applications under its server, on a free port of this machine.
+"""Start an application on its server, on a free port of this machine.
 
     python -m tests.comparison.serve uvicorn in_starlette url=...
 
-As ``tests.live_apps.run`` it prints ``port N``, and serves until it is terminated.
+Like ``tests.live_apps.run`` it prints ``port N``, and serves until it is terminated.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from tests.live_apps import run
 
 
 def uvicorn(make_app: run.MakeApp) -> None:
-    """The server that Starlette's manual names first."""
+    """uvicorn, which Starlette's manual names first."""
     from uvicorn import Config, Server
 
     config = Config(make_app(), log_level="warning", timeout_graceful_shutdown=1)
-    Server(config).run(sockets=[run.bound()])
+    Server(config).run(sockets=[run.open_listener()])
 
 
 SERVERS: dict[str, run.Serve] = {
@@ -30,15 +30,15 @@ SERVERS: dict[str, run.Serve] = {
 
 
 def make(name: str, *options: str) -> Any:
-    """The application of a module in ``apps``."""
+    """Return the application of a module in ``apps``."""
     module = import_module(f"tests.comparison.apps.{name}")
     return module.make_app(**dict(option.split("=", 1) for option in options))
 
 
 def main(server: str, *words: str) -> None:
-    """Serve it."""
-    del sys.argv[1:]  # which gunicorn would read
-    os.environ[run.APP] = ""  # it drains nothing
+    """Serve an application."""
+    del sys.argv[1:]  # gunicorn would read these arguments
+    os.environ[run.APP] = ""  # no options of the server
     SERVERS[server](lambda: make(*words))
 
 

@@ -1,4 +1,4 @@
-"""The table, as ``docs/comparison.txt`` has it."""
+"""The table of ``docs/comparison.txt``."""
 
 from __future__ import annotations
 
@@ -6,28 +6,29 @@ from collections.abc import Iterator
 from platform import python_version
 
 VERSIONS = "Seen with Python"
-"""How the last row begins, which is not pinned."""
+"""The beginning of the last row, whose cells are not pinned."""
 
 Answers = dict[str, dict[str, str]]
 
 
-def table(seen: Answers, versions: dict[str, str]) -> str:
-    """A list-table: a row for each question, a column for each framework.
+def table(all_answers: Answers, versions: dict[str, str]) -> str:
+    """Return a list-table: a row for each question, a column for each framework.
 
-    :param seen: the answers by framework and question.
-    :param versions: the last row.
+    :param all_answers: the answers by framework and question.
+    :param versions: the cells of the last row.
     """
-    questions = [*dict.fromkeys(of for answers in seen.values() for of in answers)]
+    columns = all_answers.values()
+    questions = dict.fromkeys(question for answers in columns for question in answers)
     lines = [".. list-table::", "    :header-rows: 1", "    :stub-columns: 1", ""]
-    lines += row("In the generator", [*seen])
-    for of in questions:
-        lines += row(of, [answers[of] for answers in seen.values()])
+    lines += row("In the generator", [*all_answers])
+    for question in questions:
+        lines += row(question, [answers[question] for answers in columns])
     lines += row(f"{VERSIONS} {python_version()}", [*versions.values()])
     return "\n".join(lines) + "\n"
 
 
 def row(first: str, cells: list[str]) -> Iterator[str]:
-    """The lines of one row."""
+    """Yield the lines of a row."""
     yield f"    * - {first}"
     for cell in cells:
         yield f"      - {cell}"

@@ -1,10 +1,10 @@
-"""Pulls two streams of an application in turn on one thread, and one on two threads.
+"""Pull two streams of an application in turn on one thread, and one on two threads.
 
     python -m tests.comparison.turns /turns in_flask url=...
 
-It prints a line of JSON: what each stream gave, or the error it ended in. Some servers
-pull so (uWSGI's ``--async``; adapters pull on whichever thread is free), and a server
-here would not.
+It prints a line of JSON: the lines of each stream, or the name of its error. Some
+servers pull like this (uWSGI's ``--async``, and adapters that use any free thread), but
+not the servers of the comparison.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ NAMES = "ada", "bob"
 Lines = list[str]
 
 
-def opened(app: Any, path: str, of: str) -> Generator[bytes, None, None]:
-    """The body of a response of a WSGI application; tgstream is not imported here."""
+def open_body(app: Any, path: str, of: str) -> Generator[bytes, None, None]:
+    """Yield an empty chunk, and then the body of a response of a WSGI application."""
     environ: dict[str, Any] = {"PATH_INFO": path, "QUERY_STRING": f"of={of}"}
     setup_testing_defaults(environ)
     body = app(environ, lambda status, headers, exc_info=None: None)
     try:
-        yield b""  # opened, and not pulled
+        yield b""  # the body is open, but not pulled
         yield from body
     finally:
         if hasattr(body, "close"):
             body.close()
 
 
-def safely(lines: Lines, act: Callable[[], Any]) -> None:
-    """Keep what an act gives, or the name of its error."""
+def collect(lines: Lines, call: Callable[[], Any]) -> None:
+    """Call a function, and add its lines, or the name of its error."""
     try:
-        lines += (act() or b"").decode().split("\n")[:-1]
+        lines += (call() or b"").decode().split("\n")[:-1]
     except StopIteration:
         pass
     except BaseException as error:
@@ -48,31 +48,31 @@ def safely(lines: Lines, act: Callable[[], Any]) -> None:
 
 
 def wsgi(app: Any, path: str) -> dict[str, Lines]:
-    """Two streams in turn; then one whose second chunk another thread pulls."""
-    found: dict[str, Lines] = {of: [] for of in (*NAMES, "eve")}
-    bodies = {of: opened(app, path, of) for of in NAMES}
+    """Pull two streams in turn, then one whose second chunk another thread pulls."""
+    results: dict[str, Lines] = {of: [] for of in (*NAMES, "eve")}
+    bodies = {of: open_body(app, path, of) for of in NAMES}
     for _ in range(4):
         for of, body in bodies.items():
-            safely(found[of], partial(next, body))
+            collect(results[of], partial(next, body))
     for of, body in bodies.items():
-        safely(found[of], body.close)
-    body, lines = opened(app, path, "eve"), found["eve"]
+        collect(results[of], body.close)
+    body, lines = open_body(app, path, "eve"), results["eve"]
     next(body)
-    safely(lines, lambda: next(body))
-    thread = Thread(target=safely, args=(lines, lambda: next(body)))
+    collect(lines, lambda: next(body))
+    thread = Thread(target=collect, args=(lines, lambda: next(body)))
     thread.start()
     thread.join()
-    safely(lines, lambda: next(body))
-    safely(lines, body.close)
-    return found
+    collect(lines, lambda: next(body))
+    collect(lines, body.close)
+    return results
 
 
 async def asgi(app: Any, path: str) -> dict[str, Lines]:
-    """Two streams on one event loop, each of whose chunks waits for the other's."""
-    found: dict[str, Lines] = {of: [] for of in NAMES}
+    """Pull two streams on one event loop, each chunk after the other's."""
+    results: dict[str, Lines] = {of: [] for of in NAMES}
     turn = {of: asyncio.Semaphore(0) for of in NAMES}
 
-    async def one(of: str, other: str) -> None:
+    async def read(of: str, other: str) -> None:
         scope: dict[str, Any] = {
             "type": "http",
             "asgi": {"version": "3.0", "spec_version": "2.4"},
@@ -84,22 +84,23 @@ async def asgi(app: Any, path: str) -> dict[str, Lines]:
         }
 
         async def send(message: Any) -> None:
-            safely(found[of], lambda: message.get("body"))
+            collect(results[of], lambda: message.get("body"))
             if message.get("body"):
                 turn[other].release()
                 await asyncio.wait_for(turn[of].acquire(), 10)
 
         await app(scope, asyncio.Event().wait, send)
 
-    await asyncio.gather(one(*NAMES), one(*reversed(NAMES)))
-    return found
+    await asyncio.gather(read(*NAMES), read(*reversed(NAMES)))
+    return results
 
 
 def main(path: str, name: str, *options: str) -> None:
-    """Print what was found."""
+    """Print the results."""
     app = make(name, *options)
-    found = wsgi(app, path) if name != "in_starlette" else asyncio.run(asgi(app, path))
-    print(json.dumps(found))
+    is_asgi = name == "in_starlette"
+    results = asyncio.run(asgi(app, path)) if is_asgi else wsgi(app, path)
+    print(json.dumps(results))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,8 @@
-"""A stream in process that meets a fault, and what must hold of it in every case."""
+"""Streams in process that meet a fault, and the checks that all such tests share."""
 
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,33 +21,29 @@ from tests.wsgi import Call, get
 from tgstream import Report, Stream
 
 Generator = Callable[[], Any]
-Kind = type[BaseException] | tuple[type[BaseException], ...]
+ErrorTypes = type[BaseException] | tuple[type[BaseException], ...]
 
 
-def wait_until(holds: Callable[[], Any], what: str, seconds: float = 10) -> None:
-    """Ask again and again, until it holds; what nobody can be told of is asked for."""
+def wait_until(condition: Callable[[], Any], message: str, seconds: float = 10) -> None:
+    """Poll a condition that no event announces, until it is true.
+
+    :param message: of the failure after ``seconds``.
+    """
     deadline, pause = time.monotonic() + seconds, threading.Event()
-    while not holds():
-        assert time.monotonic() < deadline, what
+    while not condition():
+        assert time.monotonic() < deadline, message
         pause.wait(0.01)
 
 
 def path_of(name: str, **params: Any) -> str:
-    """A stream of ``tests.live_apps.faulty`` that writes under this name."""
+    """Return the path of a stream of ``tests.live_apps.faulty``."""
     return "/faulty/write?" + urlencode({"name": name, **params})
 
 
-def say(pipe: Path, line: bytes) -> None:
-    """Write a line to who waits for it."""
+def write_line(pipe: Path, line: bytes) -> None:
+    """Write a line to the process that waits at the other end of the pipe."""
     with pipe.open("wb") as file:
         file.write(line)
-
-
-@pytest.fixture
-def pipe(tmp_path: Path) -> Iterator[Path]:
-    """A named pipe, for which a stream waits."""
-    os.mkfifo(tmp_path / "pipe")
-    yield tmp_path / "pipe"
 
 
 LOCK = 4711
@@ -58,43 +53,46 @@ $$ BEGIN PERFORM pg_advisory_xact_lock({LOCK}); RETURN NULL; END $$;
 CREATE CONSTRAINT TRIGGER waits AFTER INSERT ON users
 DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION wait_for_test();
 """
-"""Makes a commit of a user wait for a lock, for as long as another one holds it."""
+"""Makes the commit of a new user wait for a lock that the test holds."""
 
 
 @contextmanager
 def outside(model: Model) -> Iterator[psycopg.Connection[Any]]:
-    """A connection of somebody else, in a transaction that the test ends."""
+    """Connect without the application, in a transaction that the test ends."""
     with psycopg.connect(**model.connection_options()) as connection:
         yield connection
 
 
 def install_waits(model: Model) -> None:
-    """Prepare for ``commits_wait``, before anybody uses the table."""
+    """Prepare for ``commits_wait``, before the table is in use."""
     with outside(model) as other:
         other.execute(WAITS)
 
 
 @contextmanager
 def commits_wait(model: Model) -> Iterator[None]:
-    """Whoever commits a user waits until this ends, where ``WAITS`` was installed."""
+    """Let the commit of a new user wait until this context ends.
+
+    Call ``install_waits`` before.
+    """
     with outside(model) as other:
         other.execute(f"SELECT pg_advisory_lock({LOCK})".encode())
         yield
 
 
 def wait_until_blocked(model: Model, backend: int) -> None:
-    """Until a backend waits for a lock."""
-    asks = f"SELECT wait_event_type FROM pg_stat_activity WHERE pid = {backend}"
-    wait_until(lambda: model.look(asks) == [("Lock",)], "the backend waits for no lock")
+    """Wait until a backend of PostgreSQL waits for a lock."""
+    query = f"SELECT wait_event_type FROM pg_stat_activity WHERE pid = {backend}"
+    wait_until(lambda: model.look(query) == [("Lock",)], "the backend does not wait")
 
 
 class Root(TGController):
-    """A stream of ``body``, and beside it what ordinary requests do."""
+    """A stream of ``body``, and ordinary requests to the same database."""
 
     def __init__(self, model: Model, body: Generator, **options: Any) -> None:
         self.model, self.body, self.options = model, body, options
         for method in (Root.index, Root.add, Root.names):
-            expose(content_type="text/plain")(method)  # TG forgets it between tests
+            expose(content_type="text/plain")(method)  # fixtures reset TG's registry
 
     def index(self) -> Stream:
         return Stream(self.body(), **self.options)
@@ -109,10 +107,11 @@ class Root(TGController):
 
 
 class Fault:
-    """An application whose stream a fault meets.
+    """An application whose stream meets a fault.
 
-    :param body: makes what is streamed.
-    :param options: of the stream; ``app`` are those of the application.
+    :param body: makes the items of the stream.
+    :param app: the options of the application.
+    :param options: the options of the stream.
     """
 
     def __init__(
@@ -130,32 +129,34 @@ class Fault:
         self.app = make_app(Root(model, body, **options), model, **(app or {}))
 
     def call(self, path: str = "/") -> Call:
-        """One more request."""
+        """Make a request."""
         return Call(self.app, path)
 
-    def assert_fails_at_once(self, kind: Kind, match: str | None = None) -> None:
-        """Before its first chunk, the client sees an ordinary error."""
+    def assert_fails_at_once(self, error: ErrorTypes, match: str | None = None) -> None:
+        """Check that the stream fails before its first chunk, with a status 500."""
         call = get(self.app)
         assert call.status.startswith("500 ")
         assert call.starts == 1
-        self.assert_told(kind, match)
+        self.assert_reported(error, match)
 
-    def assert_breaks(self, call: Call, kind: Kind, match: str | None = None) -> None:
-        """The next pull gives the server an error, after which it closes."""
-        with pytest.raises(kind, match=match) as raised:
+    def assert_aborts(
+        self, call: Call, error: ErrorTypes, match: str | None = None
+    ) -> None:
+        """Check that the next pull raises an error to the server."""
+        with pytest.raises(error, match=match) as raised:
             next(call)
         call.close()
-        self.assert_told(kind, match)
+        self.assert_reported(error, match)
         assert self.reports[0].error is raised.value
 
-    def assert_told(
-        self, kind: Kind, match: str | None = None, reason: str = "failed"
+    def assert_reported(
+        self, error: ErrorTypes, match: str | None = None, reason: str = "failed"
     ) -> None:
-        """One report, and one line of the log with the traceback; no other error."""
+        """Check that one report and one log line have the error, and its traceback."""
         [report], [line] = self.reports, self.lines()
         assert report.reason == reason
         assert report.error is not None
-        with pytest.raises(kind, match=match):
+        with pytest.raises(error, match=match):
             raise report.error
         assert line.levelname == "ERROR"
         assert line.exc_info is not None
@@ -164,19 +165,19 @@ class Fault:
         assert self.noise() == set()
 
     def lines(self) -> list[logging.LogRecord]:
-        """What the library has logged, at any level."""
-        return [each for each in self.log.records if each.name == "tgstream"]
+        """Return the log records of tgstream, of any level."""
+        return [record for record in self.log.records if record.name == "tgstream"]
 
     def noise(self) -> set[str]:
-        """The loggers of others that wrote an error or a warning."""
+        """Return the other loggers that wrote a warning or an error."""
         return {
-            each.name.partition(".")[0]
-            for each in self.log.records
-            if each.name != "tgstream" and each.levelno >= logging.WARNING
+            record.name.partition(".")[0]
+            for record in self.log.records
+            if record.name != "tgstream" and record.levelno >= logging.WARNING
         } - self.expected_noise
 
     def assert_leaves(self, *names: str) -> None:
-        """These users are stored, nothing is left behind, and all else goes on."""
+        """Check the stored users, that nothing is left, and that requests work."""
         assert self.model.names() == [*names]
         assert_clean(self.model)
         assert get(self.app, "/add?name=next").text == "added"
@@ -191,7 +192,7 @@ MakeFault = Callable[..., Fault]
 def make_fault(
     make_app: MakeApp, caplog: pytest.LogCaptureFixture, reports: list[Report]
 ) -> Iterator[MakeFault]:
-    """Makes applications whose stream a fault meets."""
+    """Makes applications whose stream meets a fault."""
     caplog.set_level("DEBUG", "tgstream")
 
     def make(model: Model, body: Generator, **options: Any) -> Fault:

@@ -1,4 +1,4 @@
-"""What an application adds to a stream's end fails: a hook, a finally, a session."""
+"""Failures of an application's own code at the end: hook, ``finally`` and session."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from tests.model import MakeModel, Model, User
 from tests.wsgi import Call, get
 from tgstream import Report, StreamError
 
-KINDS = [LookupError, SystemExit, GeneratorExit]
+ERRORS = [LookupError, SystemExit, GeneratorExit]
 ENDS = ["completed", "failed", "disconnected", "dropped"]
 
 
-class Told(Exception):
-    """What a stream of these tests fails with, when it is to fail by itself."""
+class StreamFailed(Exception):
+    """The stream's own failure."""
 
 
 def add(model: Model, *names: str) -> None:
@@ -29,7 +29,7 @@ def add(model: Model, *names: str) -> None:
 
 
 def writer(model: Model, end: str) -> Callable[[], Iterator[str]]:
-    """A stream that has stored ada, adds bob, and fails if that is to be its end."""
+    """Return a body that commits ada and flushes bob, and may fail after that."""
 
     def body() -> Iterator[str]:
         add(model, "ada")
@@ -39,22 +39,22 @@ def writer(model: Model, end: str) -> Callable[[], Iterator[str]]:
         tgstream.flush()
         yield "two"
         if end == "failed":
-            raise Told("by itself")
+            raise StreamFailed("by itself")
 
     return body
 
 
 def bring_about(fault: Fault, end: str) -> list[str]:
-    """Let the stream end so.
+    """Let the stream end in a way.
 
-    :returns: the names that are to be stored.
+    :returns: the names that must be stored after that.
     """
     call = fault.call() if end != "dropped" else Call(fault.app, checked=False)
     assert [next(call), next(call)] == [b"one", b"two"]
     if end == "completed":
         assert call.read() == b""
     elif end == "failed":
-        with pytest.raises(Told):
+        with pytest.raises(StreamFailed):
             next(call)
     if end == "dropped":
         call.drop()
@@ -63,19 +63,18 @@ def bring_about(fault: Fault, end: str) -> list[str]:
     return ["ada", "bob"] if end == "completed" else ["ada"]
 
 
-# A report hook.
+# Report hooks.
 
 
 @pytest.mark.parametrize("end", ENDS)
-@pytest.mark.parametrize("kind", KINDS)
-def test_hook_that_raises_changes_no_end(
-    make_fault: MakeFault, model: Model, kind: type[BaseException], end: str
+@pytest.mark.parametrize("error", ERRORS)
+def test_error_in_a_hook_does_not_change_the_end(
+    make_fault: MakeFault, model: Model, error: type[BaseException], end: str
 ) -> None:
-    """The stream ends as it does, and the hook's error is told beside it: by TG, or by
-    tgstream where TG would let it through."""
+    """The hook's error is logged, by TG or, if TG does not catch it, by tgstream."""
 
     def fail(report: Report) -> None:
-        raise kind("no report")
+        raise error("no report")
 
     fault = make_fault(model, writer(model, end))
     tg.hooks.register("tgstream.finished", fail)
@@ -87,55 +86,54 @@ def test_hook_that_raises_changes_no_end(
     assert [report.reason for report in fault.reports] == [reason]
     line, *more = fault.lines()
     assert f" {reason}: " in line.getMessage()
-    if kind is LookupError:
+    if error is LookupError:
         assert (more, fault.noise()) == ([], {"tg"})
     else:
-        assert [each.levelname for each in more] == ["ERROR"]
+        assert [record.levelname for record in more] == ["ERROR"]
         assert more[0].exc_info is not None
-        assert (more[0].exc_info[0], fault.noise()) == (kind, set())
+        assert (more[0].exc_info[0], fault.noise()) == (error, set())
     fault.assert_leaves(*names)
 
 
-# A finally.
+# ``finally`` and ``close()``.
 
 
 @pytest.mark.parametrize("end", ENDS)
-@pytest.mark.parametrize("kind", KINDS)
-def test_finally_that_raises_is_told(
-    make_fault: MakeFault, model: Model, kind: type[BaseException], end: str
+@pytest.mark.parametrize("error", ERRORS)
+def test_error_in_finally_is_reported(
+    make_fault: MakeFault, model: Model, error: type[BaseException], end: str
 ) -> None:
-    """At a stream's own end it breaks the transfer; nobody hears it when the client
-    has left, but the log."""
+    """It aborts the transfer, or is only logged if the client has disconnected."""
     body = writer(model, end)
 
-    def guarded() -> Iterator[str]:
+    def body_with_finally() -> Iterator[str]:
         try:
             yield from body()
         finally:
-            raise kind("in finally")
+            raise error("in finally")
 
-    fault = make_fault(model, guarded)
+    fault = make_fault(model, body_with_finally)
     if end in ("completed", "failed"):
         call = fault.call()
         assert [next(call), next(call)] == [b"one", b"two"]
-        error = LookupError if kind is LookupError else StreamError
-        fault.assert_breaks(call, error)
-    elif kind is GeneratorExit:  # which is how a generator closes
+        expected = LookupError if error is LookupError else StreamError
+        fault.assert_aborts(call, expected)
+    elif error is GeneratorExit:  # the normal end of a closed generator
         bring_about(fault, end)
-        assert [(each.reason, each.error) for each in fault.reports] == [
+        assert [(report.reason, report.error) for report in fault.reports] == [
             ("disconnected", None)
         ]
     else:
         bring_about(fault, end)
-        fault.assert_told(kind, reason="disconnected")
+        fault.assert_reported(error, reason="disconnected")
     fault.assert_leaves("ada")
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_close_that_raises_before_the_first_chunk_is_an_ordinary_error(
-    make_fault: MakeFault, model: Model, kind: type[BaseException]
+@pytest.mark.parametrize("error", ERRORS)
+def test_error_in_close_before_the_first_chunk_is_an_ordinary_error(
+    make_fault: MakeFault, model: Model, error: type[BaseException]
 ) -> None:
-    """What an iterator's close() raises is an error while all can still be told."""
+    """The status is 500 if an iterator's ``close()`` raises before the first chunk."""
 
     class Items:
         def __iter__(self) -> Iterator[str]:
@@ -143,24 +141,22 @@ def test_close_that_raises_before_the_first_chunk_is_an_ordinary_error(
             return iter(["one"])
 
         def close(self) -> None:
-            raise kind("in close")
+            raise error("in close")
 
     fault = make_fault(model, Items, chunk_size=100)
-    fault.assert_fails_at_once(LookupError if kind is LookupError else StreamError)
+    fault.assert_fails_at_once(LookupError if error is LookupError else StreamError)
     fault.assert_leaves()
 
 
 class Falsy(LookupError):
-    """An error that is false, as one is that counts what it holds."""
+    """An error whose truth value is false."""
 
     def __len__(self) -> int:
         return 0
 
 
-def test_finally_hides_no_error_that_is_false(
-    make_fault: MakeFault, model: Model
-) -> None:
-    """The first error is the one told, whatever its truth."""
+def test_error_that_is_false_is_reported(make_fault: MakeFault, model: Model) -> None:
+    """The first error is reported, whatever its truth value."""
 
     class Items:
         def __iter__(self) -> Iterator[str]:
@@ -168,27 +164,27 @@ def test_finally_hides_no_error_that_is_false(
             raise Falsy
 
         def close(self) -> None:
-            raise Told("later")
+            raise StreamFailed("later")
 
     fault = make_fault(model, Items)
     call = fault.call()
     assert next(call) == b"one"
-    fault.assert_breaks(call, Falsy)
+    fault.assert_aborts(call, Falsy)
     fault.assert_leaves()
 
 
-# A session.
+# Sessions.
 
 
-class Unclosable(Session):
-    """A session whose close() does nothing but raise."""
+class UnclosableSession(Session):
+    """A session whose ``close()`` only raises."""
 
     def close(self) -> None:
         raise LookupError("no close")
 
 
-class Reluctant(Session):
-    """A session whose close() raises when it is done."""
+class FailingSession(Session):
+    """A session whose ``close()`` closes and then raises."""
 
     def close(self) -> None:
         super().close()
@@ -196,45 +192,46 @@ class Reluctant(Session):
 
 
 @pytest.mark.parametrize("end", ENDS)
-@pytest.mark.parametrize("kind", [Unclosable, Reluctant])
-def test_session_that_will_not_close_changes_no_end(
-    make_fault: MakeFault, make_model: MakeModel, url: str, kind: Any, end: str
+@pytest.mark.parametrize("session_class", [UnclosableSession, FailingSession])
+def test_error_in_session_close_does_not_change_the_end(
+    make_fault: MakeFault, make_model: MakeModel, url: str, session_class: Any, end: str
 ) -> None:
-    """It is told and holds no connection; what was committed is."""
-    model = make_model(url, class_=kind)
+    """The error is reported, commits stay, and the connection is released."""
+    model = make_model(url, class_=session_class)
     fault = make_fault(model, writer(model, end))
     names = bring_about(fault, end)
     reason = "disconnected" if end == "dropped" else end
-    fault.assert_told(Told if end == "failed" else LookupError, reason=reason)
+    error = StreamFailed if end == "failed" else LookupError
+    fault.assert_reported(error, reason=reason)
     assert model.names() == names
     assert_clean(model)
 
 
-@pytest.mark.parametrize("kind", [Unclosable, Reluctant])
-def test_session_that_will_not_close_leaves_an_ordinary_error(
-    make_fault: MakeFault, make_model: MakeModel, url: str, kind: Any
+@pytest.mark.parametrize("session_class", [UnclosableSession, FailingSession])
+def test_error_in_session_close_does_not_hide_the_first_error(
+    make_fault: MakeFault, make_model: MakeModel, url: str, session_class: Any
 ) -> None:
-    """Before the first chunk the client is told of what the generator raised."""
-    model = make_model(url, class_=kind)
+    """Before the first chunk, the generator's own error is the one reported."""
+    model = make_model(url, class_=session_class)
 
     def body() -> Iterator[str]:
         add(model, "lost")
         tgstream.flush()
-        raise Told("by itself")
+        raise StreamFailed("by itself")
         yield
 
-    make_fault(model, body).assert_fails_at_once(Told)
+    make_fault(model, body).assert_fails_at_once(StreamFailed)
     assert model.names() == []
     assert_clean(model)
 
 
 @pytest.mark.parametrize("zope", [True, False])
-def test_session_of_the_request_that_will_not_close_is_told(
+def test_error_in_close_of_the_request_session_is_logged(
     make_fault: MakeFault, make_model: MakeModel, url: str, zope: bool
 ) -> None:
-    """Where TG's own commit would close it, the request fails, and the stream ends with
-    it; else the stream goes on. No context is left in either case."""
-    model = make_model(url, zope=zope, class_=Reluctant)
+    """If TG's commit closes the session, the request fails and the stream ends with it.
+    Otherwise the stream continues. No context remains in either case."""
+    model = make_model(url, zope=zope, class_=FailingSession)
 
     def use(response: Any) -> None:
         model.DBSession.query(User).all()

@@ -1,5 +1,5 @@
-"""Clients that leave, half leave or are slow, and generators that raise what would end
-a thread, on real servers, while streams write."""
+"""Streams that write, on real servers: with clients that disconnect, half-close or read
+slowly, and with generators that raise errors that would end a thread."""
 
 from __future__ import annotations
 
@@ -14,47 +14,47 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import LiveServer
-from tests.faults.conftest import path_of, say, wait_until
+from tests.faults.conftest import path_of, wait_until, write_line
 from tests.model import MakeModel, Model
 from tests.test_servers import BROKEN, SEVERAL, Client, assert_settles, read
 
 MANY = 1000
-"""Blocks of 64 KiB, and more than any server makes for who does not read."""
+"""Blocks of 64 KiB: more than a server buffers for a client that does not read."""
 
 MEBIBYTE = 2**20
 
 
 @pytest.fixture(scope="module", params=SEVERAL)
 def server(request: pytest.FixtureRequest, postgresql: str) -> Iterator[LiveServer]:
-    """A server that serves several clients at a time."""
+    """A server that serves several clients concurrently."""
     server = LiveServer(request.param, "faulty", f"url={postgresql}")
     yield server
-    server.stop()
+    server.kill()
 
 
 @pytest.fixture
 def model(make_model: MakeModel, postgresql: str) -> Model:
-    """The tables that the server uses, empty."""
+    """The server's tables, empty."""
     return make_model(postgresql)
 
 
-def told(server: LiveServer, reason: str) -> int:
-    """How many streams have ended so, by the server's log."""
-    return sum(f"write {reason}: " in each for each in server.log)
+def count_ends(server: LiveServer, reason: str) -> int:
+    """Return how many streams ended for this reason, according to the server's log."""
+    return sum(f"write {reason}: " in line for line in server.log)
 
 
 @contextmanager
-def told_once(server: LiveServer, reason: str) -> Iterator[None]:
-    """The server's log gets one line of such an end, and no other one."""
-    before, lines = told(server, reason), len(server.log)
+def logged_once(server: LiveServer, reason: str) -> Iterator[None]:
+    """Check that the server logs one end of a stream, for this reason."""
+    before, lines = count_ends(server, reason), len(server.log)
     yield
-    wait_until(lambda: told(server, reason) > before, "no line in the log")
-    assert told(server, reason) == before + 1
-    assert sum(" items, " in each for each in server.log[lines:]) == 1
+    wait_until(lambda: count_ends(server, reason) > before, "no line in the log")
+    assert count_ends(server, reason) == before + 1
+    assert sum(" items, " in line for line in server.log[lines:]) == 1
 
 
 def assert_serves(server: LiveServer, model: Model, *names: str) -> None:
-    """These are stored, nothing is left, and the next stream is whole."""
+    """Check the stored users, that nothing is left, and that the next stream works."""
     assert_settles(server, "faulty")
     assert model.names() == [*names]
     assert read(server, path_of("next")) == b"end"
@@ -62,7 +62,7 @@ def assert_serves(server: LiveServer, model: Model, *names: str) -> None:
 
 
 def test_reset_aborts_what_is_not_committed(server: LiveServer, model: Model) -> None:
-    """Of an endless stream whose client resets the connection, commits alone stay."""
+    """If the client resets the connection, only the committed changes stay."""
     client = Client(server, path_of("a", blocks=MANY))
     assert client.response.read(1) == b"x"
     client.leave()
@@ -72,12 +72,12 @@ def test_reset_aborts_what_is_not_committed(server: LiveServer, model: Model) ->
 def test_reset_before_the_first_chunk_aborts_what_is_not_committed(
     server: LiveServer, model: Model, pipe: Path
 ) -> None:
-    """The server finds out when it has something to send; then all ends as ever."""
+    """The server notices the reset when it sends the first chunk."""
     waiting = socket.create_connection(("127.0.0.1", server.port), 20)
     waiting.sendall(request(path_of("a", pipe=pipe, blocks=MANY)))
     wait_until(lambda: model.names() == ["a stored"], "the stream has not begun")
     reset(waiting)
-    say(pipe, b"too late\n")
+    write_line(pipe, b"too late\n")
     assert_serves(server, model, "a stored")
 
 
@@ -86,22 +86,23 @@ def request(path: str) -> bytes:
 
 
 def reset(connection: socket.socket) -> None:
-    """Go away without a farewell."""
+    """Reset the connection."""
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     connection.close()
 
 
-STRAYS = ["SystemExit", "KeyboardInterrupt", "GeneratorExit"]
+THREAD_ENDERS = ["SystemExit", "KeyboardInterrupt", "GeneratorExit"]
+"""Exceptions that would end a server's thread."""
 
 
 @pytest.mark.parametrize("early", ["", "1"], ids=["before", "after"])
-@pytest.mark.parametrize("kind", [*STRAYS, "StopIteration", "MemoryError"])
-def test_stray_hangs_no_client_and_ends_no_server(
-    server: LiveServer, model: Model, kind: str, early: str
+@pytest.mark.parametrize("error", [*THREAD_ENDERS, "StopIteration", "MemoryError"])
+def test_error_that_would_end_a_thread_does_not_stop_the_server(
+    server: LiveServer, model: Model, error: str, early: str
 ) -> None:
-    """A 500 before the first chunk, a break after it; the log tells, and it serves."""
-    with told_once(server, "failed"):
-        client = Client(server, path_of("a", early=early, error=kind))
+    """The status is 500 before the first chunk. After it, the transfer is aborted."""
+    with logged_once(server, "failed"):
+        client = Client(server, path_of("a", early=early, error=error))
         if early:
             with pytest.raises(BROKEN):
                 client.response.read()
@@ -111,52 +112,52 @@ def test_stray_hangs_no_client_and_ends_no_server(
     assert_serves(server, model, "a stored")
 
 
-@pytest.mark.parametrize("kind", ["LookupError", *STRAYS])
-def test_finally_that_raises_when_the_client_leaves_ends_no_server(
-    server: LiveServer, model: Model, kind: str
+@pytest.mark.parametrize("error", ["LookupError", *THREAD_ENDERS])
+def test_error_in_finally_after_a_disconnect_does_not_stop_the_server(
+    server: LiveServer, model: Model, error: str
 ) -> None:
-    """However it is closed: the log tells, once, and the server serves on."""
-    client = Client(server, path_of("a", blocks=MANY, close=kind))
+    """The error is logged once, and the server serves the next request."""
+    client = Client(server, path_of("a", blocks=MANY, close=error))
     assert client.response.read(1) == b"x"
-    if kind == "GeneratorExit":  # which is how a generator closes
+    if error == "GeneratorExit":  # the normal end of a closed generator
         client.leave()
     else:
-        with told_once(server, "disconnected"):
+        with logged_once(server, "disconnected"):
             client.leave()
     assert_serves(server, model, "a stored")
 
 
-@pytest.mark.parametrize("kind", ["LookupError", *STRAYS])
-def test_finally_that_raises_at_the_end_breaks_the_transfer(
-    server: LiveServer, model: Model, kind: str
+@pytest.mark.parametrize("error", ["LookupError", *THREAD_ENDERS])
+def test_error_in_finally_at_the_end_aborts_the_transfer(
+    server: LiveServer, model: Model, error: str
 ) -> None:
-    """All items are there, and the client is not told that it is all."""
-    with told_once(server, "failed"):
-        client = Client(server, path_of("a", close=kind))
+    """The client gets all items, but no proper end."""
+    with logged_once(server, "failed"):
+        client = Client(server, path_of("a", close=error))
         with pytest.raises(BROKEN):
             client.response.read()
         client.close()
     assert_serves(server, model, "a stored")
 
 
-@pytest.mark.parametrize("kind", ["LookupError", "SystemExit", "KeyboardInterrupt"])
-def test_hook_that_raises_ends_no_server(
-    server: LiveServer, model: Model, kind: str
+@pytest.mark.parametrize("error", ["LookupError", "SystemExit", "KeyboardInterrupt"])
+def test_error_in_a_hook_does_not_stop_the_server(
+    server: LiveServer, model: Model, error: str
 ) -> None:
-    """The stream is whole and committed, whatever is raised where it is told."""
-    assert read(server, path_of("a", hook=kind)) == b"end"
+    """The response is complete and its changes are committed."""
+    assert read(server, path_of("a", hook=error)) == b"end"
     assert_serves(server, model, "a stored", "a flushed")
 
 
-def test_half_closed_connection_gets_all(
+def test_half_closed_connection_gets_the_whole_response(
     server: LiveServer, model: Model, pipe: Path
 ) -> None:
-    """Who says at once that no more is to come gets all of it, and it is committed."""
+    """A client may close its sending side after the request."""
     with socket.create_connection(("127.0.0.1", server.port), 20) as half:
         half.sendall(request(path_of("a", pipe=pipe, blocks=3)))
         half.shutdown(socket.SHUT_WR)
         wait_until(lambda: model.names() == ["a stored"], "the stream has not begun")
-        say(pipe, b"first\n")
+        write_line(pipe, b"first\n")
         response = http.client.HTTPResponse(half)
         response.begin()
         assert response.read() == b"first\n" + b"x" * 3 * 65536 + b"end"
@@ -167,18 +168,18 @@ def test_half_closed_connection_gets_all(
 def test_slow_client_does_not_make_the_server_grow(
     server: LiveServer, model: Model
 ) -> None:
-    """While it takes byte by byte, no more is made than buffers hold; then it takes
-    all, and the process has had no more memory than that."""
+    """While the client reads byte by byte, the generator waits when the buffers are
+    full. The process needs no more memory than these buffers until the end."""
     before = progress(server)["peak"]
     with slow(server, path_of("a", blocks=MANY)) as response:
-        begin = [response.read(1) for _ in range(500)]
-        assert begin == [b"x"] * 500
+        first = [response.read(1) for _ in range(500)]
+        assert first == [b"x"] * 500
         assert settled(lambda: progress(server)["made"]) < 24 * MEBIBYTE
         assert model.names() == ["a stored"]
-        left = MANY * 65536 + len("end") - len(begin)
+        remaining = MANY * 65536 + len("end") - len(first)
         while chunk := response.read1(MEBIBYTE):
-            left -= len(chunk)
-        assert left == 0
+            remaining -= len(chunk)
+        assert remaining == 0
     grown = progress(server)["peak"] - before
     assert grown * 1024 < 48 * MEBIBYTE
     assert_serves(server, model, "a stored", "a flushed")
@@ -186,7 +187,7 @@ def test_slow_client_does_not_make_the_server_grow(
 
 @contextmanager
 def slow(server: LiveServer, path: str) -> Iterator[http.client.HTTPResponse]:
-    """A response over a connection whose receiving side has next to no buffer."""
+    """Open a response on a connection with a very small receive buffer."""
     with socket.socket() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         connection.settimeout(20)
@@ -199,18 +200,18 @@ def slow(server: LiveServer, path: str) -> Iterator[http.client.HTTPResponse]:
 
 
 def progress(server: LiveServer) -> dict[str, int]:
-    """What the server tells of its stream and of itself."""
+    """Return the bytes that the server made, and its peak memory in KiB."""
     answer: dict[str, int] = json.loads(read(server, "/faulty/progress"))
     return answer
 
 
-def settled(ask: Callable[[], int]) -> int:
-    """What is answered when it does not change any more."""
-    answers = [ask()]
+def settled(measure: Callable[[], int]) -> int:
+    """Measure repeatedly until 20 values in a row are equal, and return that value."""
+    values = [measure()]
 
     def unchanged() -> bool:
-        answers.append(ask())
-        return len(answers) > 20 and len({*answers[-20:]}) == 1
+        values.append(measure())
+        return len(values) > 20 and len({*values[-20:]}) == 1
 
-    wait_until(unchanged, "it grows and grows")
-    return answers[-1]
+    wait_until(unchanged, "the value still changes")
+    return values[-1]

@@ -1,4 +1,4 @@
-"""A connection that is gone, met by everything that a stream does with one."""
+"""A lost database connection, at every use that a stream makes of it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.model import MakeModel, Model, User
 from tests.wsgi import get
 from tgstream import copy, rows
 
-GONE = (DBAPIError, psycopg.Error)
+CONNECTION_LOST = (DBAPIError, psycopg.Error)
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def terminate(model: Model, pid: int) -> None:
     assert model.look(f"SELECT pg_terminate_backend({pid}, 10000)") == [(True,)]
 
 
-def lose(model: Model) -> None:
+def lose_connection(model: Model) -> None:
     """End the backend of the running stream."""
     terminate(model, pid(model))
 
@@ -43,13 +43,13 @@ def lose(model: Model) -> None:
 def test_connection_lost_in_the_controller_is_an_ordinary_error(
     make_fault: MakeFault, model: Model
 ) -> None:
-    """The request's transaction cannot be ended; the stream never begins."""
+    """The request's transaction cannot end, and the stream does not start."""
     started: list[bool] = []
 
     def body() -> Iterator[str]:
         model.DBSession.add(User(name="lost"))
         model.DBSession.flush()
-        lose(model)
+        lose_connection(model)
 
         def items() -> Iterator[str]:
             started.append(True)
@@ -63,10 +63,10 @@ def test_connection_lost_in_the_controller_is_an_ordinary_error(
     fault.assert_leaves()
 
 
-def test_rollback_of_a_lost_connection_lets_the_stream_go_on(
+def test_stream_continues_after_rollback_of_a_lost_connection(
     make_fault: MakeFault, model: Model
 ) -> None:
-    """rollback() raises what it met, and has undone all; what comes after is stored."""
+    """``rollback()`` raises the database's error, but later changes are stored."""
 
     def body() -> Iterator[str]:
         ada = User(name="ada")
@@ -74,7 +74,7 @@ def test_rollback_of_a_lost_connection_lets_the_stream_go_on(
         tgstream.commit()
         ada.name = "lost"
         tgstream.flush()
-        lose(model)
+        lose_connection(model)
         with pytest.raises(OperationalError):
             tgstream.rollback()
         yield ada.name
@@ -91,18 +91,18 @@ def fail() -> None:
 
 
 @pytest.mark.parametrize("how", ["raises", "hook", "flush"])
-def test_first_error_is_told_though_the_connection_is_lost(
+def test_first_error_is_reported_although_the_connection_is_lost(
     make_fault: MakeFault, model: Model, how: str
 ) -> None:
-    """That the abort after it fails as well hides nothing."""
+    """The abort fails too, but its error does not hide the first error."""
     fault: Fault
 
     def body() -> Iterator[str]:
         model.DBSession.add(User(name="lost"))
         tgstream.flush()
         yield "one"
-        lose(model)
-        fault.expected_noise = {"txn"}  # which tells of the abort, too
+        lose_connection(model)
+        fault.expected_noise = {"txn"}  # transaction logs the failed abort
         if how == "raises":
             fail()
         if how == "hook":
@@ -114,14 +114,14 @@ def test_first_error_is_told_though_the_connection_is_lost(
     fault = make_fault(model, body)
     call = fault.call()
     assert next(call) == b"one"
-    fault.assert_breaks(call, LookupError, "the first")
+    fault.assert_aborts(call, LookupError, "the first")
     fault.assert_leaves()
 
 
-def test_connection_ended_for_idleness_breaks_the_transfer(
+def test_idle_in_transaction_timeout_aborts_the_transfer(
     make_fault: MakeFault, model: Model
 ) -> None:
-    """PostgreSQL may end what a slow client keeps idle in transaction."""
+    """PostgreSQL may end a connection that a slow client keeps idle in transaction."""
 
     def body() -> Iterator[str]:
         model.DBSession.execute(
@@ -133,23 +133,23 @@ def test_connection_ended_for_idleness_breaks_the_transfer(
 
     fault = make_fault(model, body)
     call = fault.call()
-    asks = f"SELECT 1 FROM pg_stat_activity WHERE pid = {int(next(call))}"
-    wait_until(lambda: not model.look(asks), "it is idle for ever")
-    fault.assert_breaks(call, GONE)
+    query = f"SELECT 1 FROM pg_stat_activity WHERE pid = {int(next(call))}"
+    wait_until(lambda: not model.look(query), "the backend has not ended")
+    fault.assert_aborts(call, CONNECTION_LOST)
     fault.assert_leaves()
 
 
-# What reads much.
+# Long reads.
 
 
 def everything() -> Any:
-    """More than comes at once."""
+    """Select more rows than a driver fetches at once."""
     number = sa.func.generate_series(1, 200_000).column_valued()
     return sa.select(number, sa.func.repeat("x", 100))
 
 
 def result_of(model: Model) -> Iterator[Any]:
-    """What an application does that knows no rows()."""
+    """Read the rows without ``rows()``."""
     options = {"yield_per": 10}
     with model.DBSession.execute(everything(), execution_options=options) as result:
         yield from result
@@ -165,10 +165,10 @@ READERS: dict[str, Callable[[Model], Any]] = {
 
 @pytest.mark.parametrize("wrote", [False, True], ids=["", "wrote"])
 @pytest.mark.parametrize("how", READERS)
-def test_connection_lost_while_it_is_read_breaks_the_transfer(
+def test_connection_lost_during_a_read_aborts_the_transfer(
     make_fault: MakeFault, model: Model, how: str, wrote: bool
 ) -> None:
-    """Whatever reads: the error is the driver's, and no cursor is left."""
+    """The error is the driver's, and no cursor remains."""
     users = [f"user{number:03}" for number in range(500)]
     model.seed(*users)
 
@@ -187,19 +187,19 @@ def test_connection_lost_while_it_is_read_breaks_the_transfer(
     backend = int(next(call))
     assert [next(call) for _ in range(15)]
     terminate(model, backend)
-    with pytest.raises(GONE):
+    with pytest.raises(CONNECTION_LOST):
         for _ in call:
             pass
     call.close()
-    fault.assert_told(GONE)
+    fault.assert_reported(CONNECTION_LOST)
     names = [*users, "ada"] if wrote else users
     fault.assert_leaves(*names)
 
 
-def test_error_of_a_statement_is_not_taken_for_a_cursor_that_a_commit_ended(
+def test_error_of_a_statement_is_not_mistaken_for_a_closed_cursor(
     make_fault: MakeFault, model: Model
 ) -> None:
-    """PostgreSQL shows the statement, in which the word is."""
+    """PostgreSQL's message quotes the statement, so its words must not mislead."""
 
     def body() -> Iterator[str]:
         yield "one"
@@ -211,5 +211,5 @@ def test_error_of_a_statement_is_not_taken_for_a_cursor_that_a_commit_ended(
     fault = make_fault(model, body)
     call = fault.call()
     assert next(call) == b"one"
-    fault.assert_breaks(call, ProgrammingError, "missing")
+    fault.assert_aborts(call, ProgrammingError, "missing")
     fault.assert_leaves("ada")

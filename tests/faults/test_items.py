@@ -1,4 +1,4 @@
-"""An item that is no longer, or not yet, what its format needs."""
+"""Items that their format cannot encode."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sqlalchemy.orm.exc import DetachedInstanceError, ObjectDeletedError
 
 import tgstream
 from tests.conftest import MakeApp, Root, assert_clean
-from tests.faults.conftest import MakeFault
+from tests.faults.conftest import ErrorTypes, Fault, MakeFault
 from tests.model import Model, Note, User
 from tests.wsgi import get
 from tgstream import CSV, NDJSON, JSONArray, Report
@@ -24,7 +24,7 @@ FORMATS = [NDJSON, JSONArray, CSV(header=["id", "name"])]
 
 
 def half_loaded(model: Model, how: str) -> User:
-    """A user whose name cannot be loaded any more."""
+    """Return a user whose name can no longer be loaded."""
     query = model.DBSession.query(User).filter_by(name="half")
     if how == "deferred":
         user = query.options(defer(User.name)).one()
@@ -34,7 +34,7 @@ def half_loaded(model: Model, how: str) -> User:
     if how == "expired":
         model.DBSession.expire(user)
         model.DBSession.expunge(user)
-    else:  # its row is gone when the commit's expiry is made good
+    else:  # its row is deleted before the user is loaded again
         with model.outside.begin() as outside:
             outside.execute(sa.delete(User).where(User.name == "half"))
         tgstream.commit()
@@ -43,7 +43,7 @@ def half_loaded(model: Model, how: str) -> User:
 
 @pytest.fixture
 def halves(model: Model) -> Model:
-    """A model in which one user will be half loaded."""
+    """A model with a user that ``half_loaded`` returns."""
     model.seed("ada", "half")
     return model
 
@@ -51,10 +51,10 @@ def halves(model: Model) -> Model:
 @pytest.mark.parametrize("late", [True, False])
 @pytest.mark.parametrize("how", ["deferred", "expired", "deleted"])
 @pytest.mark.parametrize("format", FORMATS, ids=["ndjson", "array", "csv"])
-def test_half_loaded_object_is_not_sent_as_a_whole_one(
+def test_half_loaded_object_is_an_error(
     make_fault: MakeFault, halves: Model, format: Any, how: str, late: bool
 ) -> None:
-    """Its format asks for what is not there: an error, early or late."""
+    """The format reads an attribute that cannot be loaded."""
 
     def body() -> Iterator[Any]:
         if late:
@@ -68,28 +68,33 @@ def test_half_loaded_object_is_not_sent_as_a_whole_one(
             yield [1, user.name]
         yield user
 
-    # The last from TG's JSON, of what is deferred.
-    kinds = (DetachedInstanceError, ObjectDeletedError, ValueError)
+    # TG's JSON encoder raises ValueError for a deferred attribute.
+    errors = (DetachedInstanceError, ObjectDeletedError, ValueError)
     fault = make_fault(halves, body, format=format, chunk_size=0)
-    if late:
-        call = fault.call()
-        assert b"one" in next(call)
-        fault.assert_breaks(call, kinds)
-    else:
-        fault.assert_fails_at_once(kinds)
+    assert_fails(fault, errors, late)
     assert halves.texts() == []
     fault.assert_leaves(*(["ada"] if how == "deleted" else ["ada", "half"]))
 
 
-class Unready:
-    """An object whose own way to JSON fails."""
+def assert_fails(fault: Fault, errors: ErrorTypes, late: bool) -> None:
+    """Check that the stream fails. If ``late``, its first chunk has the word one."""
+    if late:
+        call = fault.call()
+        assert b"one" in next(call)
+        fault.assert_aborts(call, errors)
+    else:
+        fault.assert_fails_at_once(errors)
+
+
+class FailingJSON:
+    """An object whose ``__json__()`` returns a value without JSON."""
 
     def __json__(self) -> Any:
         return {"lock": threading.Lock()}
 
 
 class Cyclic(list[Any]):
-    """A list that holds itself."""
+    """A list that contains itself."""
 
     def __init__(self) -> None:
         super().__init__([self])
@@ -98,13 +103,13 @@ class Cyclic(list[Any]):
 @pytest.mark.parametrize("late", [True, False])
 @pytest.mark.parametrize("format", [NDJSON, JSONArray], ids=["ndjson", "array"])
 @pytest.mark.parametrize(
-    "item", [float("nan"), threading.Lock(), Unready(), Cyclic(), 1 + 1j]
+    "item", [float("nan"), threading.Lock(), FailingJSON(), Cyclic(), 1 + 1j]
 )
-def test_item_that_is_no_json_is_an_error(
+def test_item_without_json_is_an_error(
     make_fault: MakeFault, model: Model, format: Any, item: Any, late: bool
 ) -> None:
-    """A 500 where it is the first, else a break; with ``commit='each'`` the items
-    before it are stored, and this one is not."""
+    """The status is 500 for the first item. For a later item the transfer is aborted,
+    and with ``commit='each'`` only the items before it are stored."""
 
     def body() -> Iterator[Any]:
         if late:
@@ -115,20 +120,14 @@ def test_item_that_is_no_json_is_an_error(
         yield "never"
 
     fault = make_fault(model, body, format=format, chunk_size=0, commit="each")
-    kinds = (TypeError, ValueError, RecursionError)
-    if late:
-        call = fault.call()
-        assert b'"one"' in next(call)
-        fault.assert_breaks(call, kinds)
-    else:
-        fault.assert_fails_at_once(kinds)
+    assert_fails(fault, (TypeError, ValueError, RecursionError), late)
     fault.assert_leaves(*(["ada"] if late else []))
 
 
 def test_session_that_cannot_be_pickled_is_an_ordinary_error(
     make_app: MakeApp, model: Model, tmp_path: Path, reports: list[Report]
 ) -> None:
-    """``tg.session`` is stored when the stream has begun; it ends with the request."""
+    """TG saves ``tg.session`` after the first chunk is made, within the request."""
 
     def body() -> Iterator[str]:
         model.DBSession.add(User(name="ada"))
@@ -142,7 +141,7 @@ def test_session_that_cannot_be_pickled_is_an_ordinary_error(
         "session__enabled": True,
         "session__type": "file",
         "session__data_dir": str(tmp_path / "sessions"),
-        "session__secret": "not one",
+        "session__secret": "not secret",
     }
     app = make_app(Root(body), model, **options)
     assert get(app).status.startswith("500 ")

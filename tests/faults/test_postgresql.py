@@ -86,7 +86,7 @@ def test_backend_terminated_in_mid_stream_aborts_the_transfer(
     fault = make_fault(model, body)
     call = fault.call()
     terminate(model, int(next(call)))
-    fault.assert_breaks(call, OperationalError)
+    fault.assert_aborts(call, OperationalError)
     fault.assert_leaves("ada")
 
 
@@ -106,7 +106,7 @@ def test_backend_terminated_in_the_final_commit_aborts_the_transfer(
         backend = int(next(call))
 
         def pull() -> None:
-            fault.assert_breaks(call, OperationalError)
+            fault.assert_aborts(call, OperationalError)
             assert_thread_clean()
 
         pulled = thread.submit(pull)
@@ -194,9 +194,9 @@ def test_server_restarted_in_mid_stream_aborts_the_transfer(
     if disconnects:
         fault.expected_noise = {"txn"}  # the package transaction logs the abort, too
         call.close()
-        fault.assert_told(OperationalError, reason="disconnected")
+        fault.assert_reported(OperationalError, reason="disconnected")
     else:
-        fault.assert_breaks(call, OperationalError)
+        fault.assert_aborts(call, OperationalError)
     fault.assert_leaves("ada")
 
 
@@ -222,7 +222,7 @@ def test_server_restarted_while_a_stream_holds_no_connection(
         assert call.read() == b"two"
         fault.assert_leaves("ada", "bob")
     else:
-        fault.assert_breaks(call, OperationalError)
+        fault.assert_aborts(call, OperationalError)
         fault.assert_leaves("ada")
 
 
@@ -271,7 +271,7 @@ def test_pool_exhausted_in_mid_stream_aborts_the_transfer(
     call = fault.call()
     assert next(call) == b"one"
     with model.engine.connect():
-        fault.assert_breaks(call, PoolTimeout)
+        fault.assert_aborts(call, PoolTimeout)
     fault.assert_leaves()
 
 
@@ -421,7 +421,7 @@ def test_refused_transaction_aborts_the_transfer_at_its_end(
     call = fault.call()
     next(call)
     with race.meanwhile():
-        fault.assert_breaks(call, DBAPIError, race.error.__name__)
+        fault.assert_aborts(call, DBAPIError, race.error.__name__)
     names = ["ada", "bob", "zoe"] if reason == "serialization" else ["zoe"]
     fault.assert_leaves(*names)
 

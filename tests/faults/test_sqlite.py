@@ -71,7 +71,7 @@ def test_busy_database_in_mid_stream_aborts_the_transfer(
     call = fault.call()
     assert next(call) == b"one"
     with keep_busy(model):
-        fault.assert_breaks(call, OperationalError, BUSY)
+        fault.assert_aborts(call, OperationalError, BUSY)
     fault.assert_leaves("ada")
 
 
@@ -90,7 +90,7 @@ def test_busy_database_in_the_final_commit_aborts_the_transfer(
     call = fault.call()
     assert next(call) == b"one"
     with keep_busy(model, held):
-        fault.assert_breaks(call, OperationalError, BUSY)
+        fault.assert_aborts(call, OperationalError, BUSY)
     fault.assert_leaves("ada")
 
 
@@ -133,5 +133,5 @@ def test_busy_database_keeps_the_item_from_being_sent(
     call = fault.call()
     assert next(call) == b"ada"
     with keep_busy(model):
-        fault.assert_breaks(call, OperationalError, BUSY)
+        fault.assert_aborts(call, OperationalError, BUSY)
     fault.assert_leaves("ada")

@@ -1,16 +1,16 @@
-"""What a browser is shown: a page that keeps what it receives, and what it asks for."""
+"""The page that the browser tests open, and the streams that it reads."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import tg
-from tg import FullStackApplicationConfigurator, TGController, expose
+from tg import TGController, expose
 
 import tgstream
+from tests.application import make_wsgi_app
 from tgstream import NDJSON, SSE, Channel, Event, last_event_id, stream
 
 PAGE = """<!doctype html><meta charset="utf-8"><title>Browser</title><script>
@@ -32,30 +32,22 @@ async function read() {
 
 
 def make_app(seconds: str = "0") -> Any:
-    """The application.
+    """Return the application.
 
-    :param seconds: that an event stream may live; 0 for no bound.
+    :param seconds: the ``max_seconds`` of its event stream, or 0 for no limit.
     """
-    base_config = FullStackApplicationConfigurator()
-    base_config.update_blueprint(
-        {
-            "root_controller": make_root(float(seconds) or None),
-            "renderers": ["json"],
-            "default_renderer": "json",
-            "errorpage.enabled": False,
-            "app_globals": SimpleNamespace,
-            "helpers": SimpleNamespace,
-            "i18n.enabled": False,
-        }
+    root = make_root(float(seconds) or None)
+    # A disconnected browser may miss more events than the default history keeps.
+    history = {"channel_history": 100_000}
+    return make_wsgi_app(
+        {"root_controller": root}, lambda config: tgstream.plugme(config, history)
     )
-    # A browser that is away may miss more than is kept by default.
-    tgstream.plugme(base_config, {"channel_history": 100_000})
-    return base_config.make_wsgi_app({}, {})
 
 
 def make_root(seconds: float | None) -> TGController:
-    """The controllers; made here, where gevent's worker has patched the library."""
-    channel, asked, seen = Channel("numbers"), list[str](), threading.Semaphore(0)
+    """Return the controllers. Their locks are made after gevent's worker patches."""
+    channel, seen = Channel("numbers"), threading.Semaphore(0)
+    last_ids: list[str] = []
 
     class RootController(TGController):
         @expose()
@@ -66,12 +58,12 @@ def make_root(seconds: float | None) -> TGController:
         @stream(SSE(retry=50), max_seconds=seconds)
         def feed(self) -> Iterator[Event]:
             after = last_event_id()
-            asked.append(after or "")
+            last_ids.append(after or "")
             return channel.listen(after=after)
 
         @expose("json")
-        def asked(self) -> dict[str, list[str]]:
-            return {"asked": asked}  # the last ids that clients came with
+        def last_ids(self) -> dict[str, list[str]]:
+            return {"last_ids": last_ids}
 
         @expose()
         def publish(self, number: str) -> str:
@@ -82,7 +74,7 @@ def make_root(seconds: float | None) -> TGController:
         @stream(NDJSON, chunk_size=0)
         def pieces(self) -> Iterator[Any]:
             yield {"piece": 1}
-            for number in 2, 3:  # made when the page has told of the one before
+            for number in 2, 3:  # each waits until the page has the piece before
                 yield {"piece": number, "seen": seen.acquire(timeout=20)}
 
         @expose()

@@ -1,6 +1,6 @@
-"""What is claimed of every server, with tgstream and, for comparison, without.
+"""The application of ``tests.servers``, with tgstream or with TurboGears alone.
 
-The controllers are the same: TG sends what a generator yields without tgstream, too.
+The controllers are the same: TurboGears alone also sends the chunks of a generator.
 """
 
 from __future__ import annotations
@@ -8,26 +8,25 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import sqlalchemy as sa
 import tg
 import transaction
-from tg import FullStackApplicationConfigurator, TGController, abort, expose, redirect
+from tg import TGController, abort, expose, redirect
 
+from tests.application import Plug, database_options, make_wsgi_app
 from tests.live_apps.stream_app import Mounted
 from tests.model import Model, Note, User
 
 PACE = 0.1
-"""Seconds between two chunks of a generator that has something to wait for."""
+"""Seconds between two chunks of a slow generator."""
 
 
 def make_app(kind: str, url: str) -> Any:
-    """The application in two wirings: with TG's error tracing, as is its default, and
-    without.
+    """Return the application, with TG's error tracing (the default) and without it.
 
-    :param kind: ``tgstream``, or ``plain`` for TG alone.
+    :param kind: ``tgstream``, or ``plain`` for TurboGears alone.
     :param url: of its database.
     """
     model = Model(url)
@@ -39,53 +38,39 @@ def make_app(kind: str, url: str) -> Any:
 
 
 def variant(root: Any, model: Model, kind: str, traced: bool) -> Any:
-    """One application; both have one model, and so one pool."""
-    base_config = FullStackApplicationConfigurator()
-    base_config.update_blueprint(
-        {
-            "root_controller": root,
-            "renderers": ["json"],
-            "default_renderer": "json",
-            "errorpage.enabled": False,
-            "app_globals": SimpleNamespace,
-            "helpers": SimpleNamespace,
-            "i18n.enabled": False,
-            "trace_errors.enable": traced,
-            "use_sqlalchemy": True,
-            "sqlalchemy.url": model.url.render_as_string(hide_password=False),
-            "model": model,
-        }
-    )
+    """Return an application. Both share a model, and so a connection pool."""
+    plug: Plug | None = None
     if kind == "tgstream":
         import tgstream
 
-        tgstream.plugme(base_config)
-    return base_config.make_wsgi_app({}, {})
+        plug = tgstream.plugme
+    options = {"root_controller": root, "trace_errors.enable": traced}
+    return make_wsgi_app({**options, **database_options(model)}, plug)
 
 
 def write(pipe: str, text: str) -> None:
-    """Tell the client out of band."""
+    """Write a text into the client's named pipe."""
     with open(pipe, "w") as file:
         file.write(text)
 
 
-def alone(function: Any) -> Any:
-    """What decorates a controller of TG alone."""
+def undecorated(function: Any) -> Any:
+    """Return the controller as it is, for TurboGears alone."""
     return function
 
 
 def make_root(model: Model, kind: str) -> TGController:
-    """The controllers of the application."""
+    """Return the controllers of the application."""
     DBSession = model.DBSession
-    stream: Any = alone
-    limited: Any = alone
+    stream: Any = undecorated
+    limited: Any = undecorated
     if kind == "tgstream":
         import tgstream
 
         stream, limited = tgstream.stream, tgstream.stream(max_seconds=0.5)
 
     class Root(TGController):
-        # The page on streaming of TG's cookbook.
+        # The controllers of the streaming page in TG's cookbook.
 
         @expose(content_type="application/json")
         @stream
@@ -119,7 +104,7 @@ def make_root(model: Model, kind: str) -> TGController:
             DBSession.flush()
             transaction.commit()
 
-        # The end, and the beginning.
+        # Errors, and the first chunk.
 
         @expose(content_type="text/plain")
         @stream
@@ -148,17 +133,17 @@ def make_root(model: Model, kind: str) -> TGController:
         @expose(content_type="text/plain")
         @stream
         def wait(self, pipe: str) -> Iterator[bytes]:
-            """Sends the line that the client writes into a named pipe, when it does."""
+            """Wait for a line in a named pipe, and send it."""
             yield b"first"
             with open(pipe) as file:
                 yield file.readline().encode()
 
-        # The client leaves, or the server.
+        # The client disconnects, or the server stops.
 
         @expose(content_type="text/plain")
         @stream
         def paced(self, pipe: str) -> Iterator[bytes]:
-            """Tells how many chunks were made when it was closed, or that all were."""
+            """Send slow chunks, and report in the pipe how the generator ended."""
             made = 0
             DBSession.query(User).count()
             try:
@@ -175,12 +160,12 @@ def make_root(model: Model, kind: str) -> TGController:
         def bounded(self, pipe: str) -> Iterator[bytes]:
             yield from self.paced(pipe)
 
-        # Four at once.
+        # Four concurrent streams.
 
         @expose(content_type="text/plain")
         @stream
         def mixed(self, of: str) -> Iterator[bytes]:
-            """Each chunk tells whose request and whose transaction it is made in."""
+            """Send in each chunk the request's parameter, a count and the backend."""
             mine = f"mixed {of}"
             for number in range(20):
                 DBSession.add(Note(text=f"{mine} {number}"))

@@ -1,8 +1,8 @@
-"""A stream under tgext.debugbar, which listens to all that its process does, for ever.
+"""A stream with tgext.debugbar, in its own process because its listeners are global.
 
     python -m tests.live_apps.debugbar FILE
 
-It prints what the debugbar has kept at each item, and what tgstream has logged.
+It prints how many queries the debugbar keeps at each item, and tgstream's warnings.
 """
 
 from __future__ import annotations
@@ -37,21 +37,21 @@ class RootController(TGController):  # the debugbar looks for it by this name
 
 
 class Lines(logging.Handler):
-    """Keeps the warnings."""
+    """Keeps the log's messages in ``lines``."""
 
     def emit(self, record: logging.LogRecord) -> None:
         lines.append(record.getMessage())
 
 
 def with_debugbar() -> FullStackApplicationConfigurator:
-    """A configurator with tgext.debugbar plugged."""
+    """Return a configurator with tgext.debugbar."""
     base_config = FullStackApplicationConfigurator()
     enable_debugbar(base_config)
     return base_config
 
 
 def main(file: str) -> None:
-    """Serve one request."""
+    """Serve one request, and print the result."""
     logging.getLogger("tgstream").addHandler(Lines(logging.WARNING))
     model = Model(f"sqlite:///{file}")
     options: dict[str, Any] = {

@@ -1,16 +1,16 @@
-"""An application whose streams end well or badly, in every format, at any length."""
+"""An application whose streams complete or fail, in every format, at any length."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from time import perf_counter
-from types import SimpleNamespace
 from typing import Any
 
 import transaction
-from tg import FullStackApplicationConfigurator, TGController, expose
+from tg import TGController, expose
 
 import tgstream
+from tests.application import make_wsgi_app
 from tgstream import CSV, NDJSON, JSONArray, Stream
 
 FORMATS: dict[str, Any] = {
@@ -21,7 +21,7 @@ FORMATS: dict[str, Any] = {
 ROW = (1, "x" * 90)
 ROWS = 2000
 PULL = 0.06
-"""Seconds, and more than a pull may gather what is small."""
+"""Seconds of work for an item: longer than tgstream buffers small output."""
 
 
 def fail() -> None:
@@ -29,7 +29,10 @@ def fail() -> None:
 
 
 def rows(end: str) -> Iterator[Any]:
-    """Some chunks of rows, and an end that is one or none."""
+    """Yield enough rows for several chunks.
+
+    :param end: ``raise`` to fail after the rows, or ``commit`` to fail in the commit.
+    """
     if end == "commit":
         transaction.get().addBeforeCommitHook(fail)
     for _ in range(ROWS):
@@ -41,13 +44,13 @@ def rows(end: str) -> Iterator[Any]:
 class RootController(TGController):
     @expose()
     def rows(self, format: str, end: str, listed: str = "") -> Stream:
-        """Rows one by one, or as a list."""
+        """Stream rows from a generator, or from a list."""
         items = [*rows(end)] if listed else rows(end)
         return Stream(items, FORMATS[format])
 
     @expose(content_type="application/octet-stream")
     def sized(self, made: str, length: str, end: str = "") -> Stream:
-        """So many chunks of 1,000 bytes, under that length."""
+        """Stream ``made`` chunks of 1,000 bytes, and declare ``length`` bytes."""
 
         def chunks() -> Iterator[bytes]:
             if end == "commit":
@@ -59,7 +62,7 @@ class RootController(TGController):
 
     @expose()
     def slow(self, format: str, pipe: str) -> Stream:
-        """An item for each line of a named pipe, after some work."""
+        """Stream an item for each line of a named pipe, after ``PULL`` seconds."""
 
         def items() -> Iterator[Any]:
             with open(pipe) as file:
@@ -73,19 +76,6 @@ class RootController(TGController):
 
 
 def make_app(**options: Any) -> Any:
-    """The application, with transactions and without a database."""
-    base_config = FullStackApplicationConfigurator()
-    base_config.update_blueprint(
-        {
-            "root_controller": RootController(),
-            "renderers": ["json"],
-            "default_renderer": "json",
-            "errorpage.enabled": False,
-            "app_globals": SimpleNamespace,
-            "helpers": SimpleNamespace,
-            "i18n.enabled": False,
-            "tm.enabled": True,
-        }
-    )
-    tgstream.plugme(base_config)
-    return base_config.make_wsgi_app({}, {})
+    """Return the application, with transactions and without a database."""
+    options = {"root_controller": RootController(), "tm.enabled": True}
+    return make_wsgi_app(options, tgstream.plugme)

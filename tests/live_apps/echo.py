@@ -1,22 +1,22 @@
-"""An application that sends back what it is sent, and feeds that must not run."""
+"""An application that returns the request's body, and feeds that must not run."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import tg
-from tg import FullStackApplicationConfigurator, TGController, expose
+from tg import TGController, expose
 
 import tgstream
+from tests.application import make_wsgi_app
 from tgstream import SSE, Stream, stream
 
 ran: list[int] = []
 
 
 def endless() -> Iterator[str]:
-    """A feed without an end, which counts how often it began."""
+    """Yield events forever, and count how often this generator was started."""
     ran.append(1)
     while True:
         yield "x"
@@ -51,18 +51,5 @@ class RootController(TGController):
 
 
 def make_app() -> Any:
-    """The application, without a database."""
-    base_config = FullStackApplicationConfigurator()
-    base_config.update_blueprint(
-        {
-            "root_controller": RootController(),
-            "renderers": ["json"],
-            "default_renderer": "json",
-            "errorpage.enabled": False,
-            "app_globals": SimpleNamespace,
-            "helpers": SimpleNamespace,
-            "i18n.enabled": False,
-        }
-    )
-    tgstream.plugme(base_config)
-    return base_config.make_wsgi_app({}, {})
+    """Return the application, without a database."""
+    return make_wsgi_app({"root_controller": RootController()}, tgstream.plugme)

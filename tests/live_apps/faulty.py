@@ -1,4 +1,4 @@
-"""An application whose streams write, and end badly in ways that a client chooses."""
+"""An application whose streams write to the database, and fail as the client asks."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import tg
 from tg import TGController, expose
 
+from tests.application import database_options
 from tests.live_apps.stream_app import Mounted, variant
 from tests.model import Model, User
 from tgstream import Stream, commit, flush
@@ -17,24 +18,22 @@ from tgstream import Stream, commit, flush
 BLOCK = 65536
 
 
-def raise_(kind: str) -> None:
-    """Raise what is built in under that name; nothing without one."""
-    if kind:
-        raise getattr(builtins, kind)
+def raise_error(name: str) -> None:
+    """Raise the builtin exception with this name. An empty name raises nothing."""
+    if name:
+        raise getattr(builtins, name)
 
 
-class Hook:
-    """Raises in the report of a stream whose client asks for it."""
-
-    def __call__(self, report: Any) -> None:
-        raise_(tg.request.params.get("hook", ""))
+def fail_in_hook(report: Any) -> None:
+    """Raise the exception that the request's parameter ``hook`` names."""
+    raise_error(tg.request.params.get("hook", ""))
 
 
 class RootController(TGController):
-    """Streams that commit a name, and flush another."""
+    """Streams that commit one user, and flush another."""
 
     made = 0
-    """Blocks of the last stream of them."""
+    """The number of blocks that the last stream made."""
 
     @expose(content_type="text/plain")
     def write(self, **params: str) -> Stream:
@@ -50,11 +49,11 @@ class RootController(TGController):
         close: str = "",
         hook: str = "",
     ) -> Iterator[bytes]:
-        """Waits for a line of the named pipe, if any, and then sends so many blocks.
+        """Wait for a line in the named pipe, if there is a pipe, and send blocks.
 
-        :param early: whether a first chunk leaves before.
-        :param error: what to raise behind them.
-        :param close: what to raise where it is closed, or ends.
+        :param early: anything, to send a first chunk before that.
+        :param error: the name of an exception to raise after the blocks.
+        :param close: the name of an exception to raise in ``finally``.
         """
         session = tg.config["DBSession"]
         session.add(User(name=f"{name} stored"))
@@ -70,27 +69,22 @@ class RootController(TGController):
             for number in range(int(blocks)):
                 self.made = number + 1
                 yield b"x" * BLOCK
-            raise_(error)
+            raise_error(error)
             yield b"end"
         finally:
-            raise_(close)
+            raise_error(close)
 
     @expose("json")
     def progress(self) -> dict[str, int]:
-        """How much was made, and the most memory that this process has had, in KiB."""
+        """Return the bytes made, and the peak memory of this process in KiB."""
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return {"made": self.made * BLOCK, "peak": peak}
 
 
 def make_app(url: str) -> Any:
-    """The application, on tables that are there."""
+    """Return the application, on existing tables."""
     model = Model(url, create=False)
-    app = variant(
-        "yes",
-        root_controller=RootController(),
-        use_sqlalchemy=True,
-        model=model,
-        **{"sqlalchemy.url": url},
-    )
-    tg.hooks.register("tgstream.finished", Hook())
+    options = {"root_controller": RootController(), **database_options(model)}
+    app = variant("yes", **options)
+    tg.hooks.register("tgstream.finished", fail_in_hook)
     return Mounted({"faulty": app}, {"faulty": model})

@@ -1,4 +1,4 @@
-"""``application``, for servers that import it: see ``run.py``, which names it."""
+"""The module that servers import by its name: ``run.py`` starts such servers."""
 
 from __future__ import annotations
 
@@ -8,6 +8,6 @@ from tests.live_apps.run import APP, DRAINS, make_named
 from tests.pages import DOCS, blocks
 
 application = make_named(os.environ[APP].split("\n"))
-if DRAINS in os.environ[APP]:  # as the page says; other programs are not asked for it
-    shown = blocks((DOCS / "servers.rst").read_text())
-    exec(next(each for each in shown if "uwsgidecorators" in each))
+if DRAINS in os.environ[APP]:  # only uWSGI gets this option
+    code_blocks = blocks((DOCS / "servers.rst").read_text())
+    exec(next(block for block in code_blocks if "uwsgidecorators" in block))

@@ -1,18 +1,18 @@
-"""The controllers of a page of the docs, as an application that a server serves."""
+"""An application with the controllers of a docs page."""
 
 from __future__ import annotations
 
 import sys
-from types import SimpleNamespace
 from typing import Any
 
 import sqlalchemy as sa
 import tg
 from sqlalchemy.orm import DeclarativeBase as Declarative
 from sqlalchemy.orm import scoped_session, sessionmaker
-from tg import FullStackApplicationConfigurator, TGController
+from tg import TGController
 from zope.sqlalchemy import register
 
+from tests.application import make_wsgi_app
 from tests.pages import DOCS, provide, run_blocks
 
 DBSession = scoped_session(sessionmaker())
@@ -32,7 +32,7 @@ class User(DeclarativeBase):  # with the names that a quickstarted application h
 
 @sa.event.listens_for(User, "init")
 def wait(user: User, args: Any, fields: dict[str, Any]) -> None:
-    """Wait for a line in the client's named pipe, where a user of that name is made."""
+    """Wait for a line in the client's named pipe when a user named wait is made."""
     if fields["user_name"] == "wait" and (pipe := tg.request.headers.get("X-Wait")):
         with open(pipe) as file:
             file.readline()
@@ -44,17 +44,17 @@ def init_model(engine: sa.Engine) -> None:  # TG calls it
     DeclarativeBase.metadata.create_all(engine)
 
 
-def tell(report: Any) -> None:
-    """Write how a stream ended into the client's named pipe."""
+def write_reason(report: Any) -> None:
+    """Write the reason of a stream's end into the client's named pipe."""
     if pipe := tg.request.headers.get("X-Tell"):
         with open(pipe, "w") as file:
             file.write(report.reason)
 
 
 def shown(page: str, **names: Any) -> dict[str, Any]:
-    """What the Python blocks of a page define, run in this process.
+    """Run the Python blocks of a page in this process, and return their names.
 
-    :param names: what they find beside ``myapp``.
+    :param names: the names that the blocks find, in addition to ``myapp``.
     """
     provide("myapp.lib.base", BaseController=TGController)
     provide("myapp.model", **vars(sys.modules[__name__]))
@@ -63,42 +63,28 @@ def shown(page: str, **names: Any) -> dict[str, Any]:
 
 
 def root_of(names: dict[str, Any]) -> TGController:
-    """A controller with each controller class of a page under its name."""
+    """Return a root controller, with the page's controllers as its attributes."""
     root = TGController()
-    for name, each in names.items():
-        if isinstance(each, type) and issubclass(each, TGController):
-            setattr(root, name.lower(), each())
+    for name, value in names.items():
+        if isinstance(value, type) and issubclass(value, TGController):
+            setattr(root, name.lower(), value())
     return root
 
 
 def database(url: str) -> dict[str, Any]:
-    """What an application with this database has in its configuration."""
+    """Return the options of an application with this database."""
     model = sys.modules[__name__]
     return {"use_sqlalchemy": True, "sqlalchemy.url": url, "model": model}
 
 
 def make_app(page: str, url: str) -> Any:
-    """The application.
+    """Return the application.
 
-    :param page: its name.
-    :param url: of the database, whose tables are made anew.
+    :param page: the name of the page.
+    :param url: of the database. Its tables are created again.
     """
     import tgstream
 
     root = root_of(shown(page, engine=None))
-    base_config = FullStackApplicationConfigurator()
-    base_config.update_blueprint(
-        {
-            "root_controller": root,
-            "renderers": ["json"],
-            "default_renderer": "json",
-            "errorpage.enabled": False,
-            "app_globals": SimpleNamespace,
-            "helpers": SimpleNamespace,
-            "i18n.enabled": False,
-            **database(url),
-        }
-    )
-    tgstream.plugme(base_config)
-    tg.hooks.register("tgstream.finished", tell)
-    return base_config.make_wsgi_app({}, {})
+    tg.hooks.register("tgstream.finished", write_reason)
+    return make_wsgi_app({"root_controller": root, **database(url)}, tgstream.plugme)

@@ -1,7 +1,6 @@
-"""The application of a folder that ``gearbox quickstart`` made, by its ``.ini`` file.
+"""The application of a folder that ``gearbox quickstart`` made.
 
-It is made as ``gearbox serve`` does it: the logging of the file first, then the
-application.
+Like ``gearbox serve``, it configures logging first and then loads the application.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from paste.deploy import loadapp
 
 
 def make_app(config: str) -> Any:
-    """The application that the file ``config`` describes."""
+    """Return the application of the ``.ini`` file ``config``."""
     file = Path(config)
     sys.path.insert(0, str(file.parent))
     logging.config.fileConfig(file, disable_existing_loggers=False)

@@ -1,4 +1,4 @@
-"""The controllers of ``stream_app``, which TG imports at its first request."""
+"""The controllers of ``stream_app``. TG imports them at the first request."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class RootController(TGController):
     @expose(content_type="text/plain")
     @stream
     def header(self, name: str, value: str, late: str = "") -> Iterator[str]:
-        """Sets a header that some server refuses, in the generator or outside of it."""
+        """Set a header in the controller, or in the generator if ``late``."""
         given: Any = int(value) if value.isdigit() else value
         if not late:
             tg.response.headers[name] = given
@@ -62,10 +62,10 @@ class RootController(TGController):
     @expose(content_type="text/plain")
     @stream
     def wait(self, pipe: str, more: str = "0", direct: str = "") -> Iterator[str]:
-        """Sends the line that the client writes into a named pipe, when it does so.
+        """Wait for a line in a named pipe, and send it.
 
-        :param more: bytes of the first chunk, beside its word.
-        :param direct: whether proxies are told not to gather it.
+        :param more: additional bytes of the first chunk.
+        :param direct: anything, to set the header that disables nginx's buffer.
         """
         if direct:
             tg.response.headers["X-Accel-Buffering"] = "no"
@@ -76,7 +76,7 @@ class RootController(TGController):
     @expose()
     @stream(SSE(heartbeat=0.1))
     def silent(self, tell: str = "") -> Iterator[Event]:
-        """Says nothing until it is to end."""
+        """Send only heartbeats, until the server drains."""
         yield Event(comment="open")
         while not current_stream().ending:
             time.sleep(0.05)
@@ -85,7 +85,7 @@ class RootController(TGController):
     @expose()
     @stream(SSE)
     def mute(self, tell: str) -> Iterator[Event]:
-        """Says nothing until it is to end, and has no heartbeat."""
+        """Send nothing until the server drains."""
         yield Event(comment="open")
         while not current_stream().ending:
             time.sleep(0.02)
@@ -93,7 +93,7 @@ class RootController(TGController):
     @expose()
     @stream(SSE)
     def clock(self) -> Iterator[int]:
-        """An event ten times a second, for ever."""
+        """Send ten events a second, forever."""
         while True:
             yield int(time.time())
             time.sleep(0.1)
@@ -107,7 +107,7 @@ class RootController(TGController):
     @expose(content_type="text/plain")
     @stream
     def names(self, of: str, concurrent: str = "") -> Iterator[str]:
-        """Each name that is stored, and whose request it is in."""
+        """Send each user's name, and the request's parameter twice."""
         for user in tg.config["DBSession"].query(User).order_by(User.id):
             if concurrent:
                 together.wait(10)
@@ -116,7 +116,7 @@ class RootController(TGController):
     @expose()
     @stream(SSE)
     def events(self, of: str) -> Iterator[Event]:
-        """The events that the client asks for, behind the last one that it had."""
+        """Send the events in the parameter, from the client's last id on."""
         last = int(tg.request.headers.get("Last-Event-ID", 0))
         for fields in json.loads(of)[last:]:
             yield Event(**fields)
@@ -124,7 +124,7 @@ class RootController(TGController):
     @expose()
     @stream(SSE)
     def ticks(self, pipe: str) -> Iterator[Event]:
-        """Opens at once; then sends a line that is written into a named pipe."""
+        """Send a comment at once, and then a line of a named pipe."""
         yield Event(comment="open")
         with open(pipe) as file:
             yield Event(file.readline().strip(), event="tick")

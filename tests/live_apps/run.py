@@ -1,8 +1,8 @@
-"""Starts one application under one real server, on a free port of this machine.
+"""Start an application on a real server, on a free port of this machine.
 
     python -m tests.live_apps.run waitress stream_app plugged=no
 
-It prints ``port N`` when it listens, and serves until it is terminated.
+It prints ``port N`` when the server listens, and serves until it is terminated.
 """
 
 from __future__ import annotations
@@ -32,23 +32,23 @@ ROOT = Path(__file__).parents[2]
 
 
 def option(name: str, default: Any = "") -> str:
-    """An option that is the server's, among those of the application."""
-    found = re.search(f"^{name}=(.*)$", os.environ[APP], re.MULTILINE)
-    return str(found[1] if found else default)
+    """Return an option of the server, which stands among those of the application."""
+    match = re.search(f"^{name}=(.*)$", os.environ[APP], re.MULTILINE)
+    return str(match[1] if match else default)
 
 
 def threads() -> int:
-    """How many requests a server of threads serves at once."""
+    """Return how many threads a server with threads has."""
     return int(option("threads", THREADS))
 
 
 def host() -> str:
-    """The address where a server listens."""
+    """Return the address on which the server listens."""
     return option("host", "127.0.0.1")
 
 
 def set_patience(listener: socket.socket) -> None:
-    """Have the kernel give up what a client has not taken for so many milliseconds.
+    """Set ``TCP_USER_TIMEOUT``, in milliseconds, if the option ``patience`` does.
 
     The connections of a listening socket inherit it.
     """
@@ -56,31 +56,31 @@ def set_patience(listener: socket.socket) -> None:
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
 
 
-def say_port(port: int) -> None:
-    """What ``LiveServer`` waits for."""
-    # In one write: another process may write there, too.
+def print_port(port: int) -> None:
+    """Print the line that ``LiveServer`` waits for."""
+    # In one write, because another process may write to stdout too.
     os.write(sys.stdout.fileno(), f"\nport {port}\n".encode())
 
 
-def bound() -> socket.socket:
-    """A socket that listens on a free port, which is said."""
+def open_listener() -> socket.socket:
+    """Return a socket that listens on a free port, and print the port."""
     listener = socket.socket()
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     listener.bind(("127.0.0.1", 0))
     listener.listen(64)
-    say_port(listener.getsockname()[1])
+    print_port(listener.getsockname()[1])
     return listener
 
 
-# Servers that are called.
+# Servers that run in this process.
 
 
 def wsgiref(make_app: MakeApp) -> None:
-    """One request at a time, as the standard library serves."""
+    """The server of the standard library, one request at a time."""
     from wsgiref.simple_server import make_server
 
     server = make_server("127.0.0.1", 0, make_app())
-    say_port(server.server_port)
+    print_port(server.server_port)
     server.serve_forever()
 
 
@@ -96,8 +96,8 @@ def waitress(make_app: MakeApp) -> None:
         threads=threads(),
         channel_request_lookahead=int(LOOKS in os.environ[APP]),
     )
-    drains("os.kill(os.getpid(), signal.SIGINT)")
-    say_port(listener.getsockname()[1])
+    run_drain_block("os.kill(os.getpid(), signal.SIGINT)")
+    print_port(listener.getsockname()[1])
     server.run()
 
 
@@ -107,28 +107,31 @@ def cheroot(make_app: MakeApp) -> None:
 
     server = Server(("127.0.0.1", 0), make_app(), numthreads=THREADS)
     server.prepare()
-    say_port(server.bind_addr[1])
+    print_port(server.bind_addr[1])
     server.serve()
 
 
-def drains(word: str) -> dict[str, Any]:
-    """What the block of ``docs/servers.rst`` with this word sets, if asked for."""
-    found: dict[str, Any] = {}
+def run_drain_block(word: str) -> dict[str, Any]:
+    """Run the block of ``docs/servers.rst`` with this word, if the option is given.
+
+    :returns: the names that the block defines.
+    """
+    names: dict[str, Any] = {}
     if DRAINS in os.environ[APP]:
-        shown = blocks((DOCS / "servers.rst").read_text())
-        exec(next(each for each in shown if word in each), found)
-    return found
+        code_blocks = blocks((DOCS / "servers.rst").read_text())
+        exec(next(block for block in code_blocks if word in block), names)
+    return names
 
 
-def ready(arbiter: Any) -> None:
-    """Tell where gunicorn listens, before its worker is forked."""
+def when_ready(arbiter: Any) -> None:
+    """Print gunicorn's port, before it forks its worker."""
     listener = arbiter.LISTENERS[0].sock
     set_patience(listener)
-    say_port(listener.getsockname()[1])
+    print_port(listener.getsockname()[1])
 
 
 def gunicorn(worker_class: str) -> Serve:
-    """One worker process, in which the application is made as it is there."""
+    """gunicorn with one worker process, which makes the application."""
 
     def serve(make_app: MakeApp) -> None:
         from gunicorn.app.base import BaseApplication  # type: ignore[import-untyped]
@@ -141,12 +144,12 @@ def gunicorn(worker_class: str) -> Serve:
                     "threads": threads() if worker_class == "gthread" else 1,
                     "loglevel": "warning",
                     "graceful_timeout": 1,
-                    "when_ready": ready,
+                    "when_ready": when_ready,
                 }.items():
                     self.cfg.set(name, value)
                 hook = "post_worker_init"
-                if hook in (file := drains(f"def {hook}")):
-                    self.cfg.set(hook, file[hook])
+                if function := run_drain_block(f"def {hook}").get(hook):
+                    self.cfg.set(hook, function)
 
             def load(self) -> Any:
                 return make_app()
@@ -157,7 +160,7 @@ def gunicorn(worker_class: str) -> Serve:
 
 
 def uvicorn(adapter: str) -> Serve:
-    """An ASGI server, and what makes an ASGI application of a WSGI one."""
+    """An ASGI server, with an adapter from WSGI to ASGI."""
 
     def serve(make_app: MakeApp) -> None:
         from uvicorn import Config, Server
@@ -174,28 +177,28 @@ def uvicorn(adapter: str) -> Serve:
         config = Config(
             app, log_level="warning", lifespan="off", timeout_graceful_shutdown=1
         )
-        Server(config).run(sockets=[bound()])
+        Server(config).run(sockets=[open_listener()])
 
     return serve
 
 
 def hypercorn(make_app: MakeApp) -> None:
-    """An ASGI server that takes WSGI applications."""
+    """An ASGI server that accepts WSGI applications."""
     from hypercorn.asyncio import serve as serve_forever
     from hypercorn.config import Config
 
     config = Config()
-    listener = bound()
+    listener = open_listener()
     config.bind = [f"fd://{listener.fileno()}"]
     app: Any = make_app()
     asyncio.run(serve_forever(app, config, mode="wsgi"))
 
 
-# Servers that are programs, and import the application by its name.
+# Servers that are separate programs, and import the application by its name.
 
 
 def program(arguments: Callable[[int, Path], list[str]]) -> Serve:
-    """A server in a process below this one, which hands its signals on."""
+    """A server in a child process. This process passes SIGTERM on to it."""
 
     def serve(make_app: MakeApp) -> None:
         with socket.socket() as free:
@@ -205,16 +208,16 @@ def program(arguments: Callable[[int, Path], list[str]]) -> Serve:
             os.chmod(folder, 0o755)  # Apache's workers are another user
             server = subprocess.Popen(arguments(port, Path(folder)), cwd=ROOT)
             signal.signal(signal.SIGTERM, lambda *_: server.terminate())
-            while server.poll() is None and not answers(port):
+            while server.poll() is None and not accepts_connections(port):
                 pass
-            say_port(port)
+            print_port(port)
             server.wait()
 
     return serve
 
 
-def answers(port: int) -> bool:
-    """Whether somebody listens on that port."""
+def accepts_connections(port: int) -> bool:
+    """Return whether a server listens on this port."""
     try:
         socket.create_connection(("127.0.0.1", port), 1).close()
     except OSError:
@@ -223,7 +226,7 @@ def answers(port: int) -> bool:
 
 
 def granian(port: int, folder: Path) -> list[str]:
-    """Granian's own loop, in Rust."""
+    """Granian, whose loop is in Rust."""
     options = "--interface wsgi --host 127.0.0.1 --no-ws --blocking-threads"
     command = [sys.executable, "-m", "granian", *options.split(), str(THREADS)]
     options = "--workers-kill-timeout 1 --log-level warning --port"
@@ -231,13 +234,13 @@ def granian(port: int, folder: Path) -> list[str]:
 
 
 def uwsgi(options: str) -> Serve:
-    """uWSGI in one of its modes."""
+    """uWSGI, in the mode of these options."""
 
     def arguments(port: int, folder: Path) -> list[str]:
-        folder_of_commands = Path(sys.executable).parent
+        commands = Path(sys.executable).parent
         common = "--master --need-app --enable-threads --die-on-term --disable-logging"
         return [
-            str(folder_of_commands / "uwsgi"),
+            str(commands / "uwsgi"),
             *(f"--http-socket 127.0.0.1:{port} {common} {options}").split(),
             *("--worker-reload-mercy", "1", "--virtualenv", sys.prefix),
             *("--pythonpath", str(ROOT), "--module", "tests.live_apps.named"),
@@ -258,6 +261,10 @@ Group www-data
 GracefulShutdownTimeout 1
 LoadModule mpm_event_module /usr/lib/apache2/modules/mod_mpm_event.so
 LoadModule authz_core_module /usr/lib/apache2/modules/mod_authz_core.so
+"""
+"""The configuration that every Apache of these tests needs."""
+
+MOD_WSGI = """
 LoadModule wsgi_module /usr/lib/apache2/modules/mod_wsgi.so
 WSGISocketPrefix {folder}/wsgi
 WSGIDaemonProcess app threads=6 python-path={path} home=/ shutdown-timeout=1
@@ -271,16 +278,17 @@ WSGIScriptAlias / {folder}/app.wsgi
 
 
 def mod_wsgi(port: int, folder: Path) -> list[str]:
-    """Apache with Debian's module, and one daemon process of the application.
+    """Apache with Debian's module, and one daemon process.
 
-    That process gets no environment, and is www-data: what it needs is in its file.
+    The process runs as www-data without this environment, so its file sets it.
     """
     site = [path for path in sys.path if path.endswith("site-packages")]
     path = ":".join([str(ROOT), *site])
     script = f"import os; os.environ[{APP!r}] = {os.environ[APP]!r}\n"
     script += "from tests.live_apps.named import application\n"
     (folder / "app.wsgi").write_text(script)
-    (folder / "conf").write_text(APACHE.format(folder=folder, port=port, path=path))
+    conf = (APACHE + MOD_WSGI).format(folder=folder, port=port, path=path)
+    (folder / "conf").write_text(conf)
     return ["/usr/sbin/apache2", "-DFOREGROUND", "-f", str(folder / "conf")]
 
 
@@ -304,7 +312,7 @@ SERVERS: dict[str, Serve] = {
 
 
 def make_named(words: list[str]) -> Any:
-    """The application that a command names: a module of this package, and options."""
+    """Return the application of a module of this package, made with options."""
     app, *options = words
     keywords = dict(option.split("=", 1) for option in options)
     return import_module(f"tests.live_apps.{app}").make_app(**keywords)
@@ -312,9 +320,9 @@ def make_named(words: list[str]) -> Any:
 
 def main(server: str, *words: str) -> None:
     """Serve ``tests.live_apps.<app>.make_app(**options)``."""
-    del sys.argv[1:]  # which gunicorn would read
-    os.environ[APP] = "\n".join(words)  # for a program
-    # Made not before it is asked for: gevent's worker has patched the library by then.
+    del sys.argv[1:]  # gunicorn would read these arguments
+    os.environ[APP] = "\n".join(words)  # for servers that are separate programs
+    # Make it only in the server's process, after gevent's worker has patched it.
     SERVERS[server](lambda: make_named([*words]))
 
 

@@ -1,9 +1,9 @@
-"""The application that all servers serve, in every wiring that TG knows.
+"""The application that all servers serve, in every combination of TG's middleware.
 
-One process holds an application for each wiring and each database, at a path of its
-own: ``/traced/fail``, ``/postgresql/names``. Unplugged, they are made before tgstream
-is imported, which then happens as in a quickstarted application: by the controllers,
-that TG imports at the first request.
+One process has an application for each combination and each database, each at its own
+path: ``/traced/fail``, ``/postgresql/names``. With ``plugged=no`` the applications are
+made before tgstream is imported. The controllers then import tgstream at the first
+request, like in a quickstarted application without the plug.
 """
 
 from __future__ import annotations
@@ -14,14 +14,13 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import tg
-from tg import FullStackApplicationConfigurator
 from tg.request_local import context
 
 import tests
+from tests.application import Plug, database_options, make_wsgi_app
 from tests.model import Model
 
 WIRINGS: dict[str, dict[str, Any]] = {
@@ -36,55 +35,42 @@ WIRINGS: dict[str, dict[str, Any]] = {
 def make_app(
     plugged: str = "yes", drains: str = "no", looks: str = "10", **urls: str
 ) -> Any:
-    """All of it, as one WSGI application.
+    """Return all applications as one WSGI application.
 
-    :param plugged: ``no`` for applications that know nothing of tgstream.
-    :param drains: ``yes`` for a server that drains when it is told to end; ``run.py``
-        looks for it.
-    :param looks: seconds between two checks whether a client has disconnected.
-    :param urls: databases by name, each of which gets an application.
+    :param plugged: ``no`` for applications without the plug.
+    :param drains: ``yes`` for a server that drains at SIGTERM. ``run.py`` reads it.
+    :param looks: the seconds between two checks whether a client has disconnected.
+    :param urls: databases by name. Each gets an application.
     """
-    # TG warns of what it registers anew for the second application of a process.
+    # TG warns when a process makes a second application.
     logging.getLogger("tg.configurator.application").setLevel("ERROR")
-    tg.hooks.register("tgstream.finished", tell)
+    tg.hooks.register("tgstream.finished", write_reason)
     models = {name: Model(url) for name, url in urls.items()}
     checks = {"tgstream.disconnect_check_seconds": looks}
-    apps = {name: variant(plugged, **checks, **kind) for name, kind in WIRINGS.items()}
+    apps = {
+        name: variant(plugged, **checks, **options) for name, options in WIRINGS.items()
+    }
     for name, model in models.items():
-        url = model.url.render_as_string(hide_password=False)
-        database = {"use_sqlalchemy": True, "sqlalchemy.url": url, "model": model}
         model.seed("ada", "bob", "eve")
-        apps[name] = variant(plugged, **checks, **database)
+        apps[name] = variant(plugged, **checks, **database_options(model))
     if plugged == "no":
         assert "tgstream" not in sys.modules
     return Mounted(apps, models)
 
 
 def variant(plugged: str, **options: Any) -> Any:
-    """An application whose controllers are those of ``root.py`` beside this file."""
-    base_config = FullStackApplicationConfigurator()
-    base_config.update_blueprint(
-        {
-            "package": tests,
-            "paths": {"controllers": str(Path(__file__).parent)},
-            "renderers": ["json"],
-            "default_renderer": "json",
-            "errorpage.enabled": False,
-            "app_globals": SimpleNamespace,
-            "helpers": SimpleNamespace,
-            "i18n.enabled": False,
-            **options,
-        }
-    )
+    """Return an application whose controllers are those of ``root.py``."""
+    plug: Plug | None = None
     if plugged == "yes":
         import tgstream
 
-        tgstream.plugme(base_config)
-    return base_config.make_wsgi_app({}, {})
+        plug = tgstream.plugme
+    controllers = {"controllers": str(Path(__file__).parent)}
+    return make_wsgi_app({"package": tests, "paths": controllers, **options}, plug)
 
 
-def tell(report: Any) -> None:
-    """Write how a stream ended into the named pipe that the client asked for."""
+def write_reason(report: Any) -> None:
+    """Write the reason of a stream's end into the client's named pipe, if any."""
     pipe = tg.request.params.get("tell")
     if pipe is not None:
         with open(pipe, "w") as file:
@@ -92,7 +78,7 @@ def tell(report: Any) -> None:
 
 
 class Mounted:
-    """Applications by the first part of the path, and what they leave behind."""
+    """Applications by the first part of the path, and the state they leave behind."""
 
     def __init__(self, apps: dict[str, Any], models: dict[str, Model]) -> None:
         self.apps = apps
@@ -100,14 +86,12 @@ class Mounted:
         self.stacks: dict[int, list[Any]] = {}
 
     def __call__(self, environ: dict[str, Any], start_response: Any) -> Any:
-        # TG's stack of this thread is made once, and never replaced.
+        # TG makes the stack of this thread once, and never replaces it.
         context._push_object(None)
         context._pop_object()
         stack = context.____local__.objects
         _, name, path = environ["PATH_INFO"].split("/", 2)
-        if not name.startswith(
-            "debugged"
-        ):  # TG keeps a failed request for its debugger
+        if not name.startswith("debugged"):  # TG's debugger keeps failed requests
             self.stacks[id(stack)] = stack
         if path == "state":
             return self.state(name, start_response)
@@ -115,7 +99,7 @@ class Mounted:
         return self.apps[name](environ, start_response)
 
     def state(self, name: str, start_response: Callable[..., Any]) -> list[bytes]:
-        """What streams and requests have left, on any thread."""
+        """Return what streams and requests left behind, on any thread."""
         model = self.models[name]
         state = {
             "contexts": sum(map(len, self.stacks.values())),

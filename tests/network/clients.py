@@ -1,8 +1,8 @@
-"""Clients that open feeds and keep them, until they are killed.
+"""Open feeds and keep them open until this process is killed.
 
     python -m tests.network.clients 10.213.0.1 8080 "/memory/feed?name=x" 50
 
-They say ``open`` when all of them are.
+It prints ``open`` when all feeds are open.
 """
 
 from __future__ import annotations

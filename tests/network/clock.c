@@ -1,7 +1,7 @@
-/* A wall clock that can be set for some processes alone; the others of the kernel, by
- * which programs wait, go on as they do there. (Debian's faketime has no such setting
- * in which Python can sleep.) To be compiled with -shared and preloaded; the file that
- * TGSTREAM_CLOCK names holds an int64_t, the seconds to add. */
+/* A wall clock that can be set for some processes only. The kernel's other clocks, with
+ * which programs wait, are unchanged. (With Debian's faketime, Python cannot sleep.)
+ * Compile this with -shared and preload it. TGSTREAM_CLOCK names a file with an int64_t,
+ * the seconds to add. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <fcntl.h>

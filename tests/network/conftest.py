@@ -1,4 +1,4 @@
-"""A network whose link can be cut, and a wall clock that can be set."""
+"""A network that can be disconnected, and a wall clock that can be set."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import pytest
 
 
 class Network:
-    """A namespace of the kernel's, and a pair of interfaces between it and this one."""
+    """A network namespace, and a pair of interfaces that connect it to this one."""
 
     def __init__(self) -> None:
         self.name = f"tgstream{os.getpid()}"
         self.link = f"tgs{os.getpid()}"
-        high, low = divmod(os.getpid(), 250)  # of another run beside this one, others
+        high, low = divmod(os.getpid(), 250)  # unique for each run
         self.here, there = (f"10.{high % 250}.{low}.{host}" for host in (1, 2))
         self.ip("netns", "add", self.name)
         peer = "peer", "name", "eth0", "netns", self.name
@@ -31,7 +31,7 @@ class Network:
         subprocess.run(["ip", *words], check=True)
 
     def start(self, *command: str) -> subprocess.Popen[str]:
-        """A process that has this network alone, and a pipe to it and from it."""
+        """Start a process in this network, with pipes to it and from it."""
         return subprocess.Popen(
             ["ip", "netns", "exec", self.name, *command],
             stdin=subprocess.PIPE,
@@ -40,7 +40,7 @@ class Network:
         )
 
     def cut(self) -> None:
-        """From now on nothing comes from there, no FIN and no ACK."""
+        """Disconnect the network, so that it sends neither FIN nor ACK."""
         self.ip("-n", self.name, "link", "set", "eth0", "down")
 
     def close(self) -> None:
@@ -49,29 +49,29 @@ class Network:
 
 @pytest.fixture
 def network() -> Iterator[Network]:
-    """One that is not cut yet."""
+    """A connected network."""
     network = Network()
     yield network
     network.close()
 
 
 class Clock:
-    """The wall clock of the processes that are started meanwhile; no other clock, as
-    the kernel has it when it is set."""
+    """The wall clock of all processes that a test starts. Other clocks do not change,
+    like in the kernel when its wall clock is set."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
         file.write_bytes(bytes(8))
 
     def set(self, seconds: int) -> None:
-        """So many from now; it goes on from there."""
-        with self.file.open("r+b") as file:  # the same file: it is in their memory
+        """Move the clock by so many seconds."""
+        with self.file.open("r+b") as file:  # the same file: processes have mapped it
             file.write(struct.pack("q", seconds))
 
 
 @pytest.fixture
 def clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Clock:
-    """The true time, until it is set."""
+    """A clock with the true time, until the test sets it."""
     source, library = Path(__file__).parent / "clock.c", tmp_path / "clock.so"
     command = "cc", "-shared", "-fPIC", "-Wall", "-Werror", "-O2", "-o"
     subprocess.run([*command, library, source, "-ldl"], check=True)

@@ -1,4 +1,4 @@
-"""Real proxies, with the lines of ``docs/proxies.rst``; ``.ci/proxies`` starts them."""
+"""Real proxies, configured as in ``docs/proxies.rst``. See ``.ci/proxies``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import LiveServer
-from tests.live_apps.run import answers
+from tests.live_apps.run import APACHE, accepts_connections
 from tests.pages import DOCS, blocks
 
 PAGE = (DOCS / "proxies.rst").read_text()
@@ -34,16 +34,7 @@ http {{
 {lines}
 }}
 """
-APACHE = """
-ServerRoot {folder}
-ServerName localhost
-Listen 127.0.0.1:{port}
-PidFile {folder}/pid
-ErrorLog /dev/stderr
-User www-data
-Group www-data
-LoadModule mpm_event_module /usr/lib/apache2/modules/mod_mpm_event.so
-LoadModule authz_core_module /usr/lib/apache2/modules/mod_authz_core.so
+PROXY_MODULES = """
 LoadModule socache_shmcb_module /usr/lib/apache2/modules/mod_socache_shmcb.so
 LoadModule ssl_module /usr/lib/apache2/modules/mod_ssl.so
 LoadModule http2_module /usr/lib/apache2/modules/mod_http2.so
@@ -52,7 +43,6 @@ LoadModule deflate_module /usr/lib/apache2/modules/mod_deflate.so
 LoadModule env_module /usr/lib/apache2/modules/mod_env.so
 LoadModule proxy_module /usr/lib/apache2/modules/mod_proxy.so
 LoadModule proxy_http_module /usr/lib/apache2/modules/mod_proxy_http.so
-{lines}
 """
 LANGUAGES = {"nginx": "nginx", "haproxy": "text", "apache": "apache"}
 
@@ -60,8 +50,8 @@ LANGUAGES = {"nginx": "nginx", "haproxy": "text", "apache": "apache"}
 class Proxy:
     """A running proxy in front of a server.
 
-    :param kind: which one.
-    :param lines: its configuration, as the page has it, or changed by a test.
+    :param kind: its name.
+    :param lines: its configuration, from the page.
     """
 
     def __init__(self, kind: str, lines: str, server: LiveServer, folder: Path) -> None:
@@ -73,8 +63,8 @@ class Proxy:
         ports |= {"listen 443 ": f"listen 127.0.0.1:{self.port} "}
         ports |= {":443 ssl": f":{self.port} ssl"}
         ports |= {"127.0.0.1:8080": f"127.0.0.1:{server.port}"}
-        for written, here in ports.items():
-            lines = lines.replace(written, here)
+        for written, replacement in ports.items():
+            lines = lines.replace(written, replacement)
         folder.mkdir()
         conf = folder / "conf"
         if kind == "nginx":
@@ -83,15 +73,16 @@ class Proxy:
         elif kind == "haproxy":
             command = ["/usr/sbin/haproxy", "-q", "-db", "-f"]
         else:
-            lines = APACHE.format(folder=folder, port=self.port, lines=lines)
+            head = APACHE.format(folder=folder, port=self.port)
+            lines = f"{head}{PROXY_MODULES}{lines}"
             command = ["/usr/sbin/apache2", "-DFOREGROUND", "-f"]
         conf.write_text(lines)
         self._process = subprocess.Popen([*command, str(conf)])
-        while not answers(self.port):
-            assert self._process.poll() is None, f"{kind} has ended"
+        while not accepts_connections(self.port):
+            assert self._process.poll() is None, f"{kind} has exited"
 
     def stop(self) -> None:
-        """End it."""
+        """Stop the proxy."""
         self._process.terminate()
         try:
             self._process.wait(10)
@@ -104,7 +95,7 @@ class Proxy:
 def server(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[LiveServer]:
-    """The application of the tests under a server."""
+    """The application of the tests on a server."""
     url = f"sqlite:///{tmp_path_factory.mktemp('sqlite')}/test.db"
     live = LiveServer(request.param, "stream_app", f"sqlite={url}")
     yield live
@@ -116,7 +107,7 @@ StartProxy = Callable[..., Proxy]
 
 @pytest.fixture
 def start_proxy(server: LiveServer, tmp_path: Path) -> Iterator[StartProxy]:
-    """Starts a proxy with the lines of the page, some of them changed."""
+    """Starts a proxy with the configuration of the page, and changes to it."""
     numbers = count()
     with contextlib.ExitStack() as stack:
 
@@ -124,9 +115,9 @@ def start_proxy(server: LiveServer, tmp_path: Path) -> Iterator[StartProxy]:
             kind: str, changes: dict[str, str] | None = None, number: int = 0
         ) -> Proxy:
             lines = blocks(PAGE, LANGUAGES[kind])[number]
-            for written, changed in (changes or {}).items():
+            for written, replacement in (changes or {}).items():
                 assert written in lines
-                lines = lines.replace(written, changed)
+                lines = lines.replace(written, replacement)
             folder = tmp_path / f"proxy-{next(numbers)}"
             proxy = Proxy(kind, lines, server, folder)
             stack.callback(proxy.stop)
@@ -137,6 +128,6 @@ def start_proxy(server: LiveServer, tmp_path: Path) -> Iterator[StartProxy]:
 
 @pytest.fixture(scope="session", autouse=True)
 def proxies_are_there() -> None:
-    """Each is installed."""
+    """Check that all proxies are installed."""
     for command in "nginx", "haproxy", "apache2":
         assert shutil.which(command, path="/usr/sbin"), f"no {command}"

@@ -1,4 +1,4 @@
-"""What a client sees of streams through a proxy, in front of a real server."""
+"""Streams that a client reads through a real proxy."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ BROKEN = (http.client.IncompleteRead, ConnectionResetError)
 def ask(
     proxy: Proxy, path: str, seconds: float = 20, **headers: str
 ) -> http.client.HTTPResponse:
-    """A response through the proxy, whose body is still to be read."""
+    """Return a response through the proxy, with an unread body."""
     connection = http.client.HTTPConnection("127.0.0.1", proxy.port, seconds)
     connection.request("GET", path, headers={"Connection": "close", **headers})
     return connection.getresponse()
 
 
 def curl(proxy: Proxy, path: str, *options: str) -> tuple[int, bytes]:
-    """What curl makes of a response: its exit status, and the data."""
+    """Read a response with curl. Return its exit code, and the body."""
     scheme = "https" if "--insecure" in options else "http"
     url = f"{scheme}://127.0.0.1:{proxy.port}{path}"
     command = ["curl", "-sSN", "-m", "20", *options, url]
@@ -55,7 +55,7 @@ def curl(proxy: Proxy, path: str, *options: str) -> tuple[int, bytes]:
 
 @pytest.fixture
 def make_pipe(tmp_path: Path) -> Callable[[str], Path]:
-    """Makes named pipes, by which client and server wait for each other."""
+    """Makes named pipes, with which client and server wait for each other."""
 
     def make(name: str) -> Path:
         os.mkfifo(tmp_path / name)
@@ -66,10 +66,10 @@ def make_pipe(tmp_path: Path) -> Callable[[str], Path]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_first_event_is_there_while_the_generator_waits(
+def test_first_event_is_sent_before_the_second_is_made(
     kind: str, start_proxy: StartProxy, make_pipe: Callable[[str], Path]
 ) -> None:
-    """The client has it before it lets the second one be made."""
+    """The client receives the first event while the generator waits."""
     pipe = make_pipe("pipe")
     with ask(start_proxy(kind), f"/traced/ticks?pipe={pipe}") as response:
         assert response.readline() == b": open\n"
@@ -78,15 +78,15 @@ def test_first_event_is_there_while_the_generator_waits(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_silent_feed_outlives_the_timeout_by_its_heartbeats(
+def test_heartbeats_keep_an_idle_feed_open(
     kind: str, start_proxy: StartProxy, make_pipe: Callable[[str], Path]
 ) -> None:
-    """With a timeout of 1 s it is open after 2 s, and one without heartbeats is cut."""
+    """With a timeout of 1 s the feed is open after 2 s. Without heartbeats it ends."""
     proxy = start_proxy(kind, SHORT[kind])
     with ask(proxy, "/traced/silent") as response:
         assert response.readline() == b": open\n"
-        begun = time.monotonic()
-        while time.monotonic() < begun + 2:
+        started = time.monotonic()
+        while time.monotonic() < started + 2:
             assert response.readline() in (b":\n", b"\n")
     pipe = make_pipe("pipe")
     with ask(proxy, f"/traced/ticks?pipe={pipe}") as response, pytest.raises(BROKEN):
@@ -95,38 +95,36 @@ def test_silent_feed_outlives_the_timeout_by_its_heartbeats(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_failed_stream_is_broken_and_a_whole_one_is_whole(
-    kind: str, start_proxy: StartProxy
-) -> None:
-    """The client can tell them apart, as without a proxy."""
+def test_failed_stream_is_incomplete(kind: str, start_proxy: StartProxy) -> None:
+    """The client can distinguish failed and complete streams, like without a proxy."""
     proxy = start_proxy(kind)
     assert curl(proxy, "/traced/fail") == (18, b"one\ntwo\n")
     assert curl(proxy, "/traced/words") == (0, b"one\ntwo\n")
 
 
 @pytest.mark.parametrize("kind", OLD)
-def test_failed_stream_looks_whole_over_http_1_0(
+def test_failed_stream_looks_complete_over_http_1_0(
     kind: str, start_proxy: StartProxy
 ) -> None:
-    """The trap: a proxy that asks the server in HTTP/1.0 cannot tell, and hides it."""
+    """A proxy that uses HTTP/1.0 to the server cannot see and report the failure."""
     proxy = start_proxy(kind, OLD[kind])
     assert curl(proxy, "/traced/fail") == (0, b"one\ntwo\n")
 
 
 @pytest.mark.parametrize("path", ["silent", "endless"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_client_that_leaves_ends_the_stream(
+def test_disconnected_client_ends_the_stream(
     kind: str, path: str, start_proxy: StartProxy, make_pipe: Callable[[str], Path]
 ) -> None:
-    """The server hears of it at a heartbeat, and at the next chunk."""
-    proxy, tell = start_proxy(kind), make_pipe("tell")
-    told = os.open(tell, os.O_RDONLY | os.O_NONBLOCK)
-    response = ask(proxy, f"/sqlite/{path}?tell={tell}")
+    """The server notices the disconnect at a heartbeat, or at the next chunk."""
+    proxy, pipe = start_proxy(kind), make_pipe("pipe")
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    response = ask(proxy, f"/sqlite/{path}?tell={pipe}")
     response.read(1)
     response.close()
-    assert select.select([told], [], [], 20)[0]
-    assert os.read(told, 100) == b"disconnected"
-    os.close(told)
+    assert select.select([reader], [], [], 20)[0]
+    assert os.read(reader, 100) == b"disconnected"
+    os.close(reader)
 
 
 COMPRESSED = {
@@ -145,8 +143,8 @@ COMPRESSED = {
 }
 
 
-def inflated(proxy: Proxy, pipe: Path, seconds: float) -> str:
-    """The first event and the rest, each as it came out of a compressed feed."""
+def read_compressed(proxy: Proxy, pipe: Path, seconds: float) -> str:
+    """Wait for the first event of a compressed feed, and return the rest."""
     inflate, first = zlib.decompressobj(31), b""
     path = f"/traced/ticks?pipe={pipe}"
     with ask(proxy, path, seconds, **{"Accept-Encoding": "gzip"}) as response:
@@ -160,78 +158,78 @@ def inflated(proxy: Proxy, pipe: Path, seconds: float) -> str:
 
 
 @pytest.mark.parametrize("kind", ["nginx", "apache"])
-def test_compressed_event_is_there_at_once(
+def test_compressed_event_is_sent_at_once(
     kind: str, start_proxy: StartProxy, make_pipe: Callable[[str], Path]
 ) -> None:
-    """What is listed to be compressed is sent on as well."""
+    """nginx and Apache flush compressed events."""
     proxy = start_proxy(kind, COMPRESSED[kind])
-    rest = inflated(proxy, make_pipe("pipe"), 20)
+    rest = read_compressed(proxy, make_pipe("pipe"), 20)
     assert rest == "event: tick\ndata: second\n\n"
 
 
-def test_compressed_event_is_held_by_haproxy(
+def test_compressed_event_is_buffered_by_haproxy(
     start_proxy: StartProxy, make_pipe: Callable[[str], Path]
 ) -> None:
-    """The trap: it waits until there is more."""
+    """HAProxy waits for more data before it sends a compressed event."""
     proxy = start_proxy("haproxy", COMPRESSED["haproxy"])
     with pytest.raises(TimeoutError):
-        inflated(proxy, make_pipe("pipe"), 0.5)
+        read_compressed(proxy, make_pipe("pipe"), 0.5)
 
 
-# nginx alone.
+# Only nginx.
 
 
-def held(proxy: Proxy, pipe: Path, options: str = "") -> int:
-    """Bytes of the first chunk that the client lacks while the generator waits."""
+def count_buffered(proxy: Proxy, pipe: Path, options: str = "") -> int:
+    """Return how many bytes of the first chunk nginx buffers."""
     more = int(parse_qs(options).get("more", ["0"])[0])
     command = ["curl", "-sSN", "-m", "20"]
     address = f"http://127.0.0.1:{proxy.port}/traced/wait?pipe={pipe}&{options}"
     client: Any = subprocess.Popen([*command, address], stdout=subprocess.PIPE)
     with client:
-        with pipe.open("w") as go:  # the generator waits: its first chunk has left
-            came = b""
+        with pipe.open("w") as writer:  # opens when the first chunk was sent
+            received = b""
             while select.select([client.stdout], [], [], 0.5)[0]:
-                came += os.read(client.stdout.fileno(), 65536)
-            go.write("second\n")
-        came_late = client.stdout.read()
-    assert came + came_late == b"first" + b"x" * more + b"second\n"
-    return len(b"first") + more - len(came)
+                received += os.read(client.stdout.fileno(), 65536)
+            writer.write("second\n")
+        rest = client.stdout.read()
+    assert received + rest == b"first" + b"x" * more + b"second\n"
+    return len(b"first") + more - len(received)
 
 
-def test_small_chunk_is_held_over_http_1_0_alone(
+def test_small_chunk_is_buffered_only_over_http_1_0(
     start_proxy: StartProxy, make_pipe: Callable[[str], Path]
 ) -> None:
-    """In HTTP/1.1 nginx sees where a chunk ends, and sends it on; a feed says no."""
+    """nginx sends each chunk of HTTP/1.1. For HTTP/1.0 a header disables its buffer."""
     pipe = make_pipe("pipe")
-    assert held(start_proxy("nginx"), pipe) == 0
+    assert count_buffered(start_proxy("nginx"), pipe) == 0
     old = start_proxy("nginx", OLD["nginx"])
-    assert held(old, pipe) == 5
-    assert held(old, pipe, "direct=yes") == 0
+    assert count_buffered(old, pipe) == 5
+    assert count_buffered(old, pipe, "direct=yes") == 0
 
 
-def test_end_of_a_large_chunk_is_held_unless_it_says_no(
+def test_end_of_a_large_chunk_is_buffered_without_the_header(
     start_proxy: StartProxy, make_pipe: Callable[[str], Path]
 ) -> None:
-    """What does not fill a buffer of nginx waits for the next chunk."""
+    """The last bytes that do not fill a buffer of nginx wait for the next chunk."""
     pipe = make_pipe("pipe")
     proxy = start_proxy("nginx")
-    assert 0 < held(proxy, pipe, "more=5000") < 4096
-    assert held(proxy, pipe, "more=5000&direct=yes") == 0
+    assert 0 < count_buffered(proxy, pipe, "more=5000") < 4096
+    assert count_buffered(proxy, pipe, "more=5000&direct=yes") == 0
 
 
-def test_export_that_fails_is_broken_without_buffers(start_proxy: StartProxy) -> None:
-    """As it is with them."""
+def test_failed_export_is_incomplete_without_buffers(start_proxy: StartProxy) -> None:
+    """The failure is visible with ``proxy_buffering off`` too."""
     line = "proxy_http_version 1.1;"
     proxy = start_proxy("nginx", {line: f"{line} proxy_buffering off;"})
     assert curl(proxy, "/traced/fail") == (18, b"one\ntwo\n")
 
 
-# HTTP/2 towards the client.
+# HTTP/2 between client and proxy.
 
 
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A file with a key and its certificate, which nobody has signed."""
+    """A file with a key and a self-signed certificate."""
     path = tmp_path_factory.mktemp("tls") / "myapp.pem"
     subject = ["-subj", "/CN=localhost", "-days", "1", "-nodes", "-newkey", "rsa:2048"]
     key = path.with_suffix(".key")
@@ -243,10 +241,10 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_streams_go_over_http_2(
+def test_streams_work_over_http_2(
     kind: str, start_proxy: StartProxy, certificate: Path
 ) -> None:
-    """A failed one is reset; but HAProxy ends it as if it were whole, a trap."""
+    """A failed stream is reset. Only HAProxy ends it like a complete stream."""
     key = certificate.with_suffix(".key")
     if kind == "nginx":
         pem = {"/etc/ssl/myapp.pem": str(certificate), "/etc/ssl/myapp.key": str(key)}

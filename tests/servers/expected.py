@@ -1,6 +1,6 @@
-"""What each server gives, pinned, also where it falls short: a better one is seen.
+"""The expected results of each server, its faults included.
 
-A cell is compared without its count of chunks, which is a matter of time.
+Results are compared without the number of chunks, which depends on timing.
 """
 
 from __future__ import annotations
@@ -24,27 +24,27 @@ MOSTLY = {
     "SIGTERM": "breaks, not closed",
 }
 BY_CLOSING = {"failure": "looks whole", "SIGTERM": "looks whole, not closed"}
-"""A body that ends where the connection does: its break cannot be seen."""
+"""Servers that mark the end of a body only by closing the connection."""
 
-DEAF = {"client leaves": "never noticed"}
+NEVER_NOTICED = {"client leaves": "never noticed"}
 DIFFERENT: dict[str, dict[str, str]] = {
     "wsgiref": BY_CLOSING,
     "uwsgi-threads": BY_CLOSING,
     "uwsgi-async": BY_CLOSING,
     "uwsgi-gevent": BY_CLOSING,
     "uwsgi-gevent-late": dict.fromkeys(CLAIMS, "refused"),
-    "uvicorn-a2wsgi": DEAF,
-    "uvicorn-asgiref": DEAF,
-    "hypercorn": {**DEAF, "SIGTERM": "whole"},
+    "uvicorn-a2wsgi": NEVER_NOTICED,
+    "uvicorn-asgiref": NEVER_NOTICED,
+    "hypercorn": {**NEVER_NOTICED, "SIGTERM": "whole"},
     "mod_wsgi": {"failure": "looks whole", "SIGTERM": "breaks, closed"},
 }
 EXPECTED = {name: {**MOSTLY, **DIFFERENT.get(name, {})} for name in SERVERS}
 
 
-def unexpected(name: str, seen: dict[str, str]) -> dict[str, str]:
-    """The cells that are not as they were."""
+def unexpected(name: str, results: dict[str, str]) -> dict[str, str]:
+    """Return the results that differ from the expected ones."""
     return {
         claim: cell
-        for claim, cell in seen.items()
+        for claim, cell in results.items()
         if re.sub(r" \(\d+ chunks\)$", "", cell) != EXPECTED[name][claim]
     }

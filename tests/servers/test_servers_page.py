@@ -1,4 +1,4 @@
-"""``docs/servers.rst``: each of its lines starts a server, and uWSGI drains as it says.
+"""The commands of ``docs/servers.rst`` start servers, and uWSGI drains.
 
 TGSTREAM_SERVERS=yes python -m pytest tests/servers
 """
@@ -21,14 +21,14 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import LiveServer
-from tests.live_apps.run import APACHE, answers
+from tests.live_apps.run import APACHE, MOD_WSGI, accepts_connections
 from tests.pages import DOCS, blocks, commands
 
 PAGE = (DOCS / "servers.rst").read_text()
 ROOT = Path(__file__).parents[2]
 LINES = [line for line in commands(PAGE) if "8080" in line or "gearbox" in line]
-FILES = {each for each in blocks(PAGE) if "loadapp" in each}
-ASGI = [each for each in blocks(PAGE) if "wsgi_application" in each]
+FILES = {block for block in blocks(PAGE) if "loadapp" in block}
+ASGI = [block for block in blocks(PAGE) if "wsgi_application" in block]
 APPLICATION = """
 from tests.live_apps.stream_app import make_app as make
 
@@ -58,9 +58,9 @@ args = (sys.stderr,)
 
 
 def run(folder: Path, command: Callable[[int], list[str]]) -> tuple[int, bytes]:
-    """What a stream of the application is, under a server that a command starts.
+    """Start a server, and return the status and the body of a stream.
 
-    :param command: is given the port.
+    :param command: returns the command for a port.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -73,17 +73,18 @@ def run(folder: Path, command: Callable[[int], list[str]]) -> tuple[int, bytes]:
     (folder / "production.ini").write_text(ini.replace("8080", str(port)))
     path = os.pathsep.join([str(folder), str(ROOT)])
     environ = {**os.environ, "PYTHONPATH": path}
-    process = subprocess.Popen(words := command(port), cwd=folder, env=environ)
+    words = command(port)
+    process = subprocess.Popen(words, cwd=folder, env=environ)
     try:
-        while not answers(port):
-            assert process.poll() is None, f"{words[0]} has ended"
+        while not accepts_connections(port):
+            assert process.poll() is None, f"{words[0]} has exited"
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
         connection.request("GET", "/traced/words", headers={"Connection": "close"})
         with connection.getresponse() as response:
             return response.status, response.read()
     finally:
-        stops = signal.SIGQUIT if "uwsgi" in words[0] else signal.SIGTERM
-        process.send_signal(stops)  # TERM reloads it
+        # SIGTERM would only reload uWSGI.
+        process.send_signal(signal.SIGQUIT if "uwsgi" in words[0] else signal.SIGTERM)
         try:
             process.wait(10)
         except subprocess.TimeoutExpired:
@@ -92,7 +93,7 @@ def run(folder: Path, command: Callable[[int], list[str]]) -> tuple[int, bytes]:
 
 
 def command_of(line: str) -> Callable[[int], list[str]]:
-    """The line, in this virtual environment."""
+    """Return the line's command, in this virtual environment."""
 
     def command(port: int) -> list[str]:
         program, *words = shlex.split(line.replace("8080", str(port)))
@@ -103,22 +104,22 @@ def command_of(line: str) -> Callable[[int], list[str]]:
     return command
 
 
-@pytest.mark.parametrize("line", [each for each in LINES if "uvicorn" not in each])
-def test_line_starts_a_server(line: str, tmp_path: Path) -> None:
-    """As it is written, but for the port."""
+@pytest.mark.parametrize("line", [line for line in LINES if "uvicorn" not in line])
+def test_command_starts_a_server(line: str, tmp_path: Path) -> None:
+    """The command of the page serves a stream, on another port."""
     assert run(tmp_path, command_of(line)) == (200, b"one\ntwo\n")
 
 
 @pytest.mark.parametrize("adapter", ASGI, ids=["a2wsgi", "asgiref"])
-def test_line_starts_uvicorn(adapter: str, tmp_path: Path) -> None:
-    """With either adapter."""
+def test_command_starts_uvicorn(adapter: str, tmp_path: Path) -> None:
+    """The command serves a stream with each adapter."""
     (tmp_path / "asgi.py").write_text(adapter)
-    [line] = [each for each in LINES if "uvicorn" in each]
+    [line] = [line for line in LINES if "uvicorn" in line]
     assert run(tmp_path, command_of(line)) == (200, b"one\ntwo\n")
 
 
-def test_lines_start_apache() -> None:
-    """With the module of Debian, whose workers are another user."""
+def test_configuration_starts_apache() -> None:
+    """Apache with Debian's module serves a stream. Its workers run as www-data."""
     [lines] = blocks(PAGE, "apache")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -126,14 +127,15 @@ def test_lines_start_apache() -> None:
 
         def command(port: int) -> list[str]:
             paths = {"/srv/myapp/venv": sys.prefix, "/srv/myapp": str(folder)}
-            told = lines
+            page_lines = lines
             for path, here in paths.items():
-                told = told.replace(path, here)
-            # What is installed in the virtual environment of one who follows the page.
-            told = told.replace(" home=", f" python-path={ROOT}:{folder} home=")
-            conf = APACHE.partition("WSGIDaemonProcess")[0] + "{told}\n"
-            conf += "<Directory {folder}>\nRequire all granted\n</Directory>\n"
-            conf = conf.format(folder=folder, port=port, told=told)
+                page_lines = page_lines.replace(path, here)
+            # A reader of the page has installed these packages instead.
+            python_path = f" python-path={ROOT}:{folder} home="
+            page_lines = page_lines.replace(" home=", python_path)
+            head = APACHE + MOD_WSGI.partition("WSGIDaemonProcess")[0]
+            conf = head.format(folder=folder, port=port) + f"{page_lines}\n"
+            conf += f"<Directory {folder}>\nRequire all granted\n</Directory>\n"
             (folder / "conf").write_text(conf)
             return ["/usr/sbin/apache2", "-DFOREGROUND", "-f", str(folder / "conf")]
 
@@ -144,24 +146,25 @@ def test_lines_start_apache() -> None:
 def test_uwsgi_drains_its_streams(
     server: str, live_server: Callable[..., LiveServer], tmp_path: Path
 ) -> None:
-    """Within 2 s of SIGTERM each has ended as it ends well, and not been cut."""
+    """Within 2 s of SIGTERM, all streams end normally, and the server exits."""
     live = live_server(server, "stream_app", "drains=yes")
     open_streams = []
     for number in range(3):
-        os.mkfifo(pipe := tmp_path / f"tell{number}")
-        told = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+        pipe = tmp_path / f"pipe{number}"
+        os.mkfifo(pipe)
+        reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
         connection = http.client.HTTPConnection("127.0.0.1", live.port, 20)
         connection.request("GET", f"/traced/silent?tell={pipe}")
         response = connection.getresponse()
         assert response.readline() == b": open\n"
-        open_streams.append((response, told))
-    begun = time.monotonic()
+        open_streams.append((response, reader))
+    started = time.monotonic()
     live.process.terminate()
-    for response, told in open_streams:
-        assert select.select([told], [], [], 10)[0]
-        assert os.read(told, 100) in (b"drained", b"completed")
-        os.close(told)
+    for response, reader in open_streams:
+        assert select.select([reader], [], [], 10)[0]
+        assert os.read(reader, 100) in (b"drained", b"completed")
+        os.close(reader)
         assert response.read().endswith(b": close\n\n")
         response.close()
     live.process.wait(10)
-    assert time.monotonic() - begun < 2
+    assert time.monotonic() - started < 2

@@ -1,9 +1,9 @@
-"""Loads real servers with streams of all fates, and holds the tables to account.
+"""Load real servers with streams that end in all ways, and check the stored rows.
 
     python -m tests.soak --streams 20000 --seconds 120 [--server waitress] [--seed 1]
 
-Each server gets its part of the streams, or as many as go into its seconds. Exit code 1
-tells that a row was lost, is extra or another's, or that a server has grown.
+Each server gets its part of the streams, or as many as fit into its seconds. The exit
+code is 1 if a row is lost, extra or of another stream, or if a server has grown.
 """
 
 from __future__ import annotations
@@ -14,31 +14,49 @@ import sys
 from tests.servers.__main__ import postgresql
 
 from .plans import FATES
-from .run import SERVERS, Soaked, soak
+from .run import SERVERS, SoakResult, soak
 
 HEAD = (
-    *("server", "streams", "rows told", "found", "lost", "extra", "mixed", "astray"),
-    *("RSS growth", "connections", "idle in tx", "threads", "contexts", "alive"),
+    "server",
+    "streams",
+    "rows expected",
+    "found",
+    "lost",
+    "extra",
+    "mixed",
+    "wrong ends",
+    "RSS growth",
+    "connections",
+    "idle in tx",
+    "threads",
+    "contexts",
+    "alive",
 )
 
 NAMES = (*FATES, "stuck")
 
 
-def fates(soaked: Soaked) -> tuple[str, ...]:
-    """How many streams of one server met each fate."""
-    return soaked.server, *(str(soaked.account.fates[name]) for name in NAMES)
+def fates(result: SoakResult) -> tuple[str, ...]:
+    """Return how many streams of a server had each fate."""
+    return result.server, *(str(result.account.fates[name]) for name in NAMES)
 
 
-def cells(soaked: Soaked) -> tuple[str, ...]:
-    """One server's row of the table."""
-    account, warm, end = soaked.account, soaked.warm, soaked.end
-    counts = (account.told, account.found, account.lost, account.extra, account.mixed)
+def cells(result: SoakResult) -> tuple[str, ...]:
+    """Return a server's row of the table."""
+    account, warm, end = result.account, result.warm, result.end
+    counts = (
+        account.expected,
+        account.found,
+        account.lost,
+        account.extra,
+        account.mixed,
+    )
     return (
-        soaked.server,
+        result.server,
         str(account.streams),
         *map(str, counts),
-        str(len(account.astray)),
-        f"{soaked.growth:+.1f} of {warm.memory:.0f} MiB",
+        str(len(account.wrong_ends)),
+        f"{result.growth:+.1f} of {warm.memory:.0f} MiB",
         str(end.connections),
         str(end.idle),
         f"{warm.threads} -> {end.threads}",
@@ -48,7 +66,7 @@ def cells(soaked: Soaked) -> tuple[str, ...]:
 
 
 def table(rows: list[tuple[str, ...]]) -> str:
-    """The rows as text, a line each."""
+    """Format the rows, a line each."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         " | ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
@@ -57,26 +75,30 @@ def table(rows: list[tuple[str, ...]]) -> str:
 
 
 def main() -> int:
-    """Soak the servers, print the tables, and return the exit code."""
+    """Run the soak test of each server, and print the tables.
+
+    :returns: the exit code.
+    """
     parser = argparse.ArgumentParser("tests.soak", description=__doc__)
-    parser.add_argument("--streams", type=int, default=20_000, help="on all servers")
-    parser.add_argument("--seconds", type=float, default=120, help="on each server")
+    parser.add_argument("--streams", type=int, default=20_000, help="of all servers")
+    parser.add_argument("--seconds", type=float, default=120, help="of each server")
     parser.add_argument("--server", action="append", choices=SERVERS)
-    parser.add_argument("--seed", type=int, default=1, help="the choices")
+    parser.add_argument("--seed", type=int, default=1, help="of the random choices")
     options = parser.parse_args()
     servers = options.server or SERVERS
-    each = options.streams // len(servers)
+    streams = options.streams // len(servers)
     with postgresql() as url:
-        soaks = [
-            soak(server, url, options.seed, each, options.seconds) for server in servers
+        results = [
+            soak(server, url, options.seed, streams, options.seconds)
+            for server in servers
         ]
-    print(table([("streams", *NAMES), *map(fates, soaks)]))
+    print(table([("streams", *NAMES), *map(fates, results)]))
     print()
-    print(table([HEAD, *map(cells, soaks)]))
-    for soaked in soaks:
-        for wrong in soaked.wrongs[:20]:
-            print(f"WRONG {soaked.server}: {wrong}")
-    return 1 if any(soaked.wrongs for soaked in soaks) else 0
+    print(table([HEAD, *map(cells, results)]))
+    for result in results:
+        for wrong in result.wrongs[:20]:
+            print(f"WRONG {result.server}: {wrong}")
+    return 1 if any(result.wrongs for result in results) else 0
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""The clients: what each was told, over a socket of its own.
+"""The clients, each with its own socket.
 
-A line counts when all of it has arrived. What a client makes of it is kept in a few
-numbers, so that a soak of any length fits into memory.
+A line counts when it has arrived completely. A client keeps only a few numbers, so that
+a soak test of any length fits into memory.
 """
 
 from __future__ import annotations
@@ -14,74 +14,77 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 
-from .plans import LEFT, Plan
+from .plans import LEAVING, Plan
 
 SECONDS = 60.0
-"""After so many, a server hangs."""
+"""Seconds until a server counts as hanging."""
 
 
 @dataclass
-class Told:
-    """What a client heard of its stream."""
+class Received:
+    """What a client received of its stream."""
 
     plan: Plan
-    heard: int = 0
-    """Lines, each of which was the next one."""
+    lines: int = 0
+    """The number of lines, in the right order."""
     end: str = "open"
-    """``open``, ``whole``, ``broken``, ``left``, ``hangs``, or a status but 200."""
+    """``open``, ``complete``, ``aborted``, ``left``, ``hangs``, or a status but 200."""
     mixed: int = 0
-    """Lines that name another stream, user or transaction."""
-    astray: str = ""
-    """A line that was not the next one."""
+    """The number of lines that name another stream, user or transaction."""
+    wrong_line: str = ""
+    """A line in the wrong order."""
 
 
-class Listener:
-    """One client: its request is sent at once, and it hears as much as it is let."""
+class Client:
+    """A client, which sends its request at once."""
 
     def __init__(self, port: int, plan: Plan) -> None:
-        """Connect and ask."""
-        self.told = Told(plan)
+        """Connect, and send the request."""
+        self.received = Received(plan)
         self._rest = b""
         self._response: http.client.HTTPResponse | None = None
         self._connection = http.client.HTTPConnection("127.0.0.1", port)
         self._socket = self._connection.sock = socket.socket()
         self._socket.settimeout(SECONDS)
-        if plan.pad:  # so that what it does not read is the server's to keep
+        if plan.pad:  # unread data must fill the server's buffers, not the client's
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**14)
         self._socket.connect(("127.0.0.1", port))
         self._connection.request("GET", plan.path(), headers={"Connection": "close"})
 
-    def hear(self) -> bool:
-        """Wait for what comes next, if anything does."""
+    def read(self) -> bool:
+        """Wait for the next data.
+
+        :returns: whether the response continues.
+        """
         try:
             data = self._read()
         except TimeoutError:
-            self.told.end = "hangs"
+            self.received.end = "hangs"
         except (http.client.HTTPException, OSError):
-            self.told.end = "broken"
+            self.received.end = "aborted"
         else:
             if data:
-                self._take(data)
+                self._check_data(data)
                 return True
-            self.told.end = self._ending()
+            self.received.end = self._ending()
         return False
 
     def _read(self) -> bytes:
-        """What has come, once something has; nothing at the end."""
+        """Return the next data, or nothing at the end."""
         if self._response is None:
             self._response = self._connection.getresponse()
         return self._response.read1()
 
     def _ending(self) -> str:
-        """What the client takes the end for."""
+        """Return how the response ended, as far as the client can see."""
         response = self._response
         assert response is not None
         if response.status != 200:
             return str(response.status)
-        return "broken" if response.length or self._rest else "whole"
+        return "aborted" if response.length or self._rest else "complete"
 
-    def _take(self, data: bytes) -> None:
-        """Look at the lines that are whole now."""
+    def _check_data(self, data: bytes) -> None:
+        """Check the lines that are complete with this data."""
         assert self._response is not None
         if self._response.status != 200:
             return
@@ -90,25 +93,25 @@ class Listener:
             self._check(line)
 
     def _check(self, line: bytes) -> None:
-        """Hold a line against the plan."""
-        told, plan = self.told, self.told.plan
+        """Compare a line with the plan."""
+        received, plan = self.received, self.received.plan
         try:
-            number, stream, user, whose, _ = json.loads(line)
+            number, stream, user, mark, _ = json.loads(line)
         except (ValueError, TypeError):
-            told.astray = f"no line: {line[:200]!r}"
+            received.wrong_line = f"invalid line: {line[:200]!r}"
             return
-        if (stream, user) != (plan.stream, plan.user) or whose not in ("", stream):
-            told.mixed += 1
-        elif number != told.heard + 1:
-            told.astray = f"line {number} after {told.heard}"
+        if (stream, user) != (plan.stream, plan.user) or mark not in ("", stream):
+            received.mixed += 1
+        elif number != received.lines + 1:
+            received.wrong_line = f"line {number} after {received.lines}"
         else:
-            told.heard = number
+            received.lines = number
 
     def leave(self, reset: bool) -> None:
-        """Go away before the end: with a farewell, or as a client that crashes does."""
-        if self.told.end == "open":
-            self.told.end = "left"
-            with suppress(OSError):  # the server has gone first
+        """Disconnect before the end, normally or with a reset."""
+        if self.received.end == "open":
+            self.received.end = "left"
+            with suppress(OSError):  # the server has already closed it
                 if reset:
                     linger = struct.pack("ii", 1, 0)
                     self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
@@ -117,7 +120,7 @@ class Listener:
         self.close()
 
     def close(self) -> None:
-        """Let go of the socket, whatever is still to come."""
+        """Close the socket."""
         if self._response is not None:
             self._response.close()
         self._connection.close()
@@ -125,42 +128,44 @@ class Listener:
 
 
 class Clients:
-    """All clients of one server, with those that stay and never read."""
+    """All clients of a server. Some stay connected, and never read."""
 
     def __init__(self, port: int) -> None:
-        """None has come yet."""
+        """Start without clients."""
         self.port = port
-        self.staying: list[Listener] = []
+        self.staying: list[Client] = []
 
-    def visit(self, plans: list[Plan]) -> list[Told]:
-        """Have these streams at once, to the end that their fate is."""
-        listeners = [Listener(self.port, plan) for plan in plans]
-        listening = listeners
-        while listening:
-            listening = [each for each in listening if _goes_on(each) and each.hear()]
-        for listener in listeners:
-            self._part(listener)
-        return [listener.told for listener in listeners]
+    def visit(self, plans: list[Plan]) -> list[Received]:
+        """Read these streams concurrently, and end each according to its fate."""
+        clients = [Client(self.port, plan) for plan in plans]
+        reading = clients
+        while reading:
+            reading = [
+                client for client in reading if _continues(client) and client.read()
+            ]
+        for client in clients:
+            self._end(client)
+        return [client.received for client in clients]
 
-    def _part(self, listener: Listener) -> None:
-        """Leave in the way that its fate is."""
-        fate = listener.told.plan.fate
+    def _end(self, client: Client) -> None:
+        """Disconnect, or stay connected, according to the fate."""
+        fate = client.received.plan.fate
         if fate in ("stall", "stuck"):
-            self.staying.append(listener)
+            self.staying.append(client)
         elif fate in ("leave", "reset"):
-            listener.leave(fate == "reset")
+            client.leave(fate == "reset")
         else:
-            listener.close()
+            client.close()
 
     def close(self) -> None:
-        """The end, also of those that stayed."""
+        """Disconnect the clients that stayed."""
         while self.staying:
             self.staying.pop().leave(reset=False)
 
 
-def _goes_on(listener: Listener) -> bool:
-    """Whether this client still wants to hear more, once it has rested."""
-    plan = listener.told.plan
+def _continues(client: Client) -> bool:
+    """Return whether the client reads more, after a pause if it is slow."""
+    plan = client.received.plan
     if plan.fate == "slow":
         time.sleep(0.002)
-    return plan.fate not in LEFT or listener.told.heard < plan.hears
+    return plan.fate not in LEAVING or client.received.lines < plan.reads

@@ -1,9 +1,13 @@
-"""What a stream is asked to do, what its client will do, and what that must store.
+"""The plans of the streams and their clients, and the rows that a plan must store.
 
-A script has a letter a step, and each step is a line that the client hears after it:
-``a`` adds a row by the ORM and ``i`` by Core; ``c`` is ``commit()``, ``r`` is
-``rollback()``, ``t`` and ``x`` are ``transaction.commit()`` and its ``abort()``; ``!``
-fails. A row is known by the number of its step.
+Each letter of a plan's script is a step, after which the stream sends a line:
+
+- ``a`` adds a row with the ORM, and ``i`` with Core
+- ``c`` calls ``commit()``, and ``r`` calls ``rollback()``
+- ``t`` calls ``transaction.commit()``, and ``x`` calls ``transaction.abort()``
+- ``!`` raises an error
+
+The number of a row is the number of its step.
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ from urllib.parse import urlencode
 from tests.live_apps.soak_app import USERS
 
 LONG = 600.0
-"""Seconds that are no bound: no stream takes as long."""
+"""A ``max_seconds`` that no stream reaches."""
 
 FATES = {
     "complete": 34,
@@ -28,22 +32,22 @@ FATES = {
     "interleaved": 10,
     "expire": 2,
 }
-"""How often each is met, to which a few that are ``stuck`` come.
+"""The fates with their weights. A few streams are ``stuck`` in addition.
 
-Few stall: gunicorn's threads wait two seconds for such a client to say farewell.
+Few streams stall, because gunicorn's threads wait two seconds for such a client.
 """
 
 STUCK = 2
-"""Streams to a server which fill all buffers: each holds a thread to the very end."""
+"""Streams of each server that fill all buffers and occupy a thread until the end."""
 
-LEFT = ("leave", "reset", "stall", "stuck")
-"""Whose client is not there at the end."""
+LEAVING = ("leave", "reset", "stall", "stuck")
+"""The fates whose client does not read to the end."""
 
 Rows = frozenset[int]
 
 
 class Plan(NamedTuple):
-    """One stream, known to both sides."""
+    """A stream, as its client and its server plan it."""
 
     stream: str
     user: str
@@ -51,22 +55,22 @@ class Plan(NamedTuple):
     script: str
     commit: str = "end"
     kind: str = "raw"
-    hears: int = 0
-    """Lines after which the client leaves, if it does."""
+    reads: int = 0
+    """The lines after which the client disconnects, or reads no more."""
     pace: float = 0.0
     pad: int = 0
     max_seconds: float = LONG
 
     def path(self) -> str:
-        """What is asked of the server."""
-        asked = self._asdict()
-        del asked["fate"], asked["hears"]
-        return f"/soak/run?{urlencode(asked)}"
+        """Return the path of the request, with the server's part of the plan."""
+        params = self._asdict()
+        del params["fate"], params["reads"]
+        return f"/soak/run?{urlencode(params)}"
 
     def stored(self) -> tuple[list[Rows], Rows]:
-        """The rows that are committed before each line is heard, and in the end.
+        """Return the rows that are committed before each line, and at the end.
 
-        The first of the former is before any line, and a failing step is after all.
+        The first set is that before any line. Steps after a failing step do not count.
         """
         committed, pending = Rows(), Rows()
         every = {"end": 0, "manual": 0, "each": 1}.get(self.commit)
@@ -84,10 +88,10 @@ class Plan(NamedTuple):
 
 
 def visits(name: str, streams: int) -> Iterator[list[Plan]]:
-    """What the clients do, one after the other; one that interleaves has some streams.
+    """Yield the plans of each client. A client that interleaves has several streams.
 
-    :param name: of all this: the same name, the same choices.
-    :param streams: how many there are in all.
+    :param name: the seed. The same name yields the same plans.
+    :param streams: the total number of streams.
     """
     number = 0
     while number < streams:
@@ -103,7 +107,7 @@ def visits(name: str, streams: int) -> Iterator[list[Plan]]:
 
 
 def plan(random: Random, stream: str, user: str, fate: str) -> Plan:
-    """A stream of this fate."""
+    """Return a random plan with this fate."""
     commits = ["end", "end", "each", "manual", "manual", str(random.randint(2, 5))]
     paces = [0.0, 0.0, 0.001, 0.003]
     length = random.randint(1, 12)
@@ -113,25 +117,25 @@ def plan(random: Random, stream: str, user: str, fate: str) -> Plan:
         fate,
         script(random, length),
         commit=random.choice(commits),
-        kind=random.choice(["raw", "raw", "raw", "gathered"]),
+        kind=random.choice(["raw", "raw", "raw", "buffered"]),
         pace=random.choice(paces),
     )
     if fate == "fail":
         return made._replace(script=made.script + "!" + script(random, 2))
     if fate in ("leave", "reset"):
-        hears = random.randint(0, length)
-        return made._replace(hears=hears, script=made.script + script(random, 8))
+        reads = random.randint(0, length)
+        return made._replace(reads=reads, script=made.script + script(random, 8))
     if fate == "slow":
         return made._replace(script=made.script * 3, pad=2**14)
-    if fate in ("stall", "expire"):  # which would take a second
+    if fate in ("stall", "expire"):  # otherwise it would take a second
         made = made._replace(kind="raw", pace=0.005, max_seconds=0.2)
-        return made._replace(script=script(random, 200), hears=random.randint(0, 1))
+        return made._replace(script=script(random, 200), reads=random.randint(0, 1))
     if fate == "stuck":
-        made = made._replace(kind="raw", pace=0.005, max_seconds=2.0)
+        made = made._replace(kind="raw", pace=0.005, max_seconds=1.0)
         return made._replace(script=script(random, 400), pad=2**18)
     return made
 
 
 def script(random: Random, length: int) -> str:
-    """Rows for the most part, and commits and rollbacks at random points."""
+    """Return random steps: mostly rows, some commits and some rollbacks."""
     return "".join(random.choices("aictrx", [40, 20, 14, 4, 5, 2], k=length))

@@ -1,4 +1,4 @@
-"""What a server's process is made of, seen from outside and told by itself."""
+"""The state of a server's process, measured from outside and reported by itself."""
 
 from __future__ import annotations
 
@@ -13,39 +13,39 @@ from tests.conftest import LiveServer
 
 MIB = 2**20
 SECONDS = 20.0
-"""After so many without a stream, what is left is left for good."""
+"""Seconds after the last stream until remaining state counts as a leak."""
 
 
 class Vitals(NamedTuple):
-    """Of one moment in which nobody asks the server for anything."""
+    """The state at a moment without requests."""
 
     memory: float
-    """MiB, with all processes below."""
+    """MiB, of the process and its children."""
     threads: int
     connections: int
     """Checked out of the pool."""
     idle: int
     """Connections that are idle in transaction."""
     contexts: int
-    """On TG's stacks, of any thread."""
+    """Contexts on TG's stacks, of all threads."""
     alive: int
-    """Streams that are kept in memory."""
+    """Streams in memory."""
 
     def at_rest(self, threads: int | None, staying: int = 0) -> bool:
-        """True if no stream has left anything behind.
+        """Return whether no stream has left anything behind.
 
-        :param threads: how many there may be.
-        :param staying: clients that never read: what is alive may be theirs.
+        :param threads: the allowed number of threads.
+        :param staying: the number of clients that never read, whose streams may live.
         """
         left = self.connections + self.idle + self.contexts
         alive = max(0, self.alive - staying)
         return not (left or alive) and (threads is None or self.threads <= threads)
 
 
-def ask(live: LiveServer, what: str) -> Any:
-    """What the application tells of itself."""
+def ask(live: LiveServer, page: str) -> Any:
+    """Return the application's report about its state."""
     connection = http.client.HTTPConnection("127.0.0.1", live.port, timeout=SECONDS)
-    connection.request("GET", f"/soak/{what}", headers={"Connection": "close"})
+    connection.request("GET", f"/soak/{page}", headers={"Connection": "close"})
     try:
         return json.loads(connection.getresponse().read())
     finally:
@@ -53,13 +53,13 @@ def ask(live: LiveServer, what: str) -> Any:
 
 
 def look(live: LiveServer) -> Vitals:
-    """As it is now."""
+    """Return the current state."""
     state, alive = ask(live, "state"), ask(live, "alive")
     parent = psutil.Process(live.process.pid)
     processes = [parent, *parent.children(recursive=True)]
     return Vitals(
-        memory=sum(each.memory_info().rss for each in processes) / MIB,
-        threads=sum(each.num_threads() for each in processes),
+        memory=sum(process.memory_info().rss for process in processes) / MIB,
+        threads=sum(process.num_threads() for process in processes),
         connections=state["connections"],
         idle=state["idle in transaction"],
         contexts=state["contexts"],
@@ -68,7 +68,7 @@ def look(live: LiveServer) -> Vitals:
 
 
 def settle(live: LiveServer, threads: int | None = None, staying: int = 0) -> Vitals:
-    """As it is once it has come to rest; and if it does not, as it is then."""
+    """Wait until nothing is left behind, at most ``SECONDS``. Return the state."""
     deadline = time.monotonic() + SECONDS
     while True:
         vitals = look(live)

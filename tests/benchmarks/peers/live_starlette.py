@@ -1,4 +1,4 @@
-"""sse-starlette: an ``EventSourceResponse`` for each client, which has a queue."""
+"""sse-starlette: an ``EventSourceResponse`` and a queue for each client."""
 
 from __future__ import annotations
 

@@ -5,20 +5,20 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from tg import FullStackApplicationConfigurator, TGController, expose
+from tg import TGController, expose
 
 import tgstream
 from tgstream import SSE, stream
 from tgstream.channels import Channel
 
-from ..apps import App, configure
+from ..apps import NO_DATABASE, App, configure
 from ..collector import set_collector
 
 news = Channel("news")
 
 
 class RootController(TGController):
-    """Listeners, and the one who publishes to them."""
+    """A stream for listeners, and a page that publishes to them."""
 
     @expose()
     @stream(SSE)
@@ -37,6 +37,4 @@ class RootController(TGController):
 
 
 def make_app(where: str) -> App:
-    configurator = FullStackApplicationConfigurator()
-    tgstream.plugme(configurator)
-    return configure(RootController(), {"tm.enabled": False}, configurator)
+    return configure(RootController(), NO_DATABASE, tgstream.plugme)

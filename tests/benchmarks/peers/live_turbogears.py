@@ -1,4 +1,4 @@
-"""TurboGears2 by hand: a generator for each client, which waits for its own queue."""
+"""TurboGears2 by hand: a generator and a queue for each client."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 import tg
 from tg import TGController, expose
 
-from ..apps import App, configure
+from ..apps import NO_DATABASE, App, configure
 from ..collector import set_collector
 
 
 class RootController(TGController):
-    """Listeners, and the one who publishes to them."""
+    """A stream for listeners, and a page that publishes to them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,4 +54,4 @@ class RootController(TGController):
 
 
 def make_app(where: str) -> App:
-    return configure(RootController(), {"tm.enabled": False})
+    return configure(RootController(), NO_DATABASE)

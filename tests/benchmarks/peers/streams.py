@@ -1,16 +1,15 @@
-"""tgstream: the same exports, in a line each."""
+"""tgstream: the same exports, each in one line."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from tg import FullStackApplicationConfigurator, TGController, expose
+from tg import TGController, expose
 
 from tgstream import CSV, NDJSON, JSONArray, copy, plugme, rows, stream
 
-from .. import people
 from ..apps import App, configure
-from ..people import EVERYBODY
+from ..people import EVERYBODY, database_options
 
 
 class RootController(TGController):
@@ -36,10 +35,4 @@ class RootController(TGController):
 
 
 def make_app(url: str) -> App:
-    configurator = FullStackApplicationConfigurator()
-    plugme(configurator)
-    return configure(
-        RootController(),
-        {"use_sqlalchemy": True, "sqlalchemy.url": url, "model": people},
-        configurator,
-    )
+    return configure(RootController(), database_options(url), plugme)

@@ -10,11 +10,10 @@ from typing import Any
 import orjson
 from tg import TGController, expose, json_encode
 
-from .. import people
 from ..apps import App, configure
-from ..people import BATCH, EVERYBODY, FIELDS, DBSession, Echo
+from ..people import BATCH, EVERYBODY, FIELDS, DBSession, Echo, database_options
 
-NAMES = tuple(map(str, FIELDS))  # orjson refuses the column's own
+NAMES = tuple(map(str, FIELDS))  # orjson rejects the columns' subclass of str
 
 
 class RootController(TGController):
@@ -39,7 +38,7 @@ class RootController(TGController):
             before = ","
         yield b"]"
 
-    # By hand, as who knows how: blocks of rows, and orjson.
+    # By hand, in the fastest way: blocks of rows, and orjson.
 
     @expose(content_type="text/csv")
     def csv_by_hand(self) -> Iterator[bytes]:
@@ -81,7 +80,7 @@ class RootController(TGController):
     @expose(content_type="application/json")
     def json_list(self) -> bytes:
         rows = [row._asdict() for row in DBSession.execute(EVERYBODY).all()]
-        return line(json_encode({"people": rows}))  # a list alone TG refuses
+        return line(json_encode({"people": rows}))  # TG rejects a plain list
 
 
 def select() -> Any:
@@ -97,7 +96,4 @@ def line(text: Any) -> bytes:
 
 
 def make_app(url: str) -> App:
-    return configure(
-        RootController(),
-        {"use_sqlalchemy": True, "sqlalchemy.url": url, "model": people},
-    )
+    return configure(RootController(), database_options(url))

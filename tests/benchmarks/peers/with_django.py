@@ -1,4 +1,4 @@
-"""Django: "Streaming large CSV files" of its manual."""
+"""Django: "Streaming large CSV files" in its manual."""
 
 from __future__ import annotations
 

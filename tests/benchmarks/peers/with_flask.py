@@ -1,4 +1,4 @@
-"""Flask: a generator as the response, as "Streaming Contents" of its manual has it."""
+"""Flask: a generator as the response, like "Streaming Contents" in its manual."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Starlette: a ``StreamingResponse`` of a generator, which it runs in threads.
+"""Starlette: a ``StreamingResponse`` with a generator, which Starlette runs in threads.
 
-An ``async`` generator would save the threads, and stop all other requests whenever it
-waits for SQLAlchemy.
+An ``async`` generator needs no threads, but it would block all other requests during
+each database call.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""The same small application in each framework, written as its manual writes.
+"""The same small application in each framework, written like in its manual.
 
-Where a framework has a helper for what is asked, there is a second view with the name
-of the first and ``_helped`` behind. The first is missing where only the second can be.
+If a framework has a helper for a question, a second view uses it, with the suffix
+``_helped``. The first view is missing if the framework needs the helper.
 """

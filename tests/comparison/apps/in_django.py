@@ -1,6 +1,6 @@
-"""Django: a ``StreamingHttpResponse``, with ``ATOMIC_REQUESTS``, as its manual has it.
+"""Django: a ``StreamingHttpResponse``, with ``ATOMIC_REQUESTS``, like in its manual.
 
-It has no ``request`` but the view's argument, and no exception that redirects.
+Django has no global ``request``, and no exception that redirects.
 """
 
 from __future__ import annotations
@@ -18,37 +18,44 @@ from django.db import connection, transaction
 from django.http import Http404, HttpResponse, StreamingHttpResponse
 from django.urls import path
 
-from tests.comparison.apps.outside import PACE, PACES, hear, tell, until, wait_for
+from tests.comparison.apps.outside import (
+    PACE,
+    PACES,
+    read_line,
+    wait_for,
+    wait_for_async,
+    write,
+)
 
 urlpatterns: list[Any] = []
 
 
 def handler404(request: Any, exception: Exception) -> Any:
-    """Django finds it here, by its name."""
+    """Return the error page. Django finds this function by its name."""
     return HttpResponse("our page for 404", status=404)
 
 
 def handler500(request: Any) -> Any:
-    """The same, for errors."""
+    """Return the page for server errors."""
     return HttpResponse("our page for 500", status=500)
 
 
 def make_app(url: str, asgi: str = "") -> Any:
-    """The application.
+    """Return the application.
 
-    :param url: of a database that has its tables.
-    :param asgi: anything for one that a server for ASGI serves.
+    :param url: of a database with its tables.
+    :param asgi: anything, for an ASGI application.
     """
-    where = sa.make_url(url)
+    database = sa.make_url(url)
     settings.configure(
         ROOT_URLCONF=__name__,
         ALLOWED_HOSTS=["*"],
         DATABASES={
             "default": {
                 "ENGINE": "django.db.backends.postgresql",
-                "NAME": where.database,
-                "USER": where.username,
-                "HOST": where.query["host"],
+                "NAME": database.database,
+                "USER": database.username,
+                "HOST": database.query["host"],
                 "ATOMIC_REQUESTS": True,
             }
         },
@@ -60,12 +67,12 @@ def make_app(url: str, asgi: str = "") -> Any:
 
 
 def plain(generator: Iterator[str] | AsyncIterator[str]) -> Any:
-    """What all views return."""
+    """Return the generator as a response of plain text."""
     return StreamingHttpResponse(generator, content_type="text/plain")
 
 
 def make_views() -> list[Any]:
-    """The views, and where they are; models are made when Django is set up."""
+    """Return the routes. Models can be defined only after Django's setup."""
     from django.db import models
 
     class User(models.Model):
@@ -105,7 +112,7 @@ def make_views() -> list[Any]:
             Note.objects.create(text=f"added {number}")
             yield "added\n"
             if number == 0:
-                hear(request.GET["pipe"])
+                read_line(request.GET["pipe"])
         if request.GET.get("fails"):
             raise LookupError("no end")
 
@@ -152,7 +159,7 @@ def make_views() -> list[Any]:
                 time.sleep(PACE)
             end = "made all"
         finally:
-            tell(request.GET["pipe"], end)
+            write(request.GET["pipe"], end)
 
     def paced(request: Any) -> Any:
         return plain(pace(request))
@@ -175,7 +182,7 @@ def make_views() -> list[Any]:
     def waits_helped(request: Any) -> Any:
         async def generate() -> AsyncIterator[str]:
             yield "first\n"
-            await until(request.GET["gate"])
+            await wait_for_async(request.GET["gate"])
             yield "second\n"
 
         return plain(generate())
@@ -184,8 +191,8 @@ def make_views() -> list[Any]:
         for _ in range(3):
             with connection.cursor() as cursor:
                 cursor.execute("SELECT pg_backend_pid()")
-                (back_end,) = cursor.fetchone()
-            yield f"{request.GET['of']} {back_end}\n"
+                (backend,) = cursor.fetchone()
+            yield f"{request.GET['of']} {backend}\n"
 
     def turns(request: Any) -> Any:
         return plain(turn(request))

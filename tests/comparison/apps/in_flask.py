@@ -1,4 +1,4 @@
-"""Flask, as "Streaming Contents" of its manual has it, with Flask-SQLAlchemy."""
+"""Flask with Flask-SQLAlchemy, like "Streaming Contents" in its manual."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from flask_sqlalchemy import SQLAlchemy
 from sqlalchemy.orm import Mapped, Session, mapped_column, relationship
 from werkzeug.exceptions import HTTPException
 
-from tests.comparison.apps.outside import PACE, PACES, hear, tell, wait_for
+from tests.comparison.apps.outside import PACE, PACES, read_line, wait_for, write
 
 db: Any = SQLAlchemy()
 
@@ -32,9 +32,9 @@ class Note(db.Model):
 
 
 def make_app(url: str) -> Flask:
-    """The application.
+    """Return the application.
 
-    :param url: of a database that has its tables.
+    :param url: of a database with its tables.
     """
     app = Flask(__name__)
     app.config["SQLALCHEMY_DATABASE_URI"] = url
@@ -80,7 +80,7 @@ def make_app(url: str) -> Flask:
         user = ada()
 
         def generate() -> Iterator[str]:
-            db.session.add(user)  # of the context that is pushed again
+            db.session.add(user)  # the session of the new application context
             yield from texts(user)
 
         return Response(stream_with_context(generate()), mimetype="text/plain")
@@ -92,7 +92,7 @@ def make_app(url: str) -> Flask:
             db.session.flush()
             yield "added\n"
             if number == 0:
-                hear(pipe)
+                read_line(pipe)
         if fails:
             raise LookupError("no end")
         if commits:
@@ -144,7 +144,7 @@ def make_app(url: str) -> Flask:
                     time.sleep(PACE)
                 end = "made all"
             finally:
-                tell(request.args["pipe"], end)
+                write(request.args["pipe"], end)
 
         return Response(stream_with_context(generate()), mimetype="text/plain")
 
@@ -161,8 +161,8 @@ def make_app(url: str) -> Flask:
     def turns() -> Response:
         def generate() -> Iterator[str]:
             for _ in range(3):
-                back_end = db.session.scalar(sa.select(sa.func.pg_backend_pid()))
-                yield f"{request.args['of']} {back_end}\n"
+                backend = db.session.scalar(sa.select(sa.func.pg_backend_pid()))
+                yield f"{request.args['of']} {backend}\n"
 
         return Response(stream_with_context(generate()), mimetype="text/plain")
 
@@ -173,8 +173,8 @@ def make_app(url: str) -> Flask:
         def generate() -> Iterator[str]:
             with Session(engine) as session:
                 for _ in range(3):
-                    back_end = session.scalar(sa.select(sa.func.pg_backend_pid()))
-                    yield f"{of} {back_end}\n"
+                    backend = session.scalar(sa.select(sa.func.pg_backend_pid()))
+                    yield f"{of} {backend}\n"
 
         return Response(generate(), mimetype="text/plain")
 

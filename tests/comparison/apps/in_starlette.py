@@ -1,7 +1,7 @@
-"""Starlette: a ``StreamingResponse``, with SQLAlchemy's own ``Session``.
+"""Starlette: a ``StreamingResponse`` with SQLAlchemy's ``Session``.
 
-Endpoints and generators are ordinary functions, which Starlette runs in threads, where
-they read the database by calls that block; those that wait are ``async``.
+Endpoints and generators that use the database are ordinary functions, which Starlette
+runs in threads. Generators that wait are ``async``.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from tests.comparison.apps.outside import PACE, PACES, hear, tell, until
+from tests.comparison.apps.outside import PACE, PACES, read_line, wait_for_async, write
 from tests.model import Note, User
 
 
 def plain(generator: Iterator[str] | AsyncIterator[str]) -> StreamingResponse:
-    """What most endpoints return."""
+    """Return the generator as a response of plain text."""
     return StreamingResponse(generator, media_type="text/plain")
 
 
@@ -40,9 +40,9 @@ async def error_page(request: Request, error: Exception) -> Response:
 
 
 def make_app(url: str) -> Starlette:
-    """The application.
+    """Return the application.
 
-    :param url: of a database that has its tables.
+    :param url: of a database with its tables.
     """
     make_session = sessionmaker(sa.create_engine(url))
     make_async_session = async_sessionmaker(create_async_engine(url))
@@ -83,7 +83,7 @@ def make_app(url: str) -> Starlette:
             session.flush()
             yield "added\n"
             if number == 0:
-                hear(request.query_params["pipe"])
+                read_line(request.query_params["pipe"])
         if request.query_params.get("fails"):
             raise LookupError("no end")
 
@@ -137,7 +137,7 @@ def make_app(url: str) -> Starlette:
                         time.sleep(PACE)
                     end = "made all"
                 finally:
-                    tell(request.query_params["pipe"], end)
+                    write(request.query_params["pipe"], end)
 
         return plain(generate())
 
@@ -153,14 +153,14 @@ def make_app(url: str) -> Starlette:
                         await asyncio.sleep(PACE)
                     end = "made all"
                 finally:
-                    tell(request.query_params["pipe"], end)
+                    write(request.query_params["pipe"], end)
 
         return plain(generate())
 
     def waits(request: Request) -> Response:
         async def generate() -> AsyncIterator[str]:
             yield "first\n"
-            await until(request.query_params["gate"])
+            await wait_for_async(request.query_params["gate"])
             yield "second\n"
 
         return plain(generate())
@@ -169,8 +169,8 @@ def make_app(url: str) -> Starlette:
         def generate() -> Iterator[str]:
             with make_session() as session:
                 for _ in range(3):
-                    back_end = session.scalar(sa.select(sa.func.pg_backend_pid()))
-                    yield f"{request.query_params['of']} {back_end}\n"
+                    backend = session.scalar(sa.select(sa.func.pg_backend_pid()))
+                    yield f"{request.query_params['of']} {backend}\n"
 
         return plain(generate())
 

@@ -1,4 +1,4 @@
-"""How a generator, of whichever framework, tells the client, and waits for it."""
+"""How a generator reports to the client, and waits for it, in every framework."""
 
 from __future__ import annotations
 
@@ -7,30 +7,30 @@ import os
 import time
 
 PACE = 0.1
-"""Seconds between two chunks of a generator that has something to wait for."""
+"""Seconds between two chunks of a slow generator."""
 
 PACES = 25
 
 
-def tell(pipe: str, text: str) -> None:
-    """Say something to the client, out of band."""
+def write(pipe: str, text: str) -> None:
+    """Write a text into the client's named pipe."""
     with open(pipe, "w") as file:
         file.write(text)
 
 
-def hear(pipe: str) -> None:
-    """Wait until the client writes into a named pipe."""
+def read_line(pipe: str) -> None:
+    """Wait until the client writes a line into a named pipe."""
     with open(pipe) as file:
         file.readline()
 
 
 def wait_for(gate: str) -> None:
-    """Wait, on this thread, until there is a file."""
+    """Block this thread until a file exists."""
     while not os.path.exists(gate):
         time.sleep(0.02)
 
 
-async def until(gate: str) -> None:
-    """Wait, on no thread, until there is a file."""
+async def wait_for_async(gate: str) -> None:
+    """Wait on the event loop until a file exists."""
     while not os.path.exists(gate):
         await asyncio.sleep(0.02)

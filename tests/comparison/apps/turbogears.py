@@ -1,61 +1,54 @@
-"""TurboGears2 with its full stack, with tgstream and without: the same controllers.
+"""TurboGears2 with its full stack: the same controllers with tgstream and without.
 
-Error pages and backlash are as in a quickstarted application.
+Error pages and backlash are set up like in a quickstarted application.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import sqlalchemy as sa
 import tg
 import transaction
-from tg import FullStackApplicationConfigurator, TGController, abort, expose, redirect
+from tg import TGController, abort, expose, redirect
 
-from tests.comparison.apps.outside import PACE, PACES, hear, tell, wait_for
+from tests.application import database_options, make_wsgi_app
+from tests.comparison.apps.outside import PACE, PACES, read_line, wait_for, write
 from tests.model import Model, Note, User
 
 
 def make_app(kind: str, url: str) -> Any:
-    """The application.
+    """Return the application.
 
     :param kind: ``tgstream``, or ``plain`` for TurboGears alone.
-    :param url: of a database that has its tables.
+    :param url: of a database with its tables.
     """
     model = Model(url, create=False)
-    base_config = FullStackApplicationConfigurator()
-    base_config.update_blueprint(
-        {
-            "root_controller": make_root(model, kind),
-            "renderers": ["json"],
-            "default_renderer": "json",
-            "errorpage.enabled": True,
-            "errorpage.status_codes": [403, 404],
-            "app_globals": SimpleNamespace,
-            "helpers": SimpleNamespace,
-            "i18n.enabled": False,
-            "use_sqlalchemy": True,
-            "sqlalchemy.url": url,
-            "model": model,
-        }
-    )
-    if kind == "tgstream":
-        import tgstream
-
-        tgstream.plugme(base_config, {"heartbeat_seconds": 0.2})
-    return base_config.make_wsgi_app({}, {})
+    options = {
+        "root_controller": make_root(model, kind),
+        "errorpage.enabled": True,
+        "errorpage.status_codes": [403, 404],
+        **database_options(model),
+    }
+    return make_wsgi_app(options, plug if kind == "tgstream" else None)
 
 
-def alone(function: Any) -> Any:
-    """What a controller, or its generator, is made with TurboGears alone."""
+def plug(base_config: Any) -> None:
+    """Plug tgstream, with frequent heartbeats."""
+    import tgstream
+
+    tgstream.plugme(base_config, {"heartbeat_seconds": 0.2})
+
+
+def undecorated(function: Any) -> Any:
+    """Return the controller, or its generator, as it is, for TurboGears alone."""
     return function
 
 
-def lazily(user: User) -> Iterator[Note]:
-    """The user's notes, which are read when the first is asked for."""
+def read_notes(user: User) -> Iterator[Note]:
+    """Yield the user's notes, which are loaded at the first pull."""
     yield from user.notes
 
 
@@ -66,10 +59,10 @@ class ErrorController(TGController):
 
 
 def make_root(model: Model, kind: str) -> TGController:
-    """The controllers, with ``@stream`` or without."""
+    """Return the controllers, with ``@stream`` or without."""
     DBSession = model.DBSession
-    stream: Any = alone
-    response: Any = alone
+    stream: Any = undecorated
+    response: Any = undecorated
     if kind == "tgstream":
         import tgstream
 
@@ -94,7 +87,7 @@ def make_root(model: Model, kind: str) -> TGController:
         @expose(content_type="text/plain")
         def loaded(self) -> Any:
             user = DBSession.query(User).filter_by(name="ada").one()
-            return response(note.text.encode() + b"\n" for note in lazily(user))
+            return response(note.text.encode() + b"\n" for note in read_notes(user))
 
         @expose(content_type="text/plain")
         @stream
@@ -118,7 +111,7 @@ def make_root(model: Model, kind: str) -> TGController:
                 DBSession.flush()
                 yield b"added\n"
                 if number == 0:
-                    hear(pipe)
+                    read_line(pipe)
 
         @expose()
         @stream
@@ -152,7 +145,7 @@ def make_root(model: Model, kind: str) -> TGController:
                     time.sleep(PACE)
                 end = "made all"
             finally:
-                tell(pipe, end)
+                write(pipe, end)
 
         @expose(content_type="text/plain")
         @stream
@@ -165,8 +158,8 @@ def make_root(model: Model, kind: str) -> TGController:
         @stream
         def turns(self, of: str) -> Iterator[bytes]:
             for _ in range(3):
-                back_end = DBSession.scalar(sa.select(sa.func.pg_backend_pid()))
-                yield f"{tg.request.params['of']} {back_end}\n".encode()
+                backend = DBSession.scalar(sa.select(sa.func.pg_backend_pid()))
+                yield f"{tg.request.params['of']} {backend}\n".encode()
 
         if kind == "tgstream":
 

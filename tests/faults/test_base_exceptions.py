@@ -1,4 +1,4 @@
-"""What is no error of an application, raised wherever it may raise something."""
+"""Exceptions that are not ordinary errors, raised everywhere in a stream."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from tests.faults.conftest import Fault, MakeFault
 from tests.model import Model, User
 from tgstream import StreamError
 
-STRAYS = [SystemExit, KeyboardInterrupt, GeneratorExit]
-ERRORS = [MemoryError, StopIteration, *STRAYS]
+THREAD_ENDERS = [SystemExit, KeyboardInterrupt, GeneratorExit]
+ERRORS = [MemoryError, StopIteration, *THREAD_ENDERS]
 PLACES = ["generator", "iterator", "format", "flush", "hook", "final commit"]
 CASES = [
     (place, error)
     for place in PLACES
     for error in ERRORS
-    if (place, error) != ("iterator", StopIteration)  # which is an end
+    if (place, error) != ("iterator", StopIteration)  # the normal end of an iterator
 ]
 
 
 class Raising:
-    """Streams of two items that raise somewhere, before the first of them or after it.
+    """Streams of two items that raise an error.
 
-    :param place: where it raises.
-    :param error: what it raises.
-    :param late: whether the first item has left by then.
+    :param place: where to raise it.
+    :param error: the error to raise.
+    :param late: whether to raise it after the first item, instead of before.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class Raising:
         self.model, self.place, self.error, self.late = model, place, error, late
 
     def body(self) -> Iterator[str]:
-        """What is streamed: a generator, or an iterator that is none."""
+        """Return a generator, or an iterator that is not a generator."""
         return _Iterator(self) if self.place == "iterator" else self.items()
 
     def items(self) -> Iterator[str]:
@@ -64,7 +64,7 @@ class Raising:
         yield "two"
 
     def encode(self, items: Iterator[str]) -> Iterator[str]:
-        """What a format does."""
+        """Encode the items. The object of this class is also the stream's format."""
         for item in items:
             if self.place == "format" and item == "two":
                 self.fail()
@@ -76,15 +76,15 @@ class Raising:
     content_type = "text/plain"
 
     @property
-    def kind(self) -> type[BaseException]:
-        """What arrives of it."""
-        if self.error in STRAYS:
+    def expected(self) -> type[BaseException]:
+        """The error that reaches the server."""
+        if self.error in THREAD_ENDERS:
             return StreamError
         return RuntimeError if self.error is StopIteration else self.error
 
 
 class _Iterator:
-    """An iterator that raises in place of its last item."""
+    """An iterator that raises instead of its last item."""
 
     def __init__(self, raising: Raising) -> None:
         self.raising, self.items = raising, raising.items()
@@ -100,8 +100,11 @@ class _Iterator:
         self.raising.fail()
 
 
-def on_a_thread(function: Callable[[], None]) -> None:
-    """As servers do it: in the main thread a KeyboardInterrupt is what it says."""
+def run_on_a_thread(function: Callable[[], None]) -> None:
+    """Call a function on a thread, like a server.
+
+    On the main thread, KeyboardInterrupt has its normal meaning.
+    """
 
     def call() -> None:
         function()
@@ -112,28 +115,28 @@ def on_a_thread(function: Callable[[], None]) -> None:
 
 
 @pytest.mark.parametrize(("place", "error"), CASES)
-def test_stray_before_the_first_chunk_is_an_ordinary_error(
+def test_exception_before_the_first_chunk_is_an_ordinary_error(
     make_fault: MakeFault, model: Model, place: str, error: type[BaseException]
 ) -> None:
-    """The client gets a 500, and nothing is stored."""
+    """The status is 500, and nothing is stored."""
     raising = Raising(model, place, error, late=False)
     fault = make_fault(model, raising.body, format=raising, chunk_size=0)
-    on_a_thread(lambda: fault.assert_fails_at_once(raising.kind))
+    run_on_a_thread(lambda: fault.assert_fails_at_once(raising.expected))
     fault.assert_leaves()
 
 
 @pytest.mark.parametrize(("place", "error"), CASES)
-def test_stray_in_mid_stream_breaks_the_transfer(
+def test_exception_after_the_first_chunk_aborts_the_transfer(
     make_fault: MakeFault, model: Model, place: str, error: type[BaseException]
 ) -> None:
-    """What commit() has stored is there, and nothing that came after it."""
+    """Only the changes that ``commit()`` stored stay."""
     raising = Raising(model, place, error, late=True)
     fault = make_fault(model, raising.body, format=raising, chunk_size=0)
 
     def pull(fault: Fault) -> None:
         call = fault.call()
         assert next(call) == b"one"
-        fault.assert_breaks(call, raising.kind)
+        fault.assert_aborts(call, raising.expected)
 
-    on_a_thread(lambda: pull(fault))
+    run_on_a_thread(lambda: pull(fault))
     fault.assert_leaves("ada")

@@ -1,4 +1,4 @@
-"""A database's error that the generator catches, and what it takes with it."""
+"""Database errors that the generator catches, and their effect on the transaction."""
 
 from __future__ import annotations
 
@@ -29,11 +29,10 @@ def add(model: Model, *names: str) -> None:
 
 
 @pytest.mark.parametrize("commit", ["end", "each"])
-def test_failed_flush_that_is_caught_breaks_the_transfer(
+def test_caught_flush_error_aborts_the_transfer(
     make_fault: MakeFault, model: Model, commit: str
 ) -> None:
-    """What was flushed before it is undone as well, and nobody is told that all went
-    well."""
+    """The failed flush undoes earlier flushes too, so the response is incomplete."""
     model.seed("ada")
 
     def body() -> Iterator[str]:
@@ -49,51 +48,51 @@ def test_failed_flush_that_is_caught_breaks_the_transfer(
     fault = make_fault(model, body, commit=commit)
     call = fault.call()
     assert next(call) == b"one"
-    fault.assert_breaks(call, PendingRollbackError)
+    fault.assert_aborts(call, PendingRollbackError)
     fault.assert_leaves("ada")
 
 
-def fail_unseen(model: Model, statement: str = "SELECT 1/0") -> None:
+def fail_silently(model: Model, statement: str = "SELECT 1/0") -> None:
     with suppress(DBAPIError):
         model.DBSession.execute(sa.text(statement))
 
 
 @pytest.mark.parametrize("commit", ["end", "each", 1])
 @pytest.mark.parametrize("twophase", [False, True], ids=["", "twophase"])
-def test_failed_transaction_that_is_to_be_committed_breaks_the_transfer(
+def test_commit_of_a_failed_transaction_aborts_the_transfer(
     make_fault: MakeFault,
     make_model: MakeModel,
     postgresql: str,
     commit: Any,
     twophase: bool,
 ) -> None:
-    """PostgreSQL undoes it and says COMMIT has worked: nobody is told that."""
+    """PostgreSQL undoes the transaction, although its COMMIT reports success."""
     model = make_model(postgresql, twophase=twophase)
 
     def body() -> Iterator[str]:
         yield "one"
         add(model, "lost")
         tgstream.flush()
-        fail_unseen(model)
+        fail_silently(model)
         if commit != "end":
             yield "never"
 
     fault = make_fault(model, body, commit=commit)
     call = fault.call()
     assert next(call) == b"one"
-    fault.assert_breaks(call, StreamError, r"call rollback\(\), or .*begin_nested")
+    fault.assert_aborts(call, StreamError, r"call rollback\(\), or .*begin_nested")
     fault.assert_leaves()
 
 
 def test_failed_transaction_in_commit_lets_the_stream_go_on(
     make_fault: MakeFault, postgres: Model
 ) -> None:
-    """commit() raises and has aborted."""
+    """``commit()`` raises, and has aborted the transaction."""
 
     def body() -> Iterator[str]:
         add(postgres, "lost")
         tgstream.flush()
-        fail_unseen(postgres)
+        fail_silently(postgres)
         with pytest.raises(StreamError, match="PostgreSQL would undo"):
             tgstream.commit()
         add(postgres, "ada")
@@ -105,10 +104,10 @@ def test_failed_transaction_in_commit_lets_the_stream_go_on(
 
 
 @pytest.mark.parametrize("how", ["rollback", "savepoint"])
-def test_failed_statement_that_is_undone_loses_nothing_else(
+def test_advice_about_a_failed_statement_works(
     make_fault: MakeFault, postgres: Model, how: str
 ) -> None:
-    """What the sentence says to do helps."""
+    """The two ways that the error message names keep the other changes."""
 
     def body() -> Iterator[str]:
         if how == "savepoint":
@@ -116,7 +115,7 @@ def test_failed_statement_that_is_undone_loses_nothing_else(
             with suppress(DBAPIError), postgres.DBSession.begin_nested():
                 postgres.DBSession.execute(sa.text("SELECT 1/0"))
         else:
-            fail_unseen(postgres)
+            fail_silently(postgres)
             tgstream.rollback()
             add(postgres, "ada")
         yield "one"
@@ -127,10 +126,10 @@ def test_failed_statement_that_is_undone_loses_nothing_else(
     fault.assert_leaves("ada")
 
 
-def test_failed_read_may_be_a_missing_page(
+def test_failed_read_may_become_an_error_page(
     make_fault: MakeFault, postgres: Model
 ) -> None:
-    """Where nothing was written there is nothing to lose."""
+    """Without changes in the transaction, ``abort(404)`` works after a failed read."""
 
     def body() -> Iterator[str]:
         try:
