@@ -53,7 +53,6 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from contextlib import suppress
 from enum import Enum
-from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 from webob.exc import HTTPException
@@ -218,7 +217,7 @@ class Body:
     def _watch(self) -> None:
         self._watched = True
         try:
-            monitor().watch(self)
+            monitor.watch(self)
         except RuntimeError:  # no thread can be started, and max_seconds needs one
             if self.plan.max_seconds is not None:
                 raise
@@ -232,7 +231,7 @@ class Body:
         :raises Exception: the error of the generator. The stream has then ended.
         """
         self._state = STARTING
-        monitor().register(self, self.started)
+        monitor.register(self, self.started)
         record = self.context.bind(self)
         try:
             self._keep_first(self.context.run(self._make_first))
@@ -401,7 +400,7 @@ class Body:
         :raises BaseException: only a kill or a timeout of gevent that came while it
             ended. The stream has ended all the same.
         """
-        if self._state is ENDED or (is_collecting() and monitor().hand_over(self)):
+        if self._state is ENDED or (is_collecting() and monitor.hand_over(self)):
             return
         self.ask_to_end(reason)
         self._end_if_asked()
@@ -416,7 +415,7 @@ class Body:
             return
         if has_greenlets():
             self.ask_to_end("disconnected")
-            if not self.idle or monitor().hand_over(self):
+            if not self.idle or monitor.hand_over(self):
                 return
         self.close()
 
@@ -534,7 +533,7 @@ class Body:
             error = self.context.run(self._run_steps, error, silent, give_back)
         finally:
             self._state = ENDED
-            monitor().forget(self)
+            monitor.forget(self)
         if self.slot is not None:
             self.slot.release()
         if self.observer is not None:
@@ -545,12 +544,20 @@ class Body:
         self, error: BaseException | None, silent: bool, give_back: bool
     ) -> BaseException | None:
         """The steps of an end. Returns the first error of all of them."""
-        transaction = self.transaction
-        steps = [self._chunks.close, self.encoding.close, self._close_source]
+        transaction, encoding = self.transaction, self.encoding
+        if self.reason == "completed" and encoding.finished and not encoding.last:
+            encoding.detach()  # all generators have ended
+        else:
+            steps = self._chunks.close, encoding.close, self._close_source
+            error = first_error(steps, error)
         if transaction is not None:
-            steps.append(partial(transaction.release, give_back))
-        error = first_error(steps, error)
-        level = self._log_level(error)
+            try:
+                transaction.release(give_back)
+            except BaseException as own_error:
+                error = own_error if error is None else error
+        level = logging.DEBUG
+        if error is not None or self.reason in ("expired", "drained"):
+            level = self._log_level(error)
         if not silent and reports.is_needed(level):
             with suppress(BaseException):  # a report changes nothing
                 reports.log_end(self._make_report(error), level)

@@ -68,7 +68,8 @@ class Chunks:
     """Whether the chunk that was made last is the last of all."""
     iterator: Any = None
     """The iterator of the source."""
-    _finished = False
+    finished = False
+    """Whether the items have run out, and were committed if that is due."""
     _encoder: codecs.IncrementalEncoder | None = None
     _batch: Sequence[Any] | None = None  # the batch that is being encoded
     _large = False  # each output of the format has many items
@@ -86,13 +87,17 @@ class Chunks:
     @property
     def items(self) -> int:
         """The number of items that were taken."""
-        if self._raw and not self._finished:
+        if self._raw and not self.finished:
             return self._items + len(self._buffer)
         return self._items
 
+    def detach(self) -> None:
+        """Let go of the body, which has this: a stream must be freed at once."""
+        self._consumer = None
+
     def close(self) -> None:
         """Close the iterator of the source. The body is not called again."""
-        self._consumer = None  # which has this: a stream must be freed at once
+        self.detach()
         close(self.iterator)
 
     def make(self, source: Any) -> _Chunks:
@@ -182,7 +187,7 @@ class Chunks:
     def _finish_items(self) -> None:
         if self._buffer:  # text that cannot be encoded must fail before the last commit
             self._buffer[:] = [self._flush()]
-        self._finished = True
+        self.finished = True
         if self._consumer is not None:
             self._consumer.finish_items()
 
@@ -243,7 +248,7 @@ class Chunks:
             add(text)
             length += len(text)
             if length >= size or now() >= due:
-                if not (self._finished or self.items):
+                if not (self.finished or self.items):
                     self._checkpoint()
                     continue  # a header alone is not sent: an error may follow
                 if chunk := self._flush():
@@ -251,7 +256,7 @@ class Chunks:
                 else:
                     self._checkpoint()
                 length, due = 0, now() + seconds
-        if not self._finished:  # without a format, or with a format that stopped early
+        if not self.finished:  # without a format, or with a format that stopped early
             self._finish_items()
         chunk = self._flush() + self._final()
         self.last = True
@@ -283,7 +288,7 @@ class Chunks:
     def _flush(self) -> bytes:
         """Empty the buffer into one chunk."""
         buffer = self._buffer
-        if self._raw and not self._finished:
+        if self._raw and not self.finished:
             self._items += len(buffer)
         if not buffer:
             return b""

@@ -157,13 +157,21 @@ def remove_from(stack: list[tuple[Any, bool]], bound: tuple[Any, bool]) -> None:
             return
 
 
+_checked_class: Any = None
+
+
 def check_locals() -> None:
     """Refuse to stream where TG's context is not kept for each greenlet.
 
     :raises StreamError: when gevent has patched threads after TG was imported: another
         user's request would then be visible in the middle of a pull.
     """
-    if not isinstance(request_local.context.____local__, threading.local):
+    global _checked_class
+    if _checked_class is threading.local:  # gevent replaces it
+        return
+    if isinstance(request_local.context.____local__, threading.local):
+        _checked_class = threading.local
+    else:
         raise StreamError(
             "gevent patched threads after TurboGears was imported, so all requests "
             "share one tg.request. Patch before TurboGears is imported. uWSGI: use "
@@ -178,4 +186,5 @@ def current() -> Any:
 
     :raises TypeError: when no request runs.
     """
-    return request_local.context._current_obj()
+    stack = thread.record.context
+    return stack[-1][0] if stack else request_local.context._current_obj()

@@ -84,10 +84,14 @@ class _Entry(weakref.ref[Monitored]):
 class Monitor:
     """The monitor of one process. Its thread starts with the first stream to watch.
 
-    A forked process has a monitor of its own.
+    A forked process begins with an empty one.
     """
 
     def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all streams, and the thread: a forked process has none of them."""
         self._entries: dict[int, _Entry] = {}
         # Re-entrant: a finaliser may interrupt its holder.
         self._lock = threading.RLock()
@@ -236,12 +240,8 @@ def _end_on_a_thread(body: Monitored) -> None:
         body.close()
 
 
-_monitor = Monitor()
-
-
-def monitor() -> Monitor:
-    """The monitor of this process."""
-    return _monitor
+monitor = Monitor()
+"""The monitor of this process."""
 
 
 _Check: TypeAlias = Callable[[Any, float, Any], tuple[Any, float]]
@@ -285,14 +285,14 @@ def drain(timeout: float = 5.0) -> bool:
     :returns: whether all streams have ended.
     """
     deadline = clock() + timeout
-    while bodies := monitor().running():
+    while bodies := monitor.running():
         for body in bodies:
             end_soon(body, "drained")
         for wake in _on_drain:
             wake()
         left = deadline - clock()
         if left <= 0:
-            return not monitor().running()
+            return not monitor.running()
         time.sleep(min(left, PAUSE / 5))
     return True
 
@@ -331,8 +331,8 @@ def has_greenlets() -> bool:
 
 def _disown() -> None:
     """In a forked process: its parent's streams are not its own."""
-    global _monitor
-    bodies, _monitor = _monitor.running(), Monitor()
+    bodies = monitor.running()
+    monitor.reset()
     for body in bodies:
         body.disown()
     _parents.extend(bodies)  # to free a generator would run its finally

@@ -10,7 +10,7 @@ import io
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from functools import partial
 from types import GeneratorType
 from typing import Any
 from weakref import ref
@@ -143,16 +143,17 @@ def claim(source: Any, environ: dict[str, Any]) -> bool:
     :param environ: the request's.
     :returns: False if another request has claimed it before.
     """
-    if not (hasattr(source, "__next__") or hasattr(source, "read")):
-        return True  # not an iterator: each request iterates it from its beginning
-    if source is environ.get("wsgi.input"):
-        return True  # a server may use the same object for a whole connection
+    if type(source) is not GeneratorType:  # the usual source
+        if not (hasattr(source, "__next__") or hasattr(source, "read")):
+            return True  # not an iterator: each request iterates it from its beginning
+        if source is environ.get("wsgi.input"):
+            return True  # a server may use the same object for a whole connection
     key = id(source)
-    # Without weak references, a second request gets an exhausted iterator.
-    with suppress(TypeError):
-        reference = ref(source, lambda dead: _claimed.pop(key, None))
-        return _claimed.setdefault(key, reference) is reference
-    return True
+    try:
+        reference = ref(source, partial(_claimed.pop, key))
+    except TypeError:  # no weak references: a second request finds it exhausted
+        return True
+    return _claimed.setdefault(key, reference) is reference
 
 
 # Files.

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import builtins
-from collections import deque
 from collections.abc import Callable, Iterator
+from types import GeneratorType
 from typing import TYPE_CHECKING, Any
 
 from .body import Body
@@ -77,9 +77,12 @@ class Stream:
         self._set_up(items, checked, None)
 
     @classmethod
-    def _of(cls, items: Any, options: Options, controller: Any) -> Stream:
+    def _of(
+        cls, items: Any, options: Options, controller: Any, slot: Slot | None = None
+    ) -> Stream:
         stream = cls.__new__(cls)
         stream._set_up(items, options, controller)
+        stream._slot = slot
         return stream
 
     _body: Body | None = None
@@ -88,8 +91,8 @@ class Stream:
     _claimant: Any = None  # the request that has it, and has not started it
 
     def _set_up(self, items: Any, options: Options, controller: Any) -> None:
-        self._unclaimed: deque[None] = deque([None])
-        self._source = adapt_items(items)
+        self._unclaimed = [None]  # pop() is atomic
+        self._source = items if type(items) is GeneratorType else adapt_items(items)
         self._options = options
         self._controller = controller
 
@@ -113,8 +116,9 @@ class Stream:
         if self._claimant is not request:
             self._claim(request)
         self._claimant = None  # to start it twice is an error again
-        raw = self._options.format is None
-        self._source = open_source(self._source, raw, request.environ)
+        if type(self._source) is not GeneratorType:
+            raw = self._options.format is None
+            self._source = open_source(self._source, raw, request.environ)
 
     @property
     def items(self) -> int:

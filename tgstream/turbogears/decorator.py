@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from functools import lru_cache
+from types import GeneratorType
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from tg.decorators import Decoration
@@ -110,6 +111,8 @@ def _streaming_caller(
 ) -> Callable[..., Any]:
     """TG's controller caller, with a stream made of the controller's output."""
 
+    name = name_of(function)
+
     def call(*args: Any) -> Any:
         tg_locals = context.current()
         end_previous(tg_locals.response)
@@ -117,16 +120,15 @@ def _streaming_caller(
         if options.limit is not None:
             slot = acquire(function, options.limit)
         try:
-            output = resolve_proxy(caller(*args))
+            output = caller(*args)
+            if type(output) is GeneratorType:  # the usual output
+                return Stream._of(output, options, function, slot)
+            output = resolve_proxy(output)
             if isinstance(output, Stream):
                 output._adopt(options, function, slot, tg_locals.request)
                 return output
-            if not isinstance(output, Response) and check_streamable(
-                output, name_of(function)
-            ):
-                output = Stream._of(output, options, function)
-                output._slot = slot
-                return output
+            if not isinstance(output, Response) and check_streamable(output, name):
+                return Stream._of(output, options, function, slot)
         except BaseException:  # its traceback would keep the slot for a while
             if slot is not None:
                 slot.release()

@@ -21,7 +21,7 @@ from ..core import context
 from ..core.context import Context
 from ..core.headers import find_charset, has_no_body, set_headers
 from ..core.limits import acquire
-from ..core.options import FormatTraits, Plan
+from ..core.options import FormatTraits, Options, Plan
 from ..core.settings import read_option
 from ..core.source import make_missing_stream_error, needs_stream, resolve_proxy
 from ..core.stream import Stream
@@ -32,6 +32,7 @@ from .guard import Guard
 from .response import check_headers, end_previous, end_with_request, send_off
 
 if TYPE_CHECKING:
+    from ..core.body import Body
     from ..database.database import StreamDatabase
 
 
@@ -67,8 +68,10 @@ class _Start:
     def __init__(self, stream: Stream, tg_locals: Any) -> None:
         self._tg_locals = tg_locals
         self._options = stream._options
-        self._traits = FormatTraits.of(self._options.format)
         self._function = stream._controller or _dispatched(tg_locals.request)
+        self._plan = _make_plan(
+            name_of(self._function), stream._options, tg_locals.config
+        )
 
     def run(self, stream: Stream) -> None:
         """Start it.
@@ -76,33 +79,38 @@ class _Start:
         :raises Exception: the error of the generator, or of headers that cannot be
             sent. The stream has then ended.
         """
-        tg_locals = self._tg_locals
+        tg_locals, options = self._tg_locals, self._options
+        request, response = tg_locals.request, tg_locals.response
         context.check_locals()
-        stream._prepare(tg_locals.request)
+        stream._prepare(request)
         if stream._controller is None:  # no decorator has done it
-            end_previous(tg_locals.response)
-        self._acquire_slot(stream)
-        controller = name_of(self._function)
-        check_headers(tg_locals.response, stream, controller)
-        if tg_locals.request.environ["REQUEST_METHOD"] in _RUN_NOTHING:
-            self._answer_without_body(stream)
-        else:
-            self._open(stream, controller)
-
-    def _acquire_slot(self, stream: Stream) -> None:
-        if self._options.limit is not None and stream._slot is None:
+            end_previous(response)
+        if options.limit is not None and stream._slot is None:
             try:
-                stream._slot = acquire(self._function, self._options.limit)
+                stream._slot = acquire(self._function, options.limit)
             except HTTPException:
                 stream._discard()
                 raise
+        checked = check_headers(response, stream, self._plan.controller)
+        if request.environ["REQUEST_METHOD"] in _RUN_NOTHING:
+            self._answer_without_body(stream)
+            return
+        body = self._open(stream)
+        body.start(self._vetoed)
+        try:
+            set_headers(response, self._exposed, options, self._plan.traits)
+            send_off(response, stream, checked)
+        except BaseException as error:
+            body.fail(error, in_request=True)
+            raise
 
-    def _open(self, stream: Stream, controller: str) -> None:
+    def _open(self, stream: Stream) -> Body:
+        """Make the body, and end the request's transaction by TG's rules."""
         tg_locals = self._tg_locals
         manages = is_tm_enabled(tg_locals)
-        database = _database_of(tg_locals, manages)
+        database = _database_of(tg_locals.config, manages)
         body = stream._open(
-            self._plan(controller),
+            self._plan,
             self._charset,
             self._declared_length,
             Context(tg_locals)
@@ -119,13 +127,7 @@ class _Start:
             except BaseException:
                 body.cancel()
                 raise
-        body.start(self._vetoed)
-        try:
-            set_headers(tg_locals.response, self._exposed, self._options, self._traits)
-            send_off(tg_locals.response, stream)
-        except BaseException as error:
-            body.fail(error, in_request=True)
-            raise
+        return body
 
     def _answer_without_body(self, stream: Stream) -> None:
         """Answer with the headers alone: those of the stream for HEAD."""
@@ -133,40 +135,10 @@ class _Start:
         stream._discard()
         if self._tg_locals.request.method == "HEAD":
             stream._length = self._declared_length()
-            set_headers(response, self._exposed, self._options, self._traits)
+            set_headers(response, self._exposed, self._options, self._plan.traits)
         else:
             stream._length = None if has_no_body(response.status) else 0
         send_off(response, stream)
-
-    def _plan(self, controller: str) -> Plan:
-        """The given options, else the format's, else the application's."""
-        options, traits = self._options, self._traits
-        config = self._tg_locals.config
-        commit, size = options.commit or traits.commit, options.chunk_size
-        if size is None:
-            size = traits.chunk_size
-        if size is None:
-            size = 0
-            if options.format is not None:
-                size = read_option(config, "tgstream.chunk_size")
-        return Plan(
-            controller=controller,
-            format=options.format,
-            traits=traits,
-            commit_every=commit if isinstance(commit, int) else int(commit == "each"),
-            commit_manually=commit == "manual",
-            chunk_size=size,
-            flush_seconds=read_option(config, "tgstream.flush_seconds")
-            if size
-            else 0.0,
-            max_seconds=options.max_seconds,
-            idle_transaction_seconds=read_option(
-                config, "tgstream.idle_transaction_seconds"
-            ),
-            disconnect_check_seconds=read_option(
-                config, "tgstream.disconnect_check_seconds"
-            ),
-        )
 
     # Called by the body, when it needs them.
 
@@ -175,7 +147,7 @@ class _Start:
         return decoration.lookup_template_engine(self._tg_locals)
 
     def _charset(self) -> str:
-        asked = self._traits.charset or self._options.charset
+        asked = self._plan.traits.charset or self._options.charset
         asked = asked or self._tg_locals.response.charset
         return asked or find_charset(self._exposed()[0]) or "utf-8"
 
@@ -208,17 +180,67 @@ def _dispatched(request: Any) -> Any:
     return getattr(action, "__func__", action)
 
 
-def _database_of(tg_locals: Any, manages: bool) -> StreamDatabase | None:
+def _make_plan(controller: str, options: Options, config: Any) -> Plan:
+    """The given options, completed by the format and by the application.
+
+    Plans are kept, because few different ones are needed. To make one takes 3 us.
+    """
+    settings = tuple([config.get(name) for name in _SETTINGS])
+    try:
+        return _make_plan_for(controller, options, settings)
+    except TypeError:  # a format, or a setting, that has no hash
+        return _make_plan_for.__wrapped__(controller, options, settings)
+
+
+_SETTINGS = (
+    "tgstream.chunk_size",
+    "tgstream.flush_seconds",
+    "tgstream.idle_transaction_seconds",
+    "tgstream.disconnect_check_seconds",
+)
+
+
+@lru_cache(256)
+def _make_plan_for(
+    controller: str, options: Options, settings: tuple[Any, ...]
+) -> Plan:
+    config = {
+        name: value
+        for name, value in zip(_SETTINGS, settings, strict=True)
+        if value is not None
+    }
+    default_size, flush, idle, check = [read_option(config, name) for name in _SETTINGS]
+    traits = FormatTraits.of(options.format)
+    commit, size = options.commit or traits.commit, options.chunk_size
+    if size is None:
+        size = traits.chunk_size
+    if size is None:
+        size = 0 if options.format is None else default_size
+    return Plan(
+        controller=controller,
+        format=options.format,
+        traits=traits,
+        commit_every=commit if isinstance(commit, int) else int(commit == "each"),
+        commit_manually=commit == "manual",
+        chunk_size=size,
+        flush_seconds=flush if size else 0.0,
+        max_seconds=options.max_seconds,
+        idle_transaction_seconds=idle,
+        disconnect_check_seconds=check,
+    )
+
+
+def _database_of(config: Any, manages: bool) -> StreamDatabase | None:
     """The stream's sessions and transaction, in an application that has any.
 
     :param manages: whether a transaction manager runs the request.
     """
-    config = tg_locals.config
     scoped = scoped_sessions(config)
     if not scoped and not manages:
         return None
     database: StreamDatabase = _database_class()(
-        tuple(map(install_registry, scoped)), asbool(config.get("use_sqlalchemy"))
+        tuple([install_registry(session) for session in scoped]),
+        asbool(config.get("use_sqlalchemy")),
     )
     return database
 

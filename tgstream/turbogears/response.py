@@ -159,26 +159,32 @@ def _streaming_class(response_class: Any) -> Any:
     return type(name, (response_class, StreamingResponse), members)
 
 
-def check_headers(response: Any, stream: Stream, controller: str) -> None:
+def check_headers(response: Any, stream: Stream, controller: str) -> Any:
     """Check the headers that the controller has set, before anything runs.
 
+    :returns: the status and the headers for :func:`send_off`, if they are usual.
     :raises StreamError: when no server could send them. The stream is then discarded.
     """
     if is_usual(response):
-        return
+        return response.status, response.headerlist[:]
     try:
         check_sendable(controller, response)
     except StreamError:
         stream._discard()
         raise
+    return None
 
 
-def send_off(response: Any, stream: Stream) -> None:
+def send_off(response: Any, stream: Stream, checked: Any = None) -> None:
     """Let ``response`` take ``stream`` along when it leaves the application.
 
+    :param checked: status and headers that need no other check.
     :raises StreamError: when it cannot be sent.
     """
-    _check_response(response, stream._body)
+    if (response.status, response.headerlist) != checked or has_no_body(
+        response.status
+    ):
+        _check_response(response, stream._body)
     response.__class__ = _streaming_class(response.__class__)
     response.tgstream = weakref.ref(stream)
 
