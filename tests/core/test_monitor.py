@@ -30,6 +30,7 @@ from tgstream import (
     flush,
     stream,
 )
+from tgstream.core import body
 from tgstream.core import monitor as _watch
 from tgstream.core.monitor import has_disconnected
 from tgstream.core.settings import read_option
@@ -336,9 +337,13 @@ def test_forked_process_has_a_watch_of_its_own(
 
 @pytest.fixture
 def no_more_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], int]]:
-    """No thread can be started, until this is called: no stack of this size is to be
-    had. And none watches yet."""
-    monkeypatch.setattr(_watch, "_monitor", _watch.Monitor())
+    """No thread can be started until this is called, because no stack has this size.
+
+    No monitor runs yet, either.
+    """
+    fresh = _watch.Monitor()
+    monkeypatch.setattr(_watch, "monitor", fresh)
+    monkeypatch.setattr(body, "monitor", fresh)
     threading.stack_size(1 << 46)
     yield lambda: threading.stack_size(0)
     threading.stack_size(0)

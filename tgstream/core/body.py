@@ -88,6 +88,7 @@ class State(Enum):
 
 
 NEW, STARTING, OPEN, ENDING, ENDED = State
+_NEVER = float("inf")
 
 
 class Observer(Protocol):
@@ -157,7 +158,9 @@ class Body:
         self._source = source
         self._declared_length = length
         self.started = now = clock()
-        self.expires = now + plan.lifetime()
+        self.expires = _NEVER
+        if plan.max_seconds is not None:
+            self.expires = now + plan.lifetime(plan.max_seconds)
 
     # The states.
 

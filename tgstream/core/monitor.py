@@ -75,10 +75,8 @@ class Monitored(Protocol):
 class _Entry(weakref.ref[Monitored]):
     """A stream that does not keep it, the time of its next look, and its last look."""
 
-    __slots__ = ("due", "seen")
-
     due: float
-    seen: Any
+    seen: Any = None
 
 
 class Monitor:
@@ -103,11 +101,13 @@ class Monitor:
     def register(self, body: Monitored, now: float) -> None:
         """Count ``body`` among the running streams, until it has ended."""
         entry = self._entries[id(body)] = _Entry(body)
-        plan = body.plan
-        idle_seconds = plan.idle_transaction_seconds or FIRST_LOOK
-        seconds = min(FIRST_LOOK, plan.disconnect_check_seconds, idle_seconds)
-        entry.due = min(now + seconds, body.expires)
-        entry.seen = None
+        seconds, plan = FIRST_LOOK, body.plan
+        if plan.disconnect_check_seconds < seconds:
+            seconds = plan.disconnect_check_seconds
+        if 0 < plan.idle_transaction_seconds < seconds:
+            seconds = plan.idle_transaction_seconds
+        due = now + seconds
+        entry.due = due if due < body.expires else body.expires
 
     def forget(self, body: Monitored) -> None:
         """Count ``body`` no longer. It may be called from a finaliser."""

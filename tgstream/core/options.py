@@ -194,13 +194,11 @@ class Plan(NamedTuple):
     idle_transaction_seconds: float
     disconnect_check_seconds: float
 
-    def lifetime(self) -> float:
-        """The maximum seconds of the stream.
+    def lifetime(self, max_seconds: float) -> float:
+        """The seconds until the stream is ended.
 
-        It is up to a tenth less if clients reconnect, so that they do not reconnect all
-        at once.
+        They are up to a tenth less than the maximum if clients reconnect, so that they
+        do not reconnect all at once.
         """
-        if self.max_seconds is None:
-            return float("inf")
         share = random.uniform(0.9, 1) if self.traits.endless else 1
-        return self.max_seconds * share
+        return max_seconds * share
