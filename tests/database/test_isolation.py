@@ -171,7 +171,7 @@ def test_removals_are_counted(make_app: MakeApp, sqlite_model: Model) -> None:
     calls: list[Call] = []
 
     class Second:
-        """Dropped with the first body, while that one is being closed."""
+        """Dropped with the first body, while the first body is being closed."""
 
         def __del__(self) -> None:
             calls.pop().drop()

@@ -115,7 +115,7 @@ def _only_reads(statement: Any, connections: Iterable[Any]) -> bool:
 
 
 class _StatementTracker:
-    """Tells a data manager of each statement that may do more than read."""
+    """Marks a data manager when a statement may have done more than read."""
 
     def __init__(self, data_manager: StreamDataManager) -> None:
         self._data_manager = data_manager

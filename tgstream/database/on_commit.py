@@ -42,7 +42,7 @@ def send_on_commit(description: str, send: Callable[[], None]) -> None:
     It is called at once if there is no transaction, or if it has ended and its hooks
     run.
 
-    :param description: what is sent, for the log.
+    :param description: the name of the event in the log.
     """
     txn = _current_transaction()
     if txn is None or txn.status in _ENDED:

@@ -50,12 +50,6 @@ class _Thread(threading.local):
 _thread = _Thread()
 
 
-def _find_owner() -> SessionOwner | None:
-    """The sessions of the stream that runs on this thread."""
-    owner: SessionOwner | None = thread.record.database
-    return owner
-
-
 class SessionRegistry:
     """The registry of a scoped session, as SQLAlchemy calls it.
 
@@ -81,12 +75,12 @@ class SessionRegistry:
     def has(self) -> bool:
         if self in _thread.ignored_removals:
             return False
-        owner = _find_owner()
+        owner: SessionOwner | None = thread.record.database
         return bool(self.underlying.has()) if owner is None else self in owner.current
 
     def set(self, session: Session) -> None:
         _thread.ignored_removals.pop(self, None)
-        owner = _find_owner()
+        owner: SessionOwner | None = thread.record.database
         if owner is None:
             self.underlying.set(session)
         else:
@@ -94,10 +88,11 @@ class SessionRegistry:
 
     def clear(self) -> None:
         ignored = _thread.ignored_removals
+        owner: SessionOwner | None = thread.record.database
         if removals := ignored.pop(self, 0):
             if removals > 1:
                 ignored[self] = removals - 1
-        elif (owner := _find_owner()) is not None:
+        elif owner is not None:
             owner.forget(self)
         else:
             self.underlying.clear()

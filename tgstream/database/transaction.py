@@ -478,7 +478,6 @@ def _check_not_failed(connections: Iterable[Any]) -> None:
         if getattr(info, "transaction_status", None) == _INERROR:
             raise StreamError(
                 "cannot commit: a statement failed in this transaction, and PostgreSQL "
-                "would undo all of it without an error. Where you catch a database "
-                "error, call rollback(), or run the statement in "
-                "DBSession.begin_nested()"
+                "would undo all of it without an error. If you catch a database error, "
+                "call rollback(), or run the statement in DBSession.begin_nested()"
             )
