@@ -371,7 +371,7 @@ TURBOGEARS = [
     Part(
         "tg.locals",
         "TurboGears2",
-        "core/body",
+        "turbogears/guard",
         "give tg.caching the context that TG has removed from the environ",
         "cached functions fail in a generator after the first chunk",
         context_leaves_the_environ,
@@ -799,7 +799,7 @@ TRANSACTIONS = [
     Part(
         "isRetryableError",
         "transaction",
-        "database/database",
+        "database/transaction",
         "let tm.attempts not run a controller again whose changes are committed",
         "a controller runs twice, and its changes are stored twice",
         transaction_takes_an_answer,
@@ -815,7 +815,7 @@ TRANSACTIONS = [
     Part(
         "manager.__dict__",
         "transaction",
-        "database/database",
+        "database/context",
         "replace the transaction manager of the thread without a look-up per pull",
         "the generator's changes take part in another transaction",
         thread_has_a_manager_to_replace,
@@ -1112,7 +1112,7 @@ PSYCOPG = [
     Part(
         "transaction_status",
         "psycopg",
-        "database/_postgresql",
+        "database/transaction",
         "know that PostgreSQL will roll back at COMMIT",
         "a commit that stored nothing is reported as done",
         lambda: TransactionStatus.INERROR == TRANSACTION_STATUS_INERROR == 3,
@@ -1121,17 +1121,14 @@ PSYCOPG = [
 
 PARTS = [*TURBOGEARS, *AROUND, *TRANSACTIONS, *SQLALCHEMY, *PSYCOPG]
 ALSO_IN = {
-    "_current_obj": {"core/source", "doctor/probe"},
+    "_current_obj": {"core/source"},
     "paste.registry": {"doctor/client", "turbogears/guard"},
-    "_get_controller_instance": {"doctor/probe"},
     "lookup_template_engine": {"turbogears/templates"},
     "tg.slowreqs": {"doctor/settings_checks"},
     "debugbar.engine": {"doctor/settings_checks"},
     "webob.dec": {"doctor/middleware_trace"},
-    "_resources": {"database/database", "testing/leaks"},
-    "_txn": {"testing/leaks"},
     "manager.manager": {"database/on_commit", "testing/leaks"},
-    "createfunc": {"database/database"},
+    "createfunc": {"database/sessions"},
 }
 """Other modules that touch a part. Nothing may be added."""
 

@@ -33,13 +33,6 @@ class StreamDatabase(StreamSessions):
         super().__init__(registries)
         self._removed = removed
         self._request_manager: Any = None
-        self.outer_manager: Any = None
-
-    @staticmethod
-    def managers_of_thread() -> dict[str, Any]:
-        """The dict in which ``transaction.manager`` has this thread's manager."""
-        managers: dict[str, Any] = transaction.manager.__dict__
-        return managers
 
     # While the generator runs.
 

@@ -36,11 +36,13 @@ def _find_transactions() -> Iterator[str]:
     transaction = sys.modules.get("transaction")
     if transaction is None:
         return
+    from ..database.transaction import get_resources
+
     manager = transaction.manager.manager
     if type(manager) is not transaction.TransactionManager:
         yield "the transaction manager of a stream on this thread"
-    elif manager._txn is not None and manager._txn._resources:
-        yield f"a transaction on this thread, joined by {manager._txn._resources}"
+    elif resources := get_resources(manager):
+        yield f"a transaction on this thread, joined by {resources}"
 
 
 def _find_sessions() -> Iterator[str]:
