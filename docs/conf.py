@@ -1,4 +1,4 @@
-"""Sphinx's configuration; ``tgstream`` is imported as it is installed."""
+"""Sphinx's configuration. ``tgstream`` is imported as it is installed."""
 
 import tgstream
 

@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "testing": {"formats", "core", "database"},
     "doctor": {"core", "database", "live", "turbogears", "testing"},
 }
-"""What each package may import beside itself. The modules outside may import all."""
+"""The packages that each package may import. The modules outside may import all."""
 
 RESERVED = {"model", "lib", "helpers", "controllers", "bootstrap", "public", "partials"}
 
@@ -90,7 +90,7 @@ def test_packages_are_those_with_a_rule() -> None:
 
 @pytest.mark.parametrize("package", MAY_IMPORT)
 def test_package_imports_only_the_packages_of_its_row(package: str) -> None:
-    """Imports for types and imports in functions are no exception."""
+    """Imports for types and imports in functions count, too."""
     allowed = {package, *MAY_IMPORT[package]}
     wrong = {
         f"{module} -> {imported}"
@@ -128,7 +128,7 @@ def test_all_is_a_literal_of_what_can_be_imported() -> None:
 
 @pytest.mark.parametrize("module", MODULES)
 def test_module_has_a_docstring_and_no_long_function(module: str) -> None:
-    """A module says what it is for, and no function has more than 40 lines."""
+    """Each module has a docstring, and no function has more than 40 lines."""
     assert ast.get_docstring(tree(module))
     for node in ast.walk(tree(module)):
         if isinstance(node, ast.FunctionDef):
@@ -151,7 +151,7 @@ WALL |= {"datetime.utcnow", "datetime.datetime.now", "datetime.date.today"}
 
 @pytest.mark.parametrize("module", MODULES)
 def test_module_reads_no_wall_clock(module: str) -> None:
-    """Somebody may set it; what waits, beats, expires or is numbered does not care."""
+    """A clock that is set must not change waits, heartbeats, ends or numbers."""
     read = {
         ast.unparse(node)
         for node in ast.walk(tree(module))

@@ -175,10 +175,10 @@ def assert_ledger(
 
 
 @pytest.mark.parametrize("server", SERVERS)
-def test_fetch_reads_ndjson_piece_by_piece(
+def test_fetch_reads_ndjson_line_by_line(
     start_site: Callable[..., Site], browser: Browser, server: str
 ) -> None:
-    """The page receives each piece before the next piece is made."""
+    """The page receives each line before the next line is made."""
     site = start_site(server)
     browser.open(site.address)
     browser.run("read()")

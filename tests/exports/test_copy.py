@@ -207,7 +207,7 @@ def test_session_is_usable_after_copy_ended_early(
             tgstream.commit()
         if end == "stopped":
             blocks.close()
-        elif end == "failed" and not model.sqlite:  # where 7 / 0 is NULL
+        elif end == "failed" and not model.sqlite:  # SQLite has NULL for 7 / 0
             with pytest.raises(psycopg.errors.DivisionByZero):
                 list(blocks)
         del blocks

@@ -240,7 +240,7 @@ def test_loader_option_is_refused(option: Any) -> None:
 
 
 def test_rows_reject_wrong_arguments(session: Session) -> None:
-    """Each error says what to pass instead."""
+    """Each error shows a valid argument."""
     for wrong in (
         User,
         User.id,

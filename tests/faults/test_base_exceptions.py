@@ -30,7 +30,7 @@ CASES = [
 class Raising:
     """Streams of two items that raise an error.
 
-    :param place: where to raise it.
+    :param place: the place of the error.
     :param error: the error to raise.
     :param late: whether to raise it after the first item, instead of before.
     """

@@ -1,4 +1,4 @@
-"""A lost database connection, at every use that a stream makes of it."""
+"""A lost database connection, at every use by a stream."""
 
 from __future__ import annotations
 

@@ -639,7 +639,7 @@ def test_csv_escaping_leaves_numbers_unquoted() -> None:
 
 
 def test_csv_bytes_cannot_be_escaped() -> None:
-    """Bytes are rejected if formulas are to be escaped."""
+    """Bytes are rejected if formulas must be escaped."""
     output = encode_csv(CSV(escape_formulas=True), [[1], b"=1\r\n"])
     assert "item 2 is bytes, in which escape_formulas cannot find the cells" in output
 

@@ -74,7 +74,7 @@ def make_root(seconds: float | None) -> TGController:
         @stream(NDJSON, chunk_size=0)
         def pieces(self) -> Iterator[Any]:
             yield {"piece": 1}
-            for number in 2, 3:  # each waits until the page has the piece before
+            for number in 2, 3:  # each waits until the page has the last one
                 yield {"piece": number, "seen": seen.acquire(timeout=20)}
 
         @expose()

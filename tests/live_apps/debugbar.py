@@ -57,7 +57,7 @@ def main(file: str) -> None:
     options: dict[str, Any] = {
         "renderers": ["json", "kajiki"],
         "default_renderer": "kajiki",
-        "application_root_module": __name__,  # where the debugbar adds its pages
+        "application_root_module": __name__,  # the debugbar adds its pages there
     }
     app = make_application(
         RootController(), model, configurator=with_debugbar, debug=True, **options

@@ -1,4 +1,4 @@
-"""An application whose streams write to the database, and fail as the client asks."""
+"""An application whose streams write to the database, and fail as the request demands."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ SECONDS = 60.0
 
 @dataclass
 class Received:
-    """What a client received of its stream."""
+    """The data that a client received of its stream."""
 
     plan: Plan
     lines: int = 0

@@ -88,7 +88,7 @@ def balance(
 ) -> Account:
     """Compare the clients' data, the rows and the server's reports.
 
-    :param received: what the clients received.
+    :param received: the data that the clients received.
     :param rows: the stored rows.
     :param endings: the reported ends, by the name of the stream.
     """

@@ -1,24 +1,25 @@
 """The body of a streamed response: its states, its pulls, and its end.
 
-A body is a state machine. Whoever runs its generator or ends it is its *owner*, and has
-taken the one token of the body. Nobody waits for the token: a thread that does not get
-it leaves a note (``closing``), and the owner reads the note when it returns the token::
+A body is a state machine. A thread that runs its generator or ends it is its *owner*,
+and has taken the one token of the body. No thread waits for the token. A thread that
+does not get it leaves a note (``closing``), and the owner reads the note when it returns
+the token::
 
     NEW -> STARTING -> OPEN (idle <-> pulled)
                |         |
                +---------+--> ENDING -> ENDED
 
 ``start`` makes the first chunk, ``iterate`` makes the others, and ``_finish`` is the
-only way to ENDED. It never returns the token. A body ends once, for one reason, in one
-order: close the generator, roll back and close the sessions, report. Each step runs
+only way to ENDED. It never returns the token. A body ends once, with one reason and in
+one order: close the generator, roll back and close the sessions, report. Each step runs
 even if the step before failed. The first error is the one reported.
 
 - *A server pulls while another thread ends the stream* (the monitor, ``drain()``, a
   server that closes it). The other thread writes ``closing``, does not get the token,
   and goes away. The puller returns the token, reads ``closing``, takes the token again
   and ends the stream on its own thread. The chunk of that pull is still sent.
-  ``closing`` is written before the token is asked for, and read after the token is
-  returned, so that one of the two threads always ends the stream.
+  A thread writes ``closing`` before it tries to take the token, and an owner reads it
+  after it has returned the token, so that one of the two always ends the stream.
 - *Another thread ends the stream while it is idle, and the server pulls.* The pull does
   not get the token. It raises, or it stops if the format's body may end anywhere.
 - *The generator closes its own stream.* The token is taken, so that this is a note like
@@ -40,8 +41,8 @@ The token is an item of a ``deque``, not a lock. To take and return it costs a t
 a lock's time (27 and 100 ns). A finaliser can take it, and under gevent a failed
 attempt does not switch to another greenlet, as a lock's does.
 
-The response that the body leaves with, and its error guard, are told by the methods of
-an :class:`Observer`. The body writes no attribute of it.
+The body reports to the response and its error guard by the methods of an
+:class:`Observer`. It writes no attribute of it.
 """
 
 from __future__ import annotations
@@ -438,7 +439,7 @@ class Body:
     def fail(self, error: BaseException, in_request: bool = False) -> None:
         """End an idle stream whose response cannot be sent, unless it has ended.
 
-        :param error: the reason; it is not raised.
+        :param error: the reason. It is not raised.
         :param in_request: whether an error page may still use the request's objects.
         """
         if not self._acquire():

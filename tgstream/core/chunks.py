@@ -388,8 +388,8 @@ class Chunks:
             error.object,
             error.start,
             error.end,
-            f"{error.reason}; it is in {where} of {self._plan.controller}. Replace "
-            "the character, or choose another charset",
+            f"{error.reason} in {where} of {self._plan.controller}. Replace the "
+            "character, or choose another charset",
         )
 
     def _final(self) -> bytes:

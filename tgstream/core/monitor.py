@@ -95,7 +95,7 @@ class Monitor:
         self._lock = threading.RLock()
         self._running = False
         self._next_look = float("inf")
-        # Dropped streams that are to be ended, and None to wake the thread.
+        # Dropped streams to end, and None to wake the thread.
         self._queue: queue.SimpleQueue[Monitored | None] = queue.SimpleQueue()
 
     def register(self, body: Monitored, now: float) -> None:
@@ -141,7 +141,10 @@ class Monitor:
                 self._running = True
 
     def hand_over(self, body: Monitored) -> bool:
-        """Have the monitor end ``body``, for who must not. False if nobody could."""
+        """Have the monitor end ``body``, which the caller must not end.
+
+        :returns: False if the monitor's thread does not run.
+        """
         if self._running:
             self.register(body, 0.0)  # the collector has cleared the reference to it
             self._queue.put(body)
@@ -358,11 +361,11 @@ _STATE: int | None = getattr(socket, "TCP_INFO", None)
 def has_disconnected(environ: Mapping[str, Any]) -> bool:
     """Whether the client of a request is known to have disconnected.
 
-    It waits for nothing and reads nothing. A client that has only ended its own sending
-    is still there, unless the server says otherwise. waitress knows it with
+    It does not wait, and reads nothing. A client that has only ended its own sending is
+    still connected, unless the server reports a disconnect. waitress reports it with
     ``channel_request_lookahead``. gunicorn passes the socket, whose state is read.
 
-    :returns: False where the server cannot tell.
+    :returns: False if it is not known.
     """
     disconnected: Callable[[], bool] | None = environ.get(
         "waitress.client_disconnected"
@@ -374,6 +377,6 @@ def has_disconnected(environ: Mapping[str, Any]) -> bool:
         if connection is None or _STATE is None:
             return False
         state: bytes = connection.getsockopt(socket.IPPROTO_TCP, _STATE, 1)
-    except Exception:  # no TCP, such as a proxy's Unix socket; closed; or no socket
+    except Exception:  # a Unix socket of a proxy, a closed socket, or another object
         return False
     return state == bytes([_CLOSED])

@@ -20,7 +20,7 @@ clock = time.perf_counter
 
 
 class StreamOptions(TypedDict, total=False):
-    """The options of ``@stream`` and of :class:`Stream`; :class:`Stream` tells each."""
+    """The options of ``@stream`` and of :class:`Stream`, which describes them."""
 
     commit: Commit | None
     chunk_size: int | None

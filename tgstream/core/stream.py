@@ -137,7 +137,7 @@ class Stream:
 
     @property
     def ending(self) -> bool:
-        """Whether the stream was asked to end, and ends at its next item.
+        """Whether the stream must end at its next item.
 
         The reason is :func:`drain`, its ``max_seconds``, or a client that has
         disconnected. A generator that works long before its next item may check it, and

@@ -56,7 +56,7 @@ def refuse_other_statements(
 
     :param connections: the connection of the cursor, or nothing if the cursor is not
         unbuffered.
-    :raises StreamError: where the other statement is executed.
+    :raises StreamError: in place of the other statement.
     """
 
     def refuse(*args: Any) -> None:

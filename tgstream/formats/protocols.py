@@ -17,12 +17,12 @@ from uuid import UUID
 
 
 class Format(Protocol):
-    """A format encodes items as text or bytes; it has one attribute and one method.
+    """A format encodes items as text or bytes. It has one attribute and one method.
 
-    A format may also set ``commit`` and ``chunk_size``, its defaults for these options;
-    ``charset``, if it always uses that charset; ``headers``, a mapping of headers for
-    the response, which do not replace the user's; and ``endless = True``, if a body is
-    complete after any item. A method ``encode_batches(source)`` does the same as
+    A format may also set these attributes. ``commit`` and ``chunk_size`` are its
+    defaults for these options. ``charset`` is set if it always uses that charset.
+    ``headers`` is a mapping of headers for the response, which do not replace the
+    user's. ``endless = True`` is set if a body is complete after any item. A method ``encode_batches(source)`` does the same as
     ``encode()`` for a :class:`Batched` source, and is faster if it encodes a batch at
     once.
     """

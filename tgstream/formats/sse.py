@@ -38,9 +38,9 @@ class Event(_EventBytes):
 
     :param data: a ``str`` is sent unchanged, any other value as JSON, and None means
         no data. Line breaks of every kind arrive as LF.
-    :param event: the type of the event, which listeners register for; None for
+    :param event: the type of the event, which listeners register for. None for
         ``message``.
-    :param id: a browser that reconnects sends it as ``Last-Event-ID``; ``''`` clears
+    :param id: a browser that reconnects sends it as ``Last-Event-ID``. ``''`` clears
         the last ID. A whole number is sent as its digits.
     :param retry: whole milliseconds to wait before reconnecting.
     :param comment: a line that clients ignore.
@@ -98,13 +98,13 @@ class SSE:
     UTF-8, and is complete after any event.
 
     :param heartbeat: seconds after which a comment is sent if the generator has yielded
-        nothing, so that proxies keep the connection open and a disconnect is noticed;
+        nothing, so that proxies keep the connection open and a disconnect is noticed.
         None for no heartbeat. The generator then runs on its own thread, with its
         request, session and transaction bound as usual. After a disconnect it is closed
         at its next yield: do not let it wait forever. ``Channel.listen()`` sends
         heartbeats itself and needs no thread.
     :param retry: whole milliseconds that a browser waits before reconnecting, sent with
-        the first event; None for the browser's default.
+        the first event. None for the browser's default.
     :raises ValueError: when ``heartbeat`` or ``retry`` is invalid.
     """
 
@@ -203,7 +203,7 @@ def check_event_type(event: str | None) -> None:
 
 
 class EventTemplate:
-    """An event for many listeners, encoded once; only its id is missing.
+    """An event for many listeners, encoded once. Only its id is missing.
 
     :param text: the data.
     :param event: the type of the event.

@@ -43,7 +43,7 @@ class Outcome:
     responded = False
     """Whether the server has the status and the headers."""
     closing = False
-    """Whether the server closes the response, or nobody can tell."""
+    """Whether the server closes the response, or this is not known."""
     answered = False
     """Whether a middleware has begun another response because the stream failed."""
     bodiless = False

@@ -190,7 +190,7 @@ def send_off(response: Any, stream: Stream, checked: Any = None) -> None:
 
 
 def _depart(body: Body, environ: dict[str, Any]) -> None:
-    """Take everything of the request off the thread, and tell the guard."""
+    """Take everything of the request off the thread, and report to the guard."""
     body.depart()
     if body.transaction is not None:
         # While a scopefunc can still find the request.
