@@ -1,4 +1,4 @@
-"""An application whose streams write to the database, and fail as the request demands."""
+"""An application whose streams write to the database and fail on demand."""
 
 from __future__ import annotations
 

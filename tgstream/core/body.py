@@ -1,8 +1,8 @@
 """The body of a streamed response: its states, its pulls, and its end.
 
-A body is a state machine. A thread that runs its generator or ends it is its *owner*,
+A body is a state machine. A thread that runs its generator, or ends it, is its *owner*,
 and has taken the one token of the body. No thread waits for the token. A thread that
-does not get it leaves a note (``closing``), and the owner reads the note when it returns
+does not get it leaves a note (``closing``). The owner reads the note when it returns
 the token::
 
     NEW -> STARTING -> OPEN (idle <-> pulled)

@@ -151,6 +151,11 @@ def _find_problem(subject: str, value: Any) -> str:
     )
 
 
+def has_length(response: Any) -> bool:
+    """Whether a response has a ``Content-Length``. WebOb's property takes longer."""
+    return "content-length" in [name.lower() for name, _ in response.headerlist]
+
+
 def has_no_body(status: str) -> bool:
     """Whether HTTP allows no body in a response with this status line."""
     return status.startswith(("1", "204", "205", "304"))

@@ -196,7 +196,7 @@ def is_empty(manager: Any) -> bool:
     """True if a commit of the thread's transaction would do nothing."""
     txn = manager.get()
     return not (
-        get_resources(manager)
+        txn._resources
         or any(txn.getBeforeCommitHooks())
         or any(txn.getAfterCommitHooks())
         or manager.registeredSynchs()

@@ -22,9 +22,10 @@ class Format(Protocol):
     A format may also set these attributes. ``commit`` and ``chunk_size`` are its
     defaults for these options. ``charset`` is set if it always uses that charset.
     ``headers`` is a mapping of headers for the response, which do not replace the
-    user's. ``endless = True`` is set if a body is complete after any item. A method ``encode_batches(source)`` does the same as
-    ``encode()`` for a :class:`Batched` source, and is faster if it encodes a batch at
-    once.
+    user's. ``endless = True`` is set if a body is complete after any item.
+
+    A method ``encode_batches(source)`` does the same as ``encode()`` for a
+    :class:`Batched` source, and is faster if it encodes a batch at once.
     """
 
     content_type: str

@@ -48,6 +48,7 @@ class _State:
     def __init__(self) -> None:
         self.warned: set[tuple[str, str]] = set()  # topics and controllers
         self.checked: Counter[str] = Counter()  # streams of a controller
+        self.departed: set[str] = set()  # controllers whose streams have departed
 
 
 def _get_state(body: Body) -> _State:
@@ -74,7 +75,16 @@ def _warn_once(body: Body, topic: str, text: str, *args: Any) -> None:
 # Checks when a stream leaves the application.
 
 
-def warn_if_unguarded(body: Body) -> None:
+def check_departing(body: Body) -> None:
+    """Check the application of a stream, once for each controller."""
+    state, controller = _get_state(body), body.plan.controller
+    if controller not in state.departed:
+        state.departed.add(controller)
+        _warn_if_unguarded(body)
+        _warn_of_settings(body)
+
+
+def _warn_if_unguarded(body: Body) -> None:
     """Warn, once for each application, that it has no error guard."""
     if OUTCOME_KEY not in body.context.environ and _is_first(body, "unguarded", ""):
         log.warning(
@@ -86,10 +96,8 @@ def warn_if_unguarded(body: Body) -> None:
         )
 
 
-def warn_of_settings(body: Body) -> None:
+def _warn_of_settings(body: Body) -> None:
     """Warn of settings that do not suit streams."""
-    if not _is_first(body, "settings", body.plan.controller):
-        return
     config = body.context.tg_locals.config
     debug = asbool(config.get("debug"))
     slow = config.get("tg.slowreqs", {})
@@ -133,10 +141,10 @@ def warn_of_dropped_headers(body: Body, names: list[str]) -> None:
 
 def warn_if_buffered(body: Body) -> None:
     """Warn of a middleware that reads the whole body before the server does."""
-    checked = _get_state(body).checked
-    checked[body.plan.controller] += 1
-    if checked[body.plan.controller] > CHECKED_STREAMS:
+    checked, controller = _get_state(body).checked, body.plan.controller
+    if checked[controller] >= CHECKED_STREAMS:
         return  # the check takes some microseconds of each stream
+    checked[controller] += 1
     caller = find_buffering_caller(sys._getframe(1))
     if caller is not None:
         _warn_once(

@@ -19,7 +19,7 @@ from webob.exc import HTTPException
 
 from ..core import context
 from ..core.context import Context
-from ..core.headers import find_charset, has_no_body, set_headers
+from ..core.headers import find_charset, has_length, has_no_body, set_headers
 from ..core.limits import acquire
 from ..core.options import FormatTraits, Options, Plan
 from ..core.settings import read_option
@@ -47,7 +47,8 @@ class _Hooks(dict[str, Any]):
 
 
 def _before_render(remainder: Any, params: Any, output: Any) -> None:
-    output = resolve_proxy(output)
+    if type(output) is not Stream:
+        output = resolve_proxy(output)
     if isinstance(output, Stream):
         try:
             _Start(output, context.current()).run(output)
@@ -156,10 +157,9 @@ class _Start:
         if self._options.length is not None:
             return self._options.length
         response = self._tg_locals.response
-        for name, _ in response.headerlist:
-            if name.lower() == "content-length":
-                return response.content_length or None  # TG's own is 0
-        return None
+        if not has_length(response):
+            return None
+        return response.content_length or None  # TG's own is 0
 
     def _vetoed(self, response: Any) -> bool:
         """Whether ``tm.commit_veto`` aborts the transaction for this response."""

@@ -16,14 +16,19 @@ from typing import TYPE_CHECKING, Any
 from ..core.body import Body
 from ..core.cleanup import close
 from ..core.errors import StreamError
-from ..core.headers import check_sendable, drop_hop_by_hop, has_no_body, is_usual
+from ..core.headers import (
+    check_sendable,
+    drop_hop_by_hop,
+    has_length,
+    has_no_body,
+    is_usual,
+)
 from ..core.report import log
 from ..core.stream import Stream
 from .diagnostics import (
     OUTCOME_KEY,
-    warn_if_unguarded,
+    check_departing,
     warn_of_dropped_headers,
-    warn_of_settings,
 )
 from .guard import Outcome, outcome_of, remember_error
 
@@ -69,7 +74,7 @@ class StreamingResponse:
     def __call__(self, environ: dict[str, Any], start_response: Any) -> Any:
         response: Any = self
         stream, app_iter = response.tgstream(), response.app_iter
-        if stream is None or isinstance(app_iter, list | tuple):
+        if stream is None or isinstance(app_iter, _COMPLETE):
             return response._plain(environ, start_response)  # another body took over
         body = stream._body
         if app_iter is stream:  # WebOb forgot the length when TG set that
@@ -96,8 +101,12 @@ class StreamingResponse:
         return _DepartedBody(app_iter, body.transaction)
 
 
+_COMPLETE = list, tuple
+"""The bodies of other responses, which TG or a middleware sets."""
+
+
 def _set_length(response: Any, length: int | None) -> None:
-    if length is not None or response.content_length is not None:
+    if length is not None or has_length(response):
         response.content_length = length
 
 
@@ -199,8 +208,7 @@ def _depart(body: Body, environ: dict[str, Any]) -> None:
     registry.cleanup()
     registry.prepare()
     if body.complete is None:
-        warn_if_unguarded(body)
-        warn_of_settings(body)
+        check_departing(body)
         outcome = outcome_of(environ)
         outcome.leave_with(body)
         outcome.late_changes = LateChanges(body)
