@@ -96,6 +96,15 @@ class Part(NamedTuple):
 # TurboGears.
 
 
+def hooks_are_lists_by_name(make_app: MakeApp) -> bool:
+    make_app(TGController())  # hooks are registered when TG is configured
+    hook: Callable[[], None] = lambda: None  # noqa: E731
+    tg.hooks.register("tgstream.test", hook)
+    registered = tg.hooks._hooks.get("tgstream.test") == [hook]
+    tg.hooks.disconnect("tgstream.test", hook)
+    return registered and not tg.hooks._hooks.get("tgstream.test")
+
+
 def stack_is_a_list_of_the_thread() -> bool:
     proxy = StackedObjectProxy(name="test")
     proxy._push_object("first")
@@ -321,6 +330,14 @@ TURBOGEARS = [
         stack_is_a_list_of_the_thread,
     ),
     Part(
+        "_hooks",
+        "TurboGears2",
+        "core/report",
+        "make no report if no hook receives it",
+        "the hook tgstream.finished is not called",
+        hooks_are_lists_by_name,
+    ),
+    Part(
         "TurboGearsObjectProxy",
         "TurboGears2",
         "core/source",
@@ -514,6 +531,13 @@ def response_calls_its_new_class() -> bool:
     return bool(response({}, None) == ["streamed"])
 
 
+def response_keeps_its_body_in_a_list() -> bool:
+    response: Any = Response()
+    response.app_iter = iter([b"streamed"])
+    response._app_iter = []
+    return bool(response.app_iter == [] and response.body == b"")
+
+
 def wsgify_is_called_in_its_module() -> bool:
     wsgify: Any = webob.dec.wsgify
     called = wsgify.__call__
@@ -570,6 +594,14 @@ AROUND = [
         "release the request when TG calls the response",
         "the request's session stays on the thread while the response streams",
         response_calls_its_new_class,
+    ),
+    Part(
+        "response._app_iter",
+        "WebOb",
+        "turbogears/response",
+        "let go of a stream that has left, without the cost of WebOb's property",
+        "a dropped stream waits for the garbage collector",
+        response_keeps_its_body_in_a_list,
     ),
     Part(
         "webob.dec",

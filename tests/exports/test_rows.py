@@ -341,7 +341,7 @@ def test_returned_statement_is_streamed(make_app: MakeApp, model: Model) -> None
             {"id": 1, "name": "ada"},
             {"id": 2, "name": "bob"},
         ]
-    with pytest.raises(TypeError, match="a Stream items must be iterable"):
+    with pytest.raises(TypeError, match="Stream: items must be iterable"):
         get(app, "/insert")
     assert_clean(model)
 
