@@ -177,11 +177,6 @@ def milestone_calls_again_after_a_reset() -> bool:
     return calls == [1, 1]
 
 
-def request_has_its_action(make_app: MakeApp) -> bool:
-    seen = in_request(make_app, lambda: tg.request._dispatch_state.action)
-    return bool(seen["result"].__name__ == "index")
-
-
 def context_leaves_the_environ(make_app: MakeApp) -> bool:
     seen = in_request(make_app, lambda: "tg.locals" in tg.request.environ)
     return seen["result"] is True and "tg.locals" not in seen["environ"]
@@ -196,7 +191,7 @@ def template_has_variables(make_app: MakeApp) -> bool:
 
 def engine_of_a_controller_is_found(make_app: MakeApp) -> bool:
     def look() -> Any:
-        action = Decoration.get_decoration(tg.request._dispatch_state.action.__func__)
+        action = Decoration.get_decoration(tg.request.dispatch_state.action.__func__)
         return action.lookup_template_engine(tg.request_local.context._current_obj())
 
     return bool(in_request(make_app, look)["result"][0] == "text/plain")
@@ -376,14 +371,6 @@ TURBOGEARS = [
         "answer the doctor's requests in place of the root controller",
         "the doctor runs the application's controllers",
         root_controller_is_an_entry,
-    ),
-    Part(
-        "_dispatch_state",
-        "TurboGears2",
-        "turbogears/hooks",
-        "find the controller of a Stream that was returned without @stream",
-        "messages and limits name the wrong controller",
-        request_has_its_action,
     ),
     Part(
         "tg.locals",

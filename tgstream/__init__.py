@@ -28,8 +28,8 @@ from .formats.json import NDJSON, JSONArray
 from .formats.protocols import Batched, Format
 from .formats.sse import SSE, Event
 from .live.channel import last_event_id
-from .turbogears import hooks as _hooks  # which TG calls from now on
 from .turbogears.decorator import stream
+from .turbogears.hooks import install as _install_hooks
 from .turbogears.plug import plugme
 from .turbogears.templates import render
 
@@ -59,5 +59,5 @@ __all__ = [
 ]
 __version__ = "0.1.0"
 
-_hooks.install()
+_install_hooks()  # TG calls them from now on
 _register_adapter(_is_statement, rows)

@@ -8,8 +8,6 @@ on any thread, between any two byte codes. The operations of a ``deque`` are ato
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -55,20 +53,3 @@ def acquire(controller: Any, limit: int | None) -> Slot | None:
             headers=[("Retry-After", str(RETRY_SECONDS))],
         ) from None
     return Slot(free)
-
-
-@contextmanager
-def reserve(controller: Any, limit: int | None) -> Iterator[Slot | None]:
-    """Acquire a slot for the block, and release it if the block raises.
-
-    Without the release the traceback of the error would hold the slot for a while.
-
-    :raises HTTPServiceUnavailable: see :func:`acquire`.
-    """
-    slot = acquire(controller, limit)
-    try:
-        yield slot
-    except BaseException:
-        if slot is not None:
-            slot.release()
-        raise

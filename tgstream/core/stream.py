@@ -207,11 +207,11 @@ class Stream:
     def _discard(self) -> None:
         """Run nothing, and close the source, for a request without a body."""
         source, self._source = self._source, None
-        self._leave_slot()
+        self._release_slot()
         close(source)
 
-    def _leave_slot(self) -> None:
-        """Leave the slot at once: a traceback may keep the stream."""
+    def _release_slot(self) -> None:
+        """Release the slot at once: a traceback may keep the stream."""
         if self._slot is not None:
             self._slot.release()
 

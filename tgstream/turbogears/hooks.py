@@ -36,16 +36,6 @@ if TYPE_CHECKING:
     from ..database.database import StreamDatabase
 
 
-class _Hooks(dict[str, Any]):
-    """The hooks by name."""
-
-    def install(self) -> None:
-        """Register the hooks with TG, once, however often its milestones are reset."""
-        for name, hook in self.items():
-            tg.hooks.disconnect(name, hook)
-            tg.hooks.register(name, hook)
-
-
 def _before_render(remainder: Any, params: Any, output: Any) -> None:
     if type(output) is not Stream:
         output = resolve_proxy(output)
@@ -53,7 +43,7 @@ def _before_render(remainder: Any, params: Any, output: Any) -> None:
         try:
             _Start(output, context.current()).run(output)
         except BaseException:
-            output._leave_slot()
+            output._release_slot()
             raise
     elif needs_stream(output):
         where = name_of(_dispatched(context.current().request))
@@ -176,7 +166,7 @@ _RUN_NOTHING = {"HEAD", "OPTIONS", "TRACE", "CONNECT"}
 
 def _dispatched(request: Any) -> Any:
     """The controller that TG's dispatch chose, when no decorator named it."""
-    action = request._dispatch_state.action
+    action = request.dispatch_state.action
     return getattr(action, "__func__", action)
 
 
@@ -251,10 +241,20 @@ def _database_class() -> Any:
     return importlib.import_module("tgstream.database.database").StreamDatabase
 
 
-HOOKS = _Hooks(before_render=_before_render, after_wsgi_middlewares=Guard)
+class _Installer:
+    """Its method is bound: TG's own tests read ``__self__`` of milestone callbacks."""
+
+    def register(self) -> None:
+        """Register the hooks with TG, once, however often its milestones are reset."""
+        for name, hook in (
+            ("before_render", _before_render),
+            ("after_wsgi_middlewares", Guard),
+        ):
+            tg.hooks.disconnect(name, hook)
+            tg.hooks.register(name, hook)
 
 
 def install() -> None:
     """Register the hooks, when TG's configuration is ready or at once if it is."""
-    # A bound method: TG's own tests read __self__ of what a milestone keeps.
-    milestones.config_ready.register(HOOKS.install, persist_on_reset=True)
+    register = _Installer().register
+    milestones.config_ready.register(register, persist_on_reset=True)
