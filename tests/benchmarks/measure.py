@@ -75,6 +75,25 @@ def interleave(rounds: int, plain: Measure, tgstream: Measure) -> Both:
     )
 
 
+def alternate(rounds: int, count: int, plain: Measure, tgstream: Measure) -> Both:
+    """Measure single requests, and alternate the two ways request by request.
+
+    The processor's caches then hold as little of one way as of the other, as on a
+    server that runs other code between two streams.
+    """
+    plain(), tgstream()  # warm
+    medians: list[tuple[float, float]] = []
+    for _ in range(rounds):
+        requests = [(plain(), tgstream()) for _ in range(count)]
+        theirs, ours = zip(*requests, strict=True)
+        medians.append((median(theirs), median(ours)))
+    return Both(
+        median(theirs for theirs, _ in medians),
+        median(ours for _, ours in medians),
+        median(ours / theirs for theirs, ours in medians),
+    )
+
+
 def compare(what: str, both: Both, limit: float, unit: str) -> Result:
     """Return the result of a comparison, whose figures are in ``unit``."""
     return Result(

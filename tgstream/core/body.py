@@ -89,7 +89,6 @@ class State(Enum):
 
 
 NEW, STARTING, OPEN, ENDING, ENDED = State
-_NEVER = float("inf")
 
 
 class Observer(Protocol):
@@ -131,6 +130,8 @@ class Body:
     closing: Reason | None = None
     """The note to the owner: the reason to end."""
     first_chunk_seconds: float | None = None
+    expires = float("inf")
+    """The time by the clock at which ``max_seconds`` are over."""
     _state = NEW
     _disowned = _watched = False
     _chunks: Generator[bytes, None, None] = (chunk for chunk in [b""])
@@ -159,7 +160,6 @@ class Body:
         self._source = source
         self._declared_length = length
         self.started = now = clock()
-        self.expires = _NEVER
         if plan.max_seconds is not None:
             self.expires = now + plan.lifetime(plan.max_seconds)
 

@@ -29,10 +29,11 @@ class StreamDatabase(StreamSessions):
     :param removed: whether TG removes the first session when a body is closed.
     """
 
+    _request_manager: Any = None
+
     def __init__(self, registries: tuple[SessionRegistry, ...], removed: bool) -> None:
-        super().__init__(registries)
+        StreamSessions.__init__(self, registries)
         self._removed = removed
-        self._request_manager: Any = None
 
     # While the generator runs.
 

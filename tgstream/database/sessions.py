@@ -18,6 +18,9 @@ class StreamSessions:
     :param registries: the registries of the application's scoped sessions, TG's first.
     """
 
+    ended = False
+    """Whether nothing will commit any more. The report may still be logged."""
+
     def __init__(self, registries: tuple[SessionRegistry, ...]) -> None:
         self.registries = registries
         self.current: dict[SessionRegistry, StreamDataManager] = {}
@@ -27,8 +30,6 @@ class StreamSessions:
         self.manager = StreamTransactionManager(
             self.data_managers, registries[0] if registries else None
         )
-        self.ended = False
-        """Whether nothing will commit any more. The report may still be logged."""
 
     def get_session(self, registry: SessionRegistry) -> Session:
         """The stream's session of a scoped session, made on first use."""

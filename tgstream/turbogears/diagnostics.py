@@ -76,17 +76,18 @@ def _warn_once(body: Body, topic: str, text: str, *args: Any) -> None:
 
 
 def check_departing(body: Body) -> None:
-    """Check the application of a stream, once for each controller."""
+    """Check the guard, and the settings once for each controller."""
+    if OUTCOME_KEY not in body.context.environ:
+        _warn_of_missing_guard(body)
     state, controller = _get_state(body), body.plan.controller
     if controller not in state.departed:
         state.departed.add(controller)
-        _warn_if_unguarded(body)
         _warn_of_settings(body)
 
 
-def _warn_if_unguarded(body: Body) -> None:
+def _warn_of_missing_guard(body: Body) -> None:
     """Warn, once for each application, that it has no error guard."""
-    if OUTCOME_KEY not in body.context.environ and _is_first(body, "unguarded", ""):
+    if _is_first(body, "unguarded", ""):
         log.warning(
             "%s streams without the error guard, the outermost middleware, because the "
             "application was created before tgstream was imported. A failed stream can "

@@ -207,7 +207,8 @@ class _GuardedBody:
             yield first
             del first
             yield from chunks
-        outcome.raise_error()
+        if outcome.error is not None or outcome.refusal is not None:
+            outcome.raise_error()
         # Closed from inside, it may be a 304: then nobody has pulled for more.
         if self._closed and outcome.disconnected:
             raise StreamError("the stream was closed before its end, and pulled again")

@@ -19,7 +19,7 @@ from webob.exc import HTTPException
 
 from ..core import context
 from ..core.context import Context
-from ..core.headers import find_charset, has_length, has_no_body, set_headers
+from ..core.headers import find_charset, has_no_body, set_headers
 from ..core.limits import acquire
 from ..core.options import FormatTraits, Options, Plan
 from ..core.settings import read_option
@@ -147,9 +147,11 @@ class _Start:
         if self._options.length is not None:
             return self._options.length
         response = self._tg_locals.response
-        if not has_length(response):
-            return None
-        return response.content_length or None  # TG's own is 0
+        for name, value in response.headerlist:
+            if value != "0" and name.lower() == "content-length":  # TG's own is 0
+                length: int | None = response.content_length
+                return length or None
+        return None
 
     def _vetoed(self, response: Any) -> bool:
         """Whether ``tm.commit_veto`` aborts the transaction for this response."""
@@ -175,7 +177,8 @@ def _make_plan(controller: str, options: Options, config: Any) -> Plan:
 
     Plans are kept, because few different ones are needed. To make one takes 3 us.
     """
-    settings = tuple([config.get(name) for name in _SETTINGS])
+    get, (size, flush, idle, check) = config.get, _SETTINGS
+    settings = get(size), get(flush), get(idle), get(check)
     try:
         return _make_plan_for(controller, options, settings)
     except TypeError:  # a format, or a setting, that has no hash

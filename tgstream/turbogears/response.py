@@ -78,9 +78,11 @@ class StreamingResponse:
             return response._plain(environ, start_response)  # another body took over
         body = stream._body
         if app_iter is stream:  # WebOb forgot the length when TG set that
-            _set_length(response, stream._length if body is None else body.length)
+            length = stream._length if body is None else body.length
+            if length is not None or has_length(response):
+                response.content_length = length
         try:
-            _check_response(response, body)
+            _check_response(response, body, is_usual(response))
             if body is None or has_no_body(response.status):
                 _declare_bodiless(response, environ)
             app_iter = response._plain(environ, start_response)
@@ -105,18 +107,14 @@ _COMPLETE = list, tuple
 """The bodies of other responses, which TG or a middleware sets."""
 
 
-def _set_length(response: Any, length: int | None) -> None:
-    if length is not None or has_length(response):
-        response.content_length = length
-
-
-def _check_response(response: Any, body: Body | None) -> None:
+def _check_response(response: Any, body: Body | None, usual: bool) -> None:
     """Check that status and headers can be sent, and go with the stream.
 
+    :param usual: whether the headers need no check.
     :raises StreamError: when they cannot, or do not.
     """
     where = "the response to HEAD" if body is None else body.plan.controller
-    if not is_usual(response):
+    if not usual:
         if (names := drop_hop_by_hop(response)) and body is not None:
             warn_of_dropped_headers(body, names)
         check_sendable(where, response)
@@ -190,10 +188,9 @@ def send_off(response: Any, stream: Stream, checked: Any = None) -> None:
     :param checked: status and headers that need no other check.
     :raises StreamError: when it cannot be sent.
     """
-    if (response.status, response.headerlist) != checked or has_no_body(
-        response.status
-    ):
-        _check_response(response, stream._body)
+    usual = (response.status, response.headerlist) == checked or is_usual(response)
+    if not usual or has_no_body(response.status):
+        _check_response(response, stream._body, usual)
     response.__class__ = _streaming_class(response.__class__)
     response.tgstream = weakref.ref(stream)
 
@@ -216,6 +213,15 @@ def _depart(body: Body, environ: dict[str, Any]) -> None:
 
 class LateChanges:
     """Changes of the response and the session after they have left."""
+
+    __slots__ = (
+        "_content",
+        "_controller",
+        "_headers",
+        "_response",
+        "_session",
+        "_status",
+    )
 
     def __init__(self, body: Body) -> None:
         tg_locals = body.context.tg_locals
