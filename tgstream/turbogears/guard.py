@@ -25,6 +25,7 @@ part of its work: one in ``paste.registry``, outside of backlash, and one in
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from ..core.cleanup import close, first_error
@@ -88,7 +89,8 @@ class Outcome:
             body.context.environ.pop("tg.locals", None)
         late_changes, self.late_changes = self.late_changes, None
         if late_changes is not None:
-            late_changes.warn()
+            with suppress(BaseException):  # a warning changes nothing
+                late_changes.warn()
 
     # For the guard.
 
