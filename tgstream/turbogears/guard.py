@@ -64,10 +64,10 @@ class Outcome:
 
     def leave_with(self, body: Body) -> None:
         """The response has left the application with ``body``."""
-        self.unfinished = True
-        if not body.ended:  # the monitor may have ended it meanwhile
-            self._body = body
+        self.unfinished, self._body = True, body
         body.report_to(self)
+        if body.ended:  # the monitor may have ended it before that
+            self._body = None
 
     # The methods of an Observer.
 
