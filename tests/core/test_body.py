@@ -36,6 +36,7 @@ from tgstream import (
     flush,
     stream,
 )
+from tgstream.core.body import Body
 
 
 def pull(call: Call) -> bytes:
@@ -651,6 +652,34 @@ def test_close_on_many_threads_ends_it_once(
     assert reasons(reports) == ["disconnected"] * 50
     for call in calls:
         call.close()
+
+
+@pytest.mark.usefixtures("no_collector")
+def test_stream_that_ends_while_its_response_departs_is_freed_at_once(
+    make_app: MakeApp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The monitor may end it before the error guard can be told."""
+    bodies: list[weakref.ref[Body]] = []
+
+    def end_first(body: Body, observer: Any) -> None:
+        bodies.append(weakref.ref(body))
+        body.close("expired")
+        report_to(body, observer)
+
+    class Root(TGController):
+        @expose(content_type="text/plain")
+        @stream
+        def words(self) -> Iterator[str]:
+            yield "one"
+            yield "two"
+
+    report_to = Body.report_to
+    monkeypatch.setattr(Body, "report_to", end_first)
+    call = Call(make_app(Root()), "/words", checked=False)
+    assert next(call) == b"one"  # it was made in time
+    call.close()
+    call.drop()
+    assert bodies[0]() is None
 
 
 @pytest.mark.usefixtures("no_collector")

@@ -33,8 +33,10 @@ from tgstream import (
 from tgstream.core import body
 from tgstream.core import monitor as _watch
 from tgstream.core.monitor import has_disconnected
+from tgstream.core.options import Options, clock
 from tgstream.core.settings import read_option
 from tgstream.turbogears import diagnostics
+from tgstream.turbogears.hooks import _make_plan
 
 SHORT = 0.1
 
@@ -605,6 +607,32 @@ def test_monitor_that_fails_is_logged_and_goes_on(
     assert "monitor" in next(r for r in caplog.records if r.exc_info).getMessage()
     first.close()
     second.close()
+
+
+class Registering:
+    """A running stream at which the monitor looks while it registers."""
+
+    expires = float("inf")
+    ended = False
+
+    def __init__(self, monitor: _watch.Monitor) -> None:
+        self.monitor, self.looks = monitor, 0
+
+    @property
+    def plan(self) -> Any:
+        self.looks += 1
+        self.monitor._look_at_all()
+        return _make_plan("Root.words", Options(), {})
+
+
+def test_monitor_may_look_while_a_stream_registers() -> None:
+    """Its thread runs between any two byte codes, and finds no incomplete entry."""
+    monitor = _watch.Monitor()
+    registering: Any = Registering(monitor)
+    monitor.register(registering, clock())
+    assert registering.looks == 1
+    assert monitor.running() == [registering]
+    assert 9 < monitor._look_at_all() <= 10
 
 
 # Items of which no chunk comes.

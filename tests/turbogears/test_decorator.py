@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import gc
 import io
 import json
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -552,6 +554,75 @@ def test_format_may_yield_nothing_for_an_item(make_app: MakeApp) -> None:
 
     text = b"".join(chunks(make_app(Root()), "/kanji"))
     assert text == "日本".encode("iso2022_jp")
+
+
+class Greeting(Words):
+    """A format with a header that depends on the request."""
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"X-Name": tg.request.params["name"]}
+
+
+class Short(tuple[int]):
+    """A format that is equal to others, with another output."""
+
+    content_type = "text/plain"
+
+    def encode(self, items: Iterable[Any]) -> Iterator[str]:
+        yield "short"
+
+
+class Long(Short):
+    """A format that is equal to ``Short``."""
+
+    def encode(self, items: Iterable[Any]) -> Iterator[str]:
+        yield "long"
+
+
+def test_attributes_of_a_format_are_read_for_each_stream(make_app: MakeApp) -> None:
+    """A client never gets a header that was made for the client before."""
+
+    class Root(TGController):
+        @expose()
+        @stream(Greeting())
+        def index(self, name: str) -> Iterator[str]:
+            yield name
+
+    app = make_app(Root())
+    calls = [get(app, f"/?name={name}") for name in ("ada", "bob")]
+    assert [call.headers["X-Name"] for call in calls] == ["ada", "bob"]
+
+
+def test_formats_that_are_equal_are_not_exchanged(make_app: MakeApp) -> None:
+    """Each stream uses its own format, although both have the same hash."""
+
+    class Root(TGController):
+        @expose()
+        def index(self, long: str = "") -> Stream:
+            return Stream(numbers(), Long([1]) if long else Short([1]))
+
+    app = make_app(Root())
+    assert get(app).text == "short"
+    assert get(app, "/?long=yes").text == "long"
+
+
+def test_format_of_a_request_is_freed_with_its_stream(make_app: MakeApp) -> None:
+    """A format may hold objects of its request, such as a session."""
+    formats: list[weakref.ref[Words]] = []
+
+    class Root(TGController):
+        @expose()
+        def index(self) -> Stream:
+            format = Words()
+            formats.append(weakref.ref(format))
+            return Stream(numbers(), format)
+
+    call = Call(make_app(Root()))
+    call.read()
+    del call
+    gc.collect()
+    assert formats[0]() is None
 
 
 def test_head_of_a_list_has_nothing_to_close(make_app: MakeApp) -> None:

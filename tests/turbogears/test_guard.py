@@ -10,7 +10,7 @@ import itertools
 import logging
 import sys
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 from wsgiref.handlers import SimpleHandler
 from wsgiref.util import setup_testing_defaults
@@ -621,6 +621,25 @@ def test_change_after_the_first_chunk_is_warned_of_once(
     assert get(app, f"/set/{what}").text == "firstlast"
     (line,) = caplog.messages
     assert f"after the response had started: {named}. The client" in line
+
+
+@pytest.mark.parametrize("wiring", WIRINGS)
+def test_change_that_cannot_be_compared_changes_nothing(
+    make_app: MakeApp, wiring: dict[str, Any], ended: Callable[[], Report]
+) -> None:
+    """A header that no server could send comes too late to make the stream fail."""
+
+    class Root(TGController):
+        @expose(content_type="text/plain")
+        @stream
+        def index(self) -> Iterator[str]:
+            yield "one"
+            tg.response.headerlist.append(("X-Names", ["ada"]))
+            yield "two"
+
+    assert get(make_app(Root(), **wiring)).text == "onetwo"
+    report = ended()
+    assert (report.reason, report.error) == ("completed", None)
 
 
 def test_session_in_use_is_not_warned_of(

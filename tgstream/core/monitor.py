@@ -100,7 +100,7 @@ class Monitor:
 
     def register(self, body: Monitored, now: float) -> None:
         """Count ``body`` among the running streams, until it has ended."""
-        entry = self._entries[id(body)] = _Entry(body)
+        entry = _Entry(body)
         seconds, plan = FIRST_LOOK, body.plan
         if plan.disconnect_check_seconds < seconds:
             seconds = plan.disconnect_check_seconds
@@ -108,6 +108,7 @@ class Monitor:
             seconds = plan.idle_transaction_seconds
         due = now + seconds
         entry.due = due if due < body.expires else body.expires
+        self._entries[id(body)] = entry  # complete: the thread may look at once
 
     def forget(self, body: Monitored) -> None:
         """Count ``body`` no longer. It may be called from a finaliser."""

@@ -25,6 +25,7 @@ part of its work: one in ``paste.registry``, outside of backlash, and one in
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from ..core.cleanup import close, first_error
@@ -63,10 +64,10 @@ class Outcome:
 
     def leave_with(self, body: Body) -> None:
         """The response has left the application with ``body``."""
-        self.unfinished = True
-        if not body.ended:  # the monitor may have ended it meanwhile
-            self._body = body
+        self.unfinished, self._body = True, body
         body.report_to(self)
+        if body.ended:  # the monitor may have ended it before that
+            self._body = None
 
     # The methods of an Observer.
 
@@ -88,7 +89,8 @@ class Outcome:
             body.context.environ.pop("tg.locals", None)
         late_changes, self.late_changes = self.late_changes, None
         if late_changes is not None:
-            late_changes.warn()
+            with suppress(BaseException):  # a warning changes nothing
+                late_changes.warn()
 
     # For the guard.
 
