@@ -1,4 +1,4 @@
-"""TG's request and context in every pull, and nothing of it in between."""
+"""TG's request and context, which are bound in every pull and not between pulls."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import contextvars
 import random
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -21,6 +20,7 @@ from tg.request_local import config as tg_config
 from tg.request_local import context
 
 from tests.conftest import MakeApp, assert_clean, assert_thread_clean
+from tests.core.support import run_on_another_thread
 from tests.model import Model, User
 from tests.wsgi import Call
 from tgstream import SSE, Report, current_stream, stream
@@ -31,26 +31,8 @@ STACKS = [(True, False), (True, True), (False, False), (False, True)]
 ROOT = Path(__file__).parents[2]
 
 
-def on_another_thread(function: Callable[[], Any]) -> Any:
-    """What ``function`` returns, or raises, on a thread of its own."""
-    outcome: list[Any] = []
-
-    def run() -> None:
-        try:
-            outcome.extend([True, function()])
-        except BaseException as error:
-            outcome.extend([False, error])
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    thread.join()
-    if not outcome[0]:
-        raise outcome[1]
-    return outcome[1]
-
-
-def everything() -> str:
-    """What a controller may read of its request, in one line."""
+def read_context() -> str:
+    """Return what a controller can read of its request, in one line."""
     environ = tg.request.environ
     rendered = tg.render_template({"name": "ada"}, "kajiki", "tests.templates.page")
     return "|".join(
@@ -90,16 +72,16 @@ def make_root() -> TGController:
             tg.tmpl_context.who = who
             tg.session["who"] = who
             for _pull in range(4):
-                yield everything()
+                yield read_context()
 
     return Root()
 
 
 @pytest.mark.parametrize(("registry_streaming", "debug"), STACKS)
-def test_context_is_there_in_every_pull_on_any_thread(
+def test_context_is_bound_in_every_pull_on_any_thread(
     make_app: MakeApp, registry_streaming: bool, debug: bool
 ) -> None:
-    """Streams interleaved in any order, on any thread, each see their own request."""
+    """Streams take turns, on any thread, and each stream has its own request."""
     app = make_app(
         make_root(),
         registry_streaming=registry_streaming,
@@ -114,7 +96,7 @@ def test_context_is_there_in_every_pull_on_any_thread(
     random.Random(7).shuffle(order)
     for index, name in enumerate(order):
         call = calls[name]
-        chunk = on_another_thread(call.__next__) if index % 2 else next(call)
+        chunk = run_on_another_thread(call.__next__) if index % 2 else next(call)
         pulled = order[:index].count(name)
         assert chunk.decode() == EXPECTED.format(name, pulled)
         if not debug:  # TG's debugger calls the application only at the first pull
@@ -163,7 +145,7 @@ def test_identity_can_be_read_in_every_pull(make_app: MakeApp, model: Model) -> 
 
 
 def test_config_of_each_application_is_bound(make_app: MakeApp) -> None:
-    """With two applications in a process, a stream sees the one that it is of."""
+    """Two applications run in a process. Each stream has its own configuration."""
 
     class Root(TGController):
         @expose(content_type="text/plain")
@@ -180,8 +162,8 @@ def test_config_of_each_application_is_bound(make_app: MakeApp) -> None:
         call.close()
 
 
-def test_context_left_above_by_the_generator_is_removed(make_app: MakeApp) -> None:
-    """What a generator pushes and forgets does not stay on the thread."""
+def test_context_that_the_generator_pushed_is_removed(make_app: MakeApp) -> None:
+    """Objects that a generator pushes and does not pop do not stay on the thread."""
 
     class Root(TGController):
         @expose(content_type="text/plain")
@@ -202,7 +184,7 @@ def test_context_left_above_by_the_generator_is_removed(make_app: MakeApp) -> No
 
 
 def test_context_that_was_preserved_is_removed(make_app: MakeApp) -> None:
-    """TG's debugger marks what is on top of a stack; it goes all the same."""
+    """TG's debugger preserves the object on top of a stack. It is removed as well."""
 
     class Root(TGController):
         @expose(content_type="text/plain")
@@ -219,10 +201,10 @@ def test_context_that_was_preserved_is_removed(make_app: MakeApp) -> None:
     assert_thread_clean()
 
 
-def test_context_of_another_thread_is_not_there() -> None:
-    """Outside of a request there is no context to be had."""
+def test_context_is_not_bound_on_a_thread_without_a_request() -> None:
+    """TG raises its usual error."""
     with pytest.raises(TypeError, match="No object"):
-        on_another_thread(lambda: tg.request.path)
+        run_on_another_thread(lambda: tg.request.path)
     assert Context.__slots__
 
 
@@ -248,8 +230,8 @@ except Exception as error:
 """
 
 
-def test_late_patching_by_gevent_is_refused() -> None:
-    """All greenlets would share one request; the sentence says what to do."""
+def test_late_patching_by_gevent_is_rejected() -> None:
+    """All greenlets would share one request. The error names the options that help."""
     command = [sys.executable, "-c", LATE]
     ran = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert ran.stdout.startswith("StreamError gevent patched threads after")
@@ -265,9 +247,8 @@ class Variables(TGController):
 
     def __init__(self, seen: list[Any]) -> None:
         self.seen = seen
-        expose(content_type="text/plain")(
-            Variables.index
-        )  # TG forgets it between tests
+        # Not at import: the fixture make_app resets the milestones of TG.
+        expose(content_type="text/plain")(Variables.index)
 
     @stream(max_seconds=0.2)
     def index(self, name: str) -> Iterator[str]:
@@ -285,11 +266,11 @@ class Variables(TGController):
 def test_context_variable_of_a_stream_stays_in_that_stream(
     make_app: MakeApp, reports: list[Report], threads: bool
 ) -> None:
-    """Streams that are pulled in turn read their own, and the thread reads none."""
+    """Streams take turns. Between pulls, the variable is not set on the thread."""
     seen: list[Any] = []
     app = make_app(Variables(seen))
     calls = [Call(app, f"/index?name={name}") for name in ("ada", "bob")]
-    pull = on_another_thread if threads else lambda function: function()
+    pull = run_on_another_thread if threads else lambda function: function()
     for _round in range(3):
         assert [pull(partial(next, call)) for call in calls] == [b"ada", b"bob"]
         assert pull(lambda: variable.get("none")) == "none"
@@ -300,10 +281,10 @@ def test_context_variable_of_a_stream_stays_in_that_stream(
     assert variable.get("none") == "none"
 
 
-def test_context_variable_is_there_when_another_thread_ends_the_stream(
+def test_context_variable_is_set_when_another_thread_ends_the_stream(
     make_app: MakeApp, ended: Callable[[], Report]
 ) -> None:
-    """The generator's ``finally`` can reset what its first pull has set."""
+    """The generator's ``finally`` can reset a variable that its first pull has set."""
     seen: list[Any] = []
     call = Call(make_app(Variables(seen)), "/index?name=ada")
     assert next(call) == b"ada"
@@ -313,11 +294,14 @@ def test_context_variable_is_there_when_another_thread_ends_the_stream(
     call.close()
 
 
-def test_context_variable_of_the_controller_is_seen_by_its_generator(
+def test_context_variable_of_the_controller_is_set_in_its_generator(
     make_app: MakeApp, ended: Callable[[], Report]
 ) -> None:
-    """Also on another thread, by a hook, and under a heartbeat."""
+    """The variable is also set in a hook, and with a heartbeat."""
     hooked: list[str] = []
+
+    def hook(report: Report) -> None:
+        hooked.append(variable.get("none"))
 
     def items() -> Iterator[str]:
         yield variable.get("none")
@@ -331,10 +315,9 @@ def test_context_variable_of_the_controller_is_seen_by_its_generator(
             return items()
 
     app = make_app(Root())
-    hook = lambda report: hooked.append(variable.get("none"))  # noqa: E731
     tg.hooks.register("tgstream.finished", hook)
     call = contextvars.copy_context().run(Call, app, "/index")
-    body = on_another_thread(call.read)
+    body = run_on_another_thread(call.read)
     ended()
     tg.hooks.disconnect("tgstream.finished", hook)
     assert body == b"data: set\n\n" * 2

@@ -160,9 +160,9 @@ def test_unencodable_character_fails_before_the_last_commit(
 
 
 @pytest.mark.parametrize("chunk_size", [0, 1000])
-@pytest.mark.parametrize("kind", [list, tuple, iter])
+@pytest.mark.parametrize("make_source", [list, tuple, iter])
 def test_encode_of_a_subclass_is_used_for_all_sources(
-    make_app: MakeApp, kind: Any, chunk_size: int
+    make_app: MakeApp, make_source: Any, chunk_size: int
 ) -> None:
     """It hides a column, although the inherited format can encode batches."""
 
@@ -172,7 +172,7 @@ def test_encode_of_a_subclass_is_used_for_all_sources(
 
     items = [{"n": n, "secret": "x"} for n in range(3)]
     app = make_download_app(
-        make_app, lambda: Stream(kind(items), Masked, chunk_size=chunk_size)
+        make_app, lambda: Stream(make_source(items), Masked, chunk_size=chunk_size)
     )
     sent = [json.loads(line) for line in get(app).text.splitlines()]
     assert sent == [{"n": n, "secret": None} for n in range(3)]
@@ -196,10 +196,8 @@ def test_exact_length_is_sent_as_content_length(
     make_app: MakeApp, options: dict[str, Any]
 ) -> None:
     """The length counts bytes, whatever the chunk size."""
-    pieces = ["one", "", "twö", "three"]
-    app = make_download_app(
-        make_app, lambda: Stream(iter(pieces), length=12, **options)
-    )
+    parts = ["one", "", "twö", "three"]
+    app = make_download_app(make_app, lambda: Stream(iter(parts), length=12, **options))
     call = get(app)
     assert call.text == "onetwöthree"
     assert call.headers["Content-Length"] == "12"
@@ -257,9 +255,9 @@ def test_wrong_length_aborts_the_response(
     make_app: MakeApp, reports: list[Report], made: int, options: dict[str, Any]
 ) -> None:
     """The client never gets as many bytes as declared."""
-    pieces = [b"x"] * made
+    parts = [b"x"] * made
     app = make_download_app(
-        make_app, lambda: Stream(iter(pieces), length=4, **options), tm__enabled=True
+        make_app, lambda: Stream(iter(parts), length=4, **options), tm__enabled=True
     )
     call = Call(app)
     assert call.headers["Content-Length"] == "4"

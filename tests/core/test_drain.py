@@ -1,4 +1,4 @@
-"""``drain()``: every running stream of a process ends, for its server is told to."""
+"""``drain()``, which ends all streams of a process before its server stops."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from tgstream import (
 )
 
 
-def test_nothing_runs_nothing_to_drain() -> None:
-    """It comes back at once."""
+def test_drain_without_streams_returns_at_once() -> None:
+    """``drain()`` returns ``True``."""
     assert drain(timeout=0)
 
 
-def root(model: Model, **options: Any) -> TGController:
-    """An endless stream that adds a user for each item."""
+def make_root(model: Model, **options: Any) -> TGController:
+    """A root whose endless stream adds a note for each item."""
 
     class Root(TGController):
         @expose(content_type="text/plain")
@@ -50,29 +50,29 @@ def root(model: Model, **options: Any) -> TGController:
     return Root()
 
 
-def test_events_are_drained_well(
+def test_drained_event_stream_ends_normally(
     make_app: MakeApp, model: Model, reports: list[Report]
 ) -> None:
-    """A browser comes back, to another process; what it has seen is stored."""
-    app = make_app(root(model, format=SSE), model)
+    """Browsers reconnect to another process, and sent events are committed."""
+    app = make_app(make_root(model, format=SSE), model)
     calls = [Call(app, "/words") for _ in range(5)]
     assert [next(call) for call in calls[1:]] == [b"data: 1\ndata: \n\n"] * 4
     assert drain()
     assert [report.reason for report in reports] == ["drained"] * 5
-    assert calls[0].read() == b"data: 1\ndata: \n\n"  # was made in time
+    assert calls[0].read() == b"data: 1\ndata: \n\n"  # made before the drain
     assert [call.read() for call in calls[1:]] == [b""] * 4
     assert model.texts() == ["note 1"] * 5
     assert_clean(model)
 
 
-def test_other_streams_are_drained_broken(
+def test_drained_stream_of_text_is_aborted(
     make_app: MakeApp,
     model: Model,
     reports: list[Report],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """No client takes half of it for the whole, nothing is stored, a line says so."""
-    call = Call(make_app(root(model), model), "/words")
+    """The client detects the abort, nothing is committed, and a warning is logged."""
+    call = Call(make_app(make_root(model), model), "/words")
     assert next(call) == b"1\n"
     assert drain()
     assert [report.reason for report in reports] == ["drained"]
@@ -86,10 +86,10 @@ def test_other_streams_are_drained_broken(
 
 
 @pytest.mark.parametrize("last", [0, 2])
-def test_drained_stream_sends_the_committed_events_that_it_buffers(
+def test_drained_stream_sends_buffered_events(
     make_app: MakeApp, model: Model, reports: list[Report], last: int
 ) -> None:
-    """The response is complete, so that no client would notice their absence."""
+    """The events are committed, and a complete response must have all of them."""
 
     class Root(TGController):
         @expose()
@@ -109,10 +109,10 @@ def test_drained_stream_sends_the_committed_events_that_it_buffers(
     assert_clean(model)
 
 
-def test_generator_that_works_sees_that_it_is_to_end(
+def test_generator_can_check_whether_its_stream_is_ending(
     make_app: MakeApp, model: Model, reports: list[Report]
 ) -> None:
-    """It may end before its next item, and is then complete."""
+    """The response is complete if the generator returns before its next item."""
     waiting = threading.Event()
 
     class Root(TGController):
@@ -138,10 +138,10 @@ def test_generator_that_works_sees_that_it_is_to_end(
     assert_clean(model)
 
 
-def test_listeners_are_woken_at_once(
+def test_drain_wakes_listeners_at_once(
     make_app: MakeApp, sqlite_model: Model, reports: list[Report]
 ) -> None:
-    """They do not wait for their next heartbeat, and no event of theirs is lost."""
+    """Listeners do not wait for their next heartbeat."""
     channel = Channel("drained")
 
     class Root(TGController):
@@ -161,10 +161,10 @@ def test_listeners_are_woken_at_once(
     assert_clean(sqlite_model)
 
 
-def test_drain_does_not_wait_for_ever(
+def test_drain_returns_after_its_timeout(
     make_app: MakeApp, sqlite_model: Model, reports: list[Report]
 ) -> None:
-    """It says that a generator is still at work, which ends when it comes to yield."""
+    """The result is ``False``. The generator that still runs ends at its next yield."""
     waiting, go = threading.Event(), threading.Event()
 
     class Root(TGController):
@@ -190,17 +190,17 @@ def test_drain_does_not_wait_for_ever(
     assert_clean(sqlite_model)
 
 
-def test_stream_that_makes_its_first_item_is_drained_after_it(
+def test_stream_is_drained_after_its_first_item(
     make_app: MakeApp, sqlite_model: Model, reports: list[Report]
 ) -> None:
-    """Nothing of it runs yet that could be ended; but it is not to live on."""
-    begun, go = threading.Event(), threading.Event()
+    """The generator makes its first item while ``drain()`` is called."""
+    started, go = threading.Event(), threading.Event()
 
     class Root(TGController):
         @expose()
         @stream(SSE)
         def words(self) -> Iterator[str]:
-            begun.set()
+            started.set()
             assert go.wait(10)
             while True:
                 yield "one"
@@ -208,7 +208,7 @@ def test_stream_that_makes_its_first_item_is_drained_after_it(
     app = make_app(Root(), sqlite_model)
     with ThreadPoolExecutor(1) as thread:
         body = thread.submit(lambda: Call(app, "/words").read())
-        assert begun.wait(10)
+        assert started.wait(10)
         drain(timeout=0)
         go.set()
         assert body.result() == b"data: one\n\n"
@@ -220,35 +220,35 @@ def test_stream_that_makes_its_first_item_is_drained_after_it(
     ("server", "count"),
     [("gunicorn-gevent", 100), ("gunicorn-gthread", 5), ("waitress", 5)],
 )
-def test_worker_with_open_streams_ends_soon(
+def test_worker_with_open_streams_stops_soon(
     live_server: Callable[..., LiveServer],
     postgresql: str,
     server: str,
     count: int,
 ) -> None:
-    """Within 2 s of SIGTERM, and each client has a proper end of its events."""
+    """The worker stops within 2 s of SIGTERM, and its event streams end normally."""
 
     def start() -> LiveServer:
         return live_server(
             server, "stream_app", "drains=yes", f"postgresql={postgresql}"
         )
 
-    # More than once where the machine is busy with other things.
-    assert any(seconds_to_end(start(), count) < 2 for _ in range(3))
+    # A busy machine may need more than one attempt.
+    assert any(measure_stop(start(), count) < 2 for _ in range(3))
 
 
-def seconds_to_end(live: LiveServer, count: int) -> float:
-    """How long a server lives with so many streams open when it is told to end."""
+def measure_stop(live: LiveServer, count: int) -> float:
+    """Return the seconds that a server needs to stop while streams are open."""
     connections = []
     for _ in range(count):
         connection = http.client.HTTPConnection("127.0.0.1", live.port, 20)
         connection.request("GET", "/postgresql/clock")
         connections.append((connection, connection.getresponse()))
     assert all(response.read(5) == b"data:" for _, response in connections)
-    begun = time.monotonic()
+    started = time.monotonic()
     live.process.terminate()
     for connection, response in connections:
         assert response.read().endswith(b"\n\n")
         connection.close()
     live.process.wait(10)
-    return time.monotonic() - begun
+    return time.monotonic() - started

@@ -1,4 +1,4 @@
-"""Streams that nobody holds any longer: by reference count, and by the collector."""
+"""Streams that the server drops, with and without the garbage collector."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import gc
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -16,23 +18,120 @@ import tg
 from tg import TGController, expose
 
 from tests.conftest import MakeApp, assert_clean
+from tests.core.support import (
+    NamesController,
+    leave_clean,
+    pull,
+    reasons,
+    run_on_another_thread,
+)
 from tests.model import Model, User
+from tests.turbogears.test_guard import WIRINGS
 from tests.wsgi import Call
 from tgstream import SSE, Report, commit, drain, stream
+from tgstream.core.body import Body
 
 ROOT = Path(__file__).parents[2]
 
 
-class Dropped(TGController):
-    """Streams that note on which thread they end."""
+# Without the garbage collector.
+
+
+@pytest.mark.usefixtures("no_garbage_collector")
+@pytest.mark.parametrize("wiring", WIRINGS)
+@pytest.mark.parametrize("pulls", [0, 1, 2])
+def test_dropped_stream_ends_at_once(
+    make_app: MakeApp,
+    sqlite_model: Model,
+    reports: list[Report],
+    wiring: dict[str, Any],
+    pulls: int,
+) -> None:
+    """The server drops the body, before or after its first pull."""
+    sqlite_model.seed("ada", "bob", "eve")
+    ended: list[str] = []
+    app = make_app(NamesController(sqlite_model, ended), sqlite_model, **wiring)
+    call = Call(app, "/names", checked=False)
+    for _ in range(pulls):
+        pull(call)
+    # TG's debugger calls the application at the first pull.
+    started = pulls > 0 or not wiring["debug"]
+    call.drop()
+    assert ended == ["/names True"] * started
+    assert reasons(reports) == ["disconnected"] * started
+    assert_clean(sqlite_model)
+
+
+@pytest.mark.usefixtures("no_garbage_collector")
+def test_stream_dropped_on_another_thread_ends_there(
+    make_app: MakeApp, sqlite_model: Model, reports: list[Report]
+) -> None:
+    """The thread that drops the last reference ends the stream, and stays clean."""
+    sqlite_model.seed("ada", "bob")
+    ended: list[str] = []
+    app = make_app(NamesController(sqlite_model, ended), sqlite_model)
+    call = Call(app, "/names", checked=False)
+    pull(call)
+    run_on_another_thread(partial(leave_clean, call.drop))
+    assert ended == ["/names True"]
+    assert reasons(reports) == ["disconnected"]
+    assert_clean(sqlite_model)
+
+
+@pytest.mark.usefixtures("no_garbage_collector")
+@pytest.mark.parametrize("wiring", WIRINGS)
+@pytest.mark.parametrize("end", ["completed", "closed", "dropped"])
+def test_ended_stream_is_freed_at_once(
+    make_app: MakeApp, wiring: dict[str, Any], end: str
+) -> None:
+    """Its source is freed, although the server keeps the environ."""
+    sources: list[weakref.ref[Any]] = []
+
+    class Source:
+        def __init__(self) -> None:
+            self.remaining = ["three", "two", "one"]
+
+        def __iter__(self) -> Iterator[str]:
+            return self
+
+        def __next__(self) -> str:
+            if not self.remaining:
+                raise StopIteration
+            return self.remaining.pop()
+
+    class Root(TGController):
+        @expose(content_type="text/plain")
+        @stream
+        def words(self) -> Source:
+            source = Source()
+            sources.append(weakref.ref(source))
+            return source
+
+    call = Call(make_app(Root(), **wiring), "/words", checked=False)
+    pull(call)
+    assert sources[0]() is not None
+    if end == "completed":
+        assert b"".join(call) == b"twothree"
+    if end != "dropped":
+        call.close()
+    call.drop()
+    assert sources[0]() is None
+
+
+# With the garbage collector.
+
+
+class DroppedController(TGController):
+    """Streams whose hook notes the threads on which they end."""
 
     def __init__(self, model: Model) -> None:
         self.model = model
         self.threads: list[str] = []
         self.lock = threading.Lock()
         self.reasons: SimpleQueue[str] = SimpleQueue()
-        for name in ("words", "beating"):  # TG forgets it between tests
-            expose(content_type="text/plain")(getattr(Dropped, name))
+        # Not at import: the fixture make_app resets the milestones of TG.
+        for name in ("words", "heartbeats"):
+            expose(content_type="text/plain")(getattr(DroppedController, name))
 
     def items(self) -> Iterator[str]:
         yield "one"
@@ -43,7 +142,7 @@ class Dropped(TGController):
         return self.items()
 
     @stream(SSE(heartbeat=20))
-    def beating(self) -> Iterator[str]:
+    def heartbeats(self) -> Iterator[str]:
         return self.items()
 
     def finished(self, report: Report) -> None:
@@ -55,59 +154,55 @@ class Dropped(TGController):
 
 
 @pytest.fixture
-def dropped(make_app: MakeApp, model: Model) -> Iterator[Dropped]:
-    root = Dropped(model)
+def dropped(make_app: MakeApp, model: Model) -> Iterator[DroppedController]:
+    root = DroppedController(model)
     tg.hooks.register("tgstream.finished", root.finished)
     yield root
     tg.hooks.disconnect("tgstream.finished", root.finished)
 
 
 def put_in_a_cycle(call: Call) -> None:
-    """Let the body be garbage that only the collector frees."""
+    """Make the body garbage, which only the garbage collector frees."""
     cycle: list[Any] = [call.body, call._chunks]
     cycle.append(cycle)
     call.drop()
 
 
-@pytest.mark.parametrize("path", ["/words", "/beating"])
-@pytest.mark.parametrize("pulls", [1, 2])
-def test_stream_in_cyclic_garbage_ends_on_a_thread_of_its_own(
+@pytest.mark.parametrize(
+    ("path", "pulls", "generation"),
+    [
+        ("/words", 1, 2),
+        ("/words", 2, 2),
+        ("/heartbeats", 1, 2),
+        ("/heartbeats", 2, 2),
+        ("/words", 1, 0),
+    ],
+)
+def test_stream_in_cyclic_garbage_ends_on_another_thread(
     make_app: MakeApp,
     model: Model,
-    dropped: Dropped,
+    dropped: DroppedController,
     path: str,
     pulls: int,
+    generation: int,
 ) -> None:
-    """The thread that collects may hold any lock: here one that the hook waits for."""
+    """The thread that collects garbage may hold a lock, which the hook waits for."""
     call = Call(make_app(dropped, model), path, checked=False)
     for _ in range(pulls):
         next(call)
+    if generation == 0:
+        gc.collect()  # the stream gets old, and the cycle that holds it is young
     put_in_a_cycle(call)
     with dropped.lock:
-        gc.collect()
+        gc.collect(generation)
     assert dropped.reasons.get(timeout=10) == "disconnected"
     assert dropped.threads[0] in ("tgstream-end", "tgstream-heartbeat")
     assert model.names() == ["ada"]
     assert_clean(model)
 
 
-def test_stream_that_only_old_garbage_holds_ends_on_a_thread_of_its_own(
-    make_app: MakeApp, model: Model, dropped: Dropped
-) -> None:
-    """Also if the collector frees its holder and not the stream itself."""
-    call = Call(make_app(dropped, model), "/words", checked=False)
-    next(call)
-    gc.collect()  # the stream is old, and what holds it is young
-    put_in_a_cycle(call)
-    with dropped.lock:
-        gc.collect(0)
-    assert dropped.reasons.get(timeout=10) == "disconnected"
-    assert dropped.threads[0] in ("tgstream-end", "tgstream-heartbeat")
-    assert_clean(model)
-
-
 def test_drain_waits_for_a_stream_in_cyclic_garbage(
-    make_app: MakeApp, model: Model, dropped: Dropped
+    make_app: MakeApp, model: Model, dropped: DroppedController
 ) -> None:
     """The stream runs until the monitor's thread has ended it."""
     call = Call(make_app(dropped, model), "/words", checked=False)
@@ -121,10 +216,10 @@ def test_drain_waits_for_a_stream_in_cyclic_garbage(
     assert_clean(model)
 
 
-def test_stream_that_is_dropped_ends_at_once_on_its_thread(
-    make_app: MakeApp, model: Model, dropped: Dropped
+def test_stream_without_a_cycle_ends_on_the_thread_that_drops_it(
+    make_app: MakeApp, model: Model, dropped: DroppedController
 ) -> None:
-    """Without the collector nothing is handed to another thread."""
+    """The stream ends at once, without the garbage collector."""
     call = Call(make_app(dropped, model), "/words", checked=False)
     next(call)
     call.drop()
@@ -235,12 +330,39 @@ print("done", flush=True)
     [("None", 1), ("SSE(heartbeat=5)", 2)],
     ids=["raw", "heartbeat"],
 )
-def test_dropped_stream_swallows_no_kill_and_no_timeout_of_gevent(
+def test_kill_and_timeout_of_gevent_work_while_streams_are_dropped(
     format: str, pulls: int
 ) -> None:
-    """No destructor switches to another greenlet, neither of an ended stream nor of one
-    that is dropped before its end."""
+    """A destructor does not switch to another greenlet, at the end or after it."""
     script = GREENLETS.replace("FORMAT", format).replace("PULLS", str(pulls))
     command = [sys.executable, "-c", script]
     ran = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=90)
     assert (ran.stdout, ran.returncode) == ("done\n", 0), ran.stderr
+
+
+@pytest.mark.usefixtures("no_garbage_collector")
+def test_stream_that_ends_while_its_response_departs_is_freed_at_once(
+    make_app: MakeApp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The monitor may end it before it reports to the error guard."""
+    bodies: list[weakref.ref[Body]] = []
+
+    def end_first(body: Body, observer: Any) -> None:
+        bodies.append(weakref.ref(body))
+        body.close("expired")
+        report_to(body, observer)
+
+    class Root(TGController):
+        @expose(content_type="text/plain")
+        @stream
+        def words(self) -> Iterator[str]:
+            yield "one"
+            yield "two"
+
+    report_to = Body.report_to
+    monkeypatch.setattr(Body, "report_to", end_first)
+    call = Call(make_app(Root()), "/words", checked=False)
+    assert next(call) == b"one"  # the first chunk was made in time
+    call.close()
+    call.drop()
+    assert bodies[0]() is None

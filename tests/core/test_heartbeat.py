@@ -177,7 +177,7 @@ def test_heartbeat_ends_the_response_while_the_generator_waits(
         def events(self) -> Iterator[Event]:
             yield Event(comment="open")
             assert go.wait(10)
-            yield Event("unheard")
+            yield Event("never")
 
     call = Call(make_app(Root(), sqlite_model), "/events")
     assert [next(call), next(call)] == [b": open\n\n", HEARTBEAT]

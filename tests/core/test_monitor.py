@@ -1,11 +1,10 @@
-"""A bound on a stream's life, which holds though nobody pulls or closes it."""
+"""``max_seconds=`` and the monitor, which ends streams that no server pulls."""
 
 from __future__ import annotations
 
 import os
 import signal
 import threading
-import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -15,7 +14,8 @@ import sqlalchemy as sa
 import tg
 from tg import TGController, expose
 
-from tests.conftest import MakeApp, assert_clean
+from tests.conftest import MakeApp, Root, assert_clean
+from tests.core.support import SHORT, Words
 from tests.model import MakeModel, Model, User
 from tests.wsgi import Call
 from tgstream import (
@@ -30,19 +30,17 @@ from tgstream import (
     flush,
     stream,
 )
-from tgstream.core import body
-from tgstream.core import monitor as _watch
+from tgstream.core import body as body_module
+from tgstream.core import monitor as monitor_module
 from tgstream.core.monitor import has_disconnected
 from tgstream.core.options import Options, clock
 from tgstream.core.settings import read_option
 from tgstream.turbogears import diagnostics
 from tgstream.turbogears.hooks import _make_plan
 
-SHORT = 0.1
 
-
-def writer(model: Model, **options: Any) -> TGController:
-    """An application whose stream adds a user for each item, for ever."""
+def make_root(model: Model, **options: Any) -> TGController:
+    """A root whose endless stream adds a user for each item."""
 
     class Root(TGController):
         @expose(content_type="text/plain")
@@ -60,11 +58,11 @@ def writer(model: Model, **options: Any) -> TGController:
     return Root()
 
 
-def test_stream_that_nobody_pulls_expires(
+def test_stream_that_is_not_pulled_again_expires(
     make_app: MakeApp, model: Model, ended: Callable[[], Report]
 ) -> None:
-    """Its connection comes back and nothing is stored, though no server ever asks."""
-    call = Call(make_app(writer(model), model), "/words")
+    """The connection is released, and nothing is committed, without another pull."""
+    call = Call(make_app(make_root(model), model), "/words")
     assert next(call) == b"1\n"
     report = ended()
     assert (report.reason, report.error, report.items) == ("expired", None, 1)
@@ -74,26 +72,26 @@ def test_stream_that_nobody_pulls_expires(
     call.close()
 
 
-def test_stream_that_was_never_pulled_at_all_expires(
+def test_stream_that_is_not_pulled_at_all_expires(
     make_app: MakeApp, model: Model, ended: Callable[[], Report]
 ) -> None:
-    """A server that loses its client before the first chunk may hold the body."""
-    call = Call(make_app(writer(model), model), "/words")
+    """Servers may keep the body if the client disconnected before the first chunk."""
+    call = Call(make_app(make_root(model), model), "/words")
     assert ended().reason == "expired"
     assert_clean(model)
-    assert next(call) == b"1\n"  # it was made in time
+    assert next(call) == b"1\n"  # made before the stream expired
     with pytest.raises(StreamError, match=r"max_seconds=0\.1"):
         next(call)
     call.close()
 
 
 @pytest.mark.parametrize("format", [None, CSV, JSONArray])
-def test_expired_stream_arrives_broken(
+def test_expired_stream_is_aborted(
     make_app: MakeApp, model: Model, ended: Callable[[], Report], format: Any
 ) -> None:
-    """No client takes what there was for the whole."""
+    """Clients detect that the response is incomplete."""
     options = {} if format is None else {"format": format, "chunk_size": 0}
-    call = Call(make_app(writer(model, **options), model), "/words")
+    call = Call(make_app(make_root(model, **options), model), "/words")
     next(call)
     assert ended().reason == "expired"
     with pytest.raises(StreamError, match=r"Root.* was ended by max_seconds=0\.1"):
@@ -103,11 +101,11 @@ def test_expired_stream_arrives_broken(
 
 
 @pytest.mark.parametrize("debug", [True, False])
-def test_expired_events_end_well(
+def test_expired_event_stream_ends_normally(
     make_app: MakeApp, model: Model, ended: Callable[[], Report], debug: bool
 ) -> None:
-    """A browser comes back for more; what was sent is stored."""
-    call = Call(make_app(writer(model, format=SSE), model, debug=debug), "/words")
+    """Browsers reconnect, and sent events are committed."""
+    call = Call(make_app(make_root(model, format=SSE), model, debug=debug), "/words")
     assert next(call) == b"data: [1]\n\n"
     assert ended().reason == "expired"
     assert call.read() == b""
@@ -115,10 +113,10 @@ def test_expired_events_end_well(
     assert_clean(model)
 
 
-def test_stream_in_a_pull_expires_when_that_returns(
+def test_stream_that_expires_during_a_pull_ends_when_the_pull_returns(
     make_app: MakeApp, model: Model, ended: Callable[[], Report]
 ) -> None:
-    """What the pull has made leaves, and the pull after it fails."""
+    """The chunk of this pull is sent, and the next pull raises."""
     go = threading.Event()
 
     class Root(TGController):
@@ -148,10 +146,10 @@ def test_stream_in_a_pull_expires_when_that_returns(
     assert_clean(model)
 
 
-def test_expired_stream_is_waited_for_until_its_pull_returns(
+def test_drain_waits_for_an_expired_stream_until_its_pull_returns(
     make_app: MakeApp, model: Model, ended: Callable[[], Report]
 ) -> None:
-    """Who drains is not told that all have ended, while a generator works on."""
+    """``drain()`` returns ``False`` while the generator runs."""
     expired, go = threading.Event(), threading.Event()
 
     class Root(TGController):
@@ -178,10 +176,10 @@ def test_expired_stream_is_waited_for_until_its_pull_returns(
 
 
 @pytest.mark.parametrize("expires", [True, False])
-def test_stream_that_ends_slowly_is_waited_for(
+def test_drain_waits_for_a_stream_that_ends_slowly(
     make_app: MakeApp, sqlite_model: Model, ended: Callable[[], Report], expires: bool
 ) -> None:
-    """Who drains is not told that it has ended, though it was looked at meanwhile."""
+    """``drain()`` returns ``False``, although the monitor checks the stream again."""
     ending, go = threading.Event(), threading.Event()
 
     class Root(TGController):
@@ -209,10 +207,10 @@ def test_stream_that_ends_slowly_is_waited_for(
     assert ended().reason in ("disconnected", "expired")
 
 
-def test_expired_stream_closes_its_generator_with_its_request(
+def test_expired_stream_closes_its_generator_with_its_context(
     make_app: MakeApp, model: Model, ended: Callable[[], Report]
 ) -> None:
-    """On another thread, its ``finally`` has the context and the session as usual."""
+    """Its ``finally`` runs on another thread, with the request and the session."""
     seen: list[Any] = []
 
     class Root(TGController):
@@ -235,11 +233,11 @@ def test_expired_stream_closes_its_generator_with_its_request(
     call.close()
 
 
-@pytest.mark.parametrize("kind", [LookupError, SystemExit, KeyboardInterrupt])
-def test_expired_stream_whose_generator_will_not_close_ends_no_watch(
-    make_app: MakeApp, model: Model, ended: Callable[[], Report], kind: Any
+@pytest.mark.parametrize("error_class", [LookupError, SystemExit, KeyboardInterrupt])
+def test_error_at_the_end_of_an_expired_stream_does_not_stop_the_monitor(
+    make_app: MakeApp, model: Model, ended: Callable[[], Report], error_class: Any
 ) -> None:
-    """What its ``finally`` raises is told, and the next stream expires as well."""
+    """The error is reported, and the next stream expires as usual."""
 
     class Root(TGController):
         @expose(content_type="text/plain")
@@ -251,13 +249,13 @@ def test_expired_stream_whose_generator_will_not_close_ends_no_watch(
                 yield "one"
                 yield "two"
             finally:
-                raise kind
+                raise error_class
 
     app = make_app(Root(), model)
     for _ in range(2):
         call = Call(app, "/words")
         report = ended()
-        assert (report.reason, type(report.error)) == ("expired", kind)
+        assert (report.reason, type(report.error)) == ("expired", error_class)
         call.close()
     assert model.names() == []
     assert_clean(model)
@@ -266,8 +264,8 @@ def test_expired_stream_whose_generator_will_not_close_ends_no_watch(
 def test_closed_stream_does_not_expire(
     make_app: MakeApp, model: Model, reports: list[Report], ended: Callable[[], Report]
 ) -> None:
-    """A stream ends once: the next one to expire is told alone."""
-    app = make_app(writer(model), model)
+    """Only the second stream is reported as expired."""
+    app = make_app(make_root(model), model)
     first = Call(app, "/words?seconds=3600")
     first.close()
     assert ended().reason == "disconnected"
@@ -278,29 +276,22 @@ def test_closed_stream_does_not_expire(
     assert_clean(model)
 
 
-def test_dropped_stream_is_not_held_by_its_bound(
+def test_dropped_stream_does_not_wait_for_max_seconds(
     make_app: MakeApp, model: Model, ended: Callable[[], Report]
 ) -> None:
-    """It ends at once, and does not wait for its time."""
-    call = Call(make_app(writer(model), model), "/words?seconds=3600", checked=False)
+    """The stream ends at once."""
+    call = Call(make_app(make_root(model), model), "/words?seconds=3600", checked=False)
     call.drop()
     assert ended().reason == "disconnected"
     assert_clean(model)
 
 
-def test_many_streams_expire_on_one_thread(
+def test_many_streams_have_one_monitor_thread(
     make_app: MakeApp, sqlite_model: Model, ended: Callable[[], Report]
 ) -> None:
-    """Ten more streams are no thread more; after the last, the thread ends."""
+    """Ten streams start one thread."""
 
-    class Root(TGController):
-        @expose(content_type="text/plain")
-        @stream(max_seconds=SHORT)
-        def words(self) -> Iterator[str]:
-            yield "one"
-            yield "two"
-
-    app = make_app(Root(), sqlite_model)
+    app = make_app(Words(), sqlite_model)
     calls = [Call(app, "/words") for _ in range(10)]
     threads = [t for t in threading.enumerate() if t.name == "tgstream-watch"]
     assert len(threads) == 1
@@ -309,78 +300,42 @@ def test_many_streams_expire_on_one_thread(
         call.close()
 
 
-def test_forked_process_has_a_watch_of_its_own(
-    make_app: MakeApp, sqlite_model: Model, ended: Callable[[], Report]
-) -> None:
-    """Servers fork after streams have run; a child's streams expire as well."""
-
-    class Root(TGController):
-        @expose(content_type="text/plain")
-        @stream(max_seconds=SHORT)
-        def words(self) -> Iterator[str]:
-            yield "one"
-            yield "two"
-
-    app = make_app(Root())
-    call = Call(app, "/words")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # 3.12: of the threads
-        child = os.fork()
-    if not child:
-        try:
-            forked = Call(app, "/words", checked=False)
-            os._exit(0 if ended().reason == "expired" and forked else 1)
-        finally:
-            os._exit(2)
-    assert os.waitpid(child, 0)[1] == 0
-    assert ended().reason == "expired"
-    call.close()
-
-
 @pytest.fixture
 def no_more_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], int]]:
-    """No thread can be started until this is called, because no stack has this size.
+    """No thread can be started, because stacks are too large.
 
-    No monitor runs yet, either.
+    The value is a function that sets the usual size. The monitor has no thread yet.
     """
-    fresh = _watch.Monitor()
-    monkeypatch.setattr(_watch, "monitor", fresh)
-    monkeypatch.setattr(body, "monitor", fresh)
+    fresh = monitor_module.Monitor()
+    monkeypatch.setattr(monitor_module, "monitor", fresh)
+    monkeypatch.setattr(body_module, "monitor", fresh)
     threading.stack_size(1 << 46)
     yield lambda: threading.stack_size(0)
     threading.stack_size(0)
 
 
-def test_stream_goes_on_though_no_thread_can_watch_it(
+def test_stream_without_a_monitor_thread_is_sent(
     make_app: MakeApp,
     sqlite_model: Model,
     reports: list[Report],
     no_more_threads: Callable[[], int],
 ) -> None:
-    """What is only looked at for advice needs none."""
-
-    class Root(TGController):
-        @expose(content_type="text/plain")
-        @stream
-        def words(self) -> Iterator[str]:
-            yield "one"
-            yield "two"
-
-    call = Call(make_app(Root(), sqlite_model), "/words")
+    """Without ``max_seconds``, a stream can do without the monitor."""
+    call = Call(make_app(Root(lambda: iter(["one", "two"])), sqlite_model))
     assert call.read() == b"onetwo"
     assert [report.reason for report in reports] == ["completed"]
     assert_clean(sqlite_model)
 
 
-def test_bound_that_cannot_be_kept_is_an_ordinary_error(
+def test_max_seconds_without_a_monitor_thread_is_an_ordinary_error(
     make_app: MakeApp,
     sqlite_model: Model,
     reports: list[Report],
     ended: Callable[[], Report],
     no_more_threads: Callable[[], int],
 ) -> None:
-    """Before the first chunk; and the next one's is kept, when there are threads."""
-    app = make_app(writer(sqlite_model), sqlite_model)
+    """Streams expire as usual as soon as threads can be started."""
+    app = make_app(make_root(sqlite_model), sqlite_model)
     call = Call(app, "/words")
     assert call.status.startswith("500 ")
     call.read()
@@ -395,22 +350,22 @@ def test_bound_that_cannot_be_kept_is_an_ordinary_error(
 
 @pytest.mark.parametrize("seconds", [0, -1, "9", True, float("inf"), float("nan")])
 def test_invalid_max_seconds_is_rejected(seconds: Any) -> None:
-    """At decoration."""
+    """The error is raised at decoration."""
     with pytest.raises(
         ValueError, match="max_seconds must be a number of seconds > 0 or"
     ):
         stream(max_seconds=seconds)(lambda: None)
 
 
-def test_expired_stream_is_one_line_of_the_log(
+def test_expired_stream_is_logged_once(
     make_app: MakeApp,
     model: Model,
     ended: Callable[[], Report],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """A broken one is a warning."""
+    """The line is a warning, because the response is incomplete."""
     caplog.set_level("DEBUG", "tgstream")
-    call = Call(make_app(writer(model), model), "/words")
+    call = Call(make_app(make_root(model), model), "/words")
     ended()
     call.close()
     [record] = caplog.records
@@ -418,16 +373,17 @@ def test_expired_stream_is_one_line_of_the_log(
     assert "words at /words expired: 1 items, 1 chunks, 2 bytes" in record.getMessage()
 
 
-# What takes long, and what goes wrong, beside others.
+# Slow and failing streams, next to other streams.
 
 
-class Slow(TGController):
-    """Streams of which one does not come to its end before it is let go."""
+class SlowController(TGController):
+    """Streams of two words. The end of ``slow`` waits until the test goes on."""
 
     def __init__(self) -> None:
         self.go, self.ending = threading.Event(), threading.Event()
-        for name in ("slow", "quick"):  # TG forgets it between tests
-            expose(content_type="text/plain")(getattr(Slow, name))
+        # Not at import: the fixture make_app resets the milestones of TG.
+        for name in ("slow", "quick"):
+            expose(content_type="text/plain")(getattr(SlowController, name))
 
     @stream(max_seconds=SHORT)
     def slow(self) -> Iterator[str]:
@@ -444,28 +400,28 @@ class Slow(TGController):
         yield "two"
 
 
-def test_stream_that_ends_slowly_delays_no_other(
+def test_stream_that_ends_slowly_does_not_delay_others(
     make_app: MakeApp, sqlite_model: Model, ended: Callable[[], Report]
 ) -> None:
-    """While the ``finally`` of five streams waits, five others expire in time."""
-    root = Slow()
+    """Five streams wait in their ``finally``, and five other streams expire in time."""
+    root = SlowController()
     app = make_app(root, sqlite_model)
     slow = [Call(app, "/slow") for _ in range(5)]
     assert root.ending.wait(10)
     quick = [Call(app, "/quick") for _ in range(5)]
     try:
-        assert [ended().controller for _ in quick] == ["Slow.quick"] * 5
+        assert [ended().controller for _ in quick] == ["SlowController.quick"] * 5
     finally:
         root.go.set()
-    assert [ended().controller for _ in slow] == ["Slow.slow"] * 5
+    assert [ended().controller for _ in slow] == ["SlowController.slow"] * 5
     for call in slow + quick:
         call.close()
 
 
-def test_report_hook_that_waits_delays_no_other(
+def test_report_hook_that_waits_does_not_delay_others(
     make_app: MakeApp, sqlite_model: Model, ended: Callable[[], Report]
 ) -> None:
-    """A hook of one stream waits until the other stream has ended."""
+    """The hook of the first stream waits until the second stream has ended."""
     others = threading.Semaphore(0)
 
     def wait(report: Report) -> None:
@@ -474,7 +430,7 @@ def test_report_hook_that_waits_delays_no_other(
         else:
             others.release()
 
-    app = make_app(Slow(), sqlite_model)
+    app = make_app(SlowController(), sqlite_model)
     tg.hooks.register("tgstream.finished", wait)
     calls = [Call(app, "/quick?waits=yes"), Call(app, "/quick")]
     assert [ended().reason for _ in calls] == ["expired"] * 2
@@ -483,13 +439,13 @@ def test_report_hook_that_waits_delays_no_other(
         call.close()
 
 
-def test_rollback_on_a_frozen_database_delays_no_other(
+def test_rollback_on_a_frozen_database_does_not_delay_others(
     make_app: MakeApp,
     make_model: MakeModel,
     postgresql: str,
     ended: Callable[[], Report],
 ) -> None:
-    """A stopped PostgreSQL backend holds up its own stream alone."""
+    """A stopped PostgreSQL backend delays only its own stream."""
     model = make_model(postgresql)
 
     class Root(TGController):
@@ -514,11 +470,11 @@ def test_rollback_on_a_frozen_database_delays_no_other(
     assert_clean(model)
 
 
-def test_drain_returns_in_time_while_a_stream_ends_slowly(
+def test_drain_returns_after_its_timeout_while_a_stream_ends_slowly(
     make_app: MakeApp, sqlite_model: Model, ended: Callable[[], Report]
 ) -> None:
-    """``drain()`` runs no user code on the thread that calls it."""
-    root = Slow()
+    """The generator's ``finally`` does not run on the thread that calls ``drain()``."""
+    root = SlowController()
     call = Call(make_app(root, sqlite_model), "/slow")
     assert next(call) == b"one"
     try:
@@ -542,35 +498,25 @@ def test_drain_returns_in_time_while_a_stream_ends_slowly(
 )
 @pytest.mark.parametrize("value", ["inf", "nan", "1e12"])
 def test_option_that_is_not_a_possible_time_is_rejected(name: str, value: str) -> None:
-    """It is an error where the option is read, and not later on some thread."""
+    """The error is raised when the option is read, and not later on another thread."""
     with pytest.raises(ValueError, match=rf"tgstream\.{name} has an .*'{value}'"):
         read_option({f"tgstream.{name}": value}, f"tgstream.{name}")
 
 
 @pytest.mark.parametrize("heartbeat", [float("inf"), 1e12])
 def test_heartbeat_longer_than_a_thread_can_wait_is_rejected(heartbeat: float) -> None:
-    """It is an error where the format is made."""
+    """The error is raised when the format is made."""
     with pytest.raises(ValueError, match="heartbeat must be"):
         SSE(heartbeat=heartbeat)
 
 
-class Words(TGController):
-    """A stream of two words, which lives as long as it is asked to."""
-
-    def __init__(self) -> None:
-        expose(content_type="text/plain")(Words.words)  # TG forgets it between tests
-
-    def words(self, seconds: str = str(SHORT)) -> Stream:
-        return Stream(iter(["one", "two"]), max_seconds=float(seconds))
-
-
-def test_very_long_duration_is_watched_like_any_other(
+def test_very_long_duration_does_not_stop_the_monitor(
     make_app: MakeApp,
     sqlite_model: Model,
     ended: Callable[[], Report],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A wait of the monitor never overflows, so that the next stream expires."""
+    """The monitor's wait does not overflow, so that the next stream expires."""
     monkeypatch.setattr(diagnostics, "ONLY_WORKER_SECONDS", 0.0)
     options = {
         "tgstream__idle_transaction_seconds": "9e9",
@@ -584,14 +530,14 @@ def test_very_long_duration_is_watched_like_any_other(
     short.close()
 
 
-def test_monitor_that_fails_is_logged_and_goes_on(
+def test_monitor_continues_after_an_error(
     make_app: MakeApp,
     sqlite_model: Model,
     ended: Callable[[], Report],
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """The stream of the next look expires as usual."""
+    """The error is logged, and the next stream expires as usual."""
     looks = iter([ZeroDivisionError])
 
     def fail_once(environ: Any) -> bool:
@@ -599,7 +545,7 @@ def test_monitor_that_fails_is_logged_and_goes_on(
             raise error
         return has_disconnected(environ)
 
-    monkeypatch.setattr(_watch, "has_disconnected", fail_once)
+    monkeypatch.setattr(monitor_module, "has_disconnected", fail_once)
     app = make_app(Words(), sqlite_model, tgstream__disconnect_check_seconds="0.01")
     first = Call(app, "/words?seconds=3600")
     second = Call(app, "/words")
@@ -615,7 +561,7 @@ class Registering:
     expires = float("inf")
     ended = False
 
-    def __init__(self, monitor: _watch.Monitor) -> None:
+    def __init__(self, monitor: monitor_module.Monitor) -> None:
         self.monitor, self.looks = monitor, 0
 
     @property
@@ -627,7 +573,7 @@ class Registering:
 
 def test_monitor_may_look_while_a_stream_registers() -> None:
     """Its thread runs between any two byte codes, and finds no incomplete entry."""
-    monitor = _watch.Monitor()
+    monitor = monitor_module.Monitor()
     registering: Any = Registering(monitor)
     monitor.register(registering, clock())
     assert registering.looks == 1
@@ -635,11 +581,11 @@ def test_monitor_may_look_while_a_stream_registers() -> None:
     assert 9 < monitor._look_at_all() <= 10
 
 
-# Items of which no chunk comes.
+# Items without output.
 
 
 class Empty:
-    """A format that makes nothing of its items but empty pieces."""
+    """A format that encodes each item as empty text."""
 
     content_type = "text/plain"
 
@@ -649,7 +595,7 @@ class Empty:
 
 
 class Filter:
-    """A format that makes nothing of its items, not even empty pieces."""
+    """A format that skips empty items."""
 
     content_type = "text/plain"
 
@@ -660,7 +606,7 @@ class Filter:
 
 
 class EmptyBatches(list[str]):
-    """A source whose batches are empty, forever."""
+    """A source that puts an empty item into an empty batch."""
 
     fields = ()
 
@@ -676,23 +622,23 @@ class EmptyBatches(list[str]):
 
 
 class Batches(EmptyBatches):
-    """A source of batches of one item, forever."""
+    """A source that puts each item into a batch."""
 
     def batches(self) -> Iterator[list[Any]]:
         return ([item] for item in self.items)
 
 
 class BatchFilter(Filter):
-    """A format that makes nothing of whole batches."""
+    """A format that skips the empty items of batches."""
 
     def encode_batches(self, source: Any) -> Iterator[str]:
         return self.encode(item for batch in source.batches() for item in batch)
 
 
 SOURCES: dict[str, Any] = {"batches": EmptyBatches, "batch-filter": Batches}
-MUTE: dict[str, dict[str, Any]] = {
+OPTIONS: dict[str, dict[str, Any]] = {
     "raw": {},
-    "gathered": {"chunk_size": 1000},
+    "buffered": {"chunk_size": 1000},
     "empty": {"format": Empty()},
     "empty-each": {"format": Empty(), "commit": "each"},
     "filter": {"format": Filter()},
@@ -701,50 +647,50 @@ MUTE: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("kind", MUTE)
+@pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.parametrize("first", [True, False], ids=["first", "later"])
-@pytest.mark.parametrize("how", ["expired", "drained", "disconnected"])
-def test_stream_that_makes_items_but_no_bytes_can_be_ended(
+@pytest.mark.parametrize("end", ["expired", "drained", "disconnected"])
+def test_stream_of_items_without_output_can_be_ended(
     make_app: MakeApp,
     sqlite_model: Model,
     ended: Callable[[], Report],
-    kind: str,
+    name: str,
     first: bool,
-    how: str,
+    end: str,
 ) -> None:
-    """In its first pull and in a later one, at the next item."""
-    makes, stop = threading.Event(), threading.Event()
+    """The stream ends at its next item, in the first pull or in a later pull."""
+    making, stop = threading.Event(), threading.Event()
     streams: list[Stream] = []
 
     def items() -> Iterator[Any]:
         if not first:
-            yield ["one"] if kind == "batches" else "one"
+            yield ["one"] if name == "batches" else "one"
         streams.append(current_stream())
         while not stop.wait(0.001):
-            makes.set()
+            making.set()
             yield ""
-        raise AssertionError("it was not ended")
+        raise AssertionError("the stream was not ended")
 
     class Root(TGController):
         @expose(content_type="text/plain")
         def words(self) -> Stream:
-            source = SOURCES.get(kind, iter)(items())
-            seconds = 0.2 if how == "expired" else None
-            return Stream(source, max_seconds=seconds, **MUTE[kind])
+            source = SOURCES.get(name, iter)(items())
+            seconds = 0.2 if end == "expired" else None
+            return Stream(source, max_seconds=seconds, **OPTIONS[name])
 
     app = make_app(Root(), sqlite_model, trace_errors__enable=False)
     with ThreadPoolExecutor(1) as thread:
         body = thread.submit(lambda: Call(app, "/words", checked=False).read())
         try:
-            assert makes.wait(10)
-            if how == "drained":
+            assert making.wait(10)
+            if end == "drained":
                 assert drain(timeout=10)
-            elif how == "disconnected":
+            elif end == "disconnected":
                 streams[0].close()
             report = ended()
         finally:
             stop.set()
-        assert (report.reason, report.error) == (how, None)
+        assert (report.reason, report.error) == (end, None)
         with pytest.raises(StreamError, match="before its end"):
             body.result()
     streams.clear()

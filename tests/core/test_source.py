@@ -79,7 +79,7 @@ def test_nonblocking_pipe_without_data_has_not_ended(
         os.write(writer, b"two")
         os.close(writer)
 
-    later = threading.Timer(0.2, write_late)  # after the stream has read in vain
+    later = threading.Timer(0.2, write_late)  # after the stream has found no data
     later.start()
     assert call.read() == b"two"
     later.join()
@@ -99,7 +99,7 @@ def test_nonblocking_socket_without_data_has_not_ended(make_app: MakeApp) -> Non
             theirs.sendall(b"two")
             theirs.shutdown(socket.SHUT_WR)
 
-        later = threading.Timer(0.2, send_late)  # after the stream has read in vain
+        later = threading.Timer(0.2, send_late)  # after the stream has found no data
         later.start()
         assert call.read() == b"two"
         later.join()
@@ -300,7 +300,7 @@ def test_request_body_ends_at_its_length(make_app: MakeApp, name: str) -> None:
 
 
 def test_truncated_request_body_fails_the_stream(make_app: MakeApp) -> None:
-    """Half of an upload does not pass for the whole."""
+    """The upload is not taken as complete."""
     app = make_file_app(make_app, lambda: tg.request.environ["wsgi.input"])
     with pytest.raises(ConnectionResetError, match="6 bytes of the request body"):
         post(app, Connection(b"half"), 10).read()

@@ -1,4 +1,4 @@
-"""``Stream``, ``current_stream`` and the hooks, as a generator calls them."""
+"""``Stream``, ``current_stream()``, ``commit()``, ``flush()`` and ``rollback()``."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from tg import TGController, expose
 
 import tgstream
 from tests.conftest import MakeApp, Root, assert_clean
-from tests.core.test_context import on_another_thread
+from tests.core.support import run_on_another_thread
 from tests.model import Model, Note, User
 from tests.wsgi import Call, get
 from tgstream import CSV, Report, Stream, StreamError, current_stream, stream
 
-HOOKS: list[Callable[[], Any]] = [
+FUNCTIONS: list[Callable[[], Any]] = [
     tgstream.commit,
     tgstream.flush,
     tgstream.rollback,
@@ -28,7 +28,7 @@ HOOKS: list[Callable[[], Any]] = [
 
 
 def test_stream_of_text_is_encoded(make_app: MakeApp) -> None:
-    """A generator that yields str, as TG's cookbook has it, arrives in UTF-8."""
+    """A generator that yields str, like in TG's cookbook, is sent in UTF-8."""
 
     class Root(TGController):
         @expose(content_type="text/plain")
@@ -43,10 +43,10 @@ def test_stream_of_text_is_encoded(make_app: MakeApp) -> None:
     assert call.text == "éß"
 
 
-def test_stream_writes_are_committed_at_its_end(
+def test_changes_of_the_generator_are_committed_at_its_end(
     make_app: MakeApp, model: Model, reports: list[Report]
 ) -> None:
-    """What the generator adds is there when it has run to its end."""
+    """The changes are visible when the response is complete."""
 
     class Root(TGController):
         @expose(content_type="text/plain")
@@ -64,8 +64,8 @@ def test_stream_writes_are_committed_at_its_end(
     assert_clean(model)
 
 
-def test_commit_each_without_a_database_streams(make_app: MakeApp) -> None:
-    """There is nothing to commit, and nothing to complain of."""
+def test_commit_each_works_without_a_database(make_app: MakeApp) -> None:
+    """Nothing is committed, and nothing fails."""
 
     class Root(TGController):
         @expose(content_type="text/plain")
@@ -77,11 +77,11 @@ def test_commit_each_without_a_database_streams(make_app: MakeApp) -> None:
     assert get(make_app(Root(), tm__enabled=False), "/text").text == "ab"
 
 
-def test_current_stream_counts(make_app: MakeApp) -> None:
-    """A generator can read how many items, chunks and bytes have gone out."""
+def test_current_stream_has_counters(make_app: MakeApp) -> None:
+    """A generator can read how many items, chunks and bytes have been sent."""
     seen = []
 
-    def look() -> tuple[int, int, int]:
+    def read_counters() -> tuple[int, int, int]:
         running = current_stream()
         return running.items, running.chunks, running.bytes
 
@@ -89,89 +89,91 @@ def test_current_stream_counts(make_app: MakeApp) -> None:
         @expose(content_type="text/plain")
         @stream
         def count(self) -> Iterator[str]:
-            seen.append(look())
+            seen.append(read_counters())
             yield "ab"
-            seen.append(look())
+            seen.append(read_counters())
             yield ""
             yield "c"
-            seen.append(look())
+            seen.append(read_counters())
 
     assert get(make_app(Root()), "/count").text == "abc"
     assert seen == [(0, 0, 0), (1, 1, 2), (3, 2, 3)]
 
 
-def test_stream_that_was_not_started_has_counted_nothing() -> None:
-    """A Stream that no controller returned is empty, and can be closed."""
-    lonely = Stream(["x"])
-    assert (lonely.items, lonely.chunks, lonely.bytes) == (0, 0, 0)
-    assert list(lonely) == []
-    lonely.close()
+def test_stream_that_was_not_started_is_empty() -> None:
+    """A stream that no controller has returned can be closed."""
+    unstarted = Stream(["x"])
+    assert (unstarted.items, unstarted.chunks, unstarted.bytes) == (0, 0, 0)
+    assert list(unstarted) == []
+    unstarted.close()
 
 
-@pytest.mark.parametrize("hook", HOOKS, ids=lambda hook: hook.__name__)
-def test_hook_outside_of_a_stream_says_where_it_belongs(
-    make_app: MakeApp, hook: Callable[[], Any]
+@pytest.mark.parametrize("function", FUNCTIONS, ids=lambda function: function.__name__)
+def test_function_outside_of_a_stream_is_rejected(
+    make_app: MakeApp, function: Callable[[], Any]
 ) -> None:
-    """Neither without a request, nor in a controller's body, nor on another thread."""
-    message = rf"^{hook.__name__}\(\) was called where no stream is running"
+    """A controller, ``_after()`` and another thread have no stream."""
+    message = rf"^{function.__name__}\(\) was called where no stream is running"
 
-    def refused() -> str:
+    def reject() -> str:
         with pytest.raises(StreamError, match=message):
-            hook()
-        return "refused"
+            function()
+        return "rejected"
 
     class Root(TGController):
         @expose(content_type="text/plain")
         def plain(self) -> str:
-            return refused()
+            return reject()
 
         @expose(content_type="text/plain")
         @stream
         def body(self) -> Iterator[str]:
-            refused()
-            return iter(["refused"])
+            reject()
+            return iter(["rejected"])
 
         @expose(content_type="text/plain")
         @stream
         def thread(self) -> Iterator[str]:
-            yield on_another_thread(refused)
+            yield run_on_another_thread(reject)
 
         def _after(self, *remainder: Any, **params: Any) -> None:
-            refused()
+            reject()
 
-    refused()
+    reject()
     app = make_app(Root())
     for path in ("/plain", "/body", "/thread"):
-        assert get(app, path).text == "refused"
-    refused()
+        assert get(app, path).text == "rejected"
+    reject()
 
 
-@pytest.mark.parametrize("hook", HOOKS[:3], ids=lambda hook: hook.__name__)
-def test_hook_without_a_database_says_so(
-    make_app: MakeApp, hook: Callable[[], Any]
+@pytest.mark.parametrize(
+    "function", FUNCTIONS[:3], ids=lambda function: function.__name__
+)
+def test_function_without_a_database_is_rejected(
+    make_app: MakeApp, function: Callable[[], Any]
 ) -> None:
-    """The message names the controller and the options that give it a session."""
+    """The error names the controller and the options that set a session."""
 
     class Root(TGController):
         @expose(content_type="text/plain")
         @stream
         def write(self) -> Iterator[str]:
             with pytest.raises(StreamError) as raised:
-                hook()
+                function()
             yield str(raised.value)
 
     for enabled in (True, False):
         assert get(make_app(Root(), tm__enabled=enabled), "/write").text == (
-            f"Root.write called {hook.__name__}(), but its application has no database "
-            "session. Set use_sqlalchemy, or name a session in the option "
+            f"Root.write called {function.__name__}(), but its application has no "
+            "database session. Set use_sqlalchemy, or name a session in the option "
             "tgstream.sessions"
         )
 
 
-def test_hook_reaches_the_stream_of_the_request_in_force(
+def test_current_stream_belongs_to_the_innermost_request(
     make_app: MakeApp, model: Model
 ) -> None:
-    """In a request made inside of a generator there is no stream to commit."""
+    """A generator makes a request, whose controller does not stream."""
 
     class Inner(TGController):
         @expose(content_type="text/plain")
@@ -191,8 +193,8 @@ def test_hook_reaches_the_stream_of_the_request_in_force(
     assert get(make_app(Root(), model), "/outer").text == "inner1"
 
 
-def test_result_of_the_body_is_refused(make_app: MakeApp, model: Model) -> None:
-    """A Result ends with the request's transaction, and says what to do instead."""
+def test_result_of_the_controller_is_rejected(make_app: MakeApp, model: Model) -> None:
+    """A ``Result`` ends with the transaction of the request. Stream its statement."""
 
     class Root(TGController):
         @expose(content_type="text/plain")
@@ -219,8 +221,8 @@ def test_result_of_the_body_is_refused(make_app: MakeApp, model: Model) -> None:
     assert_clean(model)
 
 
-def test_incremental_charset_says_its_mark_once(make_app: MakeApp) -> None:
-    """UTF-16 has one byte order mark, and a stateful charset is closed at the end."""
+def test_charset_with_a_state_encodes_items_like_one_text(make_app: MakeApp) -> None:
+    """UTF-16 has one byte order mark, and ISO-2022-JP is reset at the end."""
 
     class Root(TGController):
         @expose()
@@ -240,8 +242,10 @@ def test_incremental_charset_says_its_mark_once(make_app: MakeApp) -> None:
     assert Call(app, "/stateful").read() == "日本".encode("iso2022_jp")
 
 
-def test_query_runs_in_the_streams_own_session(make_app: MakeApp, model: Model) -> None:
-    """A Query that a controller returns is run in the session that it is of."""
+def test_query_is_executed_in_the_session_of_the_stream(
+    make_app: MakeApp, model: Model
+) -> None:
+    """The controller returns the query."""
 
     class Names:
         content_type = "text/plain"
@@ -263,10 +267,10 @@ def test_query_runs_in_the_streams_own_session(make_app: MakeApp, model: Model) 
 
 
 @pytest.mark.parametrize("path", ["query", "session", "expression", "first"])
-def test_query_of_the_body_can_be_used_in_the_generator(
+def test_query_of_the_controller_can_be_used_in_the_generator(
     make_app: MakeApp, model: Model, path: str
 ) -> None:
-    """A query, a session and their objects are the stream's once the body returns."""
+    """The stream keeps the session of its controller, and the session's objects."""
 
     class Root(TGController):
         @expose(content_type="text/plain")
@@ -318,10 +322,10 @@ def test_query_of_the_body_can_be_used_in_the_generator(
     assert_clean(model)
 
 
-def test_query_of_a_foreign_session_is_left_to_it(
+def test_query_of_another_session_is_executed_there(
     make_app: MakeApp, sqlite_model: Model
 ) -> None:
-    """A session that the user made by hand is the user's, in a stream as anywhere."""
+    """A stream does not replace a session that the application has made itself."""
 
     class Names:
         content_type = "text/plain"
@@ -346,10 +350,10 @@ def test_query_of_a_foreign_session_is_left_to_it(
     assert_clean(model)
 
 
-def test_scoped_session_outside_of_streams_is_as_ever(
+def test_scoped_session_works_as_usual_after_a_stream(
     make_app: MakeApp, sqlite_model: Model
 ) -> None:
-    """Once it has served a stream, it still makes, takes and forgets sessions."""
+    """The session can be created, read, set and removed."""
 
     class Root(TGController):
         @expose()
@@ -369,7 +373,7 @@ def test_scoped_session_outside_of_streams_is_as_ever(
     model.DBSession.remove()
 
 
-@pytest.mark.parametrize("kind", ["list", "generator", "batches"])
+@pytest.mark.parametrize("source", ["list", "generator", "batches"])
 @pytest.mark.parametrize(
     "format", [None, CSV, CSV(["x", "y"])], ids=["raw", "csv", "header"]
 )
@@ -378,19 +382,23 @@ def test_scoped_session_outside_of_streams_is_as_ever(
     [{}, {"chunk_size": 100_000}, {"chunk_size": 0}, {"commit": 7}, {"commit": "each"}],
     ids=repr,
 )
-def test_character_outside_of_the_charset_is_found_in_its_item(
+def test_unencodable_character_is_reported_with_its_item(
     make_app: MakeApp,
     reports: list[Report],
-    kind: str,
+    source: str,
     format: Any,
     options: dict[str, Any],
 ) -> None:
-    """The error has the number of the item, and the place in there."""
+    """The error has the number of the item, and the position in the item."""
     texts = ["plain, old\n"] * 1200
     texts[899] = "it costs 5 \N{EURO SIGN}"
     items: list[Any] = texts if format is None else [(text, 1) for text in texts]
-    sources = {"list": items, "generator": (n for n in items), "batches": Big(items)}
-    root = Root(lambda: sources[kind], format=format, charset="latin-1", **options)
+    sources = {
+        "list": items,
+        "generator": (n for n in items),
+        "batches": OneBatch(items),
+    }
+    root = Root(lambda: sources[source], format=format, charset="latin-1", **options)
     call = Call(make_app(root))
     with suppress(UnicodeEncodeError):
         call.read()
@@ -401,7 +409,7 @@ def test_character_outside_of_the_charset_is_found_in_its_item(
     assert error.object[error.start] == "\N{EURO SIGN}"
 
 
-class Big(list[Any]):
+class OneBatch(list[Any]):
     """A source of one batch."""
 
     fields = ("x", "y")
@@ -410,10 +418,10 @@ class Big(list[Any]):
         yield self[:]
 
 
-def test_lone_surrogate_is_found_in_its_item(
+def test_lone_surrogate_is_reported_with_its_item(
     make_app: MakeApp, reports: list[Report]
 ) -> None:
-    """Also where texts and bytes take turns, and UTF-8 is what cannot say it."""
+    """UTF-8 cannot encode it. The items before it are text and bytes in turn."""
     items = ["a", b"b"] * 10 + ["c\ud800"]
     get(make_app(Root(lambda: iter(items), chunk_size=1000)))
     assert "item 21 of Root.index" in str(reports[0].error)
@@ -421,18 +429,18 @@ def test_lone_surrogate_is_found_in_its_item(
 
 
 @pytest.mark.parametrize("charset", ["rot13", "hex", "nope", "utf-8\r\n\r\n<b>"])
-def test_charset_of_a_response_that_is_none_is_an_error_of_its_request(
+def test_invalid_charset_of_a_response_is_an_ordinary_error(
     make_app: MakeApp, charset: str
 ) -> None:
-    """Wherever the name comes from: no text is sent in what is not a charset."""
+    """The charset is set in the response, in ``@expose`` or in the format."""
 
-    class Odd:
+    class OddFormat:
         content_type = "text/plain"
 
         def encode(self, items: Any) -> Iterator[str]:
             yield from items
 
-    Odd.charset = charset  # type: ignore[attr-defined]
+    OddFormat.charset = charset  # type: ignore[attr-defined]
 
     class RootController(TGController):
         @expose()
@@ -448,7 +456,7 @@ def test_charset_of_a_response_that_is_none_is_an_error_of_its_request(
             yield "a"
 
         @expose()
-        @stream(Odd)
+        @stream(OddFormat)
         def format(self) -> Iterator[str]:
             yield "a"
 
@@ -457,7 +465,7 @@ def test_charset_of_a_response_that_is_none_is_an_error_of_its_request(
         call = Call(app, f"/{name}", checked=False)
         call.read()
         if "\n" in charset and name == "exposed":
-            continue  # what stands before the line end is what @expose says
+            continue  # TG uses the name before the line break
         assert call.status.startswith("500"), name
         assert (
             "must be the name of a text encoding of Python, got"

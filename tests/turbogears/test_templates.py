@@ -16,7 +16,7 @@ from tg.render import MissingRendererError
 from tg.renderers.jinja import JinjaRenderer
 
 from tests.conftest import MakeApp, assert_clean, assert_thread_clean
-from tests.core.test_context import on_another_thread
+from tests.core.support import run_on_another_thread
 from tests.model import Model, User
 from tests.wsgi import Call, get
 from tgstream import Stream, StreamError, stream
@@ -263,7 +263,7 @@ def test_pages_are_rendered_on_any_thread(make_page_app: MakeApp, engine: str) -
     texts = dict.fromkeys(calls, "")
     while calls:
         for title, call in list(calls.items()):
-            chunk = on_another_thread(partial(next, call, b""))
+            chunk = run_on_another_thread(partial(next, call, b""))
             texts[title] += chunk.decode()
             if not chunk:
                 calls.pop(title).close()
