@@ -80,3 +80,11 @@ def get(app: App, path: str = "/", **environ: Any) -> Call:
     call = Call(app, path, **environ)
     call.text = call.read().decode()
     return call
+
+
+def get_chunks(app: App, path: str = "/") -> list[bytes]:
+    """Make a request, and return the chunks that the server gets."""
+    call = Call(app, path)
+    chunks = list(call)
+    call.close()
+    return chunks

@@ -24,7 +24,7 @@ from tg.decorators import cached
 
 from tests.conftest import MakeApp, assert_clean, assert_thread_clean
 from tests.model import MakeModel, Model, User
-from tests.turbogears.test_guard import WIRINGS, unplugged
+from tests.turbogears.support import WIRINGS, without_guard
 from tests.wsgi import Call, get
 from tgstream import (
     Report,
@@ -821,7 +821,7 @@ def test_pull_by_two_threads_disturbs_nobody(
             assert go.wait(10)
             yield "two"
 
-    bare = unplugged(
+    bare = without_guard(
         make_app(Root(), registry_streaming=False, trace_errors__enable=False)
     )
     call = Call(bare, "/wait", checked=False)
