@@ -47,6 +47,13 @@ def without_guard(app: Any) -> Any:
     return app.app
 
 
+class Middleware:
+    """The base class of the WSGI middlewares of tests."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+
 @contextlib.contextmanager
 def install_middleware(middleware: Any, hook: str = HOOKS[0]) -> Iterator[None]:
     """Give the applications that are made in this context a middleware."""

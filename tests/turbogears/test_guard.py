@@ -9,6 +9,7 @@ import itertools
 import sys
 import threading
 from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -26,6 +27,7 @@ from tests.turbogears.support import (
     TRACED,
     UNTRACED,
     WIRINGS,
+    Middleware,
     install_middleware,
     make_root,
     plug_with_wrapper,
@@ -251,10 +253,7 @@ def test_close_during_a_pull_of_a_middleware_ends_the_stream(
     """TG's generators refuse ``close()`` while they run. The guard does not raise."""
     working, go_on = threading.Event(), threading.Event()
 
-    class Working:
-        def __init__(self, app: Any) -> None:
-            self.app = app
-
+    class SlowMiddleware(Middleware):
         def __call__(self, environ: Any, start_response: Any) -> Iterator[bytes]:
             body = self.app(environ, start_response)
             return self.relay(body)
@@ -269,7 +268,7 @@ def test_close_during_a_pull_of_a_middleware_ends_the_stream(
             finally:
                 body.close()
 
-    with install_middleware(Working):
+    with install_middleware(SlowMiddleware):
         app = make_app(make_root())
     call = Call(app, "/words", checked=False)
     assert next(call) == b"one"
@@ -308,11 +307,8 @@ def test_error_in_close_reaches_the_server(
 # Middlewares inside the guard.
 
 
-class Forwarding:
+class ErrorPageMiddleware(Middleware):
     """A WSGI middleware that reports an error with ``exc_info``, as in PEP 3333."""
-
-    def __init__(self, app: Any) -> None:
-        self.app = app
 
     def __call__(self, environ: Any, start_response: Any) -> Iterator[bytes]:
         try:
@@ -326,7 +322,7 @@ def test_second_start_response_with_exc_info_reaches_the_server(
     make_app: MakeApp,
 ) -> None:
     """The server sends the error page if it has sent nothing, and aborts otherwise."""
-    with install_middleware(Forwarding):
+    with install_middleware(ErrorPageMiddleware):
         app = make_app(make_root(), **UNTRACED)
     call = Call(app, "/crash", checked=False)
     assert list(call) == [b"an error page"]
@@ -334,11 +330,8 @@ def test_second_start_response_with_exc_info_reaches_the_server(
     assert_failure_reaches_the_server(app, checked=False)
 
 
-class Buffering:
+class BufferingMiddleware(Middleware):
     """A middleware that reads the whole response before it sends any of it."""
-
-    def __init__(self, app: Any) -> None:
-        self.app = app
 
     def __call__(self, environ: Any, start_response: Any) -> Any:
         response = webob.Request(environ).get_response(self.app)
@@ -352,7 +345,7 @@ def test_response_of_a_buffering_middleware_is_complete_or_an_error(
     make_app: MakeApp, sqlite_model: Model, wiring: dict[str, Any], hook: str
 ) -> None:
     """It does not stream, and a failed stream does not become a 200."""
-    with install_middleware(Buffering, hook):
+    with install_middleware(BufferingMiddleware, hook):
         app = make_app(make_root(), sqlite_model, **wiring)
     call = Call(app, "/words", checked=False)
     assert (call.read(), call.status, call.starts) == (b"ONETWO", "200 OK", 1)
@@ -367,13 +360,12 @@ def test_response_of_a_buffering_middleware_is_complete_or_an_error(
     assert_clean(sqlite_model)
 
 
-class Reading:
+class ReadingMiddleware(Middleware):
     """A middleware that reads a body within its own call, in several ways."""
 
-    how = "all"
-
-    def __init__(self, app: Any) -> None:
-        self.app = app
+    def __init__(self, app: Any, how: str) -> None:
+        super().__init__(app)
+        self.how = how
 
     def __call__(self, environ: Any, start_response: Any) -> Any:
         if self.how == "write":
@@ -455,7 +447,7 @@ def test_failure_reaches_the_server_after_a_middleware_has_read_the_body(
 ) -> None:
     """The response is a 500, or is aborted if a part of it was sent."""
     drainers: list[threading.Thread] = []
-    with install_middleware(type("", (Reading,), {"how": how}), hook):
+    with install_middleware(partial(ReadingMiddleware, how=how), hook):
         app = make_app(make_interrupted_root(end, drainers), **wiring)
     status, _, errors = serve(app, "/")
     if how == "write" and end != "0":
@@ -473,11 +465,8 @@ def test_failure_reaches_the_server_after_a_middleware_has_read_the_body(
     assert serve(app, "/words")[1].endswith("onetwo")
 
 
-class Draining:
+class DrainingMiddleware(Middleware):
     """A middleware during whose call the process begins to drain."""
-
-    def __init__(self, app: Any) -> None:
-        self.app = app
 
     def __call__(self, environ: dict[str, Any], start_response: Any) -> Any:
         body = self.app(environ, start_response)
@@ -490,7 +479,7 @@ def test_stream_that_is_drained_before_its_first_pull_is_aborted(
     make_app: MakeApp, reports: list[Report], wiring: dict[str, Any]
 ) -> None:
     """The first chunk alone does not look like a complete response."""
-    with install_middleware(Draining):
+    with install_middleware(DrainingMiddleware):
         app = make_app(make_root(), **wiring)
     call = Call(app, "/words")
     with pytest.raises(StreamError, match="was drained before its end"):
@@ -502,10 +491,7 @@ def test_stream_that_is_drained_before_its_first_pull_is_aborted(
 def test_error_page_of_a_buffering_middleware_is_sent(make_app: MakeApp) -> None:
     """The guard does not replace the error page that a middleware has made."""
 
-    class Answering:
-        def __init__(self, app: Any) -> None:
-            self.app = app
-
+    class ReadingErrorPageMiddleware(Middleware):
         def __call__(self, environ: Any, start_response: Any) -> list[bytes]:
             try:
                 return [b"".join(self.app(environ, start_response))]
@@ -513,18 +499,15 @@ def test_error_page_of_a_buffering_middleware_is_sent(make_app: MakeApp) -> None
                 start_response("502 Oh", [], sys.exc_info())
                 return [b"an error page"]
 
-    with install_middleware(Answering):
+    with install_middleware(ReadingErrorPageMiddleware):
         app = make_app(make_interrupted_root("1", []), **UNTRACED)
     status, rest, _ = serve(app, "/")
     assert status == "502 Oh"
     assert rest.endswith("an error page")
 
 
-class Closing:
+class ConnectionCloseMiddleware(Middleware):
     """A middleware that adds a header which a WSGI server refuses."""
-
-    def __init__(self, app: Any) -> None:
-        self.app = app
 
     def __call__(self, environ: Any, start_response: Any) -> Any:
         def start(status: str, headers: Any, exc_info: Any = None) -> Any:
@@ -541,7 +524,7 @@ def test_response_that_the_server_refuses_is_a_server_error(
     make_app: MakeApp, reports: list[Report], wiring: dict[str, Any], guarded: bool
 ) -> None:
     """backlash swallows the server's exception, and tgstream raises it again."""
-    with install_middleware(Closing):
+    with install_middleware(ConnectionCloseMiddleware):
         app = make_app(make_root(), **wiring)
     app = app if guarded else without_guard(app)
     status, _, _ = serve(app, "/words")
@@ -554,13 +537,12 @@ def test_response_that_the_server_refuses_is_a_server_error(
     get(make_app(make_root()), "/plain")
 
 
-class Gzip:
+class GzipMiddleware(Middleware):
     """A middleware that compresses every body, whatever the method is."""
 
-    lazy = False
-
-    def __init__(self, app: Any) -> None:
-        self.app = app
+    def __init__(self, app: Any, lazy: bool) -> None:
+        super().__init__(app)
+        self.lazy = lazy
 
     def __call__(self, environ: Any, start_response: Any) -> Any:
         if self.lazy:
@@ -591,7 +573,7 @@ def test_response_without_a_body_has_none_after_compression(
     make_app: MakeApp, wiring: dict[str, Any], hook: str, lazy: bool
 ) -> None:
     """The guard removes the output of a compressor, and its ``Content-Length``."""
-    with install_middleware(type("", (Gzip,), {"lazy": lazy}), hook):
+    with install_middleware(partial(GzipMiddleware, lazy=lazy), hook):
         app = make_app(make_root(), **wiring)
     for path in "/words", "/measured":
         call = get(app, path, method="HEAD", checked=False)
