@@ -61,7 +61,7 @@ def postgresql(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture(params=["sqlite", "postgresql"])
 def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """The URL of an empty SQLite file, and of a PostgreSQL database."""
+    """The URL of an empty SQLite file, or of a PostgreSQL database."""
     if request.param == "sqlite":
         return f"sqlite:///{tmp_path}/test.db"
     return str(request.getfixturevalue("postgresql"))
@@ -69,7 +69,7 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 @pytest.fixture
 def make_model() -> Iterator[MakeModel]:
-    """Makes models, and closes their connections after the test."""
+    """A function that makes models. Their connections are closed after the test."""
     models: list[Model] = []
 
     def make(url: str, **options: Any) -> Model:
@@ -83,7 +83,7 @@ def make_model() -> Iterator[MakeModel]:
 
 @pytest.fixture
 def model(make_model: MakeModel, url: str) -> Model:
-    """The model of an application, on an SQLite file and on PostgreSQL."""
+    """The model of an application on an SQLite file, or on PostgreSQL."""
     return make_model(url)
 
 
@@ -95,7 +95,7 @@ def sqlite_model(make_model: MakeModel, tmp_path: Path) -> Model:
 
 @pytest.fixture
 def session(model: Model) -> Iterator[Session]:
-    """A session that no stream uses."""
+    """A session of the test, which no stream uses."""
     with Session(model.outside) as session:
         yield session
 
@@ -103,13 +103,14 @@ def session(model: Model) -> Iterator[Session]:
 class Root(TGController):
     """A controller with one page, which streams ``body``.
 
-    :param body: called in the controller to make the items.
-    :param options: of the stream.
+    :param body: is called in the controller, and returns the items.
+    :param options: the options of the stream.
     """
 
     def __init__(self, body: Callable[[], Any], **options: Any) -> None:
         self.body, self.options = body, options
-        expose(content_type="text/plain")(Root.index)  # fixtures reset TG's registry
+        # For each test, because TG forgets it when a fixture resets its milestones.
+        expose(content_type="text/plain")(Root.index)
 
     def index(self) -> Stream:
         return Stream(self.body(), **self.options)
@@ -117,7 +118,10 @@ class Root(TGController):
 
 @pytest.fixture
 def make_app() -> Iterator[MakeApp]:
-    """Makes plugged applications of TG's full stack, and resets TG's global state."""
+    """A function that makes applications with tgstream and all components of TG.
+
+    TG's global state is reset after the test.
+    """
     milestones._reset_all()  # before the test's controllers register with them
     yield make_application
     for name in [name for name in tg.config if name.startswith("tgstream.")]:
@@ -134,11 +138,11 @@ def make_application(
 ) -> Any:
     """Return an application, made as in ``config/app_cfg.py``.
 
-    :param root: its root controller.
-    :param model: its database, if it has a database.
-    :param configurator: makes the configurator.
-    :param plug: called with the configurator, to plug tgstream.
-    :param options: its configuration, with ``__`` instead of a dot.
+    :param root: the root controller.
+    :param model: the database, or None for an application without a database.
+    :param configurator: the class of the configurator.
+    :param plug: is called with the configurator, to plug tgstream.
+    :param options: the configuration, with ``__`` instead of a dot.
     """
     defaults: dict[str, Any] = {"root_controller": root, "i18n.enabled": True}
     if model is not None:
@@ -158,7 +162,7 @@ def reports(make_app: MakeApp) -> Iterator[list[Report]]:
 
 @pytest.fixture
 def ended(reports: list[Report]) -> Iterator[Callable[[], Report]]:
-    """Waits for the next report, and returns it."""
+    """A function that waits for the next report, and returns it."""
     finished = threading.Semaphore(0)
 
     def release(report: Report) -> None:
@@ -202,7 +206,7 @@ def unfreeze_at_exit() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def thread_is_clean(unfreeze_at_exit: None) -> Iterator[None]:
-    """Check after every test that this thread is clean, after a garbage collection."""
+    """Check after each test, and a garbage collection, that this thread is clean."""
     gc.freeze()  # objects from before the test need no check, which would take minutes
     yield
     gc.collect()
@@ -228,7 +232,7 @@ class LiveServer:
         """Start a command, and wait until it prints its port.
 
         :param pattern: matches the beginning of the line. Its group is the port.
-        :param options: of the process.
+        :param options: the options of ``Popen``.
         :raises RuntimeError: with the output, if the command ends before that.
         """
         self.process = subprocess.Popen(
@@ -258,8 +262,8 @@ class LiveServer:
     def kill(self) -> None:
         """Stop the server without waiting for its streams and workers.
 
-        A worker of gunicorn needs up to a second to notice SIGTERM. Nothing has to wait
-        for that after a test.
+        A worker of gunicorn needs up to a second to notice SIGTERM, and a test need not
+        wait for that.
         """
         if self.process.poll() is None:
             workers = psutil.Process(self.process.pid).children(recursive=True)
@@ -294,7 +298,7 @@ def pipe(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def live_server() -> Iterator[Callable[..., LiveServer]]:
-    """Starts servers, and stops them after the test."""
+    """A function that starts servers. They are stopped after the test."""
     with contextlib.ExitStack() as stack:
 
         def start(server: str, app: str, *options: str) -> LiveServer:

@@ -41,12 +41,14 @@ class Note(Base):
 
 
 class Model(types.ModuleType):
-    """An application's ``model``, which also reads the database from outside.
+    """The ``model`` module of an application, which a test can also read and change.
 
-    :param url: of an SQLite file, or of a PostgreSQL database.
+    The test uses connections of its own, which are outside of the application.
+
+    :param url: the URL of an SQLite file, or of a PostgreSQL database.
     :param zope: whether the session is registered with zope.sqlalchemy.
     :param create: whether to drop and create the tables. Otherwise they must exist.
-    :param session_options: for ``sessionmaker``.
+    :param session_options: the options of ``sessionmaker``.
     """
 
     def __init__(
@@ -61,7 +63,8 @@ class Model(types.ModuleType):
         self.outside = sa.create_engine(url, poolclass=sa.NullPool)
         self._skip_fsync(self.outside)
         if create:
-            with self.outside.begin() as connection:  # one, because connecting is slow
+            # A single connection, because connecting is slow.
+            with self.outside.begin() as connection:
                 Base.metadata.drop_all(connection)
                 Base.metadata.create_all(connection, checkfirst=False)
         self.engine = self.outside
@@ -78,7 +81,7 @@ class Model(types.ModuleType):
 
     def init_model(self, engine: sa.Engine) -> None:
         """Bind the session. TG calls this with the engine of ``sqlalchemy.url``."""
-        self.engine.dispose()  # that of an earlier application of the same test
+        self.engine.dispose()  # the engine of an earlier application of the test
         self.engine = engine
         self._skip_fsync(engine)
         self.DBSession.configure(bind=engine)
@@ -107,7 +110,7 @@ class Model(types.ModuleType):
             return self._read(statement)
 
     def _read(self, statement: str) -> list[tuple[Any, ...]]:
-        """Execute a statement on PostgreSQL, always over the same connection."""
+        """Execute a statement on PostgreSQL, each time over the same connection."""
         if self._reader is None or self._reader.closed:
             self._reader = psycopg.connect(
                 **self.connection_options(), autocommit=True, prepare_threshold=None
@@ -145,7 +148,7 @@ class Model(types.ModuleType):
             session.commit()
 
     def idle_in_transaction(self) -> int:
-        """Return how many PostgreSQL backends are idle in transaction, 0 for SQLite."""
+        """Return how many PostgreSQL backends are idle in transaction. 0 for SQLite."""
         if self.sqlite:
             return 0
         return int(

@@ -1,4 +1,7 @@
-"""Requests in process, with more of a server's freedom than ``tgstream.testing``."""
+"""Requests to an application in the process of the test.
+
+Unlike ``tgstream.testing``, they can also behave like servers that break PEP 3333.
+"""
 
 from __future__ import annotations
 
@@ -13,16 +16,17 @@ App = Callable[..., Any]
 
 
 class Call(OpenStream):
-    """A request to a WSGI application. The test pulls its body.
+    """A request to a WSGI application. The test reads the body, chunk by chunk.
 
     :param app: the application, which is called at once.
     :param checked: whether ``wsgiref.validate`` checks the request. It requires a call
         of ``close()``.
-    :param lenient: whether a second ``start_response`` is accepted, against PEP 3333,
-        like by granian, hypercorn and a2wsgi.
+    :param lenient: whether a second ``start_response`` is accepted, although PEP 3333
+        forbids it. granian, hypercorn and a2wsgi accept it.
     """
 
     text = ""
+    """The decoded body, if :func:`get` has read it."""
 
     def __init__(
         self,
@@ -35,6 +39,7 @@ class Call(OpenStream):
     ) -> None:
         path, _, query = path.partition("?")
         self.starts = 0
+        """How many calls of ``start_response`` were accepted."""
         self.lenient = lenient
         self.environ: dict[str, Any] = {
             "REQUEST_METHOD": method,
@@ -50,7 +55,7 @@ class Call(OpenStream):
         if self.lenient and exc_info is None:
             self.status = ""
         write = super()._start_response(status, headers, exc_info)
-        self.starts += 1  # accepted calls
+        self.starts += 1
         return write
 
     @property
@@ -66,17 +71,25 @@ class Call(OpenStream):
             self.close()
 
     def close(self) -> None:
-        """Close the body. It may be unread, or already closed."""
+        """Close the body, even if it is unread or was closed before."""
         if hasattr(self.body, "close"):
             self.body.close()
 
     def drop(self) -> None:
-        """Drop the body without closing it, like some servers."""
+        """Drop the body without closing it, like some servers do."""
         self.abandon()
 
 
 def get(app: App, path: str = "/", **environ: Any) -> Call:
-    """Make a request, and read the body to its end."""
+    """Make a request, read the body to its end, and close it."""
     call = Call(app, path, **environ)
     call.text = call.read().decode()
     return call
+
+
+def get_chunks(app: App, path: str = "/") -> list[bytes]:
+    """Make a request, and return the chunks that the server gets."""
+    call = Call(app, path)
+    chunks = list(call)
+    call.close()
+    return chunks

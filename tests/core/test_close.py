@@ -11,7 +11,7 @@ from tg import TGController, expose
 from tests.conftest import MakeApp, assert_clean
 from tests.core.support import NamesController, pull, reasons
 from tests.model import Model, User
-from tests.turbogears.test_guard import WIRINGS
+from tests.turbogears.support import WIRINGS
 from tests.wsgi import Call, get
 from tgstream import Report, Stream, StreamError, commit, current_stream, stream
 

@@ -18,7 +18,7 @@ from tg import TGController, expose
 from tests.conftest import LiveServer, MakeApp, assert_clean
 from tests.model import Model, User
 from tests.test_servers import Client, assert_settles
-from tests.turbogears.test_guard import WIRINGS
+from tests.turbogears.support import WIRINGS
 from tests.wsgi import Call
 from tgstream import SSE, Report, stream
 from tgstream.core.monitor import has_disconnected

@@ -26,7 +26,7 @@ from tests.core.support import (
     run_on_another_thread,
 )
 from tests.model import Model, User
-from tests.turbogears.test_guard import WIRINGS
+from tests.turbogears.support import WIRINGS
 from tests.wsgi import Call
 from tgstream import SSE, Report, commit, drain, stream
 from tgstream.core.body import Body

@@ -14,7 +14,7 @@ from tg.decorators import cached
 from tests.conftest import MakeApp, assert_clean
 from tests.core.support import NamesController, pull, reasons
 from tests.model import MakeModel, Model
-from tests.turbogears.test_guard import WIRINGS
+from tests.turbogears.support import WIRINGS
 from tests.wsgi import Call, get
 from tgstream import Report, Stream, StreamError, stream
 

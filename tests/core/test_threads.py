@@ -23,7 +23,7 @@ from tests.core.support import (
     run_on_another_thread,
 )
 from tests.model import Model, User
-from tests.turbogears.test_guard import WIRINGS, unplugged
+from tests.turbogears.support import WIRINGS, without_guard
 from tests.wsgi import Call, get
 from tgstream import Report, Stream, StreamError, commit, current_stream, drain, stream
 
@@ -63,7 +63,7 @@ def test_pull_by_a_second_thread_is_rejected(
             assert go.wait(10)
             yield "two"
 
-    bare = unplugged(
+    bare = without_guard(
         make_app(Root(), registry_streaming=False, trace_errors__enable=False)
     )
     call = Call(bare, "/wait", checked=False)

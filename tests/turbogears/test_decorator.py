@@ -1,17 +1,13 @@
-"""``@stream`` and ``Stream`` on controllers, in every combination TG users write."""
+"""``@stream`` on controllers: combinations, outputs and options."""
 
 from __future__ import annotations
 
 import functools
-import gc
 import io
-import json
-import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import pytest
-import sqlalchemy as sa
 import tg
 from tg import (
     RestController,
@@ -22,83 +18,56 @@ from tg import (
     require,
     validate,
 )
-from tg.decorators import Decoration, paginate
+from tg.decorators import paginate
 from webtest import TestApp
 
 from tests.conftest import MakeApp, assert_clean
 from tests.model import Model, User
-from tests.wsgi import Call, get
-from tgstream import CSV, NDJSON, Report, Stream, StreamError, copy, rows, stream
+from tests.turbogears.support import UNTRACED, Words, make_numbers
+from tests.wsgi import Call, get, get_chunks
+from tgstream import CSV, NDJSON, Report, Stream, StreamError, stream
 from tgstream.core.source import BLOCK_SIZE
 
-
-class Words:
-    """A format of a user's own: one item a line."""
-
-    content_type = "text/x-words"
-
-    def encode(self, items: Iterable[Any]) -> Iterator[str]:
-        yield "#\n"
-        for item in items:
-            yield f"{item}\n"
-        yield "."
+# Combinations with other decorators.
 
 
-def chunks(app: Any, path: str) -> list[bytes]:
-    """The body of a response, as it was handed to the server."""
-    call = Call(app, path)
-    body = list(call)
-    call.close()
-    return body
-
-
-def numbers() -> Iterator[str]:
-    yield "1"
-    yield "2"
-
-
-def combinations() -> TGController:
-    """Made in a test: what waits for TG's milestones is lost when they are reset."""
+def make_combinations() -> TGController:
+    """Return a controller that is decorated in every combination."""
 
     class Combinations(TGController):
         @expose(content_type="text/plain")
         @stream
         def bare_below(self) -> Iterator[str]:
-            yield from numbers()
+            yield from make_numbers()
 
         @stream
         @expose(content_type="text/plain")
         def bare_above(self) -> Iterator[str]:
-            yield from numbers()
+            yield from make_numbers()
 
         @expose(content_type="text/plain")
         @stream()
         def called_below(self) -> Iterator[str]:
-            yield from numbers()
+            yield from make_numbers()
 
         @stream()
         @expose(content_type="text/plain")
         def called_above(self) -> Iterator[str]:
-            yield from numbers()
+            yield from make_numbers()
 
         @expose(content_type="text/plain")
         @stream(chunk_size=100)
-        def gathered(self) -> Iterator[str]:
-            yield from numbers()
+        def buffered(self) -> Iterator[str]:
+            yield from make_numbers()
 
         @expose(content_type="text/plain")
         def helper(self) -> Stream:
-            return Stream(numbers())
-
-        @expose(content_type="text/plain")
-        @stream(chunk_size=100)
-        def helper_below_decorator(self) -> Stream:
-            return Stream(numbers(), Words)
+            return Stream(make_numbers())
 
         @expose(content_type="text/plain")
         @stream
         def generator(self) -> Iterator[str]:
-            return numbers()
+            return make_numbers()
 
         @expose(content_type="text/plain")
         @stream
@@ -144,37 +113,29 @@ def combinations() -> TGController:
 
 COMBINATIONS = [
     name
-    for name, value in vars(type(combinations())).items()
-    if hasattr(value, "decoration") and not name.startswith("helper_below")
+    for name, value in vars(type(make_combinations())).items()
+    if hasattr(value, "decoration")
 ]
 
 
 @pytest.mark.parametrize("name", COMBINATIONS)
-def test_stream_works_in_every_combination(make_app: MakeApp, name: str) -> None:
-    """Whatever stands above and below it, and whatever the controller returns."""
-    call = get(make_app(combinations()), f"/{name}?count=2")
+def test_stream_works_with_other_decorators(make_app: MakeApp, name: str) -> None:
+    """``@stream`` may be above or below the others, with or without parentheses."""
+    call = get(make_app(make_combinations()), f"/{name}?count=2")
     assert (call.status, call.text) == ("200 OK", "12")
     assert call.headers["Content-Type"] == "text/plain; charset=utf-8"
 
 
-def test_stream_helper_keeps_its_own_options_under_the_decorator(
-    make_app: MakeApp,
-) -> None:
-    """A Stream that a decorated controller returns is not decorated again."""
-    call = get(make_app(combinations()), "/helper_below_decorator")
-    assert call.text == "#\n1\n2\n."
-
-
-def test_decode_params_reaches_a_streamed_controller(make_app: MakeApp) -> None:
-    """The JSON body of a request becomes parameters, as without @stream."""
-    app = TestApp(make_app(combinations()))
+def test_decode_params_works_with_stream(make_app: MakeApp) -> None:
+    """The JSON body of a request becomes the parameters of the controller."""
+    app = TestApp(make_app(make_combinations()))
     assert app.post_json("/all_of_them", {"count": 3}).text == "123"
 
 
-def test_require_guards_a_streamed_controller(
+def test_require_rejects_a_request_before_the_stream_starts(
     make_app: MakeApp, reports: list[Report]
 ) -> None:
-    """Who may not read a stream is told so before anything of it runs."""
+    """The response is a 401, and there is no report of a stream."""
 
     class Root(TGController):
         @expose(content_type="text/plain")
@@ -187,8 +148,8 @@ def test_require_guards_a_streamed_controller(
     assert reports == []
 
 
-def test_validate_error_handler_may_stream(make_app: MakeApp) -> None:
-    """A failed validation goes to its error handler, which may be a stream itself."""
+def test_error_handler_of_validate_can_stream(make_app: MakeApp) -> None:
+    """A stream and its error handler can both be decorated."""
 
     class Root(TGController):
         @expose(content_type="text/plain")
@@ -207,8 +168,8 @@ def test_validate_error_handler_may_stream(make_app: MakeApp) -> None:
     assert get(app, "/count?count=x").text == "no number: x"
 
 
-def test_rest_controller_methods_stream(make_app: MakeApp) -> None:
-    """REST methods stream like any other."""
+def test_methods_of_a_rest_controller_can_stream(make_app: MakeApp) -> None:
+    """``get_all``, ``get_one`` and ``post`` stream like other controllers."""
 
     class Movies(RestController):
         @expose(content_type="text/plain")
@@ -235,8 +196,11 @@ def test_rest_controller_methods_stream(make_app: MakeApp) -> None:
     assert app.post("/movies", {"title": "x"}).text == "new: x"
 
 
+# Functions, and the values that they return.
+
+
 def test_stream_returns_the_function_unchanged() -> None:
-    """A decorated controller is still what it was, to call and to inspect."""
+    """Code can call and inspect a decorated controller as usual."""
 
     def controller(self: Any) -> Iterator[str]:
         yield "x"
@@ -246,8 +210,8 @@ def test_stream_returns_the_function_unchanged() -> None:
     assert list(controller(None)) == ["x"]
 
 
-def test_stream_refuses_async_functions() -> None:
-    """An async def is refused where it is written, not when it is called."""
+def test_async_function_is_rejected() -> None:
+    """The error is raised at decoration, and not at the first request."""
 
     async def coroutine(self: Any) -> None: ...
 
@@ -261,7 +225,7 @@ def test_stream_refuses_async_functions() -> None:
             stream(function)
 
 
-PASSED_THROUGH: dict[str, Callable[[], Any]] = {
+ORDINARY_OUTPUTS: dict[str, Callable[[], Any]] = {
     "text": lambda: "text",
     "bytes": lambda: b"bytes",
     "json": lambda: {"a": 1},
@@ -270,19 +234,21 @@ PASSED_THROUGH: dict[str, Callable[[], Any]] = {
 }
 
 
-@pytest.mark.parametrize("kind", ["text", "bytes", "json", "nothing", "response"])
-def test_stream_passes_on_what_is_no_stream(make_app: MakeApp, kind: str) -> None:
-    """Text, bytes, a dict, None and a Response are answered as without @stream."""
+@pytest.mark.parametrize("output", ORDINARY_OUTPUTS)
+def test_output_that_is_not_streamable_goes_to_turbogears(
+    make_app: MakeApp, output: str
+) -> None:
+    """The response is the same as without ``@stream``."""
 
     class Root(TGController):
         @expose("json")
         def plain(self) -> Any:
-            return PASSED_THROUGH[kind]()
+            return ORDINARY_OUTPUTS[output]()
 
         @expose("json")
         @stream
         def decorated(self) -> Any:
-            return PASSED_THROUGH[kind]()
+            return ORDINARY_OUTPUTS[output]()
 
     app = make_app(Root())
     plain, decorated = get(app, "/plain"), get(app, "/decorated")
@@ -291,12 +257,14 @@ def test_stream_passes_on_what_is_no_stream(make_app: MakeApp, kind: str) -> Non
     assert plain.text == decorated.text
 
 
-@pytest.mark.parametrize("value", [42, object, numbers, User(name="ada")], ids=type)
+@pytest.mark.parametrize(
+    "value", [42, object, make_numbers, User(name="ada")], ids=type
+)
 @pytest.mark.parametrize("format", [None, NDJSON])
-def test_what_nobody_can_send_is_named(
+def test_output_of_a_wrong_type_is_an_error(
     make_app: MakeApp, value: Any, format: Any
 ) -> None:
-    """TurboGears would make an empty page of it, which looks like an answer."""
+    """TurboGears alone would send an empty page, which looks like a valid response."""
 
     class Root(TGController):
         @expose()
@@ -307,35 +275,11 @@ def test_what_nobody_can_send_is_named(
     with pytest.raises(
         TypeError, match=r"^Root.decorated must return a generator.* got "
     ):
-        get(make_app(Root(), trace_errors__enable=False), "/decorated")
-
-
-@pytest.mark.parametrize("returned", ["select", "Query", "rows", "copy"])
-def test_forgotten_decorator_is_told_of(
-    make_app: MakeApp, sqlite_model: Model, returned: str
-) -> None:
-    """A statement would run when the request is over, and never end its transaction."""
-    selected = sa.select(User.name)
-    kinds: dict[str, Callable[[], Any]] = {
-        "select": lambda: selected,
-        "Query": lambda: sqlite_model.DBSession.query(User),
-        "rows": lambda: rows(selected),
-        "copy": lambda: copy(selected),
-    }
-
-    class Root(TGController):
-        @expose()
-        def plain(self) -> Any:
-            return kinds[returned]()
-
-    app = make_app(Root(), sqlite_model, trace_errors__enable=False)
-    with pytest.raises(StreamError, match=r"^Root.plain returned a .*with @stream, or"):
-        get(app, "/plain")
-    assert_clean(sqlite_model)
+        get(make_app(Root(), **UNTRACED), "/decorated")
 
 
 def test_file_is_read_in_blocks_and_closed(make_app: MakeApp) -> None:
-    """An open binary file goes out in blocks that do not follow its line ends."""
+    """The blocks of an open binary file do not depend on its lines."""
     data = b"line\n" * 40_000
     files = []
 
@@ -346,14 +290,14 @@ def test_file_is_read_in_blocks_and_closed(make_app: MakeApp) -> None:
             files.append(io.BytesIO(data))
             return files[-1]
 
-    blocks = chunks(make_app(Root()), "/file")
+    blocks = get_chunks(make_app(Root()), "/file")
     assert b"".join(blocks) == data
     assert len(blocks) == 4
     assert files[0].closed
 
 
-def test_file_serves_one_request(make_app: MakeApp) -> None:
-    """The second request for the same open file gets an error, and none of its data."""
+def test_file_can_be_returned_to_one_request_only(make_app: MakeApp) -> None:
+    """The second request for the same open file gets an error, and no data."""
     file = io.BytesIO(b"data" * BLOCK_SIZE)
 
     class Root(TGController):
@@ -362,7 +306,7 @@ def test_file_serves_one_request(make_app: MakeApp) -> None:
         def file(self) -> Any:
             return file
 
-    app = make_app(Root(), trace_errors__enable=False)
+    app = make_app(Root(), **UNTRACED)
     first = Call(app, "/file")
     with pytest.raises(StreamError, match="returned to a second request"):
         Call(app, "/file")
@@ -370,7 +314,7 @@ def test_file_serves_one_request(make_app: MakeApp) -> None:
 
 
 def test_iterator_without_a_hash_streams(make_app: MakeApp) -> None:
-    """What can be iterated is claimed by what it is, not by what it equals."""
+    """tgstream compares iterators by identity, because some are equal to everything."""
 
     class Odd:
         def __eq__(self, other: object) -> bool:
@@ -393,7 +337,7 @@ def test_iterator_without_a_hash_streams(make_app: MakeApp) -> None:
 
 
 def test_text_file_is_read_by_lines_and_closed(make_app: MakeApp) -> None:
-    """An open text file is an iterator of lines, encoded as any text."""
+    """The lines of an open text file are encoded like other text."""
     file = io.StringIO("é\nb\n")
 
     class Root(TGController):
@@ -406,271 +350,8 @@ def test_text_file_is_read_by_lines_and_closed(make_app: MakeApp) -> None:
     assert file.closed
 
 
-def test_head_closes_a_file_and_runs_nothing(
-    make_app: MakeApp, reports: list[Report]
-) -> None:
-    """A HEAD request gets the headers, and neither a body nor a report."""
-    file = io.BytesIO(b"data")
-    ran = []
-
-    class Root(TGController):
-        @expose(content_type="application/octet-stream")
-        @stream(filename="data.bin")
-        def file(self) -> Any:
-            return file
-
-        @expose()
-        @stream(Words)
-        def generator(self) -> Iterator[str]:
-            ran.append(1)
-            yield "x"
-
-    app = make_app(Root())
-    call = get(app, "/file", method="HEAD")
-    assert call.text == ""
-    assert call.headers["Content-Disposition"] == 'attachment; filename="data.bin"'
-    assert file.closed
-    call = get(app, "/generator", method="HEAD")
-    assert (call.status, call.text) == ("200 OK", "")
-    assert call.headers["Content-Type"] == "text/x-words; charset=utf-8"
-    assert (ran, reports) == ([], [])
-
-
-CONTENT_TYPES = {
-    "format": (Words, "text/x-words; charset=utf-8"),
-    "exposed": (Words, "application/x-own"),
-    "rendered": (Words, "text/x-words; charset=utf-8"),
-    "set": (Words, "text/x-mine; charset=UTF-8"),
-    "set_late": (Words, "text/x-late; charset=UTF-8"),
-    "raw": (None, "text/html; charset=utf-8"),
-    "raw_charset": (None, "text/html; charset=latin-1"),
-    "raw_exposed_charset": (None, "text/plain; charset=utf-16"),
-}
-
-
-def types() -> TGController:
-    """Controllers that set their content type in every way."""
-
-    class Types(TGController):
-        @expose()
-        @stream(Words)
-        def format(self) -> Iterator[str]:
-            yield "é"
-
-        @expose(content_type="application/x-own")
-        @stream(Words)
-        def exposed(self) -> Iterator[str]:
-            yield "é"
-
-        @expose("json")
-        @stream(Words)
-        def rendered(self) -> Iterator[str]:
-            yield "é"
-
-        @expose(content_type="application/x-own")
-        @stream(Words)
-        def set(self) -> Iterator[str]:
-            tg.response.content_type = "text/x-mine"
-            return iter("é")
-
-        @expose(content_type="application/x-own")
-        @stream(Words)
-        def set_late(self) -> Iterator[str]:
-            tg.response.content_type = "text/x-late"
-            yield "é"
-
-        @expose()
-        @stream
-        def raw(self) -> Iterator[str]:
-            yield "é"
-
-        @expose()
-        @stream(charset="latin-1")
-        def raw_charset(self) -> Iterator[str]:
-            yield "é"
-
-        @expose(content_type="text/plain; charset=utf-16")
-        @stream
-        def raw_exposed_charset(self) -> Iterator[str]:
-            yield "é"
-            yield "ß"
-
-    return Types()
-
-
-@pytest.mark.parametrize("name", CONTENT_TYPES)
-def test_content_type_is_what_the_user_set(make_app: MakeApp, name: str) -> None:
-    """The response's own type wins, then what @expose says, then the format's."""
-    format, content_type = CONTENT_TYPES[name]
-    call = Call(make_app(types()), f"/{name}")
-    body = call.read()
-    assert call.headers["Content-Type"] == content_type
-    charset = content_type.partition("charset=")[2] or "utf-8"
-    text = {"raw_exposed_charset": "éß"}.get(name, "é" if format is None else "#\né\n.")
-    assert body.decode(charset) == text
-
-
-def test_format_leaves_only_with_an_item_or_the_end(make_app: MakeApp) -> None:
-    """A header alone does not leave, so that an error before the first item is one."""
-
-    class Root(TGController):
-        @expose()
-        @stream(Words, chunk_size=0)
-        def late(self) -> Iterator[str]:
-            tg.abort(404)
-            yield "x"
-
-        @expose()
-        @stream(Words, chunk_size=0)
-        def one(self) -> Iterator[str]:
-            yield "x"
-            yield "y"
-
-        @expose()
-        @stream(Words, chunk_size=0)
-        def none(self) -> Any:
-            return []
-
-    app = make_app(Root())
-    assert get(app, "/late").status == "404 Not Found"
-    assert chunks(app, "/one") == [b"#\nx\n", b"y\n", b"."]
-    assert get(app, "/none").text == "#\n."
-
-
-def test_format_may_yield_nothing_for_an_item(make_app: MakeApp) -> None:
-    """An empty piece is no chunk, and a stateful charset is closed at the end."""
-
-    class Kanji(Words):
-        def encode(self, items: Iterable[Any]) -> Iterator[str]:
-            for item in items:
-                yield ""
-                yield item
-
-    class Root(TGController):
-        @expose()
-        @stream(Kanji, chunk_size=0, charset="iso2022_jp")
-        def kanji(self) -> Any:
-            return ["日", "本"]
-
-    text = b"".join(chunks(make_app(Root()), "/kanji"))
-    assert text == "日本".encode("iso2022_jp")
-
-
-class Greeting(Words):
-    """A format with a header that depends on the request."""
-
-    @property
-    def headers(self) -> dict[str, str]:
-        return {"X-Name": tg.request.params["name"]}
-
-
-class Short(tuple[int]):
-    """A format that is equal to others, with another output."""
-
-    content_type = "text/plain"
-
-    def encode(self, items: Iterable[Any]) -> Iterator[str]:
-        yield "short"
-
-
-class Long(Short):
-    """A format that is equal to ``Short``."""
-
-    def encode(self, items: Iterable[Any]) -> Iterator[str]:
-        yield "long"
-
-
-def test_attributes_of_a_format_are_read_for_each_stream(make_app: MakeApp) -> None:
-    """A client never gets a header that was made for the client before."""
-
-    class Root(TGController):
-        @expose()
-        @stream(Greeting())
-        def index(self, name: str) -> Iterator[str]:
-            yield name
-
-    app = make_app(Root())
-    calls = [get(app, f"/?name={name}") for name in ("ada", "bob")]
-    assert [call.headers["X-Name"] for call in calls] == ["ada", "bob"]
-
-
-def test_formats_that_are_equal_are_not_exchanged(make_app: MakeApp) -> None:
-    """Each stream uses its own format, although both have the same hash."""
-
-    class Root(TGController):
-        @expose()
-        def index(self, long: str = "") -> Stream:
-            return Stream(numbers(), Long([1]) if long else Short([1]))
-
-    app = make_app(Root())
-    assert get(app).text == "short"
-    assert get(app, "/?long=yes").text == "long"
-
-
-def test_format_of_a_request_is_freed_with_its_stream(make_app: MakeApp) -> None:
-    """A format may hold objects of its request, such as a session."""
-    formats: list[weakref.ref[Words]] = []
-
-    class Root(TGController):
-        @expose()
-        def index(self) -> Stream:
-            format = Words()
-            formats.append(weakref.ref(format))
-            return Stream(numbers(), format)
-
-    call = Call(make_app(Root()))
-    call.read()
-    del call
-    gc.collect()
-    assert formats[0]() is None
-
-
-def test_head_of_a_list_has_nothing_to_close(make_app: MakeApp) -> None:
-    """Not everything that can be iterated can be closed."""
-
-    class Root(TGController):
-        @expose(content_type="text/plain")
-        @stream
-        def list(self) -> Any:
-            return ["x"]
-
-    assert get(make_app(Root()), "/list", method="HEAD").text == ""
-
-
-def test_chunks_are_gathered_up_to_their_size(make_app: MakeApp) -> None:
-    """A fast producer's items leave in blocks, of the option's or default size."""
-
-    class Root(TGController):
-        @expose(content_type="text/plain")
-        @stream(chunk_size=10)
-        def option(self) -> Any:
-            return ["abc"] * 9
-
-        @expose()
-        @stream(Words)
-        def configured(self) -> Any:
-            return ["abc"] * 9
-
-    app = make_app(Root(), tgstream__chunk_size=12, tgstream__flush_seconds=60)
-    assert chunks(app, "/option") == [b"abcabcabcabc"] * 2 + [b"abc"]
-    assert [len(chunk) for chunk in chunks(app, "/configured")] == [14, 12, 12, 1]
-
-
-def test_slow_items_leave_one_by_one(make_app: MakeApp) -> None:
-    """Where a pull has taken its time when an item arrives, the item leaves."""
-
-    class Root(TGController):
-        @expose(content_type="text/plain")
-        @stream(chunk_size=1000)
-        def slow(self) -> Any:
-            return ["a", "b", "c"]
-
-    app = make_app(Root(), tgstream__flush_seconds=0)
-    assert chunks(app, "/slow") == [b"a", b"b", b"c"]
-
-
-def test_cached_controller_does_not_serve_one_stream_twice(make_app: MakeApp) -> None:
-    """What @cached keeps is refused at the second request, whichever is above."""
+def test_cached_stream_can_be_returned_to_one_request_only(make_app: MakeApp) -> None:
+    """``@cached`` above or below ``@stream`` is an error at the second request."""
 
     class Root(TGController):
         @expose(content_type="text/plain")
@@ -685,7 +366,7 @@ def test_cached_controller_does_not_serve_one_stream_twice(make_app: MakeApp) ->
         def below(self) -> Iterator[str]:
             yield "x"
 
-    app = make_app(Root(), trace_errors__enable=False)
+    app = make_app(Root(), **UNTRACED)
     for path in ("/above", "/below"):
         assert get(app, path).text == "x"
         with pytest.raises(StreamError, match="returned to a second request"):
@@ -695,11 +376,11 @@ def test_cached_controller_does_not_serve_one_stream_twice(make_app: MakeApp) ->
 WRONG_ITEMS = [(1, "int"), (None, "NoneType"), ({"a": 1}, "dict"), (["x"], "list")]
 
 
-@pytest.mark.parametrize(("item", "kind"), WRONG_ITEMS)
-def test_raw_items_of_another_type_are_named(
-    make_app: MakeApp, item: Any, kind: str
+@pytest.mark.parametrize(("item", "type_name"), WRONG_ITEMS)
+def test_item_of_a_wrong_type_is_an_error(
+    make_app: MakeApp, item: Any, type_name: str
 ) -> None:
-    """The error says which controller, which item, what it was, and what to do."""
+    """Without a format, an item must be ``str`` or ``bytes``."""
 
     class Root(TGController):
         @expose()
@@ -708,31 +389,34 @@ def test_raw_items_of_another_type_are_named(
             yield ""
             yield item
 
-    app = make_app(Root(), trace_errors__enable=False)
+    app = make_app(Root(), **UNTRACED)
     with pytest.raises(TypeError) as raised:
         get(app, "/wrong")
     assert str(raised.value) == (
-        f"Root.wrong yielded {kind} as item 2, but without a format a stream sends "
-        "str and bytes. Yield those, or pass a format"
+        f"Root.wrong yielded {type_name} as item 2, but without a format a stream "
+        "sends str and bytes. Yield those, or pass a format"
     )
 
 
-def test_format_that_yields_another_type_is_named(make_app: MakeApp) -> None:
-    """A user's format that yields what is no text is told so by its name."""
+def test_output_of_a_format_of_a_wrong_type_is_an_error(make_app: MakeApp) -> None:
+    """The error names the custom format and the controller."""
 
-    class Broken(Words):
+    class Wrong(Words):
         def encode(self, items: Iterable[Any]) -> Iterator[Any]:
             yield from items
 
     class Root(TGController):
         @expose()
-        @stream(Broken)
+        @stream(Wrong)
         def wrong(self) -> Iterator[Any]:
             yield 1
 
-    app = make_app(Root(), trace_errors__enable=False)
-    with pytest.raises(TypeError, match=r"Broken.encode\(\) yielded int in Root.wrong"):
+    app = make_app(Root(), **UNTRACED)
+    with pytest.raises(TypeError, match=r"Wrong.encode\(\) yielded int in Root.wrong"):
         get(app, "/wrong")
+
+
+# Options.
 
 
 @pytest.mark.parametrize(
@@ -760,47 +444,33 @@ def test_format_that_yields_another_type_is_named(make_app: MakeApp) -> None:
     ],
 )
 def test_invalid_options_are_rejected(options: dict[str, Any], message: str) -> None:
-    """At decoration, by an error that names the controller and the value."""
+    """The error at decoration names the controller, the value and valid values."""
 
     def controller(self: Any) -> Iterator[str]:
         yield "x"
 
-    with pytest.raises(
-        (TypeError, ValueError), match=r"^@stream( on controller)?: "
-    ) as a:
+    errors = (TypeError, ValueError)
+    with pytest.raises(errors, match=r"^@stream( on controller)?: ") as decorator_error:
         stream(**options)(controller)
-    with pytest.raises((TypeError, ValueError), match=r"^Stream: ") as b:
+    with pytest.raises(errors, match=r"^Stream: ") as stream_error:
         Stream([], **options)
-    assert message in str(a.value)
-    assert message in str(b.value)
+    assert message in str(decorator_error.value)
+    assert message in str(stream_error.value)
 
 
-def test_stream_of_a_value_that_is_not_iterable_is_rejected() -> None:
-    """The helper takes an iterable, and not the function that would give one."""
-    for value in (numbers, 1, "text", b"bytes", {"a": 1}, None):
+def test_stream_of_items_that_are_not_iterable_is_rejected() -> None:
+    """A generator function is not iterable, because it must be called first."""
+    for value in (make_numbers, 1, "text", b"bytes", {"a": 1}, None):
         with pytest.raises(TypeError, match=r"^Stream: items must be iterable, got"):
             Stream(value)
 
 
-def test_controller_without_stream_is_as_ever(make_app: MakeApp) -> None:
-    """Beside streams, an application answers as it did."""
-
-    class Root(TGController):
-        @expose("json")
-        def plain(self) -> Any:
-            return {"a": 1}
-
-    call = get(make_app(Root()), "/plain")
-    assert json.loads(call.text) == {"a": 1}
-    assert Decoration.get_decoration(Root.plain).hooks["before_render"] == []
-
-
-# Proxies of TG's.
+# TG's proxies.
 
 
 @pytest.mark.parametrize("format", [None, NDJSON])
-def test_response_proxy_is_a_response(make_app: MakeApp, format: Any) -> None:
-    """A controller may set up ``tg.response``, and return it."""
+def test_tg_response_can_be_returned(make_app: MakeApp, format: Any) -> None:
+    """The controller's own response is sent, and not a stream of it."""
 
     class Root(TGController):
         @expose(content_type="text/plain")
@@ -814,8 +484,10 @@ def test_response_proxy_is_a_response(make_app: MakeApp, format: Any) -> None:
 
 
 @pytest.mark.parametrize("name", ["tmpl_context", "app_globals"])
-def test_other_proxy_is_the_object_behind_it(make_app: MakeApp, name: str) -> None:
-    """It can be iterated only where that object can."""
+def test_proxy_of_an_object_that_is_not_iterable_is_rejected(
+    make_app: MakeApp, name: str
+) -> None:
+    """The error is the same as for the object behind the proxy."""
 
     class Root(TGController):
         @expose()
@@ -827,7 +499,7 @@ def test_other_proxy_is_the_object_behind_it(make_app: MakeApp, name: str) -> No
         def helped(self) -> Any:
             return Stream(tg.response)
 
-    app = make_app(Root(), trace_errors__enable=False)
+    app = make_app(Root(), **UNTRACED)
     with pytest.raises(
         TypeError, match=r"^Root.decorated must return a generator.* got "
     ):
@@ -836,41 +508,41 @@ def test_other_proxy_is_the_object_behind_it(make_app: MakeApp, name: str) -> No
         get(app, "/helped")
 
 
-# Things that cannot be decorated.
+# Values that cannot be decorated.
 
 
 class Called:
     def __call__(self) -> Any:
-        return numbers()
+        return make_numbers()
 
 
-NO_FUNCTIONS: dict[str, Any] = {
-    "partial": functools.partial(numbers),
+NOT_FUNCTIONS: dict[str, Any] = {
+    "partial": functools.partial(make_numbers),
     "object": Called(),
     "class": Called,
     "builtin": len,
-    "staticmethod": staticmethod(numbers),
-    "classmethod": classmethod(numbers),  # type: ignore[arg-type]
+    "staticmethod": staticmethod(make_numbers),
+    "classmethod": classmethod(make_numbers),  # type: ignore[arg-type]
 }
 
 
-@pytest.mark.parametrize("kind", NO_FUNCTIONS)
+@pytest.mark.parametrize("name", NOT_FUNCTIONS)
 @pytest.mark.parametrize("options", [None, {}, {"format": NDJSON}])
-def test_decorating_no_function_is_refused(kind: str, options: Any) -> None:
-    """TurboGears would find no controller there, and answer with 404."""
-    value = NO_FUNCTIONS[kind]
+def test_value_that_is_not_a_function_is_rejected(name: str, options: Any) -> None:
+    """TurboGears would not find a controller there, and the response would be a 404."""
+    value = NOT_FUNCTIONS[name]
     decorate: Any = stream if options is None else stream(**options)
     with pytest.raises(TypeError, match=r"^@stream must .* got \w+: "):
         decorate(value)
 
 
-def test_bound_method_is_decorated(make_app: MakeApp) -> None:
-    """Its function is what TurboGears calls."""
+def test_bound_method_can_be_decorated(make_app: MakeApp) -> None:
+    """``@stream`` decorates the function of the method, which TurboGears calls."""
 
     class Root(TGController):
         @expose(content_type="text/plain")
         def page(self) -> Any:
-            return numbers()
+            return make_numbers()
 
     root = Root()
     assert stream(root.page) == root.page
@@ -878,19 +550,19 @@ def test_bound_method_is_decorated(make_app: MakeApp) -> None:
 
 
 @pytest.mark.parametrize("value", [5, "csv", b"csv", object()])
-def test_invalid_format_is_refused_before_anything_is_decorated(value: Any) -> None:
-    """The error names the line with the mistake."""
+def test_invalid_format_is_rejected_before_the_decoration(value: Any) -> None:
+    """The traceback ends at the line of the decorator."""
     with pytest.raises(TypeError, match=r"^@stream: a format must have"):
         stream(value)
 
 
-# A decorator above a Stream.
+# Decorated controllers that return a Stream.
 
 
-def test_options_of_the_decorator_apply_where_the_stream_has_none(
+def test_options_of_the_decorator_complete_those_of_the_stream(
     make_app: MakeApp,
 ) -> None:
-    """The format, the name and all others; those of the Stream win."""
+    """If both have an option, the option of the ``Stream`` is used."""
 
     class Root(TGController):
         @expose()
@@ -902,6 +574,11 @@ def test_options_of_the_decorator_apply_where_the_stream_has_none(
         @stream(CSV(header=["n"]), filename="a.csv")
         def own(self) -> Stream:
             return Stream([1], Words(), filename="b.txt")
+
+        @expose(content_type="text/plain")
+        @stream(chunk_size=100)
+        def formatted(self) -> Stream:
+            return Stream(make_numbers(), Words)
 
         @expose(content_type="text/plain")
         @stream(Words)
@@ -920,14 +597,15 @@ def test_options_of_the_decorator_apply_where_the_stream_has_none(
     call = get(app, "/own")
     assert call.text == "#\n1\n."
     assert 'filename="b.txt"' in call.headers["Content-Disposition"]
+    assert get(app, "/formatted").text == "#\n1\n2\n."
     assert get(app, "/file").text == "#\nb'a\\n'\nb'b\\n'\n."
-    assert chunks(app, "/sized") == [b"abc", b"d"]
+    assert get_chunks(app, "/sized") == [b"abc", b"d"]
 
 
 def test_commit_of_the_decorator_applies_to_a_stream(
     make_app: MakeApp, model: Model
 ) -> None:
-    """Each item is stored before the next, although the stream is not read on."""
+    """Each item is committed before the next, although the client disconnects."""
 
     def items() -> Iterator[str]:
         for name in ("ada", "bob", "eve"):
@@ -947,10 +625,10 @@ def test_commit_of_the_decorator_applies_to_a_stream(
     assert_clean(model)
 
 
-def test_stream_of_a_decorated_controller_serves_one_request(
+def test_stream_can_be_returned_to_one_request_only(
     make_app: MakeApp,
 ) -> None:
-    """The second request is refused, and changes nothing of the first's stream."""
+    """The second request gets an error, and the first response stays complete."""
     shared: list[Stream] = []
 
     class Root(TGController):
@@ -958,55 +636,11 @@ def test_stream_of_a_decorated_controller_serves_one_request(
         @stream(limit=5)
         def same(self) -> Stream:
             if not shared:
-                shared.append(Stream(numbers()))
+                shared.append(Stream(make_numbers()))
             return shared[0]
 
-    app = make_app(Root(), trace_errors__enable=False)
+    app = make_app(Root(), **UNTRACED)
     call = Call(app, "/same")
     with pytest.raises(StreamError, match="returned to a second request"):
         get(app, "/same")
     assert call.read() == b"12"
-
-
-# Methods without content.
-
-
-@pytest.mark.parametrize("method", ["OPTIONS", "TRACE", "CONNECT"])
-@pytest.mark.parametrize("path", ["/generator", "/returned", "/helped"])
-def test_method_without_content_runs_no_generator(
-    make_app: MakeApp, reports: list[Report], method: str, path: str
-) -> None:
-    """The controller's own headers and status stay, and there is no body."""
-    ran = []
-
-    def items() -> Iterator[str]:
-        ran.append(1)
-        yield "x"
-
-    class Root(TGController):
-        @expose()
-        @stream(Words, length=3, limit=1)
-        def generator(self) -> Iterator[str]:
-            yield from items()
-
-        @expose()
-        @stream(Words, limit=1)
-        def returned(self) -> Any:
-            tg.response.headers["Access-Control-Allow-Origin"] = "*"
-            return items()
-
-        @expose()
-        def helped(self) -> Any:
-            tg.response.status = 202
-            tg.response.headers["Access-Control-Allow-Origin"] = "*"
-            return Stream(items(), Words, length=3, limit=1)
-
-    app = make_app(Root())
-    for _ in range(2):  # its slot is free again
-        call = Call(app, path, method=method, checked=False)
-        assert call.read() == b""
-        assert call.headers["Content-Length"] == "0"
-        assert call.status_int == (202 if path == "/helped" else 200)
-        allowed = call.headers.get("Access-Control-Allow-Origin")
-        assert allowed == (None if path == "/generator" else "*")
-    assert (ran, reports) == ([], [])

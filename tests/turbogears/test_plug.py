@@ -17,7 +17,7 @@ from tg import (
 from tgext.pluggable import plug
 
 from tests.conftest import MakeApp
-from tests.wsgi import Call, get
+from tests.wsgi import get, get_chunks
 from tgstream import plugme, stream
 from tgstream.core.settings import OPTIONS, read_option
 
@@ -39,13 +39,6 @@ def root() -> TGController:
             return ["abc"] * 4
 
     return Root()
-
-
-def chunks(app: Any) -> list[bytes]:
-    call = Call(app, "/lines")
-    body = list(call)
-    call.close()
-    return body
 
 
 def test_plugme_returns_its_appid_and_can_be_called_twice() -> None:
@@ -84,13 +77,13 @@ def test_plugme_rejects_an_unknown_option() -> None:
 def test_plugme_sets_the_defaults_of_the_application(make_app: MakeApp) -> None:
     """Streams of the application use the options that plugme was called with."""
     app = make_app(root(), plug=lambda config: plugme(config, {"chunk_size": 6}))
-    assert chunks(app) == [b"abcabc", b"abcabc"]
+    assert get_chunks(app, "/lines") == [b"abcabc", b"abcabc"]
 
 
 def test_plug_of_tgext_pluggable_calls_plugme(make_app: MakeApp) -> None:
     """``plug(base_config, 'tgstream', chunk_size=6)`` is one line in app_cfg.py."""
     app = make_app(root(), plug=lambda c: plug(c, "tgstream", chunk_size=6))
-    assert chunks(app) == [b"abcabc", b"abcabc"]
+    assert get_chunks(app, "/lines") == [b"abcabc", b"abcabc"]
 
 
 def test_ini_file_overrides_plugme(make_app: MakeApp) -> None:
@@ -100,15 +93,15 @@ def test_ini_file_overrides_plugme(make_app: MakeApp) -> None:
     plugme(base_config, {"chunk_size": 6})
     app = base_config.make_wsgi_app({}, {"tgstream.chunk_size": "9"})
     assert tg.config["tgstream.chunk_size"] == 9
-    assert chunks(app) == [b"abcabcabc", b"abc"]
+    assert get_chunks(app, "/lines") == [b"abcabcabc", b"abc"]
 
 
 def test_application_without_plugme_has_the_defaults(make_app: MakeApp) -> None:
     """An import is enough, and options in the configuration are used all the same."""
     app = make_app(root(), plug=lambda config: None)
-    assert chunks(app) == [b"abcabcabcabc"]
+    assert get_chunks(app, "/lines") == [b"abcabcabcabc"]
     app = make_app(root(), plug=lambda config: None, tgstream__chunk_size="6")
-    assert chunks(app) == [b"abcabc", b"abcabc"]
+    assert get_chunks(app, "/lines") == [b"abcabc", b"abcabc"]
 
 
 def test_invalid_option_is_named(make_app: MakeApp) -> None:
@@ -154,7 +147,7 @@ def test_plugme_accepts_an_app_config(make_app: MakeApp) -> None:
         base_config = AppConfig(minimal=True, root_controller=root())
         plugme(base_config, {"chunk_size": 6})
         app = base_config.make_wsgi_app()
-    assert chunks(app) == [b"abcabc", b"abcabc"]
+    assert get_chunks(app, "/lines") == [b"abcabc", b"abcabc"]
 
 
 def test_option_defaults_have_the_type_of_the_option() -> None:
