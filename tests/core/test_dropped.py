@@ -270,6 +270,42 @@ def test_end_of_a_stream_in_garbage_can_publish(tmp_path: Path) -> None:
     assert (ran.stdout, ran.returncode) == ("done\n", 0), ran.stderr
 
 
+RETRIED = """
+from gevent import monkey
+monkey.patch_all()
+import tg, transaction
+from transaction.interfaces import TransientError
+from tests.conftest import make_application
+from tests.wsgi import get
+from tgstream import stream
+
+runs = []
+
+class Root(tg.TGController):
+    @tg.expose(content_type="text/plain")
+    @stream(limit=1)
+    def words(self):
+        runs.append("run")
+        yield "one"
+        yield f" {len(runs)}"
+
+    def _after(self, *args, **params):
+        if len(runs) == 1:
+            transaction.abort()
+            raise TransientError("again")
+
+app = make_application(Root(), tm__enabled=True, tm__attempts=2)
+print(get(app, "/words").text, flush=True)
+"""
+
+
+def test_dropped_stream_of_an_earlier_attempt_gives_its_slot_to_the_next() -> None:
+    """Under gevent it runs until the monitor ends it, or the next attempt does."""
+    command = [sys.executable, "-c", RETRIED]
+    ran = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert (ran.stdout, ran.returncode) == ("one 2\n", 0), ran.stderr
+
+
 GREENLETS = """
 from gevent import monkey
 monkey.patch_all()

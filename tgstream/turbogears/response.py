@@ -60,16 +60,17 @@ def end_with_request(environ: dict[str, Any], body: Body) -> None:
 
 def end_previous(response: Any) -> None:
     """End the stream of an earlier attempt of ``tm.attempts``, which holds a slot."""
-    if isinstance(response, StreamingResponse):
-        stream = response.tgstream()
-        if stream is not None and stream._body is not None:
-            stream._body.close()
+    if isinstance(response, StreamingResponse) and response.tgbody is not None:
+        body = response.tgbody()  # gevent: without its stream until the monitor ends it
+        if body is not None:
+            body.close()
 
 
 class StreamingResponse:
     """A response that takes its stream along when it leaves the application."""
 
     tgstream: weakref.ref[Stream]
+    tgbody: weakref.ref[Body] | None
 
     def __call__(self, environ: dict[str, Any], start_response: Any) -> Any:
         response: Any = self
@@ -193,6 +194,7 @@ def send_off(response: Any, stream: Stream, checked: Any = None) -> None:
         _check_response(response, stream._body, usual)
     response.__class__ = _streaming_class(response.__class__)
     response.tgstream = weakref.ref(stream)
+    response.tgbody = None if stream._body is None else weakref.ref(stream._body)
 
 
 def _depart(body: Body, environ: dict[str, Any]) -> None:
