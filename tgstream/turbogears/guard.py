@@ -26,7 +26,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ..core.cleanup import close, first_error
 from ..core.errors import StreamError
@@ -34,6 +34,12 @@ from .diagnostics import OUTCOME_KEY
 
 if TYPE_CHECKING:
     from ..core.body import Body
+
+
+class LateChanges(Protocol):
+    """Changes of a response and its session that the client cannot see."""
+
+    def warn(self) -> None: ...
 
 
 class Outcome:
@@ -57,17 +63,19 @@ class Outcome:
     """The error of the stream."""
     refusal: BaseException | None = None
     """The error of the server's ``start_response``, until a later call succeeds."""
-    late_changes: Any = None
-    """Warns about changes of the response that came too late."""
     _body: Body | None = None
+    _late_changes: LateChanges | None = None
     _disconnected = False
 
-    def leave_with(self, body: Body) -> None:
-        """The response has left the application with ``body``."""
-        self.unfinished, self._body = True, body
+    def leave_with(self, body: Body, late_changes: LateChanges) -> None:
+        """The response has left the application with ``body``.
+
+        :param late_changes: warns at the end about changes that came too late.
+        """
+        self.unfinished, self._body, self._late_changes = True, body, late_changes
         body.report_to(self)
         if body.ended:  # the monitor may have ended it before that
-            self._body = None
+            self._body = self._late_changes = None
 
     # The methods of an Observer.
 
@@ -87,7 +95,7 @@ class Outcome:
             self.error = error
         else:
             body.context.environ.pop("tg.locals", None)
-        late_changes, self.late_changes = self.late_changes, None
+        late_changes, self._late_changes = self._late_changes, None
         if late_changes is not None:
             with suppress(BaseException):  # a warning changes nothing
                 late_changes.warn()

@@ -8,7 +8,6 @@ by TG's rules, and the response gets the stream as its body.
 from __future__ import annotations
 
 import importlib
-from contextlib import suppress
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -181,11 +180,14 @@ def _make_plan(controller: str, options: Options, config: Any) -> Plan:
     differ for each, and a plan that is kept would keep the objects of its format.
     """
     get, (size, flush, idle, check) = config.get, _SETTINGS
-    settings = get(size), get(flush), get(idle), get(check)
-    if options.format is None:
-        with suppress(TypeError):  # an invalid setting that has no hash
-            return _make_plan_without_format(controller, options, settings)
-    return _make_plan_for(controller, options, settings)
+    values = get(size), get(flush), get(idle), get(check)
+    try:
+        if options.format is None:
+            return _keep_plan(controller, options, values)
+        settings = _keep_settings(values)
+    except TypeError:  # an invalid value that has no hash
+        settings = _read_settings(values)
+    return _complete_plan(controller, options, settings)
 
 
 _SETTINGS = (
@@ -196,17 +198,24 @@ _SETTINGS = (
 )
 
 
-@lru_cache(256)
 def _read_settings(values: tuple[Any, ...]) -> tuple[Any, ...]:
     given = zip(_SETTINGS, values, strict=True)
     config = {name: value for name, value in given if value is not None}
     return tuple([read_option(config, name) for name in _SETTINGS])
 
 
-def _make_plan_for(
+_keep_settings = lru_cache(64)(_read_settings)
+
+
+@lru_cache(256)
+def _keep_plan(controller: str, options: Options, values: tuple[Any, ...]) -> Plan:
+    return _complete_plan(controller, options, _keep_settings(values))
+
+
+def _complete_plan(
     controller: str, options: Options, settings: tuple[Any, ...]
 ) -> Plan:
-    default_size, flush, idle, check = _read_settings(settings)
+    default_size, flush, idle, check = settings
     traits = FormatTraits.of(options.format)
     commit, size = options.commit or traits.commit, options.chunk_size
     if size is None:
@@ -225,9 +234,6 @@ def _make_plan_for(
         idle_transaction_seconds=idle,
         disconnect_check_seconds=check,
     )
-
-
-_make_plan_without_format = lru_cache(256)(_make_plan_for)
 
 
 def _database_of(config: Any, manages: bool) -> StreamDatabase | None:

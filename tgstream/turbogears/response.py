@@ -25,11 +25,7 @@ from ..core.headers import (
 )
 from ..core.report import log
 from ..core.stream import Stream
-from .diagnostics import (
-    OUTCOME_KEY,
-    check_departing,
-    warn_of_dropped_headers,
-)
+from .diagnostics import OUTCOME_KEY, check_departing, warn_of_dropped_headers
 from .guard import Outcome, outcome_of, remember_error
 
 if TYPE_CHECKING:
@@ -49,8 +45,7 @@ class _CloseOnCleanup:
             return
         body.close()
         if body.transaction is not None:
-            # TG removes only the first.
-            body.transaction.remove_request_sessions()
+            body.transaction.remove_request_sessions()  # TG removes only the first
 
 
 def end_with_request(environ: dict[str, Any], body: Body) -> None:
@@ -209,8 +204,7 @@ def _depart(body: Body, environ: dict[str, Any]) -> None:
     if body.complete is None:
         check_departing(body)
         outcome = outcome_of(environ)
-        outcome.leave_with(body)
-        outcome.late_changes = LateChanges(body)
+        outcome.leave_with(body, LateChanges(body))
 
 
 class LateChanges:
