@@ -61,7 +61,7 @@ from webob.request import DisconnectionError
 
 from . import report as reports
 from .chunks import Chunks, StreamEnding
-from .cleanup import close, first_error
+from .cleanup import close, run_all
 from .errors import StreamError
 from .monitor import (
     has_disconnected,
@@ -553,7 +553,7 @@ class Body:
             encoding.detach()  # all generators have ended
         else:
             steps = self._chunks.close, encoding.close, self._close_source
-            error = first_error(steps, error)
+            error = run_all(steps, error)
         if transaction is not None:
             try:
                 transaction.release(give_back)

@@ -105,10 +105,10 @@ class Chunks:
         plan = self._plan
         if self._raw and not plan.chunk_size:
             self.iterator = iter(source)
-            return self._one_per_item(self.iterator)
+            return self._send_each_item(self.iterator)
         output = self._encode_source(source)
-        chunks = self._buffered(
-            self._committing(output) if plan.commit_every else output
+        chunks = self._buffer_output(
+            self._commit_output(output) if plan.commit_every else output
         )
         if plan.chunk_size:
             chunks = self._flush_at_end(chunks)
@@ -199,7 +199,7 @@ class Chunks:
         if self._consumer is not None:
             self._consumer.checkpoint()
 
-    def _one_per_item(self, items: Iterator[Any]) -> _Chunks:
+    def _send_each_item(self, items: Iterator[Any]) -> _Chunks:
         """A chunk for each item. Its commit is before its chunk."""
         every = self._plan.commit_every
         for item in items:
@@ -212,10 +212,10 @@ class Chunks:
             else:
                 self._checkpoint()
         self._finish_items()
-        if self._encoder is not None and (final := self._final()):
+        if self._encoder is not None and (final := self._finish_encoding()):
             yield final
 
-    def _committing(self, output: Iterator[Any]) -> Iterator[bytes]:
+    def _commit_output(self, output: Iterator[Any]) -> Iterator[bytes]:
         """The output, encoded. A commit that is due comes before its output."""
         every, committed = self._plan.commit_every, 0
         for number, text in enumerate(output, 1):
@@ -226,7 +226,7 @@ class Chunks:
                 self._commit_items()
             yield data
 
-    def _buffered(self, output: Iterator[Any]) -> _Chunks:
+    def _buffer_output(self, output: Iterator[Any]) -> _Chunks:
         """The output in chunks of a size, or of all that a slow pull has buffered.
 
         It reads the clock each time, because a generator that was fast may get slow.
@@ -258,7 +258,7 @@ class Chunks:
                 length, due = 0, now() + seconds
         if not self.finished:  # without a format, or with a format that stopped early
             self._finish_items()
-        chunk = self._flush() + self._final()
+        chunk = self._flush() + self._finish_encoding()
         self.last = True
         if chunk:
             yield chunk
@@ -392,7 +392,7 @@ class Chunks:
             "character, or choose another charset",
         )
 
-    def _final(self) -> bytes:
+    def _finish_encoding(self) -> bytes:
         return b"" if self._encoder is None else self._encoder.encode("", final=True)
 
     def _describe_type(self, value: Any) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 
-def first_error(
+def run_all(
     steps: Iterable[Callable[[], None]], first: BaseException | None = None
 ) -> BaseException | None:
     """Run every step, and return the first error instead of raising it.

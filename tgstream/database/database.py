@@ -8,7 +8,7 @@ from typing import Any
 
 import transaction
 
-from ..core.cleanup import first_error
+from ..core.cleanup import run_all
 from . import handover
 from .context import DatabaseContext
 from .engines import log_unclosed_session
@@ -82,7 +82,7 @@ class StreamDatabase(StreamSessions):
 
     def _close_cursors(self) -> None:
         cursors, self.manager.cursors = self.manager.cursors, set()
-        error = first_error(cursor.close for cursor in cursors)
+        error = run_all(cursor.close for cursor in cursors)
         if error is not None:
             raise error
 
@@ -150,7 +150,7 @@ class StreamDatabase(StreamSessions):
 
         Call it while the stream is not bound to the thread.
         """
-        error = first_error(registry.remove for registry in self.registries)
+        error = run_all(registry.remove for registry in self.registries)
         if error is not None:
             log_unclosed_session(error)
 
@@ -181,7 +181,7 @@ class StreamDatabase(StreamSessions):
             unchanged = handover.remove_objects(self, lambda each: each.unchanged)
             steps.append(lambda: self._return_objects(unchanged))
         steps += [data_manager.release for data_manager in self.data_managers]
-        error = first_error(steps)
+        error = run_all(steps)
         self.current.clear()
         self.data_managers.clear()
         if error is not None:

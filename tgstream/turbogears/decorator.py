@@ -52,7 +52,7 @@ def stream(format: Any = None, **options: Unpack[StreamOptions]) -> Any:
 
     def decorate(function: F) -> F:
         _check_function(function)
-        where = f"@stream on {name_of(function)}"
+        where = f"@stream on {get_controller_name(function)}"
         if _is_async(function):
             raise TypeError(
                 f"{where}: TurboGears calls controllers without an event loop. Write "
@@ -111,7 +111,7 @@ def _streaming_caller(
 ) -> Callable[..., Any]:
     """TG's controller caller, with a stream made of the controller's output."""
 
-    name = name_of(function)
+    name = get_controller_name(function)
 
     def call(*args: Any) -> Any:
         tg_locals = context.current()
@@ -141,7 +141,7 @@ def _streaming_caller(
 
 
 @lru_cache
-def name_of(function: Any) -> str:
+def get_controller_name(function: Any) -> str:
     """The name of a controller in messages: ``RootController.users``."""
     name: str = getattr(function, "__qualname__", repr(function))
     return name.rpartition("<locals>.")[2]

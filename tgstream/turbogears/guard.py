@@ -28,7 +28,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ..core.cleanup import close, first_error
+from ..core.cleanup import close, run_all
 from ..core.errors import StreamError
 from .diagnostics import OUTCOME_KEY
 
@@ -189,7 +189,7 @@ def _without_foreign_length(headers: Any, length: int | None) -> Any:
 
 def _guard_body(body: Any, outcome: Outcome) -> Any:
     if outcome.lost:  # a middleware has read the stream before it returned
-        first_error([lambda: close(body)])
+        run_all([lambda: close(body)])
         outcome.raise_error()
     # A debugger begins, and responds, only when its body is iterated.
     if outcome.unfinished or outcome.bodiless or not outcome.responded:
@@ -266,7 +266,7 @@ class _WatchedErrors:
         return written
 
 
-def outcome_of(environ: dict[str, Any]) -> Outcome:
+def get_outcome(environ: dict[str, Any]) -> Outcome:
     """The outcome of this request: the guard's, or a substitute for it."""
     outcome: Outcome | None = environ.get(OUTCOME_KEY)
     if outcome is not None:

@@ -27,7 +27,7 @@ from ..core.source import make_missing_stream_error, needs_stream, resolve_proxy
 from ..core.stream import Stream
 from ..database.on_commit import is_tm_enabled
 from ..database.registry import install_registry, scoped_sessions
-from .decorator import name_of
+from .decorator import get_controller_name
 from .guard import Guard
 from .response import check_headers, end_previous, end_with_request, send_off
 
@@ -46,7 +46,7 @@ def _before_render(remainder: Any, params: Any, output: Any) -> None:
             output._release_slot()
             raise
     elif needs_stream(output):
-        where = name_of(_dispatched(context.current().request))
+        where = get_controller_name(_find_controller(context.current().request))
         raise make_missing_stream_error(output, where)
 
 
@@ -59,9 +59,9 @@ class _Start:
     def __init__(self, stream: Stream, tg_locals: Any) -> None:
         self._tg_locals = tg_locals
         self._options = stream._options
-        self._function = stream._controller or _dispatched(tg_locals.request)
+        self._function = stream._controller or _find_controller(tg_locals.request)
         self._plan = _make_plan(
-            name_of(self._function), stream._options, tg_locals.config
+            get_controller_name(self._function), stream._options, tg_locals.config
         )
 
     def run(self, stream: Stream) -> None:
@@ -87,9 +87,9 @@ class _Start:
             self._answer_without_body(stream)
             return
         body = self._open(stream)
-        body.start(self._vetoed)
+        body.start(self._is_vetoed)
         try:
-            set_headers(response, self._exposed, options, self._plan.traits)
+            set_headers(response, self._find_exposed, options, self._plan.traits)
             send_off(response, stream, checked)
         except BaseException as error:
             body.fail(error, in_request=True)
@@ -99,7 +99,7 @@ class _Start:
         """Make the body, and end the request's transaction by TG's rules."""
         tg_locals = self._tg_locals
         manages = is_tm_enabled(tg_locals)
-        database = _database_of(tg_locals.config, manages)
+        database = _make_database(tg_locals.config, manages)
         body = stream._open(
             self._plan,
             self._charset,
@@ -113,7 +113,7 @@ class _Start:
         if database is not None:
             try:
                 database.adopt_request_sessions(
-                    manages, lambda: self._vetoed(tg_locals.response)
+                    manages, lambda: self._is_vetoed(tg_locals.response)
                 )
             except BaseException:
                 body.cancel()
@@ -126,21 +126,25 @@ class _Start:
         stream._discard()
         if self._tg_locals.request.method == "HEAD":
             stream._length = self._declared_length()
-            set_headers(response, self._exposed, self._options, self._plan.traits)
+            set_headers(response, self._find_exposed, self._options, self._plan.traits)
         else:
             stream._length = None if has_no_body(response.status) else 0
         send_off(response, stream)
 
     # Called by the body, when it needs them.
 
-    def _exposed(self) -> Any:
+    def _find_exposed(self) -> Any:
         decoration = Decoration.get_decoration(self._function)
         return decoration.lookup_template_engine(self._tg_locals)
 
     def _charset(self) -> str:
-        asked = self._plan.traits.charset or self._options.charset
-        asked = asked or self._tg_locals.response.charset
-        return asked or find_charset(self._exposed()[0]) or "utf-8"
+        return (
+            self._plan.traits.charset
+            or self._options.charset
+            or self._tg_locals.response.charset
+            or find_charset(self._find_exposed()[0])
+            or "utf-8"
+        )
 
     def _declared_length(self) -> int | None:
         """The bytes of the whole body, by the option or the response's headers."""
@@ -153,7 +157,7 @@ class _Start:
                 return length or None
         return None
 
-    def _vetoed(self, response: Any) -> bool:
+    def _is_vetoed(self, response: Any) -> bool:
         """Whether ``tm.commit_veto`` aborts the transaction for this response."""
         veto = self._tg_locals.config.get("tm.commit_veto")
         if veto is None:
@@ -166,7 +170,7 @@ _RUN_NOTHING = {"HEAD", "OPTIONS", "TRACE", "CONNECT"}
 """Methods that do not ask for the resource's content, so no generator runs."""
 
 
-def _dispatched(request: Any) -> Any:
+def _find_controller(request: Any) -> Any:
     """The controller that TG's dispatch chose, when no decorator named it."""
     action = request.dispatch_state.action
     return getattr(action, "__func__", action)
@@ -236,7 +240,7 @@ def _complete_plan(
     )
 
 
-def _database_of(config: Any, manages: bool) -> StreamDatabase | None:
+def _make_database(config: Any, manages: bool) -> StreamDatabase | None:
     """The stream's sessions and transaction, in an application that has any.
 
     :param manages: whether a transaction manager runs the request.

@@ -26,7 +26,7 @@ from ..core.headers import (
 from ..core.report import log
 from ..core.stream import Stream
 from .diagnostics import OUTCOME_KEY, check_departing, warn_of_dropped_headers
-from .guard import Outcome, outcome_of, remember_error
+from .guard import Outcome, get_outcome, remember_error
 
 if TYPE_CHECKING:
     from ..core.context import StreamTransaction
@@ -203,7 +203,7 @@ def _depart(body: Body, environ: dict[str, Any]) -> None:
     registry.prepare()
     if body.complete is None:
         check_departing(body)
-        outcome = outcome_of(environ)
+        outcome = get_outcome(environ)
         outcome.leave_with(body, LateChanges(body))
 
 

@@ -17,7 +17,7 @@ import tg
 from tg.render import MissingRendererError, _get_tg_vars
 
 from ..core import context as _context
-from ..core.cleanup import close, first_error
+from ..core.cleanup import close, run_all
 from ..core.errors import StreamError
 from ..core.settings import read_option
 
@@ -256,8 +256,8 @@ def _close_iterators(parts: Iterator[str], variables: Iterable[Any]) -> Iterator
     except GeneratorExit:
         pass  # the page was closed early, so that only errors of the steps are raised
     except BaseException:
-        first_error(steps)
+        run_all(steps)
         raise
-    error = first_error(steps)
+    error = run_all(steps)
     if error is not None:
         raise error
