@@ -267,6 +267,7 @@ CONTENT_TYPES = {
     "rendered": (Words, "text/x-words; charset=utf-8"),
     "set": (Words, "text/x-mine; charset=UTF-8"),
     "set_late": (Words, "text/x-late; charset=UTF-8"),
+    "set_charset": (Words, "text/x-words; charset=latin-1"),
     "raw": (None, "text/html; charset=utf-8"),
     "raw_charset": (None, "text/html; charset=latin-1"),
     "raw_exposed_charset": (None, "text/plain; charset=utf-16"),
@@ -303,6 +304,13 @@ def make_content_types() -> TGController:
         def set_late(self) -> Iterator[str]:
             tg.response.content_type = "text/x-late"
             yield "é"
+
+        @expose()
+        @stream(Words)
+        def set_charset(self) -> Iterator[str]:
+            tg.response.content_type = "text/x-words"
+            tg.response.charset = "latin-1"
+            return iter("é")
 
         @expose()
         @stream

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -255,7 +256,8 @@ def test_error_page_for_the_status_of_a_stream_closes_it(
 def make_header_root(header: tuple[Any, Any] = ("X-Answer", "42")) -> Any:
     """Return a controller whose streams set a header, or a status.
 
-    Its ``runs`` is the number of its generators that have started.
+    Its ``runs`` is the number of its generators that have started, and ``returned``
+    are the generators that the controller has returned.
 
     :param header: is set in the controller, or in the generator.
     """
@@ -265,6 +267,7 @@ def make_header_root(header: tuple[Any, Any] = ("X-Answer", "42")) -> Any:
 
         def __init__(self) -> None:
             self.runs = 0
+            self.returned: list[Any] = []
 
         def set(self) -> None:
             tg.response.headerlist.append(header)
@@ -275,10 +278,11 @@ def make_header_root(header: tuple[Any, Any] = ("X-Answer", "42")) -> Any:
                 yield str(number)
 
         @expose()
-        @stream
-        def controller(self) -> Iterator[str]:
+        @stream(limit=1)
+        def controller(self) -> Any:
             self.set()
-            return self.items(2)
+            self.returned.append(self.items(2))
+            return self.returned[-1]
 
         @expose()
         @stream
@@ -385,16 +389,18 @@ def test_invalid_header_shows_the_error_page(make_app: MakeApp) -> None:
         assert "got '\\n' at position 1. Remove" in errors
 
 
-def test_invalid_header_of_the_controller_stops_the_generator(
+def test_invalid_header_of_the_controller_closes_the_generator(
     make_app: MakeApp, reports: list[Report]
 ) -> None:
-    """The headers of the controller are checked before the generator starts."""
+    """The generator does not start, and the slot is free for the next request."""
     root = make_header_root(("X-Answer", 42))
     app = make_app(root, **UNTRACED)
     for _ in range(2):
         with pytest.raises(StreamError, match="X-Answer must be a str, got int: 42"):
             Call(app, "/controller", checked=False)
     assert root.runs == 0
+    states = [inspect.getgeneratorstate(generator) for generator in root.returned]
+    assert states == [inspect.GEN_CLOSED] * 2
     assert reports == []
 
 
