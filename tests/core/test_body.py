@@ -654,6 +654,38 @@ def test_close_on_many_threads_ends_it_once(
         call.close()
 
 
+def test_response_while_the_generator_closes_leaves_no_source_open(
+    make_app: MakeApp,
+) -> None:
+    """A ``finally`` that aborts does not keep the object behind its generator open."""
+    closed = threading.Event()
+
+    class Source:
+        def __iter__(self) -> Iterator[str]:
+            try:
+                yield "one"
+                yield "two"
+            finally:
+                tg.abort(404)
+
+        def close(self) -> None:
+            closed.set()
+
+    class First:
+        content_type = "text/plain"
+
+        def encode(self, items: Any) -> Iterator[str]:
+            yield next(iter(items))
+
+    class Root(TGController):
+        @expose(content_type="text/plain")
+        def index(self) -> Stream:
+            return Stream(Source(), First(), chunk_size=10)
+
+    assert get(make_app(Root())).status == "404 Not Found"
+    assert closed.is_set()
+
+
 @pytest.mark.usefixtures("no_collector")
 def test_stream_that_ends_while_its_response_departs_is_freed_at_once(
     make_app: MakeApp, monkeypatch: pytest.MonkeyPatch
