@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -19,7 +20,7 @@ from tests.core.support import NamesController, pull, reasons
 from tests.model import Model, User
 from tests.turbogears.support import WIRINGS
 from tests.wsgi import Call, get
-from tgstream import Report, StreamError, flush, stream
+from tgstream import Report, Stream, StreamError, flush, stream
 
 # Reports and cleanup.
 
@@ -362,3 +363,35 @@ def test_keyboard_interrupt_in_the_main_thread_reaches_the_server(
     call.close()
     assert reasons(reports) == ["failed"]
     assert_clean(sqlite_model)
+
+
+def test_response_while_the_generator_closes_leaves_no_source_open(
+    make_app: MakeApp,
+) -> None:
+    """The source is closed if the ``finally`` of its generator aborts the request."""
+    closed = threading.Event()
+
+    class Source:
+        def __iter__(self) -> Iterator[str]:
+            try:
+                yield "one"
+                yield "two"
+            finally:
+                tg.abort(404)
+
+        def close(self) -> None:
+            closed.set()
+
+    class First:
+        content_type = "text/plain"
+
+        def encode(self, items: Any) -> Iterator[str]:
+            yield next(iter(items))
+
+    class Root(TGController):
+        @expose(content_type="text/plain")
+        def index(self) -> Stream:
+            return Stream(Source(), First(), chunk_size=10)
+
+    assert get(make_app(Root())).status == "404 Not Found"
+    assert closed.is_set()

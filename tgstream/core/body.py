@@ -549,7 +549,8 @@ class Body:
     ) -> BaseException | None:
         """The steps of an end. Returns the first error of all of them."""
         transaction, encoding = self.transaction, self.encoding
-        if self.reason == "completed" and encoding.finished and not encoding.last:
+        has_ended = encoding.finished and not encoding.last and self._source is None
+        if self.reason == "completed" and has_ended:
             encoding.detach()  # all generators have ended
         else:
             steps = self._chunks.close, encoding.close, self._close_source
