@@ -127,8 +127,6 @@ class Body:
     """Whether its response has left the application."""
     slot: Slot | None = None
     reason: Reason | None = None
-    closing: Reason | None = None
-    """The note to the owner: the reason to end."""
     first_chunk_seconds: float | None = None
     expires = float("inf")
     """The time by the clock at which ``max_seconds`` are over."""
@@ -156,6 +154,8 @@ class Body:
         self.stream = weakref.ref(stream)
         self.encoding = Chunks(plan, charset, self)
         self.chunks = self.bytes = 0
+        self.closing: Reason | None = None
+        """The note to the owner: the reason to end."""
         self._token: deque[None] = deque()
         self._source = source
         self._declared_length = length

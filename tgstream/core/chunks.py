@@ -71,7 +71,6 @@ class Chunks:
     finished = False
     """Whether the items have run out, and were committed if that is due."""
     _encoder: codecs.IncrementalEncoder | None = None
-    _batch: Sequence[Any] | None = None  # the batch that is being encoded
     _large = False  # each output of the format has many items
     _items = _flushed = 0  # taken, and no longer in the buffer
 
@@ -83,6 +82,7 @@ class Chunks:
         self._consumer: Consumer | None = consumer
         self._raw = plan.format is None
         self._buffer: list[Any] = []  # str or bytes of the next chunk
+        self._batch: Sequence[Any] | None = None  # the batch that is being encoded
 
     @property
     def items(self) -> int:
