@@ -161,7 +161,7 @@ def reports(make_app: MakeApp) -> Iterator[list[Report]]:
 
 
 @pytest.fixture
-def ended(reports: list[Report]) -> Iterator[Callable[[], Report]]:
+def next_report(reports: list[Report]) -> Iterator[Callable[[], Report]]:
     """A function that waits for the next report, and returns it."""
     finished = threading.Semaphore(0)
 

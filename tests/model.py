@@ -97,7 +97,7 @@ class Model(types.ModuleType):
     def sqlite(self) -> bool:
         return self.url.get_backend_name() == "sqlite"
 
-    def look(self, statement: str) -> list[tuple[Any, ...]]:
+    def fetch(self, statement: str) -> list[tuple[Any, ...]]:
         """Return the rows of ``statement``, read without SQLAlchemy."""
         if self.sqlite:
             with sqlite3.connect(str(self.url.database), timeout=5) as connection:
@@ -117,7 +117,7 @@ class Model(types.ModuleType):
             )
         return self._reader.execute(statement.encode()).fetchall()
 
-    def change(self, statements: str) -> None:
+    def execute(self, statements: str) -> None:
         """Execute and commit statements on another connection."""
         with self.outside.connect() as outside:
             outside.exec_driver_sql(statements)
@@ -135,11 +135,11 @@ class Model(types.ModuleType):
 
     def names(self) -> list[str]:
         """Return the names of the committed users, in order."""
-        return [row[0] for row in self.look("SELECT name FROM users ORDER BY id")]
+        return [row[0] for row in self.fetch("SELECT name FROM users ORDER BY id")]
 
     def texts(self) -> list[str]:
         """Return the texts of the committed notes, in order."""
-        return [row[0] for row in self.look("SELECT text FROM notes ORDER BY id")]
+        return [row[0] for row in self.fetch("SELECT text FROM notes ORDER BY id")]
 
     def seed(self, *names: str) -> None:
         """Commit users with these names, from outside of the application."""
@@ -152,7 +152,7 @@ class Model(types.ModuleType):
         if self.sqlite:
             return 0
         return int(
-            self.look(
+            self.fetch(
                 "SELECT count(*) FROM pg_stat_activity"
                 " WHERE datname = current_database()"
                 " AND state LIKE 'idle in transaction%'"

@@ -282,20 +282,20 @@ def test_context_variable_of_a_stream_stays_in_that_stream(
 
 
 def test_context_variable_is_set_when_another_thread_ends_the_stream(
-    make_app: MakeApp, ended: Callable[[], Report]
+    make_app: MakeApp, next_report: Callable[[], Report]
 ) -> None:
     """The generator's ``finally`` can reset a variable that its first pull has set."""
     seen: list[Any] = []
     call = Call(make_app(Variables(seen)), "/index?name=ada")
     assert next(call) == b"ada"
-    report = ended()
+    report = next_report()
     assert (report.reason, report.error) == ("expired", None)
     assert seen == ["ada", "none"]
     call.close()
 
 
 def test_context_variable_of_the_controller_is_set_in_its_generator(
-    make_app: MakeApp, ended: Callable[[], Report]
+    make_app: MakeApp, next_report: Callable[[], Report]
 ) -> None:
     """The variable is also set in a hook, and with a heartbeat."""
     hooked: list[str] = []
@@ -318,7 +318,7 @@ def test_context_variable_of_the_controller_is_set_in_its_generator(
     tg.hooks.register("tgstream.finished", hook)
     call = contextvars.copy_context().run(Call, app, "/index")
     body = run_on_another_thread(call.read)
-    ended()
+    next_report()
     tg.hooks.disconnect("tgstream.finished", hook)
     assert body == b"data: set\n\n" * 2
     assert hooked == ["set"]

@@ -40,7 +40,7 @@ def test_disconnect_of_an_idle_stream_is_detected(
 
 
 def test_disconnect_is_detected_without_idle_warnings(
-    make_app: MakeApp, sqlite_model: Model, ended: Callable[[], Report]
+    make_app: MakeApp, sqlite_model: Model, next_report: Callable[[], Report]
 ) -> None:
     """The interval of the check does not depend on that of the warning."""
 
@@ -61,7 +61,7 @@ def test_disconnect_is_detected_without_idle_warnings(
     call = Call(app, "/events", **environ)
     assert next(call) == b"data: one\n\n"
     disconnected.set()
-    assert ended().reason == "disconnected"
+    assert next_report().reason == "disconnected"
     call.close()
     assert_clean(sqlite_model)
 

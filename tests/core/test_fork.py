@@ -103,7 +103,7 @@ def test_child_process_that_drops_a_stream_does_not_end_it(
 
 
 def test_child_process_has_its_own_monitor(
-    make_app: MakeApp, ended: Callable[[], Report]
+    make_app: MakeApp, next_report: Callable[[], Report]
 ) -> None:
     """Servers fork after streams have run. The streams of a child expire as well."""
     app = make_app(Words())
@@ -112,9 +112,9 @@ def test_child_process_has_its_own_monitor(
     if not child:
         try:
             forked = Call(app, "/words", checked=False)
-            os._exit(0 if ended().reason == "expired" and forked else 1)
+            os._exit(0 if next_report().reason == "expired" and forked else 1)
         finally:
             os._exit(2)
     assert os.waitpid(child, 0)[1] == 0
-    assert ended().reason == "expired"
+    assert next_report().reason == "expired"
     call.close()

@@ -97,7 +97,7 @@ def test_heartbeat_stream_without_its_client_ends_at_the_next_yield(
     make_app: MakeApp,
     model: Model,
     waiting: Waiting,
-    ended: Callable[[], Report],
+    next_report: Callable[[], Report],
     end: Callable[[Call], None],
     pulls: int,
 ) -> None:
@@ -110,7 +110,7 @@ def test_heartbeat_stream_without_its_client_ends_at_the_next_yield(
     del call
     gc.collect()
     waiting.go.release()
-    report = ended()
+    report = next_report()
     assert (report.reason, waiting.seen[-1]) == ("disconnected", "closed")
     for thread in threading.enumerate():
         if thread.name == "tgstream-heartbeat":
@@ -137,7 +137,7 @@ def test_heartbeat_stream_of_one_item_needs_no_thread(
 
 
 def test_heartbeat_stream_sends_the_last_event_of_an_expired_stream(
-    make_app: MakeApp, model: Model, ended: Callable[[], Report]
+    make_app: MakeApp, model: Model, next_report: Callable[[], Report]
 ) -> None:
     """The generator ends at its next yield, and the next pull ends the response."""
     go = threading.Event()
@@ -156,7 +156,7 @@ def test_heartbeat_stream_sends_the_last_event_of_an_expired_stream(
     call = Call(make_app(Root(), model), "/events")
     body = call.read().replace(HEARTBEAT, b"")
     assert body == b": open\n\ndata: last\n\n"
-    assert ended().reason == "expired"
+    assert next_report().reason == "expired"
     assert model.texts() == ["last"]
     assert_clean(model)
 
@@ -165,7 +165,7 @@ def test_heartbeat_stream_sends_the_last_event_of_an_expired_stream(
 def test_heartbeat_ends_the_response_while_the_generator_waits(
     make_app: MakeApp,
     sqlite_model: Model,
-    ended: Callable[[], Report],
+    next_report: Callable[[], Report],
     reason: str,
 ) -> None:
     """The client can reconnect at once. The generator ends at its next yield."""
@@ -185,7 +185,7 @@ def test_heartbeat_ends_the_response_while_the_generator_waits(
         assert not drain(timeout=0)
     assert call.read().replace(HEARTBEAT, b"") == b""
     go.set()
-    report = ended()
+    report = next_report()
     assert (report.reason, report.error) == (reason, None)
     assert_clean(sqlite_model)
 

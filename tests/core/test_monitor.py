@@ -59,12 +59,12 @@ def make_root(model: Model, **options: Any) -> TGController:
 
 
 def test_stream_that_is_not_pulled_again_expires(
-    make_app: MakeApp, model: Model, ended: Callable[[], Report]
+    make_app: MakeApp, model: Model, next_report: Callable[[], Report]
 ) -> None:
     """The connection is released, and nothing is committed, without another pull."""
     call = Call(make_app(make_root(model), model), "/words")
     assert next(call) == b"1\n"
-    report = ended()
+    report = next_report()
     assert (report.reason, report.error, report.items) == ("expired", None, 1)
     assert report.seconds >= SHORT
     assert model.names() == []
@@ -73,11 +73,11 @@ def test_stream_that_is_not_pulled_again_expires(
 
 
 def test_stream_that_is_not_pulled_at_all_expires(
-    make_app: MakeApp, model: Model, ended: Callable[[], Report]
+    make_app: MakeApp, model: Model, next_report: Callable[[], Report]
 ) -> None:
     """Servers may keep the body if the client disconnected before the first chunk."""
     call = Call(make_app(make_root(model), model), "/words")
-    assert ended().reason == "expired"
+    assert next_report().reason == "expired"
     assert_clean(model)
     assert next(call) == b"1\n"  # made before the stream expired
     with pytest.raises(StreamError, match=r"max_seconds=0\.1"):
@@ -87,13 +87,13 @@ def test_stream_that_is_not_pulled_at_all_expires(
 
 @pytest.mark.parametrize("format", [None, CSV, JSONArray])
 def test_expired_stream_is_aborted(
-    make_app: MakeApp, model: Model, ended: Callable[[], Report], format: Any
+    make_app: MakeApp, model: Model, next_report: Callable[[], Report], format: Any
 ) -> None:
     """Clients detect that the response is incomplete."""
     options = {} if format is None else {"format": format, "chunk_size": 0}
     call = Call(make_app(make_root(model, **options), model), "/words")
     next(call)
-    assert ended().reason == "expired"
+    assert next_report().reason == "expired"
     with pytest.raises(StreamError, match=r"Root.* was ended by max_seconds=0\.1"):
         next(call)
     call.close()
@@ -102,19 +102,19 @@ def test_expired_stream_is_aborted(
 
 @pytest.mark.parametrize("debug", [True, False])
 def test_expired_event_stream_ends_normally(
-    make_app: MakeApp, model: Model, ended: Callable[[], Report], debug: bool
+    make_app: MakeApp, model: Model, next_report: Callable[[], Report], debug: bool
 ) -> None:
     """Browsers reconnect, and sent events are committed."""
     call = Call(make_app(make_root(model, format=SSE), model, debug=debug), "/words")
     assert next(call) == b"data: [1]\n\n"
-    assert ended().reason == "expired"
+    assert next_report().reason == "expired"
     assert call.read() == b""
     assert model.names() == ["user 1"]
     assert_clean(model)
 
 
 def test_stream_that_expires_during_a_pull_ends_when_the_pull_returns(
-    make_app: MakeApp, model: Model, ended: Callable[[], Report]
+    make_app: MakeApp, model: Model, next_report: Callable[[], Report]
 ) -> None:
     """The chunk of this pull is sent, and the next pull raises."""
     go = threading.Event()
@@ -137,7 +137,7 @@ def test_stream_that_expires_during_a_pull_ends_when_the_pull_returns(
     assert next(call) == b"one"
     with ThreadPoolExecutor(1) as thread:
         assert thread.submit(next, call).result() == b"two"
-    report = ended()
+    report = next_report()
     assert (report.reason, report.chunks, report.commits) == ("expired", 2, 2)
     with pytest.raises(StreamError, match="max_seconds"):
         next(call)
@@ -147,7 +147,7 @@ def test_stream_that_expires_during_a_pull_ends_when_the_pull_returns(
 
 
 def test_drain_waits_for_an_expired_stream_until_its_pull_returns(
-    make_app: MakeApp, model: Model, ended: Callable[[], Report]
+    make_app: MakeApp, model: Model, next_report: Callable[[], Report]
 ) -> None:
     """``drain()`` returns ``False`` while the generator runs."""
     expired, go = threading.Event(), threading.Event()
@@ -172,12 +172,15 @@ def test_drain_waits_for_an_expired_stream_until_its_pull_returns(
         assert rest.result() == b""
     assert drain(timeout=10)
     call.close()
-    assert ended().reason == "completed"
+    assert next_report().reason == "completed"
 
 
 @pytest.mark.parametrize("expires", [True, False])
 def test_drain_waits_for_a_stream_that_ends_slowly(
-    make_app: MakeApp, sqlite_model: Model, ended: Callable[[], Report], expires: bool
+    make_app: MakeApp,
+    sqlite_model: Model,
+    next_report: Callable[[], Report],
+    expires: bool,
 ) -> None:
     """``drain()`` returns ``False``, although the monitor checks the stream again."""
     ending, go = threading.Event(), threading.Event()
@@ -204,11 +207,11 @@ def test_drain_waits_for_a_stream_that_ends_slowly(
         go.set()
         closed.result()
     assert drain(timeout=10)
-    assert ended().reason in ("disconnected", "expired")
+    assert next_report().reason in ("disconnected", "expired")
 
 
 def test_expired_stream_closes_its_generator_with_its_context(
-    make_app: MakeApp, model: Model, ended: Callable[[], Report]
+    make_app: MakeApp, model: Model, next_report: Callable[[], Report]
 ) -> None:
     """Its ``finally`` runs on another thread, with the request and the session."""
     seen: list[Any] = []
@@ -227,7 +230,7 @@ def test_expired_stream_closes_its_generator_with_its_context(
 
     call = Call(make_app(Root(), model), "/words")
     assert next(call) == b"one"
-    assert ended().reason == "expired"
+    assert next_report().reason == "expired"
     assert seen == ["tgstream-end", "/words", 0]
     assert_clean(model)
     call.close()
@@ -235,7 +238,7 @@ def test_expired_stream_closes_its_generator_with_its_context(
 
 @pytest.mark.parametrize("error_class", [LookupError, SystemExit, KeyboardInterrupt])
 def test_error_at_the_end_of_an_expired_stream_does_not_stop_the_monitor(
-    make_app: MakeApp, model: Model, ended: Callable[[], Report], error_class: Any
+    make_app: MakeApp, model: Model, next_report: Callable[[], Report], error_class: Any
 ) -> None:
     """The error is reported, and the next stream expires as usual."""
 
@@ -254,7 +257,7 @@ def test_error_at_the_end_of_an_expired_stream_does_not_stop_the_monitor(
     app = make_app(Root(), model)
     for _ in range(2):
         call = Call(app, "/words")
-        report = ended()
+        report = next_report()
         assert (report.reason, type(report.error)) == ("expired", error_class)
         call.close()
     assert model.names() == []
@@ -262,32 +265,35 @@ def test_error_at_the_end_of_an_expired_stream_does_not_stop_the_monitor(
 
 
 def test_closed_stream_does_not_expire(
-    make_app: MakeApp, model: Model, reports: list[Report], ended: Callable[[], Report]
+    make_app: MakeApp,
+    model: Model,
+    reports: list[Report],
+    next_report: Callable[[], Report],
 ) -> None:
     """Only the second stream is reported as expired."""
     app = make_app(make_root(model), model)
     first = Call(app, "/words?seconds=3600")
     first.close()
-    assert ended().reason == "disconnected"
+    assert next_report().reason == "disconnected"
     second = Call(app, "/words")
-    assert ended().reason == "expired"
+    assert next_report().reason == "expired"
     assert reports == []
     second.close()
     assert_clean(model)
 
 
 def test_dropped_stream_does_not_wait_for_max_seconds(
-    make_app: MakeApp, model: Model, ended: Callable[[], Report]
+    make_app: MakeApp, model: Model, next_report: Callable[[], Report]
 ) -> None:
     """The stream ends at once."""
     call = Call(make_app(make_root(model), model), "/words?seconds=3600", checked=False)
     call.drop()
-    assert ended().reason == "disconnected"
+    assert next_report().reason == "disconnected"
     assert_clean(model)
 
 
 def test_many_streams_have_one_monitor_thread(
-    make_app: MakeApp, sqlite_model: Model, ended: Callable[[], Report]
+    make_app: MakeApp, sqlite_model: Model, next_report: Callable[[], Report]
 ) -> None:
     """Ten streams start one thread."""
 
@@ -295,7 +301,7 @@ def test_many_streams_have_one_monitor_thread(
     calls = [Call(app, "/words") for _ in range(10)]
     threads = [t for t in threading.enumerate() if t.name == "tgstream-watch"]
     assert len(threads) == 1
-    assert [ended().reason for _ in calls] == ["expired"] * 10
+    assert [next_report().reason for _ in calls] == ["expired"] * 10
     for call in calls:
         call.close()
 
@@ -331,7 +337,7 @@ def test_max_seconds_without_a_monitor_thread_is_an_ordinary_error(
     make_app: MakeApp,
     sqlite_model: Model,
     reports: list[Report],
-    ended: Callable[[], Report],
+    next_report: Callable[[], Report],
     no_more_threads: Callable[[], int],
 ) -> None:
     """Streams expire as usual as soon as threads can be started."""
@@ -339,11 +345,11 @@ def test_max_seconds_without_a_monitor_thread_is_an_ordinary_error(
     call = Call(app, "/words")
     assert call.status.startswith("500 ")
     call.read()
-    assert ended().reason == "failed"
+    assert next_report().reason == "failed"
     assert_clean(sqlite_model)
     no_more_threads()
     call = Call(app, "/words")
-    assert ended().reason == "expired"
+    assert next_report().reason == "expired"
     call.close()
     assert_clean(sqlite_model)
 
@@ -360,13 +366,13 @@ def test_invalid_max_seconds_is_rejected(seconds: Any) -> None:
 def test_expired_stream_is_logged_once(
     make_app: MakeApp,
     model: Model,
-    ended: Callable[[], Report],
+    next_report: Callable[[], Report],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """The line is a warning, because the response is incomplete."""
     caplog.set_level("DEBUG", "tgstream")
     call = Call(make_app(make_root(model), model), "/words")
-    ended()
+    next_report()
     call.close()
     [record] = caplog.records
     assert record.levelname == "WARNING"
@@ -401,7 +407,7 @@ class SlowController(TGController):
 
 
 def test_stream_that_ends_slowly_does_not_delay_others(
-    make_app: MakeApp, sqlite_model: Model, ended: Callable[[], Report]
+    make_app: MakeApp, sqlite_model: Model, next_report: Callable[[], Report]
 ) -> None:
     """Five streams wait in their ``finally``, and five other streams expire in time."""
     root = SlowController()
@@ -410,16 +416,16 @@ def test_stream_that_ends_slowly_does_not_delay_others(
     assert root.ending.wait(10)
     quick = [Call(app, "/quick") for _ in range(5)]
     try:
-        assert [ended().controller for _ in quick] == ["SlowController.quick"] * 5
+        assert [next_report().controller for _ in quick] == ["SlowController.quick"] * 5
     finally:
         root.go.set()
-    assert [ended().controller for _ in slow] == ["SlowController.slow"] * 5
+    assert [next_report().controller for _ in slow] == ["SlowController.slow"] * 5
     for call in slow + quick:
         call.close()
 
 
 def test_report_hook_that_waits_does_not_delay_others(
-    make_app: MakeApp, sqlite_model: Model, ended: Callable[[], Report]
+    make_app: MakeApp, sqlite_model: Model, next_report: Callable[[], Report]
 ) -> None:
     """The hook of the first stream waits until the second stream has ended."""
     others = threading.Semaphore(0)
@@ -433,7 +439,7 @@ def test_report_hook_that_waits_does_not_delay_others(
     app = make_app(SlowController(), sqlite_model)
     tg.hooks.register("tgstream.finished", wait)
     calls = [Call(app, "/quick?waits=yes"), Call(app, "/quick")]
-    assert [ended().reason for _ in calls] == ["expired"] * 2
+    assert [next_report().reason for _ in calls] == ["expired"] * 2
     tg.hooks.disconnect("tgstream.finished", wait)
     for call in calls:
         call.close()
@@ -443,7 +449,7 @@ def test_rollback_on_a_frozen_database_does_not_delay_others(
     make_app: MakeApp,
     make_model: MakeModel,
     postgresql: str,
-    ended: Callable[[], Report],
+    next_report: Callable[[], Report],
 ) -> None:
     """A stopped PostgreSQL backend delays only its own stream."""
     model = make_model(postgresql)
@@ -461,17 +467,17 @@ def test_rollback_on_a_frozen_database_does_not_delay_others(
     os.kill(pid, signal.SIGSTOP)
     try:
         call = Call(app, "/backend")
-        assert ended().reason == "expired"
+        assert next_report().reason == "expired"
     finally:
         os.kill(pid, signal.SIGCONT)
-    assert ended().reason == "expired"
+    assert next_report().reason == "expired"
     call.close()
     frozen.close()
     assert_clean(model)
 
 
 def test_drain_returns_after_its_timeout_while_a_stream_ends_slowly(
-    make_app: MakeApp, sqlite_model: Model, ended: Callable[[], Report]
+    make_app: MakeApp, sqlite_model: Model, next_report: Callable[[], Report]
 ) -> None:
     """The generator's ``finally`` does not run on the thread that calls ``drain()``."""
     root = SlowController()
@@ -482,7 +488,7 @@ def test_drain_returns_after_its_timeout_while_a_stream_ends_slowly(
         assert not root.go.is_set()
     finally:
         root.go.set()
-    assert ended().error is None
+    assert next_report().error is None
     call.close()
 
 
@@ -513,7 +519,7 @@ def test_heartbeat_longer_than_a_thread_can_wait_is_rejected(heartbeat: float) -
 def test_very_long_duration_does_not_stop_the_monitor(
     make_app: MakeApp,
     sqlite_model: Model,
-    ended: Callable[[], Report],
+    next_report: Callable[[], Report],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The monitor's wait does not overflow, so that the next stream expires."""
@@ -525,7 +531,7 @@ def test_very_long_duration_does_not_stop_the_monitor(
     app = make_app(Words(), sqlite_model, **options)
     long = Call(app, "/words?seconds=1e300")
     short = Call(app, "/words")
-    assert ended().reason == "expired"
+    assert next_report().reason == "expired"
     long.close()
     short.close()
 
@@ -533,7 +539,7 @@ def test_very_long_duration_does_not_stop_the_monitor(
 def test_monitor_continues_after_an_error(
     make_app: MakeApp,
     sqlite_model: Model,
-    ended: Callable[[], Report],
+    next_report: Callable[[], Report],
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -549,7 +555,7 @@ def test_monitor_continues_after_an_error(
     app = make_app(Words(), sqlite_model, tgstream__disconnect_check_seconds="0.01")
     first = Call(app, "/words?seconds=3600")
     second = Call(app, "/words")
-    assert ended().reason == "expired"
+    assert next_report().reason == "expired"
     assert "monitor" in next(r for r in caplog.records if r.exc_info).getMessage()
     first.close()
     second.close()
@@ -653,7 +659,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 def test_stream_of_items_without_output_can_be_ended(
     make_app: MakeApp,
     sqlite_model: Model,
-    ended: Callable[[], Report],
+    next_report: Callable[[], Report],
     name: str,
     first: bool,
     end: str,
@@ -687,7 +693,7 @@ def test_stream_of_items_without_output_can_be_ended(
                 assert drain(timeout=10)
             elif end == "disconnected":
                 streams[0].close()
-            report = ended()
+            report = next_report()
         finally:
             stop.set()
         assert (report.reason, report.error) == (end, None)

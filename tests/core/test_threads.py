@@ -163,7 +163,7 @@ def test_close_on_many_threads_ends_a_stream_once(
 
 @pytest.mark.parametrize("end", ["expired", "drained", "disconnected"])
 def test_generator_can_commit_in_its_finally_while_the_server_pulls(
-    make_app: MakeApp, model: Model, ended: Callable[[], Report], end: str
+    make_app: MakeApp, model: Model, next_report: Callable[[], Report], end: str
 ) -> None:
     """The stream stays the current stream of the thread that ends it."""
     ending, pulled = threading.Event(), threading.Event()
@@ -195,7 +195,7 @@ def test_generator_can_commit_in_its_finally_while_the_server_pulls(
         with pytest.raises(StreamError, match="before its end"):
             pull(call)
         pulled.set()
-        report = ended()
+        report = next_report()
     assert (report.reason, report.error, report.commits) == (end, None, 1)
     streams.clear()
     call.close()

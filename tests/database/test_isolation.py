@@ -249,7 +249,7 @@ def test_connection_that_dies_fails_only_its_stream(
 
     app = make_app(ModelRoot(model, body), model)
     call = Call(app)
-    model.look(f"SELECT pg_terminate_backend({int(next(call))})")
+    model.fetch(f"SELECT pg_terminate_backend({int(next(call))})")
     with pytest.raises(sa.exc.OperationalError):
         next(call)
     call.close()

@@ -312,7 +312,7 @@ def twophase(make_model: MakeModel, postgresql: str) -> Iterator[Model]:
     """A model whose sessions commit in two phases."""
     model = make_model(postgresql, twophase=True)
     yield model
-    assert model.look("SELECT * FROM pg_prepared_xacts") == []
+    assert model.fetch("SELECT * FROM pg_prepared_xacts") == []
 
 
 def test_twophase_session_is_prepared_in_the_vote(
@@ -325,7 +325,7 @@ def test_twophase_session_is_prepared_in_the_vote(
     class Watching(Resource):
         def tpc_vote(self, transaction: Any) -> None:
             assert model.names() == []
-            seen.append(len(model.look("SELECT * FROM pg_prepared_xacts")))
+            seen.append(len(model.fetch("SELECT * FROM pg_prepared_xacts")))
 
     def body() -> Iterator[str]:
         model.DBSession.add(User(name="ada"))

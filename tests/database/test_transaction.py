@@ -365,7 +365,7 @@ STRICT = {"sqlalchemy__isolation_level": "REPEATABLE READ"}
 
 def overtake(model: Model) -> None:
     """Change the row of ada in another transaction."""
-    model.change("UPDATE users SET name = name || ' of another' WHERE id = 1")
+    model.execute("UPDATE users SET name = name || ' of another' WHERE id = 1")
 
 
 def retry_by_attempts(work: Callable[[], None]) -> None:
@@ -411,7 +411,7 @@ def test_attempt_is_repeated_after_a_serialization_failure(
     twice = "ada of another of another"
     assert get(app).text == f"{twice} of the stream"
     assert seen == ["ada", "ada of another", twice]
-    assert model.look("SELECT name FROM users WHERE id = 1")[0][0] == (
+    assert model.fetch("SELECT name FROM users WHERE id = 1")[0][0] == (
         f"{twice} of the stream"
     )
     assert model.texts() == ["attempt 3"]
@@ -436,7 +436,7 @@ def test_attempt_is_repeated_after_a_refused_commit(
             runs.append(model.DBSession.query(User).count())
             if len(runs) == 1:
                 model.DBSession.connection()
-                model.change(
+                model.execute(
                     "BEGIN ISOLATION LEVEL SERIALIZABLE;"
                     "SELECT name FROM users;"
                     "INSERT INTO users (name) VALUES ('zoe');"
@@ -524,7 +524,7 @@ def test_attempt_is_repeated_after_a_deadlock(
 
     assert get(make_app(Root(body), model)).text == "one"
     assert len(runs) == 2
-    assert model.look("SELECT name FROM users WHERE id = 1") == [("eve",)]
+    assert model.fetch("SELECT name FROM users WHERE id = 1") == [("eve",)]
     assert_clean(model)
 
 

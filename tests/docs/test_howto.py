@@ -48,7 +48,7 @@ class Site:
         self.outside.dispose()
         return self.live.stop()
 
-    def look(self, statement: str) -> list[Any]:
+    def fetch(self, statement: str) -> list[Any]:
         """The first column of a query."""
         with self.outside.connect() as connection:
             return list(connection.execute(sa.text(statement)).scalars())
@@ -60,7 +60,7 @@ class Site:
 
     def names(self) -> list[str]:
         """The names of the users that are stored, in order."""
-        return self.look("SELECT user_name FROM tg_user ORDER BY user_id")
+        return self.fetch("SELECT user_name FROM tg_user ORDER BY user_id")
 
     def send(self, path: str, file: str, **headers: str) -> http.client.HTTPResponse:
         """Post a form with a file, as a browser does."""
@@ -184,7 +184,7 @@ def test_upload_of_a_disconnected_client_is_resumed_when_it_is_sent_again(
     stored = len(writing.names()) - before
     assert stored % 100 == 0
     assert seen <= stored < len(names)
-    assert writing.look('SELECT rows FROM "import"') == [stored]
+    assert writing.fetch('SELECT rows FROM "import"') == [stored]
     with writing.send("/resumed/upload", csv_of(*names)) as response:
         rest = list(documents(response))
     assert rest[0] == {"row": stored + 100}

@@ -299,7 +299,7 @@ def test_lost_connection_is_the_error_of_the_copy(
         pid = session.scalar(sa.text("SELECT pg_backend_pid()"))
         blocks = iter(copy(numbers, session=session))
         next(blocks)
-        model.look(f"SELECT pg_terminate_backend({pid})")
+        model.fetch(f"SELECT pg_terminate_backend({pid})")
         with pytest.raises(psycopg.OperationalError, match="server closed"):
             list(blocks)
         session.rollback()

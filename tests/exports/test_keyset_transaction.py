@@ -287,7 +287,7 @@ def test_lock_lasts_over_the_batches(
                 held.append(rows_left == 0 or locks == 1)
             yield row.name
         tgstream.commit()
-        assert model.look(free_rows) == [(6,)]
+        assert model.fetch(free_rows) == [(6,)]
 
     get(make_app(Root(body), model))
     assert held == [True] * 4

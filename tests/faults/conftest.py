@@ -83,7 +83,7 @@ def commits_wait(model: Model) -> Iterator[None]:
 def wait_until_blocked(model: Model, backend: int) -> None:
     """Wait until a backend of PostgreSQL waits for a lock."""
     query = f"SELECT wait_event_type FROM pg_stat_activity WHERE pid = {backend}"
-    wait_until(lambda: model.look(query) == [("Lock",)], "the backend does not wait")
+    wait_until(lambda: model.fetch(query) == [("Lock",)], "the backend does not wait")
 
 
 class Root(TGController):

@@ -32,7 +32,7 @@ def pid(model: Model) -> int:
 
 def terminate(model: Model, pid: int) -> None:
     """End a backend, and wait until it is gone."""
-    assert model.look(f"SELECT pg_terminate_backend({pid}, 10000)") == [(True,)]
+    assert model.fetch(f"SELECT pg_terminate_backend({pid}, 10000)") == [(True,)]
 
 
 def lose_connection(model: Model) -> None:
@@ -134,7 +134,7 @@ def test_idle_in_transaction_timeout_aborts_the_transfer(
     fault = make_fault(model, body)
     call = fault.call()
     query = f"SELECT 1 FROM pg_stat_activity WHERE pid = {int(next(call))}"
-    wait_until(lambda: not model.look(query), "the backend has not ended")
+    wait_until(lambda: not model.fetch(query), "the backend has not ended")
     fault.assert_aborts(call, CONNECTION_LOST)
     fault.assert_leaves()
 

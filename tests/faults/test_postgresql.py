@@ -48,7 +48,7 @@ def pid(model: Model) -> int:
 
 def terminate(model: Model, pid: int) -> None:
     """Terminate a backend, and wait until it has ended."""
-    assert model.look(f"SELECT pg_terminate_backend({pid}, 10000)") == [(True,)]
+    assert model.fetch(f"SELECT pg_terminate_backend({pid}, 10000)") == [(True,)]
 
 
 # The backend is terminated.

@@ -32,7 +32,7 @@ class Victim:
         self.process = json.loads(read(server, "/faulty/state"))["process"]
         self.client = Client(server, path_of("a", early="1", pipe=pipe))
         assert self.client.response.read(5) == b"early"
-        ((self.backend,),) = model.look(
+        ((self.backend,),) = model.fetch(
             "SELECT pid FROM pg_stat_activity WHERE state = 'idle in transaction'"
             " AND datname = current_database()"
         )
@@ -50,7 +50,7 @@ class Victim:
     @property
     def backend_is_alive(self) -> bool:
         query = f"SELECT 1 FROM pg_stat_activity WHERE pid = {self.backend}"
-        return self.model.look(query) != []
+        return self.model.fetch(query) != []
 
     def assert_recovers(self, *names: str) -> None:
         """Check that PostgreSQL ended the session, what is stored, and a new worker."""

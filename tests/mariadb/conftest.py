@@ -28,14 +28,14 @@ class MariaModel(Model):
             autocommit=True,
         )
 
-    def look(self, statement: str) -> list[tuple[Any, ...]]:
+    def fetch(self, statement: str) -> list[tuple[Any, ...]]:
         with closing(self.connect()) as outside, outside.cursor() as cursor:
             cursor.execute(statement)
             return list(cursor.fetchall())
 
     def idle_in_transaction(self) -> int:
         """The number of open transactions. INNODB_TRX is cached, so not used."""
-        ((_, _, status),) = self.look("SHOW ENGINE INNODB STATUS")
+        ((_, _, status),) = self.fetch("SHOW ENGINE INNODB STATUS")
         listed = status.partition("LIST OF TRANSACTIONS")[2]
         transactions = listed.partition("\n--------\n")[0].split("---TRANSACTION")[1:]
         return sum(

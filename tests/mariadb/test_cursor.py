@@ -63,7 +63,7 @@ def test_cursor_is_unbuffered(
     batches = rows(numbers, session=session).batches()
     next(batches)
     assert cursor_types == [SSCursor]
-    running = [process[7] for process in model.look("SHOW PROCESSLIST")]
+    running = [process[7] for process in model.fetch("SHOW PROCESSLIST")]
     assert any("seq_1_to_100000" in str(text) for text in running)
     batches.close()
 

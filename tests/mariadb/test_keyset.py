@@ -269,7 +269,7 @@ def test_type_that_is_not_sorted_as_returned_is_refused(
 
 def free(model: MariaModel) -> bool:
     """True if no connection is in use, no transaction open and no table locked."""
-    model.look("LOCK TABLES users WRITE NOWAIT")  # until the connection is closed
+    model.fetch("LOCK TABLES users WRITE NOWAIT")  # until the connection is closed
     return pool(model).checkedout() == 0 and model.idle_in_transaction() == 0
 
 

@@ -118,7 +118,7 @@ def load(
 def rows_of(url: str) -> list[Row]:
     """Return the stored rows, read without SQLAlchemy."""
     model = Model(url, create=False)
-    found = model.look("SELECT text, name FROM notes JOIN users ON users.id = user_id")
+    found = model.fetch("SELECT text, name FROM notes JOIN users ON users.id = user_id")
     model.dispose()
     rows = []
     for text, owner in found:

@@ -468,7 +468,7 @@ def test_reset_content_has_a_content_length_of_zero(make_app: MakeApp) -> None:
 
 @pytest.mark.parametrize("wiring", WIRINGS)
 def test_change_that_cannot_be_compared_changes_nothing(
-    make_app: MakeApp, wiring: dict[str, Any], ended: Callable[[], Report]
+    make_app: MakeApp, wiring: dict[str, Any], next_report: Callable[[], Report]
 ) -> None:
     """A header that no server could send comes too late to make the stream fail."""
 
@@ -481,5 +481,5 @@ def test_change_that_cannot_be_compared_changes_nothing(
             yield "two"
 
     assert get(make_app(Root(), **wiring)).text == "onetwo"
-    report = ended()
+    report = next_report()
     assert (report.reason, report.error) == ("completed", None)
