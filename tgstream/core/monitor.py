@@ -145,6 +145,8 @@ class Monitor:
         """Have the monitor end ``body``, for who must not. False if nobody could."""
         if self._running:
             self.register(body, 0.0)  # the collector has cleared the reference to it
+            if body.ended:  # another thread has ended and forgotten it before
+                self.forget(body)
             self._queue.put(body)
         return self._running
 
