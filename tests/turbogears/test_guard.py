@@ -28,7 +28,7 @@ from tests.conftest import MakeApp, assert_clean, assert_thread_clean
 from tests.model import Model, User
 from tests.wsgi import Call, get
 from tgstream import Report, Stream, StreamError, current_stream, drain, stream
-from tgstream.turbogears.guard import Guard
+from tgstream.turbogears.guard import Guard, Outcome
 
 TRACED = {"debug": False, "trace_errors__enable": True}
 UNTRACED = {"debug": False, "trace_errors__enable": False}
@@ -621,6 +621,25 @@ def test_change_after_the_first_chunk_is_warned_of_once(
     assert get(app, f"/set/{what}").text == "firstlast"
     (line,) = caplog.messages
     assert f"after the response had started: {named}. The client" in line
+
+
+def test_stream_that_ends_while_the_guard_closes_it_raises_no_error() -> None:
+    """Another thread may end it between any two byte codes."""
+
+    class Ending(Outcome):
+        """An outcome whose stream ends when the guard looks for it."""
+
+        def __getattribute__(self, name: str) -> Any:
+            value = super().__getattribute__(name)
+            if name == "_body":
+                self._body = None
+            return value
+
+    outcome, body = Ending(), io.BytesIO()
+    outcome.__dict__["_body"] = body
+    outcome.close()
+    assert body.closed
+    outcome.close()
 
 
 @pytest.mark.parametrize("wiring", WIRINGS)
