@@ -562,29 +562,46 @@ def test_monitor_continues_after_an_error(
 
 
 class Registering:
-    """A running stream at which the monitor looks while it registers."""
+    """A running stream, in whose registration another thread takes a turn.
+
+    :param turn: the other thread's code, which runs once.
+    """
 
     expires = float("inf")
     ended = False
 
-    def __init__(self, monitor: monitor_module.Monitor) -> None:
-        self.monitor, self.looks = monitor, 0
+    def __init__(self, turn: Callable[[], Any]) -> None:
+        self.turns = [turn]
 
     @property
     def plan(self) -> Any:
-        self.looks += 1
-        self.monitor._look_at_all()
+        self.turns.pop()()
         return _make_plan("Root.words", Options(), {})
 
 
 def test_monitor_may_look_while_a_stream_registers() -> None:
     """Its thread runs between any two byte codes, and finds no incomplete entry."""
     monitor = monitor_module.Monitor()
-    registering: Any = Registering(monitor)
+    registering: Any = Registering(monitor._look_at_all)
     monitor.register(registering, clock())
-    assert registering.looks == 1
+    assert registering.turns == []
     assert monitor.running() == [registering]
     assert 9 < monitor._look_at_all() <= 10
+
+
+def test_stream_that_ends_while_it_is_handed_over_is_forgotten() -> None:
+    """Middlewares in the same garbage hand it over once more when it has ended."""
+
+    def end() -> None:
+        registering.ended = True
+        monitor.forget(registering)
+
+    monitor = monitor_module.Monitor()
+    monitor._running = True  # without a thread, which would be another turn
+    registering: Any = Registering(end)
+    assert monitor.hand_over(registering)
+    assert registering.turns == []
+    assert monitor._list() == []
 
 
 # Items without output.

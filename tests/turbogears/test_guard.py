@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import gzip
+import io
 import itertools
 import sys
 import threading
@@ -36,7 +37,7 @@ from tests.turbogears.support import (
 )
 from tests.wsgi import Call, get
 from tgstream import Report, StreamError, drain, stream
-from tgstream.turbogears.guard import Guard
+from tgstream.turbogears.guard import Guard, Outcome
 
 
 def assert_failure_reaches_the_server(app: Any, **options: Any) -> None:
@@ -593,3 +594,22 @@ def test_guard_has_the_attributes_of_the_wrapped_application(make_app: MakeApp) 
     assert not hasattr(app, "no_such")
     assert copy.copy(app).app is app.app
     assert not hasattr(Guard.__new__(Guard), "app")
+
+
+def test_stream_that_ends_while_the_guard_closes_it_raises_no_error() -> None:
+    """Another thread may end it between any two byte codes."""
+
+    class Ending(Outcome):
+        """An outcome whose stream ends when the guard looks for it."""
+
+        def __getattribute__(self, name: str) -> Any:
+            value = super().__getattribute__(name)
+            if name == "_body":
+                self._body = None
+            return value
+
+    outcome, body = Ending(), io.BytesIO()
+    outcome.__dict__["_body"] = body
+    outcome.close()
+    assert body.closed
+    outcome.close()

@@ -148,6 +148,8 @@ class Monitor:
         """
         if self._running:
             self.register(body, 0.0)  # the collector has cleared the reference to it
+            if body.ended:  # another thread has ended and forgotten it before
+                self.forget(body)
             self._queue.put(body)
         return self._running
 

@@ -124,8 +124,9 @@ class Outcome:
 
     def close(self) -> None:
         """Close the stream, if it has not ended."""
-        if self._body is not None:
-            self._body.close()
+        body = self._body  # another thread may end the stream between two byte codes
+        if body is not None:
+            body.close()
 
 
 class Guard:
