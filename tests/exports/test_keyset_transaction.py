@@ -283,7 +283,7 @@ def test_lock_lasts_over_the_batches(
             if when == "between" and number == 1:
                 lock(model.DBSession())
             if number > 1:
-                ((rows_left,),), ((locks,),) = map(model.look, (free_rows, free_lock))
+                ((rows_left,),), ((locks,),) = map(model.fetch, (free_rows, free_lock))
                 held.append(rows_left == 0 or locks == 1)
             yield row.name
         tgstream.commit()
