@@ -21,7 +21,7 @@ REST = Vitals(memory=90.0, threads=8, connections=0, idle=0, contexts=0, alive=0
 def test_soak_finds_no_fault(server: str, postgresql: str) -> None:
     """No row is lost, extra or of another stream, and the streams leave nothing."""
     result = soak(server, postgresql, seed=1, streams=STREAMS, seconds=60)
-    assert result.wrongs == []
+    assert result.wrongs == [], "\n".join(result.wrongs)
     assert result.account.streams == STREAMS
     assert 0 < result.account.expected <= result.account.found
 
