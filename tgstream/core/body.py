@@ -396,6 +396,25 @@ class Body:
         elif uncommitted := self.transaction.count_uncommitted():
             reports.warn_uncommitted(self.plan.controller, uncommitted)
 
+    def encode_member(
+        self, source: Any, plan: Plan, charset: str, length: int | None
+    ) -> Iterator[bytes]:
+        """The chunks of another source, as a part of an item of this body.
+
+        :param plan: the options of that source.
+        :param length: its bytes, if they are declared.
+        """
+        chunks = Chunks(plan, lambda: charset, _Member(self))
+        made: Iterator[bytes] = chunks.make(source)
+        if length is not None:
+            made = chunks.check_length(None, made, length)
+        try:
+            yield from made
+        finally:
+            error = run_all([chunks.close, lambda: close(source)])
+            if error is not None:
+                raise error
+
     # The end.
 
     def close(self, reason: Reason = "disconnected") -> None:
@@ -597,3 +616,23 @@ class Body:
         source, self._source = self._source, None
         if source is not self.encoding.iterator:
             close(source)
+
+
+class _Member:
+    """The consumer of a source that is a part of an item of a body."""
+
+    def __init__(self, body: Body) -> None:
+        self._body = body
+
+    @property
+    def closing(self) -> str | None:
+        return self._body.closing
+
+    def checkpoint(self) -> None:
+        self._body.checkpoint()
+
+    def commit_items(self) -> None:
+        """Nothing: the body commits."""
+
+    def finish_items(self) -> None:
+        """Nothing: the body commits."""

@@ -20,6 +20,7 @@ from ..formats.protocols import (
 from .cleanup import close
 from .errors import StreamError
 from .options import Plan, check_charset, clock
+from .source import Sources
 
 _Chunks: TypeAlias = Generator[bytes, None, None]
 
@@ -130,6 +131,8 @@ class Chunks:
     def _encode_source(self, source: Any) -> Iterator[Any]:
         """The items as they are, or the output of the format."""
         format = self._plan.format
+        if isinstance(source, Sources):
+            return self._encode_sources(source)
         encode_batches = batch_encoder(format)
         if encode_batches is not None and is_batched(source):
             counted = self._count_batches(self._batches(source))
@@ -140,6 +143,29 @@ class Chunks:
             items: Iterator[Any] = self.iterator
             return items
         return format.encode(self._count_items(self.iterator))
+
+    def _encode_sources(self, sources: Sources) -> Iterator[Any]:
+        """The output of a format that encodes several sources, one after the other."""
+        encode = self._plan.traits.encode_sources
+        assert encode is not None  # the stream has checked that
+        self._large = bool(self._plan.chunk_size)
+        remaining = [*sources]
+
+        def count(name: str) -> Iterator[Sequence[Any]]:
+            remaining.remove(name)
+            yield from self._count_batches(
+                self._source_batches(sources[name]), is_last=not remaining
+            )
+
+        return encode(
+            {name: CountedBatches(sources[name], count(name)) for name in sources}
+        )
+
+    def _source_batches(self, source: Any) -> Iterator[Sequence[Any]]:
+        if is_batched(source):
+            return self._batches(source)
+        self.iterator = iter(source)
+        return ([item] for item in self.iterator)
 
     def _batches(self, source: Any) -> Iterator[Sequence[Any]]:
         """The batches. They have one item if each item has its commit or its chunk."""
@@ -167,7 +193,7 @@ class Chunks:
         self._finish_items()
 
     def _count_batches(
-        self, batches: Iterator[Sequence[Any]]
+        self, batches: Iterator[Sequence[Any]], is_last: bool = True
     ) -> Iterator[Sequence[Any]]:
         consumer = self._consumer
         assert consumer is not None
@@ -182,7 +208,8 @@ class Chunks:
                 or consumer.closing is not None
             ):
                 consumer.checkpoint()  # the format may make no output of all batches
-        self._finish_items()
+        if is_last:
+            self._finish_items()
 
     def _finish_items(self) -> None:
         if self._buffer:  # text that cannot be encoded must fail before the last commit

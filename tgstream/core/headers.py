@@ -40,7 +40,8 @@ def set_headers(
     for name, value in traits.headers.items():
         response.headers.setdefault(name, value)
     if options.filename is not None and "Content-Disposition" not in response.headers:
-        disposition = make_content_disposition(options.filename)
+        filename = _add_suffix(options.filename, traits.suffix)
+        disposition = make_content_disposition(filename)
         response.headers["Content-Disposition"] = disposition
     if format is None and options.charset is None:
         return  # TG sets the content type of @expose
@@ -49,6 +50,19 @@ def set_headers(
     fixed = traits.charset
     if options.charset is not None or (fixed and response.charset):
         response.charset = fixed or options.charset
+
+
+_SUFFIX = re.compile(r"\.(?=[A-Za-z0-9]*[A-Za-z])[A-Za-z0-9]{1,10}\Z")
+
+
+def _add_suffix(filename: str, suffix: str | None) -> str:
+    """The name, with the suffix of the format if it has no suffix.
+
+    A number, as in ``2026.11``, is not a suffix.
+    """
+    if suffix is None or _SUFFIX.search(filename):
+        return filename
+    return f"{filename}.{suffix}"
 
 
 def _set_content_type(response: Any, exposed: Any, format: Format | None) -> None:

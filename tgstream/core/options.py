@@ -6,10 +6,10 @@ import codecs
 import random
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, TypedDict
 
-from ..formats.protocols import Format
+from ..formats.protocols import Batched, Format
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -29,6 +29,8 @@ class StreamOptions(TypedDict, total=False):
     length: int | None
     max_seconds: float | None
     limit: int | None
+    spool: bool | None
+    compress: bool | None
 
 
 _NAMES = StreamOptions.__annotations__.keys()
@@ -45,6 +47,8 @@ class Options(NamedTuple):
     length: int | None = None
     max_seconds: float | None = None
     limit: int | None = None
+    spool: bool | None = None
+    compress: bool | None = None
 
     def or_else(self, others: Options) -> Options:
         """These options. Those that were not given are taken from ``others``."""
@@ -80,6 +84,8 @@ def check(where: str, format: Any = None, **options: Unpack[StreamOptions]) -> O
     if checked.charset is not None:
         check_charset(where, checked.charset)
     _check_seconds(where, checked.max_seconds)
+    _check_switch(where, "spool", checked.spool)
+    _check_switch(where, "compress", checked.compress)
     if limit is not None and (not _is_whole(limit) or limit < 1):
         raise ValueError(
             f"{where}: limit must be an integer >= 1 or None, got {limit!r}"
@@ -128,6 +134,14 @@ def _check_seconds(where: str, value: Any) -> None:
     )
 
 
+def _check_switch(where: str, option: str, value: Any) -> None:
+    if value is not None and not isinstance(value, bool):
+        raise TypeError(
+            f"{where}: {option} must be True, False or None, got "
+            f"{type(value).__name__}: {value!r:.80}"
+        )
+
+
 def _is_whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
@@ -158,6 +172,11 @@ class FormatTraits(NamedTuple):
     headers: Mapping[str, str]
     endless: bool
     heartbeat: float | None
+    suffix: str | None
+    encode_sources: Callable[[Mapping[str, Batched]], Iterator[str | bytes]] | None
+    """Encodes several sources by their names. None for a format of one source."""
+    measure: Callable[[Any], int | None] | None
+    """Returns the bytes of the body of a source, None if they are not known."""
 
     @classmethod
     def of(cls, format: Format | None) -> FormatTraits:
@@ -171,10 +190,13 @@ class FormatTraits(NamedTuple):
             headers=getattr(format, "headers", {}),
             endless=getattr(format, "endless", False),
             heartbeat=getattr(format, "heartbeat", None),
+            suffix=getattr(format, "suffix", None),
+            encode_sources=getattr(format, "encode_sources", None),
+            measure=getattr(format, "measure", None),
         )
 
 
-_NO_TRAITS = FormatTraits(None, None, None, {}, False, None)
+_NO_TRAITS = FormatTraits(None, None, None, {}, False, None, None, None, None)
 
 
 class Plan(NamedTuple):

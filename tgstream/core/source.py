@@ -19,7 +19,7 @@ from tg.support.objectproxy import TurboGearsObjectProxy
 from webob.request import LimitedLengthFile
 
 from ..formats.protocols import Batched
-from .cleanup import close
+from .cleanup import close, run_all
 from .errors import StreamError
 
 
@@ -31,6 +31,20 @@ def resolve_proxy(value: Any) -> Any:
 
 
 # Values that a stream can send, and others.
+
+
+class Sources(dict[str, Any]):
+    """Several sources by their names, for a format that has ``encode_sources``."""
+
+    def close(self) -> None:
+        """Close all of them.
+
+        :raises BaseException: the first error of a source.
+        """
+        steps = [partial(close, source) for source in self.values()]
+        if (error := run_all(steps)) is not None:
+            raise error
+
 
 _adapters: list[tuple[Callable[[Any], bool], Callable[[Any], Any]]] = []
 
@@ -71,6 +85,22 @@ def is_iterable(value: Any) -> bool:
     )
 
 
+def are_sources(value: Any, format: Any) -> bool:
+    """Whether a value is a mapping of sources, and the format encodes several.
+
+    :raises TypeError: when a source is not iterable.
+    """
+    if not (isinstance(value, Mapping) and hasattr(format, "encode_sources")):
+        return False
+    for name, source in value.items():
+        if not is_iterable(source):
+            raise TypeError(
+                f"{type(format).__name__}: the source {name!r} must be iterable, got "
+                f"{type(source).__name__}: {source!r:.80}"
+            )
+    return True
+
+
 def needs_stream(output: Any) -> bool:
     """Whether a controller's output is a statement, ``rows()`` or ``copy()``.
 
@@ -93,14 +123,15 @@ def make_missing_stream_error(output: Any, where: str) -> StreamError:
     )
 
 
-def check_streamable(output: Any, where: str) -> bool:
+def check_streamable(output: Any, where: str, format: Any) -> bool:
     """Whether to stream the output of a controller with ``@stream``.
 
     :param where: the controller.
+    :param format: of the stream.
     :returns: False if TG should send the output as it is.
     :raises TypeError: when it is a value for which TG would send an empty page.
     """
-    if is_iterable(output):
+    if is_iterable(output) or are_sources(output, format):
         return True
     if output is None or isinstance(output, str | bytes | bytearray | Mapping):
         return False
@@ -114,10 +145,13 @@ def check_streamable(output: Any, where: str) -> bool:
 def adapt_items(items: Any) -> Any:
     """Convert items to a source that reads them in the stream's own transaction.
 
+    :param items: an iterable, a statement, or a mapping of names to these.
     :raises StreamError: when the items are a result of the request's transaction.
     """
     if isinstance(items, GeneratorType):
         return items
+    if isinstance(items, Mapping):
+        return Sources({name: adapt_items(value) for name, value in items.items()})
     engine = sys.modules.get("sqlalchemy.engine")
     if engine is not None and isinstance(
         items, engine.Result | engine.ScalarResult | engine.MappingResult
@@ -144,6 +178,8 @@ def claim(source: Any, environ: dict[str, Any]) -> bool:
     :returns: False if another request has claimed it before.
     """
     if type(source) is not GeneratorType:  # the usual source
+        if isinstance(source, Sources):
+            return all([claim(each, environ) for each in source.values()])
         if not (hasattr(source, "__next__") or hasattr(source, "read")):
             return True  # not an iterator: each request iterates it from its beginning
         if source is environ.get("wsgi.input"):

@@ -12,8 +12,16 @@ from .cleanup import close
 from .context import thread
 from .errors import StreamError
 from .heartbeat import add_heartbeats
-from .options import Options, StreamOptions, check
-from .source import adapt_items, claim, is_iterable, open_source, resolve_proxy
+from .options import FormatTraits, Options, StreamOptions, check
+from .source import (
+    BLOCK_SIZE,
+    adapt_items,
+    are_sources,
+    claim,
+    is_iterable,
+    open_source,
+    resolve_proxy,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -68,7 +76,7 @@ class Stream:
     ) -> None:
         checked = check("Stream", format, **options)
         items = resolve_proxy(items)
-        if not is_iterable(items):
+        if not (is_iterable(items) or are_sources(items, checked.format)):
             raise TypeError(
                 f"Stream: items must be iterable, got {type(items).__name__}: "
                 f"{items!r:.80}. Call the generator function, or return the value "
@@ -101,7 +109,7 @@ class Stream:
     ) -> None:
         """Use the decorator's options where this stream, which it got, has none."""
         if self._claimant is not request:
-            self._claim(request)
+            self._claim(request.environ)
             self._claimant = request
         if slot is not None:
             if self._options.limit is None:
@@ -114,7 +122,7 @@ class Stream:
     def _prepare(self, request: Any) -> None:
         """Claim the stream, and open its source as its options need it."""
         if self._claimant is not request:
-            self._claim(request)
+            self._claim(request.environ)
         self._claimant = None  # to start it twice is an error again
         if type(self._source) is not GeneratorType:
             raw = self._options.format is None
@@ -156,6 +164,37 @@ class Stream:
         close, ending = body.close_as_wrapper, lambda: body.closing is not None
         return add_heartbeats(body.iterate(self), seconds, close, ending)
 
+    def encode_member(self) -> Iterator[builtins.bytes]:
+        """Encode the items as a part of the running stream, like a member of a ZIP.
+
+        They are read in the session and the transaction of the running stream.
+
+        :raises StreamError: when no stream is running, or this one has an option that
+            only a whole response can have.
+        """
+        body = _running_body("Stream.encode_member")
+        format, options = self._options.format, self._options
+        unusable = options._replace(
+            format=None, chunk_size=None, charset=None, length=None, filename=None
+        )
+        if given := [name for name, v in unusable._asdict().items() if v is not None]:
+            raise StreamError(
+                f"a Stream inside another one cannot have {', '.join(given)}. Set the "
+                "option on the outer stream"
+            )
+        self._claim(body.context.environ)
+        traits = FormatTraits.of(format)
+        plan = body.plan._replace(
+            format=format,
+            traits=traits,
+            commit_every=0,
+            commit_manually=False,
+            chunk_size=options.chunk_size or body.plan.chunk_size or BLOCK_SIZE,
+        )
+        source = open_source(self._source, format is None, body.context.environ)
+        charset = traits.charset or options.charset or "utf-8"
+        return body.encode_member(source, plan, charset, options.length)
+
     def close(self) -> None:
         """End the stream, as a server does at its end or if the client disconnects.
 
@@ -168,14 +207,14 @@ class Stream:
         if self._body is not None:
             self._body.drop()
 
-    def _claim(self, request: Any) -> None:
+    def _claim(self, environ: dict[str, Any]) -> None:
         """Use the stream for this request. The second request gets an error."""
         try:
             self._unclaimed.pop()
         except IndexError:
             is_first = False
         else:
-            is_first = claim(self._source, request.environ)
+            is_first = claim(self._source, environ)
         if not is_first:
             raise StreamError(
                 "a Stream, and the generator in it, serves one request, but was "

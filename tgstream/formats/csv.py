@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from datetime import date, datetime, time, timedelta
 from decimal import Decimal
@@ -20,9 +20,9 @@ from numbers import Number
 from typing import Any
 from uuid import UUID
 
-from .fields import dump_method, field_names, is_named_row, single_entity
 from .json_encoder import COLUMN_SEPARATOR, encode_column, encode_datetimes
 from .protocols import Batched
+from .table import BYTES_TYPES, Table, check_header
 
 
 class CSV:
@@ -45,6 +45,7 @@ class CSV:
     """
 
     content_type = "text/csv"
+    suffix = "csv"
 
     def __init__(
         self,
@@ -53,7 +54,7 @@ class CSV:
         bom: bool = False,
         escape_formulas: bool = False,
     ) -> None:
-        self._header = _check_header(header)
+        self._header = check_header("CSV", header)
         self._dialect = _resolve_dialect(dialect)
         self._bom = "\ufeff" if bom else ""
         self._escapes_formulas = escape_formulas
@@ -81,29 +82,19 @@ class CSV:
         yield from writer.finish(source.fields)
 
 
-def _check_header(header: Any) -> tuple[str, ...] | None:
-    if header is None:
-        return None
-    names = tuple(header) if isinstance(header, Iterable) else (header,)
-    if isinstance(header, str) or not all(isinstance(name, str) for name in names):
-        raise TypeError(
-            "CSV: header must be a list of column names such as ['id', 'name'], got "
-            f"{header!r}"
-        )
-    return names
-
-
 class _RowWriter:
-    """Writes the rows of one stream: it has the column names and counts the rows."""
+    """Writes the rows of one stream."""
 
     def __init__(self, format: CSV) -> None:
         self._format = format
         # The format has no csv.writer: threads that share one would mix their rows.
         self._write_line = _make_line_writer(format._dialect)
-        self.started = False
-        self._number = 0
-        self._names: Sequence[str] | None = format._header or None
-        self._known_names: Collection[str] = frozenset(self._names or ())
+        self._table = Table("CSV", format._header)
+
+    @property
+    def started(self) -> bool:
+        """Whether the header was written."""
+        return self._table.started
 
     # The header.
 
@@ -115,11 +106,8 @@ class _RowWriter:
         The header and the first row are one string. If the first row fails, no part of
         the body has been sent, and the response can still be an error page.
         """
-        first = batch[0]
-        if self._names is None and not isinstance(first, _NAMELESS_TYPES):
-            self._names = tuple(fields) or field_names(first)
-            self._known_names = frozenset(self._names or ())
-        header, lines = "".join(self._header()), self.write_batch(batch)
+        self._table.start(batch, fields)
+        header, lines = self._write_header(), self.write_batch(batch)
         for line in lines:  # the first of them is text
             yield header + line  # type: ignore[operator]
             break
@@ -128,26 +116,21 @@ class _RowWriter:
     def finish(self, fields: Sequence[str]) -> Iterator[str]:
         """Yield the header if there were no rows."""
         if not self.started:
-            self._names = self._names or fields
-            yield from self._header()
+            self._table.finish(fields)
+            yield self._write_header()
 
-    def _header(self) -> Iterator[str]:
-        self.started = True
-        header = self._format._header
-        names = self._names if header is None else header
-        if self._format._bom:
-            yield self._format._bom
-        if names:
-            yield self._write_cells(names)
+    def _write_header(self) -> str:
+        names = self._table.header
+        return self._format._bom + (self._write_cells(names) if names else "")
 
     # Rows one by one.
 
     def write_row(self, item: Any) -> str | bytes:
         """Return the line of a row, or bytes unchanged."""
-        self._number += 1
-        if isinstance(item, _BYTES_TYPES):
+        self._table.number += 1
+        if isinstance(item, BYTES_TYPES):
             return self._pass_bytes(item)
-        return self._write_cells(self._get_cells(item))
+        return self._write_cells(self._table.get_cells(item))
 
     def _write_cells(self, cells: Any) -> str:
         line = self._write_unchecked(cells)
@@ -163,12 +146,11 @@ class _RowWriter:
         """
         for index, cell in enumerate(cells):
             if _text_has_address(cell):
-                known = self._names is not None and index < len(self._names)
-                name = repr(self._names[index]) if known else index + 1  # type: ignore[index]
                 raise TypeError(
-                    f"item {self._number} has a {type(cell).__name__} in column "
-                    f"{name}, which would be written as {str(cell)!r:.80}. Yield the "
-                    "columns of an object, and convert other values to a str"
+                    f"item {self._table.number} has a {type(cell).__name__} in column "
+                    f"{self._table.name_column(index)}, which would be written as "
+                    f"{str(cell)!r:.80}. Yield the columns of an object, and convert "
+                    "other values to a str"
                 )
         if any(isinstance(cell, memoryview) for cell in cells):
             return [_memoryview_to_bytes(cell) for cell in cells]
@@ -180,58 +162,17 @@ class _RowWriter:
         try:
             return self._write_line(cells)
         except csv.Error as error:
-            name = f"item {self._number}" if self._number else "the header"
+            number = self._table.number
+            name = f"item {number}" if number else "the header"
             raise ValueError(
                 f"CSV: the dialect cannot write {name}: {error}. Choose another one "
                 "with CSV(dialect=...)"
             ) from error
 
-    def _get_cells(self, item: Any) -> Any:
-        """Return the cells of a row, in the order of the columns."""
-        cls: Any = type(item)
-        if _is_sequence_row(cls):
-            if len(item) != 1 or (entity := single_entity(item)) is None:
-                return item
-            item = entity
-        elif (dump := dump_method(cls)) is not None:
-            item = dump(item)
-        if isinstance(item, Mapping):
-            return self._get_mapping_cells(item)
-        names = field_names(item)
-        if names is not None:
-            return self._get_object_cells(item, names)
-        if isinstance(item, str) or not isinstance(item, Iterable):
-            raise TypeError(
-                f"item {self._number} must be a row (a sequence, a mapping, or an "
-                f"object with fields), got {type(item).__name__}"
-            )
-        return list(item)  # an iterator can be read only once
-
-    def _get_mapping_cells(self, item: Mapping[Any, Any]) -> list[Any]:
-        if self._names is None:
-            self._names = field_names(item) or ()
-            self._known_names = frozenset(self._names)
-        if unknown := [key for key in item if key not in self._known_names]:
-            columns = ", ".join(map(repr, self._names)) or "no columns"
-            raise ValueError(
-                f"item {self._number} has the key {unknown[0]!r}, but the header has "
-                f"{columns}. List all columns in CSV(header=[...])"
-            )
-        return [item.get(name, "") for name in self._names]
-
-    def _get_object_cells(self, item: Any, names: Sequence[str]) -> list[Any]:
-        if self._names is not None and len(names) != len(self._names):
-            raise ValueError(
-                f"item {self._number} has the fields {', '.join(names)}, but the "
-                f"header has {', '.join(self._names)}. Yield a tuple with a value for "
-                "each column of the header"
-            )
-        return [getattr(item, name) for name in names]
-
     def _pass_bytes(self, item: Any) -> bytes:
         if self._format._escapes_formulas:
             raise TypeError(
-                f"item {self._number} is {type(item).__name__}, in which "
+                f"item {self._table.number} is {type(item).__name__}, in which "
                 "escape_formulas cannot find the cells. Yield rows, or omit "
                 "escape_formulas"
             )
@@ -241,14 +182,13 @@ class _RowWriter:
 
     def write_batch(self, batch: Sequence[Any]) -> Iterator[str | bytes]:
         """Yield the lines of a batch, written a column at a time if possible."""
-        if self._format._quoting.is_simple and all(
-            map(_is_sequence_row, set(map(type, batch)))
-        ):
-            widths = set(map(len, batch))
+        if self._format._quoting.is_simple:
+            columns = self._table.get_columns(batch)
             # A row of one empty cell has quotes, so that its line is not empty.
-            if len(widths) == 1 and widths.pop() > 1:
+            if columns is not None and len(columns) > 1:
                 with suppress(_AddressError):  # write_row() raises it for its item
-                    yield self._write_columns(batch)
+                    yield self._write_columns(columns)
+                    self._table.number += len(batch)
                     return
         texts: list[str] = []
         for line in map(self.write_row, batch):
@@ -260,12 +200,11 @@ class _RowWriter:
                 texts.clear()
         yield "".join(texts)
 
-    def _write_columns(self, batch: Sequence[Any]) -> str:
+    def _write_columns(self, columns: Sequence[Sequence[Any]]) -> str:
         dialect = self._format._dialect
         quote = self._format._quoting.quote
-        columns = map(quote, map(self._get_texts, zip(*batch, strict=True)))
-        lines = map(dialect.delimiter.join, zip(*columns, strict=True))
-        self._number += len(batch)
+        quoted = map(quote, map(self._get_texts, columns))
+        lines = map(dialect.delimiter.join, zip(*quoted, strict=True))
         end: str = dialect.lineterminator
         return end.join(lines) + end
 
@@ -274,17 +213,6 @@ class _RowWriter:
         return (
             _escape_column(column, texts) if self._format._escapes_formulas else texts
         )
-
-
-_BYTES_TYPES = (bytes, bytearray, memoryview)
-_NAMELESS_TYPES = (str, *_BYTES_TYPES)
-"""Items without field names: a str is rejected, and bytes are sent unchanged."""
-
-
-@lru_cache
-def _is_sequence_row(cls: Any) -> bool:
-    """Return True for tuples, lists, and SQLAlchemy's ``Row``."""
-    return issubclass(cls, tuple | list) or is_named_row(cls)
 
 
 # Dialects.

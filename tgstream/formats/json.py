@@ -75,6 +75,7 @@ class NDJSON(_JSONFormat):
     """
 
     content_type = "application/x-ndjson"
+    suffix = "ndjson"
     _suffix = b"\n"
 
     def __init__(self, end: bool = False) -> None:
@@ -91,6 +92,7 @@ class JSONArray(_JSONFormat):
     """
 
     content_type = "application/json"
+    suffix = "json"
     _prefix = b"["
     _separator = b","
 

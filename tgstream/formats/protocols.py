@@ -22,10 +22,15 @@ class Format(Protocol):
     A format may also set these attributes. ``commit`` and ``chunk_size`` are its
     defaults for these options. ``charset`` is set if it always uses that charset.
     ``headers`` is a mapping of headers for the response, which do not replace the
-    user's. ``endless = True`` is set if a body is complete after any item.
+    user's. ``endless = True`` is set if a body is complete after any item. ``suffix``,
+    such as ``"csv"``, completes a ``filename`` that has no suffix.
 
-    A method ``encode_batches(source)`` does the same as ``encode()`` for a
-    :class:`Batched` source, and is faster if it encodes a batch at once.
+    A format may have these methods. ``encode_batches(source)`` does the same as
+    ``encode()`` for a :class:`Batched` source, and is faster if it encodes a batch at
+    once. ``encode_sources(sources)`` encodes a mapping of names to :class:`Batched`
+    sources, which it must read in their order: a controller may then return a mapping.
+    ``measure(source)`` returns the bytes of the whole body if they are known before the
+    first item is taken, else None.
     """
 
     content_type: str

@@ -127,7 +127,9 @@ def _streaming_caller(
             if isinstance(output, Stream):
                 output._adopt(options, function, slot, tg_locals.request)
                 return output
-            if not isinstance(output, Response) and check_streamable(output, name):
+            if not isinstance(output, Response) and check_streamable(
+                output, name, options.format
+            ):
                 return Stream._of(output, options, function, slot)
         except BaseException:  # its traceback would keep the slot for a while
             if slot is not None:

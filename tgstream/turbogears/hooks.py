@@ -56,6 +56,8 @@ class _Start:
     The body keeps it for its charset, so that it must not keep the stream.
     """
 
+    _measured: int | None = None  # bytes of the whole body, by its format
+
     def __init__(self, stream: Stream, tg_locals: Any) -> None:
         self._tg_locals = tg_locals
         self._options = stream._options
@@ -74,6 +76,8 @@ class _Start:
         request, response = tg_locals.request, tg_locals.response
         context.check_locals()
         stream._prepare(request)
+        if self._plan.traits.measure is not None and options.length is None:
+            self._measured = self._plan.traits.measure(stream._source)
         if stream._controller is None:  # no decorator has done it
             end_previous(response)
         if options.limit is not None and stream._slot is None:
@@ -150,6 +154,8 @@ class _Start:
         """The bytes of the whole body, by the option or the response's headers."""
         if self._options.length is not None:
             return self._options.length
+        if self._measured is not None:
+            return self._measured
         response = self._tg_locals.response
         for name, value in response.headerlist:
             if value != "0" and name.lower() == "content-length":  # TG's own is 0
