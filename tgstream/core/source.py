@@ -18,7 +18,7 @@ from weakref import ref
 from tg.support.objectproxy import TurboGearsObjectProxy
 from webob.request import LimitedLengthFile
 
-from ..formats.protocols import Batched
+from ..formats.protocols import Batched, Format
 from .cleanup import close, run_all
 from .errors import StreamError
 
@@ -36,6 +36,12 @@ def resolve_proxy(value: Any) -> Any:
 class Sources(dict[str, Any]):
     """Several sources by their names, for a format that has ``encode_sources``."""
 
+    def for_format(self, format: Format | None) -> Sources:
+        """The sources to read for this format."""
+        return Sources(
+            {name: _choose_source(each, format) for name, each in self.items()}
+        )
+
     def close(self) -> None:
         """Close all of them.
 
@@ -44,6 +50,11 @@ class Sources(dict[str, Any]):
         steps = [partial(close, source) for source in self.values()]
         if (error := run_all(steps)) is not None:
             raise error
+
+
+def _choose_source(source: Any, format: Format | None) -> Any:
+    """The source that ``source`` has for this format, or ``source`` itself."""
+    return source.for_format(format) if hasattr(source, "for_format") else source
 
 
 _adapters: list[tuple[Callable[[Any], bool], Callable[[Any], Any]]] = []
@@ -201,15 +212,18 @@ POLL_SECONDS = 0.05
 """Seconds before a non-blocking file that had no data is read again."""
 
 
-def open_source(source: Any, raw: bool, environ: dict[str, Any]) -> Any:
-    """Wrap a file so that a stream can iterate it. Other sources are returned as is.
+def open_source(source: Any, format: Format | None, environ: dict[str, Any]) -> Any:
+    """Choose the source for a format, and wrap a file so that a stream can iterate it.
 
-    :param raw: whether the stream has no format, so that it sends a file's blocks.
+    :param format: the stream's. A stream without a format sends a file's blocks.
     :param environ: the request's, whose ``wsgi.input`` belongs to the server.
     :raises TypeError: when a format would get a file that cannot be iterated.
     """
-    if isinstance(source, GeneratorType) or not hasattr(source, "read"):
+    if isinstance(source, GeneratorType):
         return source
+    if not hasattr(source, "read"):
+        return _choose_source(source, format)
+    raw = format is None
     body = _find_request_body(source, environ)
     if body is not None:
         return _Blocks(body) if raw else io.BufferedReader(body)

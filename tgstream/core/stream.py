@@ -129,8 +129,8 @@ class Stream:
             self._claim(request.environ)
         self._claimant = None  # to start it twice is an error again
         if type(self._source) is not GeneratorType:
-            raw = self._options.format is None
-            self._source = open_source(self._source, raw, request.environ)
+            format = self._options.format
+            self._source = open_source(self._source, format, request.environ)
 
     @property
     def items(self) -> int:
@@ -192,7 +192,7 @@ class Stream:
             commit_manually=False,
             chunk_size=options.chunk_size or body.plan.chunk_size or BLOCK_SIZE,
         )
-        source = open_source(self._source, format is None, body.context.environ)
+        source = open_source(self._source, format, body.context.environ)
         charset = traits.charset or options.charset or "utf-8"
         return body.encode_member(source, plan, charset, options.length)
 

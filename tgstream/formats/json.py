@@ -20,7 +20,7 @@ from .json_encoder import (
     encode_datetimes,
     to_document,
 )
-from .protocols import Batched
+from .protocols import Batched, batch_encoder
 
 
 class _JSONFormat:
@@ -44,9 +44,14 @@ class _JSONFormat:
         """Yield the documents of each batch, and the end."""
         encoder, number = Encoder(), 0
         before, between = self._prefix, self._suffix + self._separator
+        are_documents = False
         for batch in source.batches():
+            if not number:
+                are_documents = getattr(source, "documents", False)
             first, number = number + 1, number + len(batch)
-            if (
+            if are_documents:
+                data = between.join(batch)
+            elif (
                 encoder.uses_orjson
                 and len(batch) > 1
                 and _have_columns(batch, source.fields)
@@ -98,6 +103,15 @@ class JSONArray(_JSONFormat):
 
     def _ending(self, count: int) -> bytes:
         return b"]" if count else b"[]"
+
+
+def joins_documents(format: Any) -> bool:
+    """Return True if ``format`` accepts a source of encoded documents.
+
+    ``NDJSON`` and ``JSONArray`` do. A subclass with its own ``encode`` does not.
+    """
+    encode_batches = getattr(batch_encoder(format), "__func__", None)
+    return encode_batches is _JSONFormat.encode_batches
 
 
 # A batch of rows, a column at a time.

@@ -46,6 +46,13 @@ class Batched(Protocol):
 
     ``fields`` are the names of the items' fields, () if they have no names. They must
     be known when the first batch has been requested, also if there are no items.
+
+    A source may also have an attribute and a method. ``documents`` is True if the items
+    are JSON documents: bytes or memoryviews, encoded in UTF-8, without a line break. It
+    must be known when the first batch has been requested. ``NDJSON`` and ``JSONArray``
+    send such documents unchanged. ``for_format(format)`` returns the source that a
+    stream reads in place of this one. Its argument is the format of the stream, None
+    for a stream without a format.
     """
 
     @property
@@ -162,6 +169,11 @@ class CountedBatches:
     def fields(self) -> Sequence[str]:
         """The names of the items' fields, () if they have no names."""
         return getattr(self._source, "fields", ())
+
+    @property
+    def documents(self) -> bool:
+        """Whether the items are encoded JSON documents."""
+        return getattr(self._source, "documents", False)
 
     def batches(self) -> Iterator[Sequence[Any]]:
         """Return the iterator over the batches."""
