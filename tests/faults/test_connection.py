@@ -15,7 +15,7 @@ import tgstream
 from tests.faults.conftest import Fault, MakeFault, wait_until
 from tests.model import MakeModel, Model, User
 from tests.wsgi import get
-from tgstream import copy, rows
+from tgstream import NDJSON, copy, rows
 
 CONNECTION_LOST = (DBAPIError, psycopg.Error)
 
@@ -159,6 +159,7 @@ READERS: dict[str, Callable[[Model], Any]] = {
     "rows": lambda model: rows(everything()),
     "keyset": lambda model: rows(sa.select(User), key=User.id, batch=10),
     "copy": lambda model: copy(everything()),
+    "copy JSON": lambda model: copy(everything()).for_format(NDJSON()),
     "result": lambda model: result_of(model),
 }
 
@@ -180,7 +181,7 @@ def test_connection_lost_during_a_read_aborts_the_transfer(
             model.DBSession.add(User(name="lost"))
             tgstream.flush()
         for item in READERS[how](model):
-            yield bytes(item) if how == "copy" else f"{item}\n".encode()
+            yield bytes(item) if how.startswith("copy") else f"{item}\n".encode()
 
     fault = make_fault(model, body)
     call = fault.call()

@@ -1,4 +1,4 @@
-"""``copy()``: the rows of a statement as CSV that the database itself writes.
+"""``copy()``: the rows of a statement as CSV or JSON that the database itself writes.
 
 The statement that is copied has exactly the text and the parameters with which
 SQLAlchemy would have executed it, including everything that the application adds.
@@ -6,6 +6,7 @@ SQLAlchemy would have executed it, including everything that the application add
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -13,14 +14,21 @@ from typing import TYPE_CHECKING, Any
 from ..core.errors import StreamError
 from ..database.cursors import close_with_transaction, refuse_automatic_commits
 from ..formats.csv import CSV
-from ..formats.protocols import CountedBatches
+from ..formats.json import joins_documents
+from ..formats.protocols import Batched, CountedBatches
 from .batch_sizes import BatchSizes
+from .copy_commands import (
+    Buffer,
+    read_documents,
+    write_csv_command,
+    write_documents_command,
+)
 from .rows import Rows, check_session, find_session
 
 if TYPE_CHECKING:
     import sqlalchemy as sa
-    from sqlalchemy.orm import Session
 
+    from ..formats.protocols import Format
     from .statement import DriverStatement, PreparedStatement
 
 BLOCK_LINES = 256
@@ -28,17 +36,20 @@ BLOCK_LINES = 256
 
 
 def copy(statement: Any, *, header: bool = True, session: Any = None) -> Copy:
-    """Return the rows of a statement as CSV written by PostgreSQL, to send with CSV.
+    """Return the rows of a statement as CSV or JSON that PostgreSQL writes.
 
-    With psycopg 3 the bytes come from ``COPY ... TO STDOUT``, which takes a fraction of
-    the time of :func:`rows`. Some values are written differently. With any other driver
-    the bytes are those of ``CSV`` with ``rows(statement)``. The statement is executed
-    when the result is iterated, in the stream's transaction, like :func:`rows` without
-    ``key``. Do not use the same session for another statement before the last row: with
-    psycopg 3 that is an error.
+    Send it with ``CSV`` or without a format, or as JSON with ``NDJSON`` or
+    ``JSONArray``. With psycopg 3 the bytes come from ``COPY ... TO STDOUT``, which
+    takes a fraction of the time of :func:`rows`. Some values are written differently.
+    With any other driver, and with any other format, a stream sends the same bytes as
+    with ``rows(statement)``.
+
+    The statement is executed when the result is iterated, in the stream's transaction,
+    like :func:`rows` without ``key``. Do not use the same session for another statement
+    before the last row: with psycopg 3 that is an error.
 
     :param statement: a ``select()``, a union, ``text()`` or a ``Query``.
-    :param header: whether the first line has the names of the columns.
+    :param header: whether the first line of CSV has the names of the columns.
     :param session: a session or scoped session to use instead of the stream's own.
     :raises TypeError: if an argument has the wrong type.
     :raises StreamError: if the statement was already executed.
@@ -48,23 +59,21 @@ def copy(statement: Any, *, header: bool = True, session: Any = None) -> Copy:
     return Copy(prepare("copy", statement), header, check_session("copy", session))
 
 
-class Copy:
-    """The result of :func:`copy`: an iterable of blocks of CSV, each of type bytes."""
+class _CopySource(ABC):
+    """The base of the sources that read from COPY, or from ``rows()`` if they must."""
 
-    fields: Sequence[str] = ()
-
-    def __init__(self, prepared: PreparedStatement, header: bool, session: Any) -> None:
+    def __init__(self, prepared: PreparedStatement, session: Any) -> None:
+        self.fields: Sequence[str] = ()
         self._prepared = prepared
-        self._header = header
         self._session = session
 
-    def __iter__(self) -> Iterator[bytes]:
+    def __iter__(self) -> Iterator[Any]:
         with closing(self.batches()) as batches:
             for batch in batches:
                 yield from batch
 
-    def batches(self) -> Generator[Sequence[bytes], None, None]:
-        """The blocks, one at a time. Close the generator to end the copying."""
+    def batches(self) -> Generator[Sequence[Any], None, None]:
+        """The items, a batch at a time. Close the generator to end the copying."""
         from ..database.effects import is_query
         from .statement import compile_for_driver
 
@@ -74,41 +83,99 @@ class Copy:
         if is_query(statement):
             compiled = compile_for_driver(session, statement, "postgresql", "psycopg")
         if compiled is None:
-            yield from self._encode_rows(session)
+            rows = Rows(self._prepared, BLOCK_LINES, None, session)
+            with closing(rows.batches()) as batches:
+                yield from self._convert_rows(CountedBatches(rows, batches))
             return
-        blocks = self._copy_from_database(compiled)
+        blocks = _copy_lines(compiled, self._write_command(compiled))
         with close_with_transaction(session, blocks):
-            for block in blocks:
-                if not block:
+            for lines in blocks:
+                if not lines:
                     return
-                yield [block]
+                if batch := self._convert_lines(lines):
+                    yield batch
         # The end of the transaction has closed the generator of blocks.
         raise _transaction_ended()
 
-    def _encode_rows(self, session: Session) -> Generator[Sequence[bytes], None, None]:
-        rows = Rows(self._prepared, BLOCK_LINES, None, session)
-        format = CSV(header=None if self._header else ())
-        with closing(rows.batches()) as batches:
-            for piece in format.encode_batches(CountedBatches(rows, batches)):
-                if piece:
-                    yield [piece if isinstance(piece, bytes) else piece.encode()]
+    @abstractmethod
+    def _write_command(self, compiled: DriverStatement) -> str:
+        """Return the COPY command of a statement."""
 
-    def _copy_from_database(
-        self, compiled: DriverStatement
-    ) -> Generator[bytes, None, None]:
-        """The blocks. An empty block follows the last one."""
-        options = f"FORMAT csv, HEADER {bool(self._header)}, ENCODING 'UTF8'"
-        command = f"COPY (\n{compiled.text}\n) TO STDOUT ({options})"
-        connection = compiled.connection
-        driver: Any = connection.connection.driver_connection
-        # Ending a COPY early cancels it, which undoes the whole transaction unless it
-        # runs in a savepoint.
-        nested = nullcontext() if driver.autocommit else connection.begin_nested()
-        # Without any parameter psycopg would keep the percent signs doubled.
-        parameters = compiled.parameters or {"unused": None}
-        with nested, _open_copy(connection, driver, command, parameters) as lines:
-            yield from _read_blocks(driver, lines)
-        yield b""
+    @abstractmethod
+    def _convert_lines(self, lines: Sequence[Buffer]) -> Sequence[Buffer]:
+        """Return a batch of items for lines of the COPY command."""
+
+    @abstractmethod
+    def _convert_rows(self, rows: Batched) -> Iterator[Sequence[Any]]:
+        """Yield batches of items for rows that were not copied."""
+
+
+class Copy(_CopySource):
+    """The result of :func:`copy`: an iterable of blocks of CSV, each of type bytes."""
+
+    def __init__(self, prepared: PreparedStatement, header: bool, session: Any) -> None:
+        super().__init__(prepared, session)
+        self._header = header
+
+    def __iter__(self) -> Iterator[bytes]:
+        return super().__iter__()
+
+    def for_format(self, format: Format | None) -> Batched:
+        """The blocks of CSV, the JSON documents or the rows that a format encodes."""
+        if format is None or isinstance(format, CSV):
+            return self
+        if joins_documents(format):
+            return CopiedDocuments(self._prepared, self._session)
+        return Rows(self._prepared, BLOCK_LINES, None, self._session)
+
+    def _write_command(self, compiled: DriverStatement) -> str:
+        return write_csv_command(compiled.text, bool(self._header))
+
+    def _convert_lines(self, lines: Sequence[Buffer]) -> Sequence[bytes]:
+        return [b"".join(lines)]
+
+    def _convert_rows(self, rows: Batched) -> Iterator[Sequence[bytes]]:
+        format = CSV(header=None if self._header else ())
+        for output in format.encode_batches(rows):
+            if output:
+                yield [output if isinstance(output, bytes) else output.encode()]
+
+
+class CopiedDocuments(_CopySource):
+    """The rows of :func:`copy` as encoded JSON documents, or as rows."""
+
+    documents = False
+    """Whether the items are encoded documents. Known with the first batch."""
+
+    def _write_command(self, compiled: DriverStatement) -> str:
+        driver: Any = compiled.connection.connection.driver_connection
+        is_utf8 = driver.info.encoding == "utf-8"
+        return write_documents_command(compiled.text, compiled.fields, is_utf8)
+
+    def _convert_lines(self, lines: Sequence[Buffer]) -> Sequence[Buffer]:
+        self.documents = True
+        return read_documents(lines)
+
+    def _convert_rows(self, rows: Batched) -> Iterator[Sequence[Any]]:
+        for batch in rows.batches():
+            self.fields = rows.fields
+            yield batch
+
+
+def _copy_lines(
+    compiled: DriverStatement, command: str
+) -> Generator[Sequence[Buffer], None, None]:
+    """The lines that a COPY command writes, in blocks. The last block is empty."""
+    connection = compiled.connection
+    driver: Any = connection.connection.driver_connection
+    # Ending a COPY early cancels it, which undoes the whole transaction unless it runs
+    # in a savepoint.
+    nested = nullcontext() if driver.autocommit else connection.begin_nested()
+    # Without any parameter psycopg would keep the percent signs doubled.
+    parameters = compiled.parameters or {"unused": None}
+    with nested, _open_copy(connection, driver, command, parameters) as lines:
+        yield from _read_blocks(driver, lines)
+    yield ()
 
 
 def _transaction_ended() -> StreamError:
@@ -172,8 +239,8 @@ def _open_copy(
             connection.invalidate()
 
 
-def _read_blocks(driver: Any, lines: Any) -> Generator[bytes, None, None]:
-    """Join the lines to blocks.
+def _read_blocks(driver: Any, lines: Any) -> Generator[Sequence[Buffer], None, None]:
+    """Collect the lines in blocks.
 
     ``lines.read()`` waits for the first line of a block. The other lines are those that
     have arrived by then, taken from libpq. With ``lines.read()`` for each line, copy()
@@ -192,7 +259,7 @@ def _read_blocks(driver: Any, lines: Any) -> Generator[bytes, None, None]:
         sizes.grow(block)
         if length < 0:  # the end of the data, which psycopg has not seen
             driver.wait(_finish_command(driver.pgconn))
-        yield b"".join(block)
+        yield block
         if length < 0:
             return
 

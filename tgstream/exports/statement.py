@@ -7,7 +7,7 @@ ORM objects: mapped classes are replaced by their columns.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -216,6 +216,8 @@ class DriverStatement(NamedTuple):
     connection: sa.Connection
     text: str
     parameters: Any
+    fields: Sequence[str]
+    """The names of its columns, as in ``Row``. The database may have others."""
 
 
 def compile_for_driver(
@@ -228,13 +230,13 @@ def compile_for_driver(
     use another dialect or driver, or if a handler returns a result.
     """
     connections: list[sa.Connection] = []
-    statements: list[DriverStatement] = []
+    executed: list[tuple[str, Any]] = []
 
     def select_nothing(
         connection: Any, cursor: Any, text: str, parameters: Any, *rest: Any
     ) -> Any:
         text = text.rstrip().rstrip(";")
-        statements.append(DriverStatement(connections[0], text, parameters))
+        executed.append((text, parameters))
         return f"SELECT * FROM (\n{text}\n) AS nothing WHERE false", parameters
 
     def add_listener(connection: sa.Connection, statement: Any) -> Mapping[str, Any]:
@@ -247,7 +249,7 @@ def compile_for_driver(
 
     try:
         with execute(session, statement, add_listener) as result:
-            get_fields("copy", result)
+            fields = get_fields("copy", result)
     except OtherEngineError:
         if connections:
             raise
@@ -255,7 +257,7 @@ def compile_for_driver(
     finally:
         for connection in connections:
             event.remove(connection, "before_cursor_execute", select_nothing)
-    return statements[-1] if statements else None
+    return DriverStatement(connections[0], *executed[-1], fields) if executed else None
 
 
 def get_fields(function: str, result: sa.Result[Any]) -> list[str]:
