@@ -278,6 +278,7 @@ EXPORTED = {
     "array": '[{"user_id":',
     "since?user_id=1": '{"user_id":2,',
     "fast": "user_id,user_name\r\n",
+    "fast_lines": '{"user_id":',
     "events": ': open\n\nevent: count\nid: 0\ndata: {"number":0}\n\n',
     "backup": "the backup",
 }
