@@ -14,29 +14,33 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from statistics import median
-from time import perf_counter
-from typing import Any
+from time import perf_counter, process_time
+from typing import Any, NamedTuple
 
 import psycopg
 import sqlalchemy as sa
 
 from .apps import App, environ, start_response
-from .measure import Measure, Result, in_turn, ratio
+from .measure import Result, in_turn, ratio
 from .people import BATCH, FIELDS, SQL
 
 BARE, PSQL = "bare cursor, csv.writer", "psql COPY"
+JSON_COPY = "NDJSON from copy()"
 COPY = f"COPY ({SQL}) TO STDOUT (FORMAT csv, HEADER true)"
 
 
-def timed(work: Callable[[], Any]) -> Measure:
-    """Return a measure of the seconds on the clock that ``work`` takes."""
+class Cost(NamedTuple):
+    """The cost of an export in seconds."""
 
-    def measure() -> float:
-        start = perf_counter()
-        work()
-        return perf_counter() - start
+    seconds: float  # on the clock
+    cpu: float  # of this process, without the database's own
 
-    return measure
+
+def spend(work: Callable[[], Any]) -> Cost:
+    """Do ``work``, and return its cost."""
+    start, cpu = perf_counter(), process_time()
+    work()
+    return Cost(perf_counter() - start, process_time() - cpu)
 
 
 def pull(app: App, path: str) -> int:
@@ -120,16 +124,34 @@ def measure(database: str, url: sa.URL, rounds: int) -> list[Result]:
         ("NDJSON", BARE, 0.9),
     ]
     if at_server:
-        ways |= {PSQL: partial(psql, url), "copy()": partial(pull, app, "/csv_copy")}
-        compared.append(("copy()", PSQL, 1.5))
-    seconds = in_turn(rounds, {way: timed(work) for way, work in ways.items()})
-    return [
-        Result(
-            f"{way}, {database}, in process; {beside} beside",
-            f"{median(seconds[beside]):.3g} s",
-            f"{median(seconds[way]):.3g} s",
-            ratio(seconds[way], seconds[beside]),
-            limit,
-        )
+        ways |= {
+            PSQL: partial(psql, url),
+            "copy()": partial(pull, app, "/csv_copy"),
+            JSON_COPY: partial(pull, app, "/ndjson_copy"),
+        }
+        compared += [("copy()", PSQL, 1.5), (JSON_COPY, "NDJSON", 0.4)]
+    costs = in_turn(rounds, {way: partial(spend, work) for way, work in ways.items()})
+    seconds = {way: [cost.seconds for cost in spent] for way, spent in costs.items()}
+    where = f"{database}, in process"
+    results = [
+        compare_costs(f"{way}, {where}; {beside} beside", seconds, way, beside, limit)
         for way, beside, limit in compared
     ]
+    if at_server:
+        cpu = {way: [cost.cpu for cost in spent] for way, spent in costs.items()}
+        what = f"{JSON_COPY}, {where}; NDJSON beside: CPU of the client"
+        results.append(compare_costs(what, cpu, JSON_COPY, "NDJSON", 0.4))
+    return results
+
+
+def compare_costs(
+    what: str, costs: dict[str, list[float]], way: str, beside: str, limit: float
+) -> Result:
+    """Compare two ways by their seconds."""
+    return Result(
+        what,
+        f"{median(costs[beside]):.3g} s",
+        f"{median(costs[way]):.3g} s",
+        ratio(costs[way], costs[beside]),
+        limit,
+    )

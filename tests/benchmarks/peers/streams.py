@@ -33,6 +33,16 @@ class RootController(TGController):
     def csv_copy(self) -> Any:
         return copy(EVERYBODY)
 
+    @expose()
+    @stream(NDJSON)
+    def ndjson_copy(self) -> Any:
+        return copy(EVERYBODY)
+
+    @expose()
+    @stream(JSONArray)
+    def json_copy(self) -> Any:
+        return copy(EVERYBODY)
+
 
 def make_app(url: str) -> App:
     return configure(RootController(), database_options(url), plugme)
