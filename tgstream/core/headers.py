@@ -170,6 +170,17 @@ def has_length(response: Any) -> bool:
     return "content-length" in [name.lower() for name, _ in response.headerlist]
 
 
+def add_vary(response: Any, name: str) -> None:
+    """Add the name of a request header to ``Vary``, unless it is there.
+
+    :param response: a WebOb response.
+    """
+    values = response.headers.getall("Vary")
+    names = {part.strip().lower() for value in values for part in value.split(",")}
+    if not names & {"*", name.lower()}:
+        response.headers["Vary"] = ", ".join([*filter(None, values), name])
+
+
 def has_no_body(status: str) -> bool:
     """Whether HTTP allows no body in a response with this status line."""
     return status.startswith(("1", "204", "205", "304"))
