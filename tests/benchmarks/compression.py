@@ -20,8 +20,6 @@ from typing import Any, NamedTuple
 
 import psutil  # type: ignore[import-untyped]
 
-from tests.compressed import Decompressor
-
 from .apps import NO_DATABASE, configure, environ
 from .measure import Result, in_turn, ratio
 from .people import FIELDS, person
@@ -216,6 +214,8 @@ def count_until_readable(
     """Return how many chunks were made when the client could read the first line."""
     decompress: Callable[[bytes], bytes] = bytes
     if coding != "identity":
+        from tests.compressed import Decompressor
+
         decompress = Decompressor(coding).decompress
     counted, text = Counted(chunks), b""
     response = opener(path, coding, iter(counted))
