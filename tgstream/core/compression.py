@@ -20,10 +20,12 @@ zstd    level 1, window 128 KB                  137  4.5
 br      quality 4, window 256 KB                587  4.4
 ======  ====================================  =====  ==========
 
-The first three are for event streams: gzip is preferred there, and 5,000 open streams
-take 208 MiB instead of 61 MiB. br has no smaller setting: its tables are 303 KB at quality 2, and
-quality 1 does not compress events, because it forgets everything at each flush. The
-other three are for exports: zstd needs a fifth of gzip's CPU.
+The first three are for event streams. gzip is preferred there, and 5,000 open streams
+take 208 MiB instead of 61 MiB. br has no smaller setting: its tables are 303 KB at
+quality 2, and quality 1 does not compress events, because it forgets everything at each
+flush. The other three are for exports, where zstd needs a third of gzip's CPU. Some
+decoders of br (curl 7.88, Brotli for Python) return no more than 16 or 32 KiB of a
+chunk before the next one arrives.
 """
 
 from __future__ import annotations
