@@ -320,7 +320,7 @@ def test_copy_works_in_autocommit(
     )
     with Session(engine) as session:
         source = copy(sa.text("SELECT 1 AS n"), session=session).for_format(format)
-        assert b"".join(source) == (b"n\n1\n" if format is None else b'{"n":1}')
+        assert b"".join(source) == (b"n\n1\n" if format is None else b'{"n":1}\n')
 
 
 def test_copy_whose_transaction_ended_does_not_look_complete(

@@ -42,6 +42,7 @@ from tgstream import (
     rows,
     stream,
 )
+from tgstream.exports.copy_commands import read_documents, write_documents_command
 
 NOTES = sa.select(Note).order_by(Note.id)
 NUMBERS = "SELECT i FROM generate_series(1, {}) AS n(i)"
@@ -243,7 +244,12 @@ MOMENT = "'2024-01-02 03:04:05.5"
 TYPES = {
     "NULL::int": "null",
     "true": "true",
+    "12::smallint": "12",
+    "-9223372036854775808": "-9223372036854775808",
     "1.10": "1.10",
+    "0.1::float4": "0.1",
+    "'x  '::char(4)": '"x   "',
+    "'x'::varchar": '"x"',
     "100.0::float8": "100",
     "1e-7::float8": "1e-07",
     "'NaN'::float8": '"NaN"',
@@ -281,6 +287,28 @@ def test_values_have_the_texts_of_the_database(pg_model: Model) -> None:
     expected = ",".join(f'"v{n}":{text}' for n, text in enumerate(TYPES.values()))
     assert data.decode() == f"{{{expected}}}\n"
     json.loads(data)
+
+
+@pytest.mark.parametrize("name", ["x", LONG])
+def test_older_versions_of_postgresql_write_the_same_documents(
+    pg_model: Model, name: str
+) -> None:
+    """The commands without ``json_scalar`` have the same output."""
+    output = []
+    text = f"SELECT {', '.join(TYPES)}"
+    with psycopg.connect(**pg_model.connection_options()) as connection:
+        described = connection.execute(text.encode()).description or []
+        types = [column.type_code for column in described]
+        fields = [f"{name}{number}" for number in range(len(TYPES))]
+        for version in (160000, 170000):
+            command = write_documents_command(text, fields, types, version)
+            assert ("json_scalar" in command) == (version == 170000)
+            assert ("row_to_json" in command) == (version == 160000 and name == "x")
+            with connection.cursor() as cursor, cursor.copy(command.encode()) as copied:
+                lines = [bytes(line) for line in copied]
+            output.append(b"".join(read_documents(lines)))
+    assert output[0] == output[1]
+    assert list(json.loads(output[0])) == fields
 
 
 def test_types_of_the_model_have_their_stored_values(pg_model: Model) -> None:
@@ -532,7 +560,7 @@ def test_end_of_the_array_follows_the_final_commit(
 
 
 class Stored:
-    """Encoded documents, as an application may have them, and a source of lines."""
+    """Lines of JSON, as an application may have them, and other items."""
 
     fields = ()
     documents = True
@@ -552,11 +580,11 @@ class Stored:
 
 
 @pytest.mark.parametrize("size", [0, 100])
-def test_source_of_an_application_may_have_encoded_documents(
+def test_source_of_an_application_may_have_lines_of_json(
     make_app: MakeApp, size: int
 ) -> None:
-    """They are sent unchanged, and a source may depend on the format."""
-    stored = Stored(b'{"a": 1}', memoryview(b'{"b":2}'), b"[3]")
+    """The documents are sent unchanged, and a source may depend on the format."""
+    stored = Stored(b'{"a": 1}\n', memoryview(b'{"b":2}\n'), b"[3]\n")
     for format, text in {
         NDJSON: '{"a": 1}\n{"b":2}\n[3]\n',
         JSONArray: '[{"a": 1},{"b":2},[3]]',

@@ -92,8 +92,7 @@ class _CopySource(ABC):
             for lines in blocks:
                 if not lines:
                     return
-                if batch := self._convert_lines(lines):
-                    yield batch
+                yield self._convert_lines(lines)
         # The end of the transaction has closed the generator of blocks.
         raise _transaction_ended()
 
@@ -149,8 +148,10 @@ class CopiedDocuments(_CopySource):
 
     def _write_command(self, compiled: DriverStatement) -> str:
         driver: Any = compiled.connection.connection.driver_connection
-        is_utf8 = driver.info.encoding == "utf-8"
-        return write_documents_command(compiled.text, compiled.fields, is_utf8)
+        version = driver.info.server_version
+        return write_documents_command(
+            compiled.text, compiled.fields, compiled.types, version
+        )
 
     def _convert_lines(self, lines: Sequence[Buffer]) -> Sequence[Buffer]:
         self.documents = True

@@ -218,6 +218,8 @@ class DriverStatement(NamedTuple):
     parameters: Any
     fields: Sequence[str]
     """The names of its columns, as in ``Row``. The database may have others."""
+    types: Sequence[Any]
+    """The codes of their types, as the driver has them."""
 
 
 def compile_for_driver(
@@ -231,6 +233,7 @@ def compile_for_driver(
     """
     connections: list[sa.Connection] = []
     executed: list[tuple[str, Any]] = []
+    types: list[Any] = []
 
     def select_nothing(
         connection: Any, cursor: Any, text: str, parameters: Any, *rest: Any
@@ -239,16 +242,20 @@ def compile_for_driver(
         executed.append((text, parameters))
         return f"SELECT * FROM (\n{text}\n) AS nothing WHERE false", parameters
 
-    def add_listener(connection: sa.Connection, statement: Any) -> Mapping[str, Any]:
+    def read_types(connection: Any, cursor: Any, *rest: Any) -> None:
+        types[:] = [column[1] for column in cursor.description or ()]
+
+    def add_listeners(connection: sa.Connection, statement: Any) -> Mapping[str, Any]:
         dialect = connection.dialect
         if connections or (dialect.name, dialect.driver) != (dialect_name, driver):
             raise OtherEngineError("copy", dialect, f"{dialect_name}+{driver}")
         connections.append(connection)
         event.listen(connection, "before_cursor_execute", select_nothing, retval=True)
+        event.listen(connection, "after_cursor_execute", read_types)
         return {"stream_results": False}
 
     try:
-        with execute(session, statement, add_listener) as result:
+        with execute(session, statement, add_listeners) as result:
             fields = get_fields("copy", result)
     except OtherEngineError:
         if connections:
@@ -257,7 +264,10 @@ def compile_for_driver(
     finally:
         for connection in connections:
             event.remove(connection, "before_cursor_execute", select_nothing)
-    return DriverStatement(connections[0], *executed[-1], fields) if executed else None
+            event.remove(connection, "after_cursor_execute", read_types)
+    if not executed:
+        return None
+    return DriverStatement(connections[0], *executed[-1], fields, types)
 
 
 def get_fields(function: str, result: sa.Result[Any]) -> list[str]:

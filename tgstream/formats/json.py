@@ -50,7 +50,9 @@ class _JSONFormat:
                 are_documents = getattr(source, "documents", False)
             first, number = number + 1, number + len(batch)
             if are_documents:
-                data = between.join(batch)
+                data = b"".join(batch)[:-1]
+                if between != b"\n":
+                    data = data.replace(b"\n", between)
             elif (
                 encoder.uses_orjson
                 and len(batch) > 1

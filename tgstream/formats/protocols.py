@@ -48,11 +48,11 @@ class Batched(Protocol):
     be known when the first batch has been requested, also if there are no items.
 
     A source may also have an attribute and a method. ``documents`` is True if the items
-    are JSON documents: bytes or memoryviews, encoded in UTF-8, without a line break. It
-    must be known when the first batch has been requested. ``NDJSON`` and ``JSONArray``
-    send such documents unchanged. ``for_format(format)`` returns the source that a
-    stream reads in place of this one. Its argument is the format of the stream, None
-    for a stream without a format.
+    are lines of JSON, as bytes or memoryviews: a document in UTF-8 and a line feed, and
+    no other line break. It must be known when the first batch has been requested.
+    ``NDJSON`` and ``JSONArray`` send these documents unchanged. ``for_format(format)``
+    returns the source that a stream reads in place of this one. Its argument is the
+    format of the stream, None for a stream without a format.
     """
 
     @property
@@ -172,7 +172,7 @@ class CountedBatches:
 
     @property
     def documents(self) -> bool:
-        """Whether the items are encoded JSON documents."""
+        """Whether the items are lines of JSON."""
         return getattr(self._source, "documents", False)
 
     def batches(self) -> Iterator[Sequence[Any]]:
