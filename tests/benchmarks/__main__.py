@@ -25,6 +25,7 @@ from . import (
     request,
     servers,
     untouched,
+    xlsx,
 )
 from .apps import make_pairs
 from .measure import Result, table
@@ -48,6 +49,7 @@ def questions(folder: Path, stack: ExitStack, quick: bool) -> dict[str, Question
         "driver": lambda: driver.run(urls(), quick),
         "live": lambda: live.run(quick),
         "exports": lambda: exports.run(urls(), rows, quick),
+        "xlsx": lambda: xlsx.run(folder, quick),
     }
 
 

@@ -563,15 +563,27 @@ def test_xlsx_invalid_widths_are_rejected(
         ([5, 6], "XLSX: widths must have at most 1 widths, one for each column, got 2"),
     ],
 )
+@pytest.mark.parametrize("count", [1, 5000])
 def test_xlsx_width_without_a_column_is_rejected_before_the_first_byte(
-    make_app: MakeApp, reports: list[Report], widths: Any, message: str
+    make_app: MakeApp,
+    sqlite_model: Database,
+    reports: list[Report],
+    widths: Any,
+    message: str,
+    count: int,
 ) -> None:
-    """The columns are known then, so the response is an error page."""
-    items = [{"name": f"name {n}"} for n in range(5000)]
-    call = open_stream(make_app, lambda: (item for item in items), XLSX(widths=widths))
+    """The response is an error page, and nothing was committed."""
+
+    def generate() -> Iterator[Any]:
+        sqlite_model.DBSession.add(User(name="ada"))
+        yield from ({"name": f"name {n}"} for n in range(count))
+
+    root = Root(generate, format=XLSX(widths=widths))
+    call = Call(make_app(root, sqlite_model))
     assert call.status.startswith("500")
     call.read()
     assert [str(report.error) for report in reports] == [message]
+    assert sqlite_model.names() == []
 
 
 def test_xlsx_widths_of_several_sheets_may_belong_to_one_of_them() -> None:

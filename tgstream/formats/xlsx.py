@@ -10,6 +10,7 @@ The same rows give the same bytes, whatever batches they come in.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain, repeat
 from typing import Any
 
 from .archive import Archive, Member
@@ -42,7 +43,7 @@ class XLSX:
     Rows are those of :class:`CSV`. Numbers, booleans, dates, datetimes, times and
     timedeltas are cells of their type, None is an empty cell, and anything else is text
     that Excel never runs as a formula. Items may also be a mapping of names to sources,
-    each of which becomes a sheet.
+    each of which becomes a sheet with the same options.
 
     Excel stores numbers as doubles and shows 15 digits, so an ``int`` or ``Decimal``
     that has more digits is a text. A datetime with a zone is converted to UTC, and a
@@ -164,7 +165,7 @@ class _Sheet:
         self._table = Table("XLSX", format._header, format._converter)
         self._simplifier = CellSimplifier()
         self._row = 0  # the number of the last row
-        self._widths: list[int] = []  # those that fit the cells
+        self._widths: list[float] = []  # those that fit the cells
         self.is_started = False
         """Whether the XML before the rows was encoded, and so the first rows."""
 
@@ -199,16 +200,18 @@ class _Sheet:
 
     def _start(self) -> str:
         """Return the XML before the rows, whose columns have been measured."""
-        fitting = [min(max(width, 8), MAX_WIDTH) + 2 for width in self._widths]
-        widths = [
-            fit if given is None else given
-            for fit, given in zip(fitting, self._order_widths(), strict=True)
-        ]
+        given: Any = self._given
+        if isinstance(given, Mapping):
+            given = [given.get(name) for name in self._table.names or ()]
+        widths = [min(max(width, 8), MAX_WIDTH) + 2 for width in self._widths]
+        for index, width in enumerate(given[: len(widths)]):
+            if width is not None:
+                widths[index] = width
         self.is_started = True
         return start_sheet(widths, bool(self._table.header), self._is_first)
 
-    def _order_widths(self) -> list[float | None]:
-        """Return the given widths in the order of the columns.
+    def _check_widths(self) -> None:
+        """Check that the given widths are those of columns.
 
         A mapping of sources has one format for all of its sheets, so that some widths
         may belong to another sheet.
@@ -216,20 +219,19 @@ class _Sheet:
         :raises ValueError: when the only sheet has a width without a column.
         """
         names, given, count = self._table.names or (), self._given, len(self._widths)
+        if self._name is not None:
+            return
         if isinstance(given, Mapping):
-            unknown = [name for name in given if name not in names]
-            if unknown and self._name is None:
+            if unknown := [name for name in given if name not in names]:
                 raise ValueError(
                     f"XLSX: widths has the column {unknown[0]!r}, but the columns are "
                     f"{', '.join(map(repr, names)) or 'without names'}"
                 )
-            given = [given.get(name) for name in names]
-        elif len(given) > count and self._name is None:
+        elif len(given) > count:
             raise ValueError(
                 f"XLSX: widths must have at most {count} widths, one for each column, "
                 f"got {len(given)}"
             )
-        return [*given, *[None] * count][:count]
 
     # The header.
 
@@ -258,12 +260,17 @@ class _Sheet:
     # The rows.
 
     def _encode_batch(self, batch: Sequence[Any], fields: Sequence[str]) -> str:
+        """Return the rows of some items, and the header before the first ones."""
+        if self._table.started:
+            return self._encode_items(batch)
+        self._table.start(batch, fields)
+        xml = self._encode_header() + self._encode_items(batch)
+        self._check_widths()  # now: an error must come before the last commit
+        return xml
+
+    def _encode_items(self, batch: Sequence[Any]) -> str:
         """Return the rows of some items, a column at a time if possible."""
-        table, header = self._table, ""
-        if not table.started:
-            table.start(batch, fields)
-            header = self._encode_header()
-        room = MAX_ROWS - self._row
+        table, room = self._table, MAX_ROWS - self._row
         if len(batch) > room:
             raise ValueError(
                 f"item {table.number + room + 1}: a sheet of Excel has at most "
@@ -272,8 +279,8 @@ class _Sheet:
         # To encode a single row as columns would take twice as long.
         columns = table.get_columns(batch) if len(batch) > 1 else None
         if columns is None:
-            return header + "".join(map(self._encode_row, batch))
-        return header + self._encode_columns(columns, len(batch))
+            return "".join(map(self._encode_row, batch))
+        return self._encode_columns(columns, len(batch))
 
     def _encode_row(self, item: Any) -> str:
         table = self._table
@@ -301,27 +308,31 @@ class _Sheet:
         return f'<row r="{row}">{"".join(texts)}</row>'
 
     def _encode_columns(self, columns: Sequence[Sequence[Any]], count: int) -> str:
-        """Return some rows, by one template that has the text of all of them."""
+        """Return some rows: their parts, a column of each, are joined row by row."""
         first, row = self._table.number + 1, self._row + 1
         self._check_columns(f"item {first}", columns)
         rows = list(map(str, range(row, row + count)))
-        template, texts = '<row r="%s">', list[Sequence[Any]]([rows])
+        parts: list[Iterable[str]] = [repeat('<row r="'), rows]
+        end = '">'
         for index, column in enumerate(columns):
             name_cell = self._table.make_namer(index, first)
             column = self._simplifier.simplify_column(column, name_cell)
             reference = f'<c r="{column_letters(index)}'
-            if (kind_and_texts := encode_cells(column)) is not None:
-                kind, column_texts = kind_and_texts
-                template += f'{reference}%s"{kind.start}%s{kind.end}'
-                texts += [rows, column_texts]
+            if (encoded := encode_cells(column)) is not None:
+                kind, texts = encoded
+                start = repeat(f'"{kind.start}')
+                parts += [repeat(end + reference), rows, start, texts]
+                end = kind.end
             else:
-                template += "%s"
-                texts.append(_encode_mixed(reference, column, rows, name_cell))
+                cells = _encode_mixed(reference, column, rows, name_cell)
+                parts += [repeat(end), cells]
+                end = ""
             for cell in column[: max(0, _MEASURED_ROWS - self._table.number)]:
                 self._measure(index, cell)
+        parts.append(repeat(end + "</row>"))
         self._table.number += count
         self._row += count
-        return "".join(map((template + "</row>").__mod__, zip(*texts, strict=True)))
+        return "".join(chain.from_iterable(zip(*parts, strict=False)))
 
     def _check_columns(self, where: str, cells: Sequence[Any]) -> None:
         if len(cells) > MAX_COLUMNS:

@@ -37,7 +37,10 @@ class Kind(NamedTuple):
 
 
 Encoded = tuple[Kind, str]
-"""The kind of a cell and its text."""
+"""The kind of a cell, and its text."""
+
+EncodedColumn = tuple[Kind, Sequence[str]]
+"""The kind of the cells of a column, and their texts."""
 
 _TEXT = Kind(' t="inlineStr"><is><t>', "</t></is></c>")
 _SPACED_TEXT = Kind(' t="inlineStr"><is><t xml:space="preserve">', "</t></is></c>")
@@ -60,17 +63,15 @@ def encode_cell(value: Any) -> Encoded | None:
     return _find_encoder(cls)(value)
 
 
-def encode_cells(values: Sequence[Any]) -> tuple[Kind, Sequence[Any]] | None:
-    """Return the kind of the cells of a column, and their texts or values.
-
-    ``str()`` converts each of these to its text.
+def encode_cells(values: Sequence[Any]) -> EncodedColumn | None:
+    """Return the kind of the cells of a column, and their texts.
 
     :return: None if the cells must be encoded one by one.
     """
     types = set(map(type, values))
-    if len(types) != 1:
-        return None
-    encode = _COLUMN_ENCODERS.get(types.pop())
+    if types == {int, float}:  # a column of numbers on SQLite
+        return _encode_numbers(values)
+    encode = _COLUMN_ENCODERS.get(types.pop()) if len(types) == 1 else None
     return None if encode is None else encode(values)
 
 
@@ -154,7 +155,7 @@ def _is_spaced(text: str) -> bool:
     return "\n" in text or text.strip() != text
 
 
-def _encode_texts(values: Sequence[str]) -> tuple[Kind, Sequence[str]] | None:
+def _encode_texts(values: Sequence[str]) -> EncodedColumn | None:
     joined = "".join(values)
     if 2 * max(map(len, values)) > MAX_TEXT:
         return None
@@ -194,8 +195,8 @@ def _encode_boolean(value: bool) -> Encoded:
     return _BOOLEAN, "1" if value else "0"
 
 
-def _encode_booleans(values: Sequence[Any]) -> tuple[Kind, Sequence[Any]]:
-    return _BOOLEAN, list(map(int, values))
+def _encode_booleans(values: Sequence[Any]) -> EncodedColumn:
+    return _BOOLEAN, ["1" if value else "0" for value in values]
 
 
 def _encode_integer(value: Any) -> Encoded:
@@ -204,8 +205,10 @@ def _encode_integer(value: Any) -> Encoded:
     return _encode_decimal(Decimal(int(value)))
 
 
-def _encode_integers(values: Sequence[Any]) -> tuple[Kind, Sequence[Any]] | None:
-    return (_NUMBER, values) if min(values) > -_MOST and max(values) < _MOST else None
+def _encode_integers(values: Sequence[Any]) -> EncodedColumn | None:
+    if min(values) <= -_MOST or max(values) >= _MOST:
+        return None
+    return _NUMBER, list(map(str, values))
 
 
 def _encode_decimal(value: Decimal) -> Encoded:
@@ -218,7 +221,7 @@ def _encode_decimal(value: Decimal) -> Encoded:
     return (_NUMBER, str(value)) if is_number else _encode_text(str(value))
 
 
-def _encode_decimals(values: Sequence[Decimal]) -> tuple[Kind, Sequence[str]] | None:
+def _encode_decimals(values: Sequence[Decimal]) -> EncodedColumn | None:
     texts = list(map(str, values))
     # Few digits, and neither an exponent nor NaN.
     if max(map(len, texts)) > MAX_DIGITS or not _is_plain("".join(texts)):
@@ -235,14 +238,20 @@ def _encode_float(value: Any) -> Encoded:
     return _NUMBER, repr(number)
 
 
-def _encode_floats(values: Sequence[float]) -> tuple[Kind, Sequence[Any]] | None:
+def _encode_floats(values: Sequence[float]) -> EncodedColumn | None:
     if not all(map(isfinite, values)):
         return None
     # orjson writes other exponents. '0.0000' may begin a number that has one.
     data = encode_column(values)
     if data is None or b"e" in data or b"0.0000" in data:
-        return _NUMBER, values
+        return _NUMBER, list(map(repr, values))
     return _NUMBER, data.decode().split(COLUMN_SEPARATOR.decode())
+
+
+def _encode_numbers(values: Sequence[float]) -> EncodedColumn | None:
+    integers = [value for value in values if type(value) is int]
+    is_small = min(integers) > -_MOST and max(integers) < _MOST
+    return _encode_floats(values) if is_small else None
 
 
 def _check_finite(value: Any, is_finite: bool) -> None:
@@ -287,9 +296,9 @@ def _encode_date(value: date) -> Encoded:
     return _DATE, _make_serial(value, value.toordinal() - _EPOCH_DAY)
 
 
-def _encode_dates(values: Sequence[date]) -> tuple[Kind, Sequence[int]] | None:
+def _encode_dates(values: Sequence[date]) -> EncodedColumn | None:
     days = [value.toordinal() - _EPOCH_DAY for value in values]
-    return (_DATE, days) if min(days) >= _MARCH_1900 else None
+    return (_DATE, list(map(str, days))) if min(days) >= _MARCH_1900 else None
 
 
 def _encode_datetime(value: datetime) -> Encoded:
@@ -298,7 +307,7 @@ def _encode_datetime(value: datetime) -> Encoded:
     return _DATETIME, _make_serial(value, float((value - epoch) / _DAY))
 
 
-def _encode_datetimes(values: Sequence[datetime]) -> tuple[Kind, Sequence[Any]] | None:
+def _encode_datetimes(values: Sequence[datetime]) -> EncodedColumn | None:
     epoch = _EPOCH if values[0].utcoffset() is None else _EPOCH_UTC
     try:
         days = [(value - epoch) / _DAY for value in values]
@@ -308,7 +317,7 @@ def _encode_datetimes(values: Sequence[datetime]) -> tuple[Kind, Sequence[Any]] 
         return None
     data = encode_column(days)  # numbers without exponents
     if data is None:
-        return _DATETIME, days
+        return _DATETIME, list(map(repr, days))
     return _DATETIME, data.decode().split(COLUMN_SEPARATOR.decode())
 
 
@@ -328,8 +337,8 @@ def _encode_duration(value: timedelta) -> Encoded:
     return _DURATION, repr(value / _DAY)
 
 
-def _encode_durations(values: Sequence[timedelta]) -> tuple[Kind, Sequence[float]]:
-    return _DURATION, [value / _DAY for value in values]
+def _encode_durations(values: Sequence[timedelta]) -> EncodedColumn:
+    return _DURATION, [repr(value / _DAY) for value in values]
 
 
 # Other values.
@@ -362,7 +371,7 @@ _ENCODERS: dict[Any, Callable[[Any], Encoded | None]] = {
 }
 """The encoders by class. The first class that fits is used."""
 
-_COLUMN_ENCODERS: dict[Any, Callable[[Any], tuple[Kind, Sequence[Any]] | None]] = {
+_COLUMN_ENCODERS: dict[Any, Callable[[Any], EncodedColumn | None]] = {
     str: _encode_texts,
     int: _encode_integers,
     float: _encode_floats,

@@ -6,7 +6,7 @@ from typing import Any
 
 from tg import TGController, expose
 
-from tgstream import CSV, NDJSON, JSONArray, copy, plugme, rows, stream
+from tgstream import CSV, NDJSON, XLSX, JSONArray, copy, plugme, rows, stream
 
 from ..apps import App, configure
 from ..people import EVERYBODY, database_options
@@ -32,6 +32,11 @@ class RootController(TGController):
     @stream(CSV)
     def csv_copy(self) -> Any:
         return copy(EVERYBODY)
+
+    @expose()
+    @stream(XLSX)
+    def xlsx(self) -> Any:
+        return rows(EVERYBODY)
 
 
 def make_app(url: str) -> App:
