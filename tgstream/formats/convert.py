@@ -83,8 +83,8 @@ class Converter:
         """Return the values of a column, converted.
 
         :param function: the function of the column's name, None to convert by type.
-        :param name_value: returns the item and the column of a value, for its error,
-            from the value's index.
+        :param name_value: returns the item and the column of a value from its index,
+            which an error message needs.
         :raises ValueError: when a function fails.
         """
         if function is None:
