@@ -7,18 +7,11 @@ list, bytes, or a range. Each format keeps the values that it can write itself.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, MutableSequence, Sequence
-from datetime import date, datetime, time, timedelta
-from decimal import Decimal
 from functools import lru_cache, partial
 from typing import Any
 
 from .json_encoder import Encoder
-from .values import find_substitute
-
-PLAIN_TYPES = frozenset(
-    {type(None), bool, int, float, Decimal, str, date, datetime, time, timedelta}
-)
-"""Types of cells that are never replaced."""
+from .values import PLAIN_TYPES, find_substitute
 
 
 class CellSimplifier:

@@ -19,13 +19,14 @@ from numbers import Number
 from typing import Any
 from uuid import UUID
 
-from .cells import PLAIN_TYPES, CellSimplifier
+from .cells import CellSimplifier
 from .convert import Function, make_converter
 from .excel_locale import load_excel_locale
 from .formulas import FormulaEscaper
 from .json_encoder import COLUMN_SEPARATOR, encode_column, encode_datetimes
 from .protocols import Batched
-from .table import BYTES_TYPES, Table, check_header
+from .table import Table, check_header
+from .values import BYTES_TYPES, PLAIN_TYPES
 
 
 class CSV:

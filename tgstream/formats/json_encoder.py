@@ -63,7 +63,7 @@ class Encoder:
 
     def _make_json_encoder(self, ensure_ascii: bool) -> Callable[[Any], str]:
         return json.JSONEncoder(
-            default=self._default,
+            default=self.substitute,
             separators=(",", ":"),
             ensure_ascii=ensure_ascii,
             allow_nan=False,
@@ -153,12 +153,12 @@ class Encoder:
     def _orjson_default(self, value: Any) -> Any:
         if type(value) is datetime and self.dates_as_str:
             return str(value)
-        substitute = self._default(value)
+        substitute = self.substitute(value)
         if _orjson_differs(substitute):
             raise _OrjsonDiffersError
         return substitute
 
-    def _default(self, value: Any) -> Any:
+    def substitute(self, value: Any) -> Any:
         """Return what to encode in place of a value that JSON does not support."""
         cls: Any = type(value)
         if isinstance(value, tuple):  # only orjson passes subclasses of these two types
