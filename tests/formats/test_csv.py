@@ -929,10 +929,16 @@ def test_csv_escaping_leaves_numbers_unquoted() -> None:
     assert encode_csv(format, [[-1, "-1", Decimal("-2")]]) == '-1,"-1",-2\r\n'
 
 
-def test_csv_bytes_cannot_be_escaped() -> None:
-    """Bytes are rejected if formulas must be escaped."""
-    output = encode_csv(CSV(escape_formulas=True), [[1], b"=1\r\n"])
-    assert "item 2 is bytes, in which escape_formulas cannot find the cells" in output
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("escape_formulas", True), ("decimal", ","), ("convert", {int: str})],
+)
+def test_csv_bytes_are_rejected_with_an_option_for_cells(
+    option: str, value: Any
+) -> None:
+    """The option would have no effect on them."""
+    output = encode_csv(CSV(**{option: value}), [[1], b"=1\r\n"])
+    assert f"item 2 is bytes, in which {option} cannot find the cells" in output
 
 
 # One format for many streams.

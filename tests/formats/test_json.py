@@ -342,6 +342,15 @@ def test_json_value_has_the_text_of_csv(
     assert json.loads(output.splitlines()[0]) == {"x": 1, "y": document}
 
 
+@pytest.mark.parametrize("item", [b"{}", bytearray(b"a,b"), memoryview(b"x")], ids=type)
+def test_json_item_of_bytes_is_rejected(item: Any) -> None:
+    """It is a document or a line of CSV by mistake. Only a value may be bytes."""
+    for make in (NDJSON, lambda: NDJSON(convert={int: str}), JSONArray):
+        for encode in (make().encode, make().encode_batches):
+            output = outcome(lambda encode=encode: encode(Batches([1, item])))  # type: ignore[misc]
+            assert "item 2 cannot be encoded as JSON: it is bytes. Convert it" in output
+
+
 @pytest.mark.parametrize(
     ("item", "path"),
     [

@@ -85,12 +85,21 @@ class CSV:
             else None
         )
         self._converter = make_converter("CSV", convert)
+        self._cell_option = self._find_cell_option()
         self.charset = "utf-8" if bom else None
         self._quoting = _Quoting(self._dialect)
         # Types of cells that ``csv.writer`` itself writes as they must be.
         self._plain_types = PLAIN_TYPES | {UUID}
         if decimal != ".":
             self._plain_types -= {float, Decimal}
+
+    def _find_cell_option(self) -> str | None:
+        """Return the name of a parameter that changes cells, None if there is none."""
+        if self._converter is not None:
+            return "convert"
+        if self._escaper is not None:
+            return "escape_formulas"
+        return None if self._decimal == "." else "decimal"
 
     @classmethod
     def for_excel(
@@ -250,11 +259,10 @@ class _RowWriter:
         return text
 
     def _pass_bytes(self, item: Any) -> bytes:
-        if self._format._escaper is not None:
+        if (option := self._format._cell_option) is not None:
             raise TypeError(
                 f"item {self._table.number} is {type(item).__name__}, in which "
-                "escape_formulas cannot find the cells. Yield rows, or omit "
-                "escape_formulas"
+                f"{option} cannot find the cells. Yield rows, or omit {option}"
             )
         return bytes(item)
 
