@@ -57,6 +57,7 @@ class Member(NamedTuple):
     :param size: the bytes of the data if they are known, else None. A member that is
         not compressed must have exactly as many.
     :param modified: the time of the member in seconds since 1970, None for a fixed one.
+    :param level: of zlib, from 1 to 9.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Member(NamedTuple):
     compress: bool = True
     size: int | None = None
     modified: float | None = None
+    level: int = _LEVEL
 
 
 def import_zipstream(format_name: str) -> Any:
@@ -110,10 +112,10 @@ class Archive:
         info = self._make_info(member)
         yield self._count(self._make_header(info, member))
         data = _count_data(info, member)
-        for chunk in _deflate(data) if member.compress else data:
-            if chunk:
-                info.compress_size += len(chunk)
-                yield self._count(chunk)
+        for chunk in _deflate(data, member.level) if member.compress else data:
+            # An empty chunk lets the stream commit, or end, before the next one.
+            info.compress_size += len(chunk)
+            yield self._count(chunk)
         yield self._count(self._make_descriptor(info, member))
         self._central._filelist.append(info)
 
@@ -206,9 +208,9 @@ def _count_data(info: Any, member: Member) -> Iterator[bytes]:
         )
 
 
-def _deflate(chunks: Iterable[bytes]) -> Iterator[bytes]:
+def _deflate(chunks: Iterable[bytes], level: int) -> Iterator[bytes]:
     """The chunks, compressed and flushed now and then."""
-    compressor = zlib.compressobj(_LEVEL, zlib.DEFLATED, -zlib.MAX_WBITS)
+    compressor = zlib.compressobj(level, zlib.DEFLATED, -zlib.MAX_WBITS)
     missing, flushed = _FIRST_FLUSH, time.monotonic()
     for chunk in chunks:
         view = memoryview(chunk)
