@@ -28,6 +28,7 @@ from .formats.json import NDJSON, JSONArray
 from .formats.protocols import Batched, Format
 from .formats.sse import SSE, Event
 from .formats.xlsx import XLSX
+from .formats.zip import ZIP
 from .live.channel import last_event_id
 from .turbogears.decorator import stream
 from .turbogears.hooks import install as _install_hooks
@@ -39,6 +40,7 @@ __all__ = [
     "NDJSON",
     "SSE",
     "XLSX",
+    "ZIP",
     "Batched",
     "Channel",
     "Event",

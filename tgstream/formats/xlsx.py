@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain, repeat
 from typing import Any
 
-from .archive import Archive, Member
+from .archive import Archive, Member, import_zipstream
 from .cells import CellSimplifier
 from .convert import Function, make_converter
 from .protocols import Batched, CountedBatches
@@ -57,6 +57,7 @@ class XLSX:
         50 rows.
     :param convert: maps types or names of columns to functions that convert the values,
         as in :class:`CSV`.
+    :raises ImportError: when zipstream-ng is not installed.
     :raises TypeError: when a parameter has a wrong type.
     :raises ValueError: when Excel does not allow the name of the sheet or a width.
     """
@@ -73,6 +74,7 @@ class XLSX:
         widths: Sequence[float | None] | Mapping[str, float | None] | None = None,
         convert: Mapping[Any, Function] | None = None,
     ) -> None:
+        import_zipstream("XLSX")
         check_names([sheet])
         self._sheet = sheet
         self._header = check_header("XLSX", header)
