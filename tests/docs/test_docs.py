@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import io
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -11,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
+import openpyxl
 import pytest
 import tg
 from tg import expose
@@ -26,7 +28,7 @@ from tests.conftest import MakeApp
 from tests.live_apps.run import SERVERS
 from tests.pages import blocks, commands
 from tests.servers.expected import unexpected
-from tests.wsgi import get
+from tests.wsgi import Call, get
 from tgstream import Event, stream
 from tgstream.core.settings import OPTIONS
 from tgstream.testing import open_stream
@@ -309,8 +311,19 @@ def test_exports_page_runs(
             assert get(app, f"/{path}").text.startswith(beginning), path
         assert get(app, "/backup").headers["Content-Length"] == "10"
         assert get(app, "/mine").text == "1: one\n2: two\n"
+        check_workbooks(app)
     finally:
         tg.config["tg.app_globals"].sa_engine.dispose()
+
+
+def check_workbooks(app: Any) -> None:
+    """The workbooks have the sheets, the widths and the rows of the page."""
+    book = openpyxl.load_workbook(io.BytesIO(Call(app, "/workbook").read()))
+    assert book.active.column_dimensions["C"].width == 40
+    assert [cell.value for cell in book.active[2]][:2] == [1, "manager"]
+    report = openpyxl.load_workbook(io.BytesIO(Call(app, "/report").read()))
+    assert report.sheetnames == ["Users", "Names"]
+    assert [row[0].value for row in report["Names"]] == ["ada", "bob"]
 
 
 def test_live_page_runs(
