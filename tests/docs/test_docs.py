@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import io
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -10,6 +11,7 @@ from itertools import islice
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
+from zipfile import ZipFile
 
 import pytest
 import tg
@@ -26,7 +28,7 @@ from tests.conftest import MakeApp
 from tests.live_apps.run import SERVERS
 from tests.pages import blocks, commands
 from tests.servers.expected import unexpected
-from tests.wsgi import get
+from tests.wsgi import Call, get
 from tgstream import Event, stream
 from tgstream.core.settings import OPTIONS
 from tgstream.testing import open_stream
@@ -306,6 +308,10 @@ def test_exports_page_runs(
             assert get(app, f"/{path}").text.startswith(beginning), path
         assert get(app, "/backup").headers["Content-Length"] == "10"
         assert get(app, "/mine").text == "1: one\n2: two\n"
+        with ZipFile(io.BytesIO(Call(app, "/archive").read())) as archive:
+            assert archive.read("users.csv").startswith(b"user_id,user_name\r\n")
+            assert len(archive.namelist()) == 3
+        assert get(app, "/photos").headers["Content-Length"] == "22"
     finally:
         tg.config["tg.app_globals"].sa_engine.dispose()
 
