@@ -11,6 +11,7 @@ from itertools import islice
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
+from zipfile import ZipFile
 
 import openpyxl
 import pytest
@@ -312,6 +313,10 @@ def test_exports_page_runs(
         assert get(app, "/backup").headers["Content-Length"] == "10"
         assert get(app, "/mine").text == "1: one\n2: two\n"
         check_workbooks(app)
+        with ZipFile(io.BytesIO(Call(app, "/archive").read())) as archive:
+            assert archive.read("users.csv").startswith(b"user_id,user_name\r\n")
+            assert len(archive.namelist()) == 3
+        assert get(app, "/photos").headers["Content-Length"] == "22"
     finally:
         tg.config["tg.app_globals"].sa_engine.dispose()
 

@@ -6,10 +6,21 @@ from typing import Any
 
 from tg import TGController, expose
 
-from tgstream import CSV, NDJSON, XLSX, JSONArray, copy, plugme, rows, stream
+from tgstream import (
+    CSV,
+    NDJSON,
+    XLSX,
+    ZIP,
+    JSONArray,
+    Stream,
+    copy,
+    plugme,
+    rows,
+    stream,
+)
 
 from ..apps import App, configure
-from ..people import EVERYBODY, database_options
+from ..people import EVERYBODY, database_options, split_people
 
 
 class RootController(TGController):
@@ -37,6 +48,12 @@ class RootController(TGController):
     @stream(XLSX)
     def xlsx(self) -> Any:
         return rows(EVERYBODY)
+
+    @expose()
+    @stream(ZIP)
+    def zip(self) -> Any:
+        for name, query in split_people():
+            yield name, Stream(rows(query), CSV)
 
 
 def make_app(url: str) -> App:
