@@ -35,7 +35,7 @@ from tests.formats.support import Batches, Model, Plain, sqlite_rows
 from tests.model import Model as Database
 from tests.model import User
 from tests.wsgi import Call
-from tgstream import XLSX, Report, Stream, current_stream, rows, stream
+from tgstream import XLSX, ZIP, Report, Stream, current_stream, rows, stream
 
 quick = settings(deadline=None, database=None, max_examples=30)
 UTC = dt.timezone.utc
@@ -802,6 +802,20 @@ def test_xlsx_is_read_by_pandas(make_app: MakeApp) -> None:
         for frame in pd.read_excel(file, sheet_name=None, engine=engine).values():
             pd.testing.assert_frame_equal(frame, expected, check_dtype=False)
             assert frame["at"].dtype.kind == "M"
+
+
+def test_xlsx_is_a_member_of_an_archive(make_app: MakeApp) -> None:
+    """Several workbooks are sent in one ZIP archive, in constant memory."""
+    items = [(n, f"name {n}") for n in range(3000)]
+
+    def generate() -> Iterator[Any]:
+        yield "list.xlsx", Stream(items, XLSX)
+        yield "sheets.xlsx", Stream({"a": iter(items), "b": [(1,)]}, XLSX)
+
+    body = open_stream(make_app, generate, ZIP).read()
+    with zipfile.ZipFile(io.BytesIO(body)) as archive:
+        assert archive.read("list.xlsx") == b"".join(XLSX().encode(items))
+        assert read_openpyxl(archive.read("sheets.xlsx"), 0)[-1] == [2999, "name 2999"]
 
 
 @pytest.mark.parametrize("commit", ["end", "each", 3])

@@ -105,7 +105,6 @@ _replace_controls = re.compile(f"[{_CONTROLS}]").sub
 _replace_underscores = re.compile(f"_(?=x[0-9A-Fa-f]{{4}}[_{_CONTROLS}])").sub
 """Replaces the ``_`` that would begin an escape like ``_x0041_``."""
 
-
 _format_escape = "_x{:04X}_".format
 
 
