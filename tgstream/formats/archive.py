@@ -30,7 +30,6 @@ from collections.abc import Generator, Iterable, Iterator
 from datetime import datetime, timezone
 from struct import pack
 from typing import Any, NamedTuple
-from zipfile import ZIP_DEFLATED, ZIP_STORED
 
 _LEVEL = 6
 """Of zlib. Level 1 is 2.6 times as fast for XML and 3.4 times for CSV, but the file is
@@ -44,6 +43,7 @@ _LAST_TIME = (2107, 12, 31, 23, 59, 58)
 _REGULAR_FILE = 0o100644 << 16
 _UNIX = 3  # the system whose permissions a member has
 _HAS_DESCRIPTOR = 0x8
+_STORED, _DEFLATED = 0, 8
 _MAX_SIZE = 0xFFFFFFFF  # in a field of 32 bits
 _VERSION, _ZIP64_VERSION = 20, 45  # of a reader (APPNOTE.TXT, 4.4.3)
 
@@ -152,7 +152,7 @@ class Archive:
         if member.modified is not None and 0 <= member.modified < 1 << 31:
             # The time in UTC, because a ZIP has times without a zone (Info-ZIP's "UT").
             info.extra = pack("<2sHBl", b"UT", 5, 1, int(member.modified))
-        info.compress_type = ZIP_DEFLATED if member.compress else ZIP_STORED
+        info.compress_type = _DEFLATED if member.compress else _STORED
         info.create_system = _UNIX
         info.external_attr = _REGULAR_FILE
         if member.compress or member.size != 0:

@@ -79,11 +79,11 @@ class ZIP:
         for item in source:
             if not _is_pair(item):
                 return None  # encode() raises the error of the item
-            name, content = item
+            name, content = clean_path(item[0]), item[1]
             size, modified = _measure(content), _find_time(content)
-            if size is None:
+            if size is None or _is_too_long(name):
                 return None
-            members.append(Member(clean_path(name), (), False, size, modified))
+            members.append(Member(name, (), False, size, modified))
         return Archive("ZIP").measure(members)
 
     def _make_members(self, items: Iterable[Any]) -> Generator[Member, None, None]:
@@ -101,8 +101,12 @@ class ZIP:
                 _close_later(stack, content)
                 _check_name(where, name, number, numbers)
                 _check_content(where, content)
-                size, modified = _measure(content), _find_time(content)
-                if isinstance(content, os.PathLike):
+                is_path = isinstance(content, os.PathLike)
+                # To measure a compressed file, for example, is to read it.
+                known = is_path or not self._compress
+                size = _measure(content) if known else None
+                modified = _find_time(content)
+                if is_path:
                     content = stack.enter_context(_open(where, content))
                 chunks = stack.enter_context(closing(_read(where, content)))
                 yield Member(name, chunks, self._compress, size, modified)
@@ -130,8 +134,12 @@ def _check_name(where: str, name: str, number: int, numbers: dict[str, int]) -> 
             f"{where}: item {first} has the same name. Windows and macOS do not "
             "distinguish upper and lower case. Give each member another name"
         )
-    if len(name.encode()) > _MAX_NAME:
+    if _is_too_long(name):
         raise ValueError(f"{where}: a name may have {_MAX_NAME} bytes. Shorten it")
+
+
+def _is_too_long(name: str) -> bool:
+    return len(name.encode()) > _MAX_NAME
 
 
 def _check_content(where: str, content: Any) -> None:
@@ -207,7 +215,9 @@ def _read(where: str, content: Any) -> Generator[bytes, None, None]:
             error.reason += f" in {where}. Replace the character"
             raise
     elif isinstance(content, BYTES_TYPES):
-        yield bytes(content)
+        data = bytes(content)
+        for start in range(0, len(data), _BLOCK_SIZE):
+            yield data[start : start + _BLOCK_SIZE]
     elif hasattr(content, "encode_member"):
         yield from content.encode_member()
     else:
