@@ -27,6 +27,8 @@ from .formats.csv import CSV
 from .formats.json import NDJSON, JSONArray
 from .formats.protocols import Batched, Format
 from .formats.sse import SSE, Event
+from .formats.xlsx import XLSX
+from .formats.zip import ZIP
 from .live.channel import last_event_id
 from .turbogears.decorator import stream
 from .turbogears.hooks import install as _install_hooks
@@ -37,6 +39,8 @@ __all__ = [
     "CSV",
     "NDJSON",
     "SSE",
+    "XLSX",
+    "ZIP",
     "Batched",
     "Channel",
     "Event",

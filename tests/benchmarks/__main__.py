@@ -15,6 +15,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from . import (
+    archives,
     chart,
     compression,
     driver,
@@ -26,6 +27,7 @@ from . import (
     request,
     servers,
     untouched,
+    xlsx,
 )
 from .apps import make_pairs
 from .measure import Result, table
@@ -49,7 +51,9 @@ def questions(folder: Path, stack: ExitStack, quick: bool) -> dict[str, Question
         "compression": lambda: compression.run(quick),
         "driver": lambda: driver.run(urls(), quick),
         "live": lambda: live.run(quick),
+        "archives": lambda: archives.run(urls()["PostgreSQL"], rows, quick),
         "exports": lambda: exports.run(urls(), rows, quick),
+        "xlsx": lambda: xlsx.run(folder, quick),
     }
 
 
