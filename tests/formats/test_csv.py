@@ -195,7 +195,7 @@ def test_csv_error_of_a_dialect_names_the_item() -> None:
     rows = [["a", "b"], ["c,d", "e"]]
     assert "the dialect cannot write item 2: " in encode_csv(CSV((), dialect), rows)
     assert "the dialect cannot write the header: " in encode_csv(
-        CSV(["a,b"], dialect), rows
+        CSV(["a,b", "c"], dialect), rows
     )
 
 

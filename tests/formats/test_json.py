@@ -451,6 +451,7 @@ def test_json_value_that_fails_is_encoded_once() -> None:
 
 # Values that JSON does not support.
 
+FIELD = ', field "[a-z.]+": the value'
 NANS: list[Any] = [
     math.nan,
     math.inf,
@@ -476,8 +477,8 @@ NANS: list[Any] = [
 
 @pytest.mark.parametrize("value", NANS, ids=repr)
 def test_json_nan_and_infinity_are_rejected(value: Any) -> None:
-    """The error has the number of the item, wherever in the item they are."""
-    expected = "item 3 contains NaN or Infinity, which JSON does not support"
+    """The error has the number of the item, and the field if there is one."""
+    expected = f"item 3({FIELD})? contains NaN or Infinity, which JSON does not support"
     for make_encoder in ENCODERS:
         with pytest.raises(ValueError, match=expected):
             make_encoder().encode(value, 3)
@@ -493,7 +494,7 @@ def test_json_nan_and_infinity_are_rejected(value: Any) -> None:
 def test_json_error_names_the_first_invalid_item() -> None:
     """An earlier column may be invalid in a later row."""
     items = [Point(1, 2.0), Point(1, math.nan), Point(object(), 2.0)]
-    with pytest.raises(ValueError, match="item 2 contains NaN"):
+    with pytest.raises(ValueError, match='item 2, field "y": the value contains NaN'):
         list(NDJSON().encode_batches(Batches(items, ["x", "y"], 500)))
 
 
@@ -501,8 +502,6 @@ def test_json_error_names_the_first_invalid_item() -> None:
     ("value", "error", "message"),
     [
         pytest.param(object(), TypeError, "not JSON serializable", id="object"),
-        (datetime.timedelta(1), TypeError, "not JSON serializable"),
-        (b"bytes", TypeError, "not JSON serializable"),
         ({1, 2}, TypeError, "not JSON serializable"),
         ({(1, 2): 3}, TypeError, "keys must be str"),
         ({Colour.RED: 3}, TypeError, "keys must be str"),
@@ -516,7 +515,9 @@ def test_json_unsupported_value_is_rejected(
     value: Any, error: type[Exception], message: str
 ) -> None:
     """The error has the number of the item and the message of the encoder."""
-    expected = f"item 2 cannot be encoded as JSON: .*{message}.*. Convert it to"
+    expected = (
+        f"item 2({FIELD})? cannot be encoded as JSON: .*{message}.*. Convert it to"
+    )
     for make_encoder in ENCODERS:
         with pytest.raises(error, match=expected):
             make_encoder().encode([value], 2)
@@ -790,7 +791,7 @@ def test_json_without_orjson_is_equal(tmp_path: Path) -> None:
     process = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True
     )
-    assert (process.stderr, process.stdout[:19]) == ("", "item 1 contains NaN")
+    assert (process.stderr, process.stdout[:19]) == ("", 'item 1, field "x": ')
 
 
 # In a response.
