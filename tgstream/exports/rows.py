@@ -22,7 +22,7 @@ from ..database.cursors import (
     track_connections,
 )
 from ..database.registry import scoped_sessions
-from ..formats.protocols import BATCH_SIZE
+from ..formats.protocols import BATCH_SIZE, ColumnType
 from .batch_sizes import BatchSizes
 
 if TYPE_CHECKING:
@@ -115,6 +115,13 @@ class Rows:
         self._batch = batch
         self._keyset = keyset
         self._session = session
+
+    @property
+    def types(self) -> Sequence[ColumnType | None]:
+        """The types of the columns. None for an unknown type, () if all are unknown."""
+        from .column_types import column_types
+
+        return column_types(self._prepared.statement)
 
     def __iter__(self) -> Iterator[Any]:
         with closing(self.batches()) as batches:
