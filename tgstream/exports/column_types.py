@@ -31,12 +31,11 @@ def column_types(statement: Any) -> tuple[ColumnType | None, ...]:
     :returns: () for ``text()`` without columns. None for a column of unknown type.
     """
     if isinstance(statement, sa.CompoundSelect):
-        parts = [column_types(part) for part in statement.selects]
-        if len({len(part) for part in parts}) != 1:
-            return ()
+        # A part in parentheses is the element of a grouping.
+        parts = [getattr(part, "element", part) for part in statement.selects]
         return tuple(
             types[0] if len({*types}) == 1 else None
-            for types in zip(*parts, strict=True)
+            for types in zip(*map(column_types, parts), strict=False)
         )
     return tuple(map(_column_type, _selected(statement)))
 

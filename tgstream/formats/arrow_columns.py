@@ -130,6 +130,8 @@ def _to_time(value: Any) -> time:
 
 
 def _to_duration(value: Any) -> Any:
+    if not isinstance(value, timedelta):
+        raise ValueError("it is not a timedelta")
     pa.scalar(value, _DURATION)
     return value
 
@@ -346,7 +348,9 @@ class Column:
         :param number: the item's.
         :raises ValueError: when the value does not fit.
         """
-        self._values.append(None if value is None else self._convert(value, number))
+        if value is not None:
+            value = self._convert(value, number)  # may make an array of the values
+        self._values.append(value)
 
     def add_batch(self, values: Sequence[Any], first: int) -> None:
         """Add the values of several items.

@@ -25,8 +25,8 @@ from .protocols import (
 from .table import Table
 from .values import BYTES_TYPES
 
-_PIECE_BYTES = 1 << 20
-"""Bytes of the pieces of output, unless pyarrow writes more at once."""
+_OUTPUT_BYTES = 1 << 20
+"""Bytes that are yielded at once, unless pyarrow writes more at once."""
 
 
 class Writer(Protocol):
@@ -48,14 +48,14 @@ class _Output:
     closed = False
 
     def __init__(self) -> None:
-        self._pieces: deque[bytes] = deque()
+        self._parts: deque[bytes] = deque()
         self._length = 0
 
     def write(self, data: Any) -> int:
-        piece = bytes(data)
-        self._pieces.append(piece)
-        self._length += len(piece)
-        return len(piece)
+        part = bytes(data)
+        self._parts.append(part)
+        self._length += len(part)
+        return len(part)
 
     def tell(self) -> int:
         return self._length
@@ -67,14 +67,14 @@ class _Output:
         self.closed = True
 
     def take(self) -> Iterator[bytes]:
-        """Yield the bytes in pieces, and let go of them."""
-        while self._pieces:
+        """Yield the bytes in parts, and let go of them."""
+        while self._parts:
             joined: list[bytes] = []
             size = 0
-            while self._pieces and (
-                not joined or size + len(self._pieces[0]) <= _PIECE_BYTES
+            while self._parts and (
+                not joined or size + len(self._parts[0]) <= _OUTPUT_BYTES
             ):
-                joined.append(self._pieces.popleft())
+                joined.append(self._parts.popleft())
                 size += len(joined[-1])
             yield b"".join(joined)
 
