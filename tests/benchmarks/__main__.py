@@ -15,6 +15,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from . import (
+    arrow,
     chart,
     driver,
     exports,
@@ -47,6 +48,7 @@ def questions(folder: Path, stack: ExitStack, quick: bool) -> dict[str, Question
         "gather": lambda: gather.run(quick),
         "driver": lambda: driver.run(urls(), quick),
         "live": lambda: live.run(quick),
+        "arrow": lambda: arrow.run(urls(), rows, quick),
         "exports": lambda: exports.run(urls(), rows, quick),
     }
 

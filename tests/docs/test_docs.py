@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
+import polars as pl
 import pytest
 import tg
 from tg import expose
@@ -26,7 +27,7 @@ from tests.conftest import MakeApp
 from tests.live_apps.run import SERVERS
 from tests.pages import blocks, commands
 from tests.servers.expected import unexpected
-from tests.wsgi import get
+from tests.wsgi import Call, get
 from tgstream import Event, stream
 from tgstream.core.settings import OPTIONS
 from tgstream.testing import open_stream
@@ -304,6 +305,12 @@ def test_exports_page_runs(
     try:
         for path, beginning in EXPORTED.items():
             assert get(app, f"/{path}").text.startswith(beginning), path
+        for reader, path in (
+            (pl.read_parquet, "/parquet"),
+            (pl.read_ipc_stream, "/arrow"),
+        ):
+            users = reader(Call(app, path).read()).to_dicts()
+            assert {"user_id": 1, "user_name": "manager"} in users
         assert get(app, "/backup").headers["Content-Length"] == "10"
         assert get(app, "/mine").text == "1: one\n2: two\n"
     finally:
