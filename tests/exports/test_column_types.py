@@ -162,3 +162,31 @@ def test_column_type_of_a_union_is_known_if_all_parts_agree() -> None:
     limited = sa.union_all(*(part.limit(1) for part in parts))
     assert types_of(limited) == [ColumnType(int), None]
     assert types_of(sa.union_all(limited, parts[0])) == [ColumnType(int), None]
+
+
+def test_column_type_of_converted_values_is_not_known() -> None:
+    """The function of a column or of a type may return any type."""
+    columns: dict[str, Any] = {
+        "id": sa.Integer(),
+        "flag": sa.Boolean(),
+        "price": sa.Numeric(10, 2),
+        "prices": sa.ARRAY(sa.Numeric(10, 2)),
+        "document": sa.JSON(),
+        "shape": sa.Enum(Shape),
+    }
+    statement = sa.select(*(sa.Column(name, type_) for name, type_ in columns.items()))
+
+    def unknown(convert: Any) -> set[str]:
+        source = rows(statement, convert=convert)
+        source.fields = [*columns]
+        return {
+            name
+            for name, type_ in zip(columns, source.types, strict=True)
+            if type_ is None
+        }
+
+    assert unknown({}) == set()
+    assert unknown({"shape": str}) == {"shape"}
+    assert unknown({Decimal: str}) == {"price", "prices"}
+    assert unknown({int: str}) == {"id", "flag"}
+    assert unknown({enum.Enum: str, "document": str}) == {"shape", "document"}

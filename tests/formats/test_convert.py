@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import datetime
 import enum
+import json
 import numbers
 from collections import namedtuple
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from decimal import Decimal
+from types import MappingProxyType
 from typing import Any
 
+import attrs
 import pytest
 import tg
+from webob.multidict import MultiDict
 
+from tests.formats.support import Batches, Model, Plain, sqlite_rows
+from tests.model import Note
+from tgstream import NDJSON, JSONArray
+from tgstream.formats import json_encoder
 from tgstream.formats.convert import Converter, make_converter
 from tgstream.formats.table import Table
 
@@ -196,3 +205,156 @@ def test_convert_mapping_is_copied() -> None:
     convert[str] = mark("str")  # type: ignore[index]
     assert converter.convert_value("x") == "x"
     assert make_converter("X", {}) is make_converter("X", None) is None
+
+
+# In JSON.
+
+
+@pytest.fixture(params=["orjson", "json"])
+def encoders(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With orjson, and as if it were not installed."""
+    if request.param == "json":
+        monkeypatch.setattr(json_encoder, "orjson", None)
+
+
+def get_documents(
+    convert: Any, items: Sequence[Any], fields: Sequence[str] = ()
+) -> list[Any]:
+    """The documents of some items, which are the same in batches and both formats."""
+    lines, array = NDJSON(convert=convert), JSONArray(convert=convert)
+    output = b"".join(lines.encode(items))
+    for size in (1, 2, 500):
+        batches = Batches(items, fields, size)
+        assert b"".join(lines.encode_batches(batches)) == output
+        assert [*map(json.loads, output.splitlines())] == json.loads(
+            b"".join(array.encode_batches(batches))
+        )
+    return [*map(json.loads, output.splitlines())]
+
+
+@dataclass
+class Line:
+    price: Any
+
+
+@attrs.define
+class Spot:
+    id: int
+    name: Any
+
+
+class Order:
+    def __json__(self) -> dict[str, Any]:
+        return {"line": Line(Decimal("1.50"))}
+
+
+@pytest.mark.usefixtures("encoders")
+def test_convert_keeps_the_digits_of_a_numeric_column() -> None:
+    """Without it, TG's encoder converts a Decimal to a float."""
+    rows = [Point(Decimal("1.50"), 1), Point(None, None), Point(Decimal("1E+2"), 1.5)]
+    documents = get_documents({Decimal: str}, rows, ["x", "y"])
+    assert documents == [
+        {"x": "1.50", "y": 1},
+        {"x": None, "y": None},
+        {"x": "1E+2", "y": 1.5},
+    ]
+    assert get_documents(None, rows, ["x", "y"])[0] == {"x": 1.5, "y": 1}
+
+
+@pytest.mark.usefixtures("encoders")
+@pytest.mark.parametrize(
+    ("item", "document"),
+    [
+        (
+            {"a": {"b": [Decimal("1.50"), (Decimal("2.0"),)]}},
+            {"a": {"b": ["1.50", ["2.0"]]}},
+        ),
+        (MappingProxyType({"a": Decimal("1.50")}), {"a": "1.50"}),
+        (MultiDict([("a", Decimal("1.50")), ("a", 1)]), {"a": ["1.50", 1]}),
+        (Line(Line(Decimal("1.50"))), {"price": {"price": "1.50"}}),
+        ({"a": Order()}, {"a": {"line": {"price": "1.50"}}}),
+        (Order(), {"line": {"price": "1.50"}}),
+        (Spot(1, Decimal("1.50")), {"id": 1, "name": "1.50"}),
+        (Note(id=1, text=Decimal("1.50")), {"id": 1, "text": "1.50"}),
+        (
+            Point(Spot(1, [Decimal("1.50")]), 1),
+            {"x": {"id": 1, "name": ["1.50"]}, "y": 1},
+        ),
+        ([Decimal("1.50"), [Line(Decimal("1.50"))]], ["1.50", [{"price": "1.50"}]]),
+        (Decimal("1.50"), "1.50"),
+        ("x", "x"),
+        (None, None),
+    ],
+    ids=repr,
+)
+def test_convert_finds_a_type_at_any_depth_of_a_document(
+    item: Any, document: Any
+) -> None:
+    """In mappings, lists, dataclasses, mapped objects and results of ``__json__``."""
+    assert get_documents({Decimal: str}, [item, item], ["x", "y"]) == [document] * 2
+
+
+@pytest.mark.usefixtures("encoders")
+def test_convert_name_is_that_of_a_field_of_the_item() -> None:
+    """Not of a field within another value. Each kind of item with names has them."""
+    convert = {"name": str.upper}
+    items: list[Any] = [
+        {"name": "a", "in": {"name": "a"}},
+        Model(id=1, name="a"),
+        Plain(1, "a"),
+        *sqlite_rows("SELECT 'a' AS name"),
+    ]
+    for item, document in zip(items, get_documents(convert, items), strict=True):
+        assert document["name"] == "A", item
+    assert get_documents(convert, items[:1]) == [{"name": "A", "in": {"name": "a"}}]
+
+
+@pytest.mark.usefixtures("encoders")
+def test_convert_generator_in_a_document_is_iterated_once() -> None:
+    """Its items are converted."""
+
+    def generate() -> Iterator[Any]:
+        yield Decimal("1.50")
+
+    output = b"".join(NDJSON(convert={Decimal: str}).encode([{"a": generate()}]))
+    assert output == b'{"a":["1.50"]}\n'
+
+
+@pytest.mark.usefixtures("encoders")
+def test_convert_error_in_json_names_the_item_and_the_field() -> None:
+    """For a function of a type and of a name, alone and in batches."""
+
+    def fail(value: Any) -> Any:
+        return {1: 1}[value]
+
+    for convert in ({int: fail}, {"y": fail}):
+        rows = [Point(None, 1), Point(None, 1), Point("x", 2)]
+        for items in (rows, [row._asdict() for row in rows]):
+            format = NDJSON(convert=convert)
+            batches = Batches(items, ["x", "y"], 500)
+            for encoded in (format.encode(items), format.encode_batches(batches)):
+                message = 'item 3, field "y": convert raised KeyError: 2'
+                with pytest.raises(ValueError, match=message):
+                    list(encoded)
+    with pytest.raises(ValueError, match="item 1: convert raised KeyError"):
+        list(NDJSON(convert={int: fail}).encode([2]))
+
+
+@pytest.mark.usefixtures("encoders")
+def test_convert_leaves_the_error_of_an_unsupported_value() -> None:
+    """It has the same text as without convert."""
+    rows = [Point(1, 1), Point(1, [object()])]
+    for convert in (None, {Decimal: str}):
+        for encode in (
+            NDJSON(convert=convert).encode(rows),
+            NDJSON(convert=convert).encode_batches(Batches(rows, ["x", "y"])),
+        ):
+            with pytest.raises(TypeError, match='item 2, field "y": the value cannot'):
+                list(encode)
+
+
+def test_convert_is_checked_by_each_format() -> None:
+    """The error has the name of the format."""
+    for format in (NDJSON, JSONArray):
+        with pytest.raises(TypeError, match=f"{format.__name__}: convert must be a m"):
+            format(convert=[])  # type: ignore[arg-type]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import datetime
 import enum
+import ipaddress
 import json
 import math
 import subprocess
 import sys
 import uuid
-from collections import OrderedDict, namedtuple
+from collections import OrderedDict, deque, namedtuple
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
@@ -24,6 +25,7 @@ import sqlalchemy as sa
 import tg
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sqlalchemy.dialects.postgresql import Range
 from sqlalchemy.orm import Session, load_only, selectinload
 from tg import TGController, expose
 from tg.jsonify import JsonEncodeError, JSONEncoder
@@ -298,6 +300,75 @@ def test_json_fields_of_a_source_do_not_change_the_documents(
     expected = outcome(lambda: NDJSON().encode(items))
     batches = Batches(items, fields, 500)
     assert outcome(lambda: NDJSON().encode_batches(batches)) == expected
+
+
+class Raw(enum.Enum):
+    BYTES = b"\xfb\xff"
+
+
+ROUTER = ipaddress.ip_interface("10.0.0.1/24")
+
+
+@both
+@pytest.mark.parametrize(
+    ("value", "document"),
+    [
+        (b"\xfb\xff", "+/8="),
+        (bytearray(b""), ""),
+        (memoryview(b"\xfb\xff"), "+/8="),
+        (Raw.BYTES, "+/8="),
+        (datetime.timedelta(days=-1, seconds=1.5), "-1 day, 0:00:01.500000"),
+        (ROUTER, "10.0.0.1/24"),
+        (ROUTER.ip, "10.0.0.1"),
+        (ROUTER.network, "10.0.0.0/24"),
+        (deque([1, b"x"]), [1, "eA=="]),
+        (Range(1, 10), "[1,10)"),
+    ],
+    ids=repr,
+)
+def test_json_value_has_the_text_of_csv(
+    make_encoder: Callable[[], Encoder], value: Any, document: Any
+) -> None:
+    """At any depth: bytes are base64, and other values have the text of ``str``."""
+    for item, expected in (
+        (value, document),
+        ({"a": [value]}, {"a": [document]}),
+        (Spot(Thing(value)), {"x": document, "y": None}),
+    ):
+        assert json.loads(make_encoder().encode(item, 1)) == expected
+    rows = [Point(1, value), Point(2, None)]
+    output = b"".join(NDJSON().encode_batches(Batches(rows, ["x", "y"], 500)))
+    assert output == b"".join(NDJSON().encode(rows))
+    assert json.loads(output.splitlines()[0]) == {"x": 1, "y": document}
+
+
+@pytest.mark.parametrize("item", [b"{}", bytearray(b"a,b"), memoryview(b"x")], ids=type)
+def test_json_item_of_bytes_is_rejected(item: Any) -> None:
+    """It is a document or a line of CSV by mistake. Only a value may be bytes."""
+    for make in (NDJSON, lambda: NDJSON(convert={int: str}), JSONArray):
+        for encode in (make().encode, make().encode_batches):
+            output = outcome(lambda encode=encode: encode(Batches([1, item])))  # type: ignore[misc]
+            assert "item 2 cannot be encoded as JSON: it is bytes. Convert it" in output
+
+
+@pytest.mark.parametrize(
+    ("item", "path"),
+    [
+        ({"raw": object()}, "raw"),
+        ({"a": 1, "b": {"c": {"d": math.nan}}}, "b.c.d"),
+        (Point(1, Spot(object())), "y.x"),
+        (Spot(1, {"a": [1, object()]}), "y.a"),
+        (MappingProxyType({"a": {1: object()}}), "a.1"),
+    ],
+    ids=["value", "nested", "row", "dataclass", "mapping"],
+)
+@both
+def test_json_error_names_the_field(
+    make_encoder: Callable[[], Encoder], item: Any, path: str
+) -> None:
+    """The names of nested fields are joined by points."""
+    with pytest.raises((TypeError, ValueError), match=f'^item 4, field "{path}": '):
+        make_encoder().encode(to_document(item), 4)
 
 
 @both

@@ -7,18 +7,11 @@ list, bytes, or a range. Each format keeps the values that it can write itself.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, MutableSequence, Sequence
-from datetime import date, datetime, time, timedelta
-from decimal import Decimal
 from functools import lru_cache, partial
 from typing import Any
 
 from .json_encoder import Encoder
-from .values import find_substitute
-
-PLAIN_TYPES = frozenset(
-    {type(None), bool, int, float, Decimal, str, date, datetime, time, timedelta}
-)
-"""Types of cells that are never replaced."""
+from .values import PLAIN_TYPES, find_substitute
 
 
 class CellSimplifier:
@@ -45,25 +38,32 @@ class CellSimplifier:
         :raises TypeError: when a list or mapping has a part that JSON does not support.
         :raises ValueError: when it contains NaN, Infinity or itself.
         """
-        if PLAIN_TYPES.issuperset(map(type, cells)):
-            return cells
-        return [
-            cell
-            if type(cell) in PLAIN_TYPES
-            else self._simplify(cell, partial(name_cell, index))
-            for index, cell in enumerate(cells)
-        ]
+        while not (classes := set(map(type, cells))) <= PLAIN_TYPES:
+            classes -= PLAIN_TYPES
+            cls = classes.pop()
+            if classes or (substitute := self._find_substitute(cls)) is None:
+                return [
+                    cell
+                    if type(cell) in PLAIN_TYPES
+                    else self._simplify(cell, partial(name_cell, index))
+                    for index, cell in enumerate(cells)
+                ]
+            # The cells that are not plain are of one class.
+            cells = [substitute(cell) if type(cell) is cls else cell for cell in cells]
+        return cells
+
+    def _find_substitute(self, cls: Any) -> Callable[[Any], Any] | None:
+        return None if issubclass(cls, self._kept) else find_substitute(cls)
 
     def _simplify(self, cell: Any, name: Callable[[], str]) -> Any:
-        while type(cell) not in PLAIN_TYPES and not isinstance(cell, self._kept):
-            cls: Any = type(cell)
-            if (substitute := find_substitute(cls)) is not None:
-                cell = substitute(cell)
-            elif _is_container(cls):
-                self._encoder = self._encoder or Encoder()
-                return self._encoder.encode(cell, name).decode()
-            else:
-                break
+        cls: Any
+        while (cls := type(cell)) not in PLAIN_TYPES and (
+            substitute := self._find_substitute(cls)
+        ) is not None:
+            cell = substitute(cell)
+        if _is_container(cls) and not issubclass(cls, self._kept):
+            self._encoder = self._encoder or Encoder()
+            return self._encoder.encode(cell, name).decode()
         return cell
 
 

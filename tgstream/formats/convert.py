@@ -8,10 +8,13 @@ class wins. ``functools.singledispatch`` finds it, so abstract base classes such
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from functools import singledispatch
 from typing import Any
 
 from webob.exc import HTTPException
+
+from .values import PLAIN_TYPES
 
 Function = Callable[[Any], Any]
 
@@ -39,24 +42,53 @@ class Converter:
             for key, function in convert.items()
             if isinstance(key, str)
         }
-        types = {
+        self._by_type = {
             key: function
             for key, function in convert.items()
             if not isinstance(key, str)
         }
-        dispatcher = singledispatch(_keep)
-        # A list, tuple or dict is searched, unless it has a function of its own.
-        for cls, search in {
+        self._find = self._make_finder(_keep)
+
+    def _make_finder(self, other: Function) -> Callable[[type], Function]:
+        """Return a function that finds the function of a class.
+
+        :param other: the function of the classes without a function.
+        """
+        dispatcher = singledispatch(other)
+        functions: dict[type, Function] = dict.fromkeys(PLAIN_TYPES, _keep)
+        functions |= {
             dict: self._convert_dict,
             list: self._convert_list,
             tuple: self._convert_tuple,
-        }.items():
-            if types and not issubclass(cls, tuple(types)):
-                dispatcher.register(cls, search)
-        for cls, function in types.items():
+        }
+        for cls, function in functions.items():
+            # A list, for example, is searched unless its class has a function.
+            if not issubclass(cls, tuple(self._by_type)):
+                dispatcher.register(cls, function)
+        for cls, function in self._by_type.items():
             dispatcher.register(cls, function)
         dispatcher.register(type(None), _keep)
-        self._find: Callable[[Any], Function] = dispatcher.dispatch
+        return dispatcher.dispatch
+
+    def expand_with(self, expand: Function) -> Converter:
+        """Return a converter that also searches other objects.
+
+        :param expand: returns the list or dict that a format writes for an object, or
+            another value that replaces it.
+        """
+        converter = copy(self)
+        converter._find = converter._make_finder(
+            lambda value: converter.convert_parts(expand(value))
+        )
+        return converter
+
+    def find_function(self, name: Any) -> Function | None:
+        """Return the function of a column by its name, None for no function."""
+        return self._by_name.get(name)
+
+    def converts(self, cls: type) -> bool:
+        """Whether the values of a class have a function."""
+        return self._find(cls) is not _keep
 
     def find_functions(
         self, header: Sequence[str], fields: Sequence[str] = ()
@@ -83,8 +115,8 @@ class Converter:
         """Return the values of a column, converted.
 
         :param function: the function of the column's name, None to convert by type.
-        :param name_value: returns the item and the column of a value, for its error,
-            from the value's index.
+        :param name_value: returns the item and the column of a value from its index,
+            which an error message needs.
         :raises ValueError: when a function fails.
         """
         if function is None:
@@ -101,11 +133,24 @@ class Converter:
         except HTTPException:  # abort() and redirect()
             raise
         except Exception as error:
-            raise ValueError(
-                f"{name_value(len(converted))}: convert raised "
-                f"{type(error).__name__}: {error}"
-            ) from error
+            raise _name_error(error, name_value(len(converted))) from error
         return converted
+
+    def convert_one(
+        self, value: Any, function: Function | None, name: Callable[[], str]
+    ) -> Any:
+        """Return a value, converted by a function or by its type.
+
+        :param function: the function of the column's name, None to convert by type.
+        :param name: returns the item and the column, for an error.
+        :raises ValueError: when a function fails.
+        """
+        try:
+            return None if value is None else (function or self.convert_value)(value)
+        except HTTPException:
+            raise
+        except Exception as error:
+            raise _name_error(error, name()) from error
 
     def convert_value(self, value: Any) -> Any:
         """Return a value, converted by its type, or with its parts converted."""
@@ -149,6 +194,10 @@ def _check_pair(where: str, key: Any, function: Any) -> None:
             f"{where}: convert must map {key!r} to a function of one value, got "
             f"{function!r:.80}"
         )
+
+
+def _name_error(error: Exception, name: str) -> ValueError:
+    return ValueError(f"{name}: convert raised {type(error).__name__}: {error}")
 
 
 def _keep(value: Any) -> Any:

@@ -33,7 +33,7 @@ from .fields import (
     mapped_columns,
     single_entity,
 )
-from .values import find_substitute
+from .values import BYTES_TYPES, find_substitute
 
 try:
     import orjson
@@ -63,7 +63,7 @@ class Encoder:
 
     def _make_json_encoder(self, ensure_ascii: bool) -> Callable[[Any], str]:
         return json.JSONEncoder(
-            default=self._default,
+            default=self.substitute,
             separators=(",", ":"),
             ensure_ascii=ensure_ascii,
             allow_nan=False,
@@ -153,12 +153,12 @@ class Encoder:
     def _orjson_default(self, value: Any) -> Any:
         if type(value) is datetime and self.dates_as_str:
             return str(value)
-        substitute = self._default(value)
+        substitute = self.substitute(value)
         if _orjson_differs(substitute):
             raise _OrjsonDiffersError
         return substitute
 
-    def _default(self, value: Any) -> Any:
+    def substitute(self, value: Any) -> Any:
         """Return what to encode in place of a value that JSON does not support."""
         cls: Any = type(value)
         if isinstance(value, tuple):  # only orjson passes subclasses of these two types
@@ -250,16 +250,30 @@ if orjson is not None:
 def to_document(item: Any) -> Any:
     """Return what to encode for an item: a dict for a row with names.
 
-    A ``Row`` of one entity becomes that entity.
+    A ``Row`` of one entity becomes that entity. An item of bytes becomes an object that
+    cannot be encoded, because it is more likely a document or a line of CSV than a
+    value.
     """
     cls: Any = type(item)
-    if not is_named_row(cls):
+    if not _is_replaced(cls):
         return item
+    if not is_named_row(cls):
+        return _BytesItem()
     if hasattr(cls, "__json__"):
         return item.__json__()
     if len(item) == 1 and (entity := single_entity(item)) is not None:
         return entity
     return dict(zip(_plain_strings(item._fields), item, strict=True))
+
+
+@lru_cache
+def _is_replaced(cls: Any) -> bool:
+    return issubclass(cls, BYTES_TYPES) or is_named_row(cls)
+
+
+class _BytesItem:
+    def __json__(self) -> None:
+        raise TypeError("it is bytes")
 
 
 @lru_cache

@@ -7,14 +7,14 @@ rows, mappings, named tuples, dataclasses, models and mapped objects.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import zip_longest
 from typing import Any
 
 from .convert import Converter, Function
 from .fields import dump_method, field_names, is_named_row, single_entity
+from .values import BYTES_TYPES
 
-BYTES_TYPES = (bytes, bytearray, memoryview)
 _NAMELESS_TYPES = (str, *BYTES_TYPES)
 """Items without field names: they are not rows."""
 
@@ -194,9 +194,18 @@ class Table:
             )
         ]
 
-    def _convert_cells(self, cells: Any) -> list[Any]:
-        columns = self._convert_columns([(cell,) for cell in cells], self.number)
-        return [column[0] for column in columns]
+    def _convert_cells(self, cells: Sequence[Any]) -> list[Any]:
+        assert self._converter is not None
+        convert = self._converter.convert_one
+        return [
+            convert(cell, function, partial(self._name_cell, index))
+            for index, (cell, function) in enumerate(
+                zip_longest(cells, self._functions[: len(cells)])
+            )
+        ]
+
+    def _name_cell(self, index: int) -> str:
+        return f"item {self.number}, column {self.name_column(index)}"
 
     def _get_mapping_cells(self, item: Mapping[Any, Any]) -> list[Any]:
         if self.names is None:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import re
 from base64 import b64encode
 from collections.abc import Callable
-from datetime import timedelta
+from datetime import date, datetime, time, timedelta
+from decimal import Decimal
 from enum import Enum
 from functools import lru_cache
 from ipaddress import (
@@ -24,6 +25,11 @@ from ipaddress import (
 from operator import attrgetter
 from typing import Any
 from uuid import UUID
+
+PLAIN_TYPES = frozenset(
+    {type(None), bool, int, float, Decimal, str, date, datetime, time, timedelta}
+)
+"""Types of cells that are never replaced."""
 
 BYTES_TYPES = (bytes, bytearray, memoryview)
 
