@@ -38,7 +38,7 @@ from tests.formats.support import Batches, Plain, sqlite_rows
 from tests.formats.support import Model as Pydantic
 from tests.model import Model, User
 from tests.wsgi import Call
-from tgstream import Arrow, Parquet, Report, rows, stream
+from tgstream import CSV, Arrow, Parquet, Report, rows, stream
 from tgstream.formats.protocols import ColumnType
 
 UTC = datetime.timezone.utc
@@ -293,6 +293,8 @@ def test_arrow_numbers_of_the_first_group_share_a_type() -> None:
     sparse = [(None,)] * 600 + [("x",)]
     assert read_rows(Parquet(), sparse) == sparse
     assert read_rows(Arrow(), sparse) == sparse
+    [(first,), second] = read_rows(Parquet(), [(math.nan,), (None,)])
+    assert (math.isnan(first), second) == (True, (None,))
 
 
 @pytest.mark.parametrize(
@@ -718,6 +720,29 @@ def test_arrow_types_are_those_of_the_statement(
     assert row == (2, *{**everything, **texts}.values(), None)
     assert last == (3,) + (None,) * (len(row) - 1)
     assert_clean(filled)
+
+
+@both
+def test_arrow_format_is_chosen_by_extension_or_accept(
+    make_app: MakeApp, format_class: Any
+) -> None:
+    """A controller may have both formats, and others."""
+
+    class RootController(TGController):
+        @expose()
+        @stream([CSV, Parquet, Arrow], filename="users")
+        def users(self) -> Any:
+            return [{"id": 1}]
+
+    app = make_app(RootController())
+    suffix, content_type = format_class.suffix, format_class.content_type
+    for call in (
+        Call(app, f"/users.{suffix}"),
+        Call(app, "/users", HTTP_ACCEPT=content_type),
+    ):
+        assert call.headers["Content-Type"] == content_type
+        assert f'filename="users.{suffix}"' in call.headers["Content-Disposition"]
+        assert read_table(call.read()).to_pylist() == [{"id": 1}]
 
 
 @both

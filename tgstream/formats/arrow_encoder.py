@@ -104,8 +104,8 @@ class StreamWriter:
         self._writer: Any = pa.ipc.new_stream(file, schema)
 
     def write(self, rows: Any) -> None:
-        [batch] = rows.combine_chunks().to_batches()
-        self._writer.write_batch(batch)
+        for batch in rows.combine_chunks().to_batches():
+            self._writer.write_batch(batch)
 
     def close(self) -> None:
         self._writer.close()
