@@ -813,6 +813,7 @@ def test_arrow_types_of_postgresql_are_read(
         "jsonb": ("jsonb '{\"a\": [1]}'", pg.JSONB(), '{"a":[1]}'),
         "average": ("avg(n)", sa.types.NullType(), Decimal("1.5000000000000000")),
         "sum": ("sum(n::bigint)", sa.BigInteger(), 3),
+        "digits": (f"{'9' * 45}.25::numeric", sa.Numeric(50, 2), f"{'9' * 45}.25"),
     }
     statement = sa.select(
         *(
@@ -909,6 +910,16 @@ def test_arrow_value_gets_the_declared_type(
         [_, item] = table.to_pylist()
         assert item == {"my column": read}
         assert type(item["my column"]) is type(read)
+
+
+def test_arrow_decimals_have_at_least_the_declared_scale() -> None:
+    """The values of a computed column may have more digits after the point."""
+    for values, scale in ([1, 2], 2), ([Decimal("1.5"), Decimal("0.125")], 3):
+        source = Declared([(value,) for value in values], ["n"], 1)
+        source.types = [ColumnType(Decimal, None, 2)]
+        table = read_table(b"".join(Parquet().encode_batches(source)))
+        assert table.schema.types == [pa.decimal128(38, scale)]
+        assert table.columns[0].to_pylist() == values
 
 
 def test_arrow_unsigned_integers_have_64_bits() -> None:

@@ -327,6 +327,8 @@ class Column:
         self._complete = kind is not None  # the declared type is the whole type
         self._simplifies = declared is None or declared.python_type not in (dict, list)
         self._fixed = False
+        if kind is None and declared is not None and declared.scale is not None:
+            kind = _null_kind(declared)  # values may have more digits
         self._kind = kind or _NULL
         self._arrays: list[Any] = []
         self._values: list[Any] = []  # converted one by one
@@ -360,6 +362,11 @@ class Column:
         """
         self.pack()
         array = self._convert_at_once(values)
+        if array is None and self._simplifies:
+            simple = self._simplifier.simplify_column(
+                values, lambda index: f"item {first + index}, column {self._name}"
+            )
+            array = self._convert_at_once(simple)
         if array is not None:
             self._append(array)
             return
