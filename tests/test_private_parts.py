@@ -36,9 +36,7 @@ from backlash.tracing.errors.middleware import TraceErrorsMiddleware
 from gunicorn.http.wsgi import default_environ  # type: ignore[import-untyped]
 from psycopg import connect
 from psycopg.pq import TransactionStatus
-from psycopg2.extensions import (  # type: ignore[import-untyped]
-    TRANSACTION_STATUS_INERROR,
-)
+from psycopg2.extensions import TRANSACTION_STATUS_INERROR
 from sqlalchemy.engine import result_tuple
 from sqlalchemy.orm import (
     Session,

@@ -64,17 +64,19 @@ class _JSONFormat:
                 if convert is not None:
                     columns = convert.convert_columns(columns, source.fields, first)
                 documents = _encode_columns(encoder, columns, source.fields, first)
-            elif convert is not None:
-                documents = [
-                    encoder.encode(convert(item, item_number), item_number)
-                    for item_number, item in enumerate(batch, first)
-                ]
+                data = between.join(documents)
+                del columns, documents  # they may be large
             else:
-                documents = [
-                    encoder.encode(to_document(item), item_number)
+                data = between.join(
+                    encoder.encode(
+                        to_document(item)
+                        if convert is None
+                        else convert(item, item_number),
+                        item_number,
+                    )
                     for item_number, item in enumerate(batch, first)
-                ]
-            yield before + between.join(documents) + self._suffix
+                )
+            yield before + data + self._suffix
             before = self._separator
         yield self._ending(number)
 
