@@ -23,6 +23,7 @@ from .core.stream import Stream, commit, current_stream, flush, rollback
 from .exports.copy import copy
 from .exports.rows import is_statement as _is_statement
 from .exports.rows import rows
+from .formats.arrow import Arrow, Parquet
 from .formats.csv import CSV
 from .formats.json import NDJSON, JSONArray
 from .formats.protocols import Batched, Format
@@ -41,11 +42,13 @@ __all__ = [
     "SSE",
     "XLSX",
     "ZIP",
+    "Arrow",
     "Batched",
     "Channel",
     "Event",
     "Format",
     "JSONArray",
+    "Parquet",
     "Report",
     "Stream",
     "StreamError",

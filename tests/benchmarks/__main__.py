@@ -16,6 +16,7 @@ from tempfile import TemporaryDirectory
 
 from . import (
     archives,
+    arrow,
     chart,
     compression,
     driver,
@@ -52,6 +53,7 @@ def questions(folder: Path, stack: ExitStack, quick: bool) -> dict[str, Question
         "driver": lambda: driver.run(urls(), quick),
         "live": lambda: live.run(quick),
         "archives": lambda: archives.run(urls()["PostgreSQL"], rows, quick),
+        "arrow": lambda: arrow.run(urls(), rows, quick),
         "exports": lambda: exports.run(urls(), rows, quick),
         "xlsx": lambda: xlsx.run(folder, quick),
     }

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from zipfile import ZipFile
 
 import openpyxl
+import polars as pl
 import pytest
 import tg
 from tg import expose
@@ -310,6 +311,12 @@ def test_exports_page_runs(
     try:
         for path, beginning in EXPORTED.items():
             assert get(app, f"/{path}").text.startswith(beginning), path
+        for reader, path in (
+            (pl.read_parquet, "/parquet"),
+            (pl.read_ipc_stream, "/arrow"),
+        ):
+            users = reader(Call(app, path).read()).to_dicts()
+            assert {"user_id": 1, "user_name": "manager"} in users
         assert get(app, "/backup").headers["Content-Length"] == "10"
         assert get(app, "/mine").text == "1: one\n2: two\n"
         check_workbooks(app)
