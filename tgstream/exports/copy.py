@@ -119,6 +119,10 @@ class Copy(_CopySource):
     def __iter__(self) -> Iterator[bytes]:
         return super().__iter__()
 
+    def encode_member(self) -> Iterator[bytes]:
+        """The blocks, which are encoded already, as a member of a ZIP."""
+        return iter(self)
+
     def for_format(self, format: Format | None) -> Batched:
         """The blocks of CSV, the JSON documents or the rows that a format encodes."""
         if format is None or isinstance(format, CSV):
