@@ -55,7 +55,7 @@ class Line(NamedTuple):
 
 def read_table() -> dict[str, Line]:
     """The lines of the table by their first cells."""
-    _, _, table = EXPORTS.partition("How values are written")
+    _, _, table = EXPORTS.partition("How values are written\n---")
     table, _, _ = table.partition("\n- ")
     lines = {}
     for text in table.split("    * - ")[2:]:
@@ -216,17 +216,16 @@ def test_value_of_postgresql_has_the_texts_of_the_table(
 def test_value_in_copy_has_the_texts_of_the_database(
     utc_session: Session, label: str
 ) -> None:
-    """``copy()`` as CSV, and the texts of ``row_to_json``."""
+    """``copy()`` as CSV and as JSON."""
     expression, type_ = POSTGRESQL[label]
     line = TABLE[label]
     statement = sa.select(sa.literal_column(expression, type_).label("v"))
-    data = b"".join(copy(statement, session=utc_session)).decode()
+    source = copy(statement, session=utc_session)
+    data = b"".join(source).decode()
     text = "".join([*csv.reader(io.StringIO(data))][1])
     assert text == line.copy_csv
-    document = utc_session.scalar(
-        sa.text(f"SELECT row_to_json(t)::text FROM (SELECT {expression} AS v) AS t")
-    )
-    assert document == f'{{"v":{line.copy_json}}}'
+    documents = b"".join(source.for_format(NDJSON())).decode()
+    assert documents == f'{{"v":{line.copy_json}}}\n'
 
 
 def test_hstore_is_a_dict_of_texts(utc_session: Session) -> None:
