@@ -21,6 +21,7 @@ from webob.request import LimitedLengthFile
 from ..formats.protocols import Batched
 from .cleanup import close, run_all
 from .errors import StreamError
+from .files import BLOCK_SIZE
 
 
 def resolve_proxy(value: Any) -> Any:
@@ -193,9 +194,6 @@ def claim(source: Any, environ: dict[str, Any]) -> bool:
 
 
 # Files.
-
-BLOCK_SIZE = 65536
-"""Maximum bytes of an item that is a block of a file."""
 
 POLL_SECONDS = 0.05
 """Seconds before a non-blocking file that had no data is read again."""

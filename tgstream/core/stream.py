@@ -11,10 +11,10 @@ from .body import Body
 from .cleanup import close
 from .context import thread
 from .errors import StreamError
+from .files import BLOCK_SIZE
 from .heartbeat import add_heartbeats
 from .options import FormatTraits, Options, StreamOptions, check
 from .source import (
-    BLOCK_SIZE,
     adapt_items,
     are_sources,
     claim,
