@@ -60,6 +60,8 @@ OPTIONS: dict[str, Option] = {
     "tgstream.flush_seconds": Option(0.05, _to_seconds),
     "tgstream.idle_transaction_seconds": Option(10.0, _to_seconds),
     "tgstream.disconnect_check_seconds": Option(10.0, _to_interval),
+    "tgstream.spool_directory": Option("", str),
+    "tgstream.spool_max_bytes": Option(1 << 30, _to_size),
     "tgstream.sessions": Option((), aslist),
     "tgstream.channels": Option("memory://", str),
     "tgstream.channel_history": Option(1000, _to_count),
