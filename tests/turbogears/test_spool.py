@@ -17,6 +17,7 @@ from tg import TGController, abort, expose, redirect
 
 from tests.conftest import MakeApp, Root, assert_clean
 from tests.core.test_downloads import read_until_error
+from tests.live_apps.spooled import count_files
 from tests.model import Model, Note, User
 from tests.turbogears.support import (
     ERROR_PAGES,
@@ -706,18 +707,6 @@ def test_slot_is_free_while_the_response_is_sent(make_app: MakeApp) -> None:
 def directory(path: Path) -> dict[str, Any]:
     """Return the option for the directory of temporary files."""
     return {"tgstream__spool_directory": str(path)}
-
-
-def count_files(path: Path) -> int:
-    """Return how many open files of this process are on the file system of a path."""
-    count, device = 0, path.stat().st_dev
-    for each in Path("/proc/self/fd").iterdir():
-        try:
-            status = each.stat()
-        except OSError:  # the descriptor of this listing
-            continue
-        count += status.st_dev == device and status.st_nlink == 0
-    return count
 
 
 def test_file_has_no_name(make_app: MakeApp, tmp_path: Path) -> None:
