@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import resource
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -68,6 +69,7 @@ class RootController(TGController):
             "running": self.running,
             "connections": pool.checkedout() if pool else 0,
             "files": count_files(self.folder),
+            "free": shutil.disk_usage(self.folder).free,
             "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
             "ended": [(report.reason, report.bytes) for report in self.ended],
         }
