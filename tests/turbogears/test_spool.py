@@ -528,7 +528,7 @@ def test_hook_of_the_end_can_use_the_session(
 # The end.
 
 
-def test_client_that_leaves_while_it_is_sent_has_one_report(
+def test_disconnect_while_it_is_sent_has_one_report(
     make_app: MakeApp, sqlite_model: Model, reports: list[Report]
 ) -> None:
     """It counts the bytes that were sent. The committed changes stay."""
@@ -634,7 +634,7 @@ def test_drained_stream_is_aborted_while_it_is_sent(
 
 
 @pytest.mark.parametrize("wiring", WIRINGS)
-def test_client_that_leaves_while_it_is_spooled_ends_the_stream_quietly(
+def test_disconnect_while_it_is_spooled_ends_the_stream_quietly(
     make_app: MakeApp,
     reports: list[Report],
     wiring: dict[str, Any],
@@ -793,7 +793,7 @@ def test_body_above_the_maximum_is_an_error_page(
     assert str(report.error) in caplog.text
 
 
-def test_maximum_0_is_no_maximum(make_app: MakeApp) -> None:
+def test_maximum_0_allows_any_size(make_app: MakeApp) -> None:
     """Only the disk limits it then."""
     config: dict[str, Any] = {"tgstream__spool_max_bytes": 0}
     call = get_raw(spooled(make_app, make_blocks, config=config))

@@ -245,7 +245,7 @@ class Plan(NamedTuple):
     idle_transaction_seconds: float
     disconnect_check_seconds: float
     spool: SpoolSettings | None = None
-    """Where the body is made before it is sent. None if it is sent meanwhile."""
+    """None if the body is sent while it is made."""
 
     def lifetime(self, max_seconds: float) -> float:
         """The seconds until the stream is ended.

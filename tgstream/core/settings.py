@@ -45,6 +45,10 @@ def _to_interval(value: Any) -> float:
     return _check_positive(float(value))
 
 
+def _to_path(value: Any) -> str | None:
+    return str(value) if value else None
+
+
 class Option(NamedTuple):
     """An option: its default, and the function that converts a value to its type.
 
@@ -60,7 +64,7 @@ OPTIONS: dict[str, Option] = {
     "tgstream.flush_seconds": Option(0.05, _to_seconds),
     "tgstream.idle_transaction_seconds": Option(10.0, _to_seconds),
     "tgstream.disconnect_check_seconds": Option(10.0, _to_interval),
-    "tgstream.spool_directory": Option("", str),
+    "tgstream.spool_directory": Option(None, _to_path),
     "tgstream.spool_max_bytes": Option(1 << 30, _to_size),
     "tgstream.sessions": Option((), aslist),
     "tgstream.channels": Option("memory://", str),

@@ -40,7 +40,7 @@ class Spool:
     """The anonymous temporary file of one body. It is in memory while it is small.
 
     :param controller: for error messages.
-    :param settings: where the file is, and how large it may be.
+    :param settings: the directory, and the maximum size.
     """
 
     def __init__(self, controller: str, settings: SpoolSettings) -> None:
@@ -100,8 +100,8 @@ class Spool:
     def make_etag(self, *representation: str) -> str:
         """Return a strong ``ETag`` of the content, without quotes (RFC 9110, 8.8.3).
 
-        :param representation: what a client must not mix beside the content, such as
-            the content type.
+        :param representation: more than the content that makes two bodies different,
+            such as the content type.
         """
         hashed = self._hash.copy()
         for value in representation:

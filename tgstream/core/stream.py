@@ -72,6 +72,10 @@ class Stream:
     :param limit: the maximum number of open streams of the controller in this process.
         None for no maximum. The next request gets 503 and ``Retry-After``, before
         anything runs (with ``Stream``, when the controller has returned).
+    :param spool: whether to make the whole body in the request, in a temporary file,
+        and then send the file. An error at any item is an ordinary error page, clients
+        can resume the download, and a slow client holds no database connection. The
+        first byte is sent after the last item. Formats of events refuse it.
     :raises TypeError: when ``items`` is not iterable, or an option has a wrong type.
     :raises ValueError: when an option has an invalid value.
     """

@@ -281,7 +281,7 @@ def _add_spool(plan: Plan, config: Any) -> Plan:
         read_option(config, f"tgstream.spool_{name}")
         for name in ("directory", "max_bytes")
     )
-    return plan._replace(spool=SpoolSettings(directory or None, max_bytes))
+    return plan._replace(spool=SpoolSettings(directory, max_bytes))
 
 
 def _make_database(config: Any, manages: bool) -> StreamDatabase | None:
