@@ -1039,6 +1039,14 @@ SQLALCHEMY = [
         lambda: len(SELECT.options(load_only(Item.id))._with_options) == 1,  # type: ignore[attr-defined]
     ),
     Part(
+        "_autoflush",
+        "SQLAlchemy",
+        "exports/statement",
+        "find out whether Query.autoflush(False) was called",
+        "rows() flushes the session in spite of it",
+        lambda: not Session().query(Item).autoflush(False).load_options._autoflush,
+    ),
+    Part(
         "result_tuple",
         "SQLAlchemy",
         "exports/keyset",

@@ -13,7 +13,6 @@ from functools import lru_cache
 from typing import Any
 from urllib.parse import quote
 
-from ..formats.protocols import Format
 from .errors import StreamError
 from .options import FormatTraits, Options
 
@@ -22,6 +21,13 @@ def find_charset(content_type: str | None) -> str | None:
     """The charset parameter of a content type, if it has one."""
     match = re.search(r"charset=[\"']?([^\s;\"']+)", content_type or "")
     return match and match[1]
+
+
+def add_vary(response: Any, name: str) -> None:
+    """Add the name of a request header to ``Vary``, if it is not in it."""
+    names: tuple[str, ...] = response.vary or ()
+    if "*" not in names and name.lower() not in [each.lower() for each in names]:
+        response.vary = (*names, name)
 
 
 def set_headers(
@@ -40,13 +46,16 @@ def set_headers(
     for name, value in traits.headers.items():
         response.headers.setdefault(name, value)
     if options.filename is not None and "Content-Disposition" not in response.headers:
-        filename = _add_suffix(options.filename, traits.suffix)
+        filename = options.filename
+        for suffix in [getattr(f, "suffix", None) for f in options.formats or ()]:
+            filename = filename.removesuffix(f".{suffix}")
+        filename = _add_suffix(filename, traits.suffix)
         disposition = make_content_disposition(filename)
         response.headers["Content-Disposition"] = disposition
     if format is None and options.charset is None:
         return  # TG sets the content type of @expose
     if response.content_type is None:
-        _set_content_type(response, exposed(), format)
+        _set_content_type(response, exposed, options)
     fixed = traits.charset
     if options.charset is not None or (fixed and response.charset):
         response.charset = fixed or options.charset
@@ -65,10 +74,16 @@ def _add_suffix(filename: str, suffix: str | None) -> str:
     return f"{filename}.{suffix}"
 
 
-def _set_content_type(response: Any, exposed: Any, format: Format | None) -> None:
-    content_type, engine, template = exposed[:3]
-    if format is not None and (content_type == "text/html" or engine or template):
-        content_type = format.content_type
+def _set_content_type(
+    response: Any, exposed: Callable[[], tuple[Any, ...]], options: Options
+) -> None:
+    format = options.format
+    if format is not None and options.formats is not None:
+        content_type = format.content_type  # the request has chosen it
+    else:
+        content_type, engine, template = exposed()[:3]
+        if format is not None and (content_type == "text/html" or engine or template):
+            content_type = format.content_type
     response.headers["Content-Type"] = content_type
     if content_type.startswith("text/") and find_charset(content_type) is None:
         response.charset = "utf-8"

@@ -49,11 +49,17 @@ class Options(NamedTuple):
     limit: int | None = None
     spool: bool | None = None
     compress: bool | None = None
+    formats: tuple[Format, ...] | None = None
+    """The formats from which the request has chosen, if there were several."""
 
     def or_else(self, others: Options) -> Options:
         """These options. Those that were not given are taken from ``others``."""
-        own = {name: v for name, v in self._asdict().items() if v is not None}
-        return others._replace(**own)
+        return others._replace(**self.given)
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The options that were given, by their names."""
+        return {name: v for name, v in self._asdict().items() if v is not None}
 
 
 def check(where: str, format: Any = None, **options: Unpack[StreamOptions]) -> Options:

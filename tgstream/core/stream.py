@@ -32,6 +32,10 @@ if TYPE_CHECKING:
     from .options import Plan
 
 
+_MEMBER_OPTIONS = {"format", "chunk_size", "charset", "length", "filename"}
+"""The options that a stream inside another one may have."""
+
+
 class Stream:
     """The response of a controller, sent to the client while it is made.
 
@@ -174,13 +178,10 @@ class Stream:
         """
         body = _running_body("Stream.encode_member")
         format, options = self._options.format, self._options
-        unusable = options._replace(
-            format=None, chunk_size=None, charset=None, length=None, filename=None
-        )
-        if given := [name for name, v in unusable._asdict().items() if v is not None]:
+        if unusable := options.given.keys() - _MEMBER_OPTIONS:
             raise StreamError(
-                f"a Stream inside another one cannot have {', '.join(given)}. Set the "
-                "option on the outer stream"
+                "a Stream inside another one cannot have "
+                f"{', '.join(sorted(unusable))}. Set the option on the outer stream"
             )
         self._claim(body.context.environ)
         traits = FormatTraits.of(format)

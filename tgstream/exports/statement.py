@@ -56,7 +56,9 @@ def prepare(function: str, statement: Any) -> PreparedStatement:
         )
     session = None
     if isinstance(statement, Query):
-        session, statement = statement.session, statement.statement
+        query, session, statement = statement, statement.session, statement.statement
+        if not query.load_options._autoflush:  # which the statement does not have
+            statement = statement.execution_options(autoflush=False)
     if isinstance(statement, sa.Select):
         _check_options(function, statement)
         statement = _select_columns(statement)
@@ -146,6 +148,9 @@ def execute(
     def execute_on_connection(state: Any) -> Any:
         if OWN_STATEMENT not in state.local_execution_options:
             return None  # a handler's own statement
+        # The session itself flushes only after handlers that return no result.
+        if session.autoflush and state.execution_options.get("autoflush", True):
+            session.flush()
         # Not session.connection(), after which a stream keeps its transaction open.
         connection = type(session).connection(
             session, bind_arguments=state.bind_arguments
