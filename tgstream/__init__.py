@@ -29,6 +29,7 @@ from .formats.protocols import Batched, Format
 from .formats.sse import SSE, Event
 from .live.channel import last_event_id
 from .turbogears.decorator import stream
+from .turbogears.files import send_file
 from .turbogears.hooks import install as _install_hooks
 from .turbogears.plug import plugme
 from .turbogears.templates import render
@@ -55,6 +56,7 @@ __all__ = [
     "render",
     "rollback",
     "rows",
+    "send_file",
     "stream",
 ]
 __version__ = "0.1.0"

@@ -800,6 +800,23 @@ def test_maximum_0_allows_any_size(make_app: MakeApp) -> None:
     assert call.text.encode() == BLOCKS
 
 
+def test_open_file_is_sent_as_it_is(
+    make_app: MakeApp, tmp_path: Path, reports: list[Report]
+) -> None:
+    """It is a file already, so it is not copied."""
+    (tmp_path / "blocks").write_bytes(BLOCKS)
+
+    def open_blocks() -> Any:
+        return (tmp_path / "blocks").open("rb")
+
+    config = {**directory(tmp_path), "tgstream__spool_max_bytes": 1}
+    for spool in (True, False):
+        app = spooled(make_app, open_blocks, spool=spool, config=config)
+        call = get_raw(app, HTTP_RANGE="bytes=10-")
+        assert (call.status_int, call.text.encode()) == (206, BLOCKS[10:])
+    assert [report.bytes for report in reports] == [LARGE - 10] * 2
+
+
 # Formats that cannot be spooled.
 
 

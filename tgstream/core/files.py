@@ -2,12 +2,24 @@
 
 A :class:`StoredFile` is the source of a response that can be resumed. The response
 sends :class:`FileParts` of it.
+
+The strong ``ETag`` of a file on a disk is made of its inode, its size and the times in
+nanoseconds at which its content and its inode were changed. A file that was replaced
+within the same second has another one, and a file whose time was set back, as by
+``cp -p`` or ``rsync``, too. So have copies of a file on several machines: a download
+that is resumed on another machine begins again. The ``ETag`` of content in memory is a
+hash of it.
 """
 
 from __future__ import annotations
 
+import errno
+import io
 import os
+import stat
+import tempfile
 from collections.abc import Iterator, Sequence
+from hashlib import sha256
 from typing import Any
 
 from .cleanup import close
@@ -26,6 +38,13 @@ class StoredFile:
     :param start: the position of the first byte of the content.
     """
 
+    content_type: str | None = None
+    """The content type, if the caller of ``send_file()`` has given it."""
+    max_age: int | None = None
+    """Seconds for which a client may use the content again without a request."""
+    default_type: str | None = None
+    """The content type if the response has none."""
+
     def __init__(self, file: Any, content: Representation, start: int = 0) -> None:
         self.file = file
         self.content = content
@@ -38,6 +57,101 @@ class StoredFile:
     def close(self) -> None:
         """Close the file."""
         close(self.file)
+
+
+def open_file(path: str | os.PathLike[str]) -> io.FileIO:
+    """Open a file on a disk for reading, without waiting for a writer of a pipe.
+
+    :raises OSError: when there is no such file, it is not a regular file, or it may not
+        be read.
+    """
+    file = io.FileIO(path, opener=_open_at_once)
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "Not a regular file", os.fspath(path))
+    return file
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+
+
+def find_stored(file: Any, start: int | None = None) -> StoredFile | None:
+    """The file, if it is on a disk or in memory, so that its size is known at no cost.
+
+    :param start: the position of the first byte. None for the position that it has.
+    :returns: None for others: pipes, sockets, archives, text, files of ``/proc``.
+    """
+    info = _find_stat(file)
+    if info is None and not _is_in_memory(file):
+        return None
+    if start is None:
+        start = file.tell()
+    if info is None:
+        return StoredFile(
+            file, Representation(_measure(file, start), _hash(file, start)), start
+        )
+    if file.writable():
+        file.flush()
+        info = _find_stat(file) or info
+    size = max(0, info.st_size - start)
+    if not info.st_size and file.read(1):
+        file.seek(start)
+        return None
+    identity = (info.st_mtime_ns, info.st_ctime_ns, info.st_ino, size, start)
+    content = Representation(size, _make_etag(repr(identity)), int(info.st_mtime))
+    return StoredFile(file, content, start)
+
+
+def wrap_seekable(file: Any) -> StoredFile:
+    """A seekable file of any type, from its first byte, without validators.
+
+    :raises OSError: when it cannot be sought.
+    """
+    return StoredFile(file, Representation(_measure(file, 0)))
+
+
+def _measure(file: Any, start: int) -> int:
+    """The bytes from ``start`` to the end. The file is at ``start`` afterwards."""
+    file.seek(0, os.SEEK_END)
+    end: int = file.tell()  # seek() returns None in some classes
+    file.seek(start)
+    return max(0, end - start)
+
+
+def _find_stat(file: Any) -> os.stat_result | None:
+    """The status of a regular file. None for other objects.
+
+    The method ``fileno()`` is not enough: a ``GzipFile`` has that of its archive.
+    """
+    if type(file).__module__ == tempfile.__name__:  # a wrapper, whose class is private
+        file = getattr(file, "file", file)
+    if type(file) in (io.BufferedReader, io.BufferedRandom):
+        file = file.raw
+    if type(file) is not io.FileIO:
+        return None
+    info = os.fstat(file.fileno())
+    return info if stat.S_ISREG(info.st_mode) else None
+
+
+def _is_in_memory(file: Any) -> bool:
+    """Whether it is in memory, or was there until it got too large."""
+    if isinstance(file, tempfile.SpooledTemporaryFile):
+        return not isinstance(getattr(file, "encoding", None), str)  # not text
+    return isinstance(file, io.BytesIO)
+
+
+def _hash(file: Any, start: int) -> str:
+    digest = sha256()
+    while block := file.read(BLOCK_SIZE):
+        digest.update(block)
+    file.seek(start)
+    return f'"{digest.hexdigest()[:32]}"'
+
+
+def _make_etag(identity: str) -> str:
+    """A strong ``ETag``. It does not show what it is made of, such as the inode."""
+    return f'"{sha256(identity.encode()).hexdigest()[:32]}"'
 
 
 class FileParts:
@@ -86,9 +200,11 @@ class FileParts:
 
 def describe(file: Any) -> str:
     """The name of a file, or its type if it has no name."""
+    name = find_name(file)
+    return type(file).__name__ if name is None else repr(name)
+
+
+def find_name(file: Any) -> str | None:
+    """The name or the path of a file, if it has one. Some have a number."""
     name = getattr(file, "name", None)
-    return (
-        repr(name)
-        if isinstance(name, str | bytes | os.PathLike)
-        else type(file).__name__
-    )
+    return os.fsdecode(name) if isinstance(name, str | bytes | os.PathLike) else None

@@ -178,6 +178,8 @@ def _parse_spec(spec: str, size: int) -> range | None:
         return None
     first, last, suffix = match.groups()
     if suffix is not None:
+        if not size and _to_int(suffix):
+            return None  # the whole file, which a 206 cannot describe
         return range(max(0, size - _to_int(suffix)), size)
     if last and _to_int(last) < _to_int(first):
         return None

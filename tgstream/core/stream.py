@@ -12,7 +12,7 @@ from .body import Body
 from .cleanup import close
 from .context import thread
 from .errors import StreamError
-from .files import BLOCK_SIZE
+from .files import BLOCK_SIZE, StoredFile, find_stored
 from .heartbeat import add_heartbeats
 from .options import FormatTraits, Options, StreamOptions, check
 from .source import (
@@ -128,6 +128,12 @@ class Stream:
                 self._slot = slot
             else:
                 slot.release()
+        if isinstance(self._source, StoredFile):  # its bytes need no format
+            options = Options(
+                filename=options.filename,
+                max_seconds=options.max_seconds,
+                limit=options.limit,
+            )
         self._options = self._options.or_else(options)
         self._controller = controller
 
@@ -137,8 +143,21 @@ class Stream:
             self._claim(request.environ)
         self._claimant = None  # to start it twice is an error again
         if type(self._source) is not GeneratorType:
-            raw = self._options.format is None
-            self._source = open_source(self._source, raw, request.environ)
+            self._source = self._find_stored(request.environ) or open_source(
+                self._source, self._options.format is None, request.environ
+            )
+
+    def _find_stored(self, environ: dict[str, Any]) -> StoredFile | None:
+        """The source, if it is a file whose size is known, to be sent as it is."""
+        source, options = self._source, self._options
+        if isinstance(source, StoredFile):
+            return source
+        if options.format is not None or source is environ.get("wsgi.input"):
+            return None
+        stored = find_stored(source)
+        if stored is None or options.length in (None, stored.content.size):
+            return stored
+        return None  # it is sent up to the wrong length
 
     @property
     def items(self) -> int:

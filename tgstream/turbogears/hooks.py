@@ -36,7 +36,7 @@ from ..core.stream import Stream
 from ..database.on_commit import is_tm_enabled
 from ..database.registry import install_registry, scoped_sessions
 from .decorator import get_controller_name
-from .files import respond_with_file
+from .files import respond_with_file, set_file_headers
 from .guard import Guard
 from .response import check_headers, end_previous, end_with_request, send_off
 
@@ -67,7 +67,7 @@ class _Start:
     The body keeps it for its charset, so that it must not keep the stream.
     """
 
-    _measured: int | None = None  # bytes of the whole body, by its format
+    _measured: int | None = None  # bytes of the whole body, by its format or its file
 
     def __init__(self, stream: Stream, tg_locals: Any) -> None:
         self._tg_locals = tg_locals
@@ -100,7 +100,10 @@ class _Start:
                 stream._discard()
                 raise
         checked = check_headers(response, stream, self._plan.controller)
-        if request.environ["REQUEST_METHOD"] in _RUN_NOTHING:
+        method = request.environ["REQUEST_METHOD"]
+        if type(stream._source) is StoredFile:
+            self._answer_with_file(stream, stream._source, method)
+        if method in _RUN_NOTHING:
             self._answer_without_body(stream)
             return
         body = self._open(stream)
@@ -112,6 +115,23 @@ class _Start:
         except BaseException as error:
             body.fail(error, in_request=True)
             raise
+
+    def _answer_with_file(
+        self, stream: Stream, stored: StoredFile, method: str
+    ) -> None:
+        """Set the status and the headers of a file, and send the parts of it."""
+        if method != "HEAD" and method in _RUN_NOTHING:
+            return
+        tg_locals, name = self._tg_locals, self._options.filename
+        response = tg_locals.response
+        try:
+            set_file_headers(response, stored, name, self._find_exposed)
+            parts = respond_with_file(tg_locals.request, response, stored)
+        except BaseException:
+            stream._discard()
+            raise
+        stream._source, self._measured = parts, parts.length
+        self._plan = self._plan._replace(spool=None)  # it is a file already
 
     def _open(self, stream: Stream) -> Body:
         """Make the body, and end the request's transaction by TG's rules."""
@@ -167,10 +187,10 @@ class _Start:
 
     def _declared_length(self) -> int | None:
         """The bytes of the whole body, by the option or the response's headers."""
-        if self._options.length is not None:
-            return self._options.length
         if self._measured is not None:
             return self._measured
+        if self._options.length is not None:
+            return self._options.length
         response = self._tg_locals.response
         for name, value in response.headerlist:
             if value != "0" and name.lower() == "content-length":  # TG's own is 0
