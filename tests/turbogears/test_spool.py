@@ -793,9 +793,10 @@ def test_body_above_the_maximum_is_an_error_page(
     assert str(report.error) in caplog.text
 
 
-def test_maximum_0_allows_any_size(make_app: MakeApp) -> None:
-    """Only the disk limits it then."""
-    config: dict[str, Any] = {"tgstream__spool_max_bytes": 0}
+@pytest.mark.parametrize("maximum", [0, "0", str(1 << 40)])
+def test_maximum_0_allows_any_size(make_app: MakeApp, maximum: Any) -> None:
+    """Only the disk limits it then. A maximum can be larger than most numbers."""
+    config: dict[str, Any] = {"tgstream__spool_max_bytes": maximum}
     call = get_raw(spooled(make_app, make_blocks, config=config))
     assert call.text.encode() == BLOCKS
 

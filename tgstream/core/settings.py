@@ -29,7 +29,9 @@ def _check_positive(number: T) -> T:
 
 def _to_size(value: Any) -> int:
     size: int = asint(value)
-    return _check_not_negative(size)
+    if size < 0:
+        raise ValueError("it must be a number of bytes >= 0")
+    return size
 
 
 def _to_count(value: Any) -> int:
