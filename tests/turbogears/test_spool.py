@@ -723,10 +723,15 @@ def test_file_has_no_name(make_app: MakeApp, tmp_path: Path) -> None:
 
 def test_small_body_needs_no_file(make_app: MakeApp, tmp_path: Path) -> None:
     """Up to 1 MiB it is in memory."""
-    app = spooled(
-        make_app, lambda: make_blocks(1 << 20), config=directory(tmp_path / "missing")
-    )
+    counts: list[int] = []
+
+    def items() -> Iterator[bytes]:
+        yield from make_blocks(1 << 20)
+        counts.append(count_files(tmp_path))
+
+    app = spooled(make_app, items, config=directory(tmp_path))
     assert get_raw(app).text.encode() == BLOCKS[: 1 << 20]
+    assert counts == [0]
 
 
 def test_large_chunk_is_written_to_the_file(make_app: MakeApp, tmp_path: Path) -> None:
@@ -759,10 +764,18 @@ def test_failed_stream_leaves_no_file(
     assert count_files(tmp_path) == opened
 
 
-def test_missing_directory_is_an_error_that_names_the_option(
+def test_missing_directory_is_an_error_when_the_application_starts(
     make_app: MakeApp, tmp_path: Path
 ) -> None:
-    """The generator is closed."""
+    """The message names the option."""
+    with pytest.raises(ValueError, match=r"tgstream\.spool_directory .* existing dir"):
+        spooled(make_app, make_blocks, config=directory(tmp_path / "missing"))
+
+
+def test_directory_that_cannot_be_written_is_an_error_page(
+    make_app: MakeApp,
+) -> None:
+    """The error names the option, and the generator is closed."""
     closed: list[bool] = []
 
     def items() -> Iterator[bytes]:
@@ -771,11 +784,12 @@ def test_missing_directory_is_an_error_that_names_the_option(
         finally:
             closed.append(True)
 
-    missing = tmp_path / "missing"
-    call = get_raw(spooled(make_app, items, config=directory(missing)))
+    call = get_raw(spooled(make_app, items, config=directory(Path("/proc"))))
     assert call.status_int == 500
-    assert f"cannot spool its response to {missing}" in call.errors.getvalue()
-    assert "tgstream.spool_directory" in call.errors.getvalue()
+    assert "cannot spool its response to /proc, after 1048576 bytes" in (
+        call.errors.getvalue()
+    )
+    assert "set tgstream.spool_directory" in call.errors.getvalue()
     assert closed == [True]
 
 

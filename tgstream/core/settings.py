@@ -6,6 +6,7 @@ running application, never at import.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from threading import TIMEOUT_MAX  # seconds: a longer wait is an OverflowError
 from typing import Any, NamedTuple, TypeVar
@@ -47,8 +48,12 @@ def _to_interval(value: Any) -> float:
     return _check_positive(float(value))
 
 
-def _to_path(value: Any) -> str | None:
-    return str(value) if value else None
+def _to_directory(value: Any) -> str | None:
+    if not value:
+        return None
+    if not os.path.isdir(value):
+        raise ValueError("it must be an existing directory")
+    return os.fspath(value)
 
 
 class Option(NamedTuple):
@@ -66,7 +71,7 @@ OPTIONS: dict[str, Option] = {
     "tgstream.flush_seconds": Option(0.05, _to_seconds),
     "tgstream.idle_transaction_seconds": Option(10.0, _to_seconds),
     "tgstream.disconnect_check_seconds": Option(10.0, _to_interval),
-    "tgstream.spool_directory": Option(None, _to_path),
+    "tgstream.spool_directory": Option(None, _to_directory),
     "tgstream.spool_max_bytes": Option(1 << 30, _to_size),
     "tgstream.sessions": Option((), aslist),
     "tgstream.channels": Option("memory://", str),

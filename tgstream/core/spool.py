@@ -47,8 +47,8 @@ class Spool:
         self.file: Any = BytesIO()
         self.size = 0
         """The bytes that were written."""
-        # It takes 0.8 ns a byte. With a weaker hash two bodies could have the same ETag,
-        # and a client would join parts of both.
+        # 0.8 ns a byte. With a weaker hash two bodies could have the same ETag, and a
+        # client would join parts of both.
         self._hash = sha256()
         self._controller = controller
         self._directory, self._max_bytes = settings
