@@ -53,7 +53,7 @@ def _to_directory(value: Any) -> str | None:
         return None
     if not os.path.isdir(value):
         raise ValueError("it must be an existing directory")
-    return os.fspath(value)
+    return str(value)
 
 
 class Option(NamedTuple):
