@@ -35,7 +35,17 @@ class RootController(TGController):
         return {"reports": [report for name, *report in ended if name == path]}
 
 
-def make_app(**options: Any) -> Any:
-    """Return the application."""
+def make_app(wrapper: str = "yes") -> Any:
+    """Return the application.
+
+    :param wrapper: ``no`` to hide ``wsgi.file_wrapper`` from it.
+    """
     tg.hooks.register("tgstream.finished", add)
-    return make_wsgi_app({"root_controller": RootController()}, tgstream.plugme)
+    app = make_wsgi_app({"root_controller": RootController()}, tgstream.plugme)
+
+    def without_wrapper(environ: dict[str, Any], start_response: Any) -> Any:
+        own = dict(environ)  # gunicorn looks into its own environ later
+        del own["wsgi.file_wrapper"]
+        return app(own, start_response)
+
+    return app if wrapper == "yes" else without_wrapper

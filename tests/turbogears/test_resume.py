@@ -95,7 +95,7 @@ def test_interrupted_download_is_resumed(
 def test_curl_resumes(
     server: LiveServer, path: Path, tmp_path: Path, page: str
 ) -> None:
-    """``curl -C -`` asks for the bytes after those of the file that it finds."""
+    """``curl -C -`` requests the bytes that its file does not have."""
     part = tmp_path / "part"
     part.write_bytes(path.read_bytes()[:1_234_567])
     command = ["curl", "-sSf", "-C", "-", "-o", str(part), url(server, path, page)]
@@ -143,7 +143,7 @@ def test_truncated_file_aborts_the_transfer(
 def test_disconnected_client_ends_the_stream(
     server: LiveServer, tmp_path: Path, page: str
 ) -> None:
-    """The report says so, and the file is closed."""
+    """The file that it reads is closed."""
     file = tmp_path / "large"
     file.touch()
     os.truncate(file, LARGE)
@@ -198,3 +198,34 @@ def test_ranges_of_one_file_are_sent_at_once(server: LiveServer, path: Path) -> 
     assert b"".join(response.read() for response in responses) == data
     for connection in connections:
         connection.close()
+
+
+def test_slow_clients_hold_no_thread_of_waitress(
+    live_server: Any, path: Path, tmp_path: Path
+) -> None:
+    """More clients than threads have begun a large file, and the next is answered.
+
+    Without the file wrapper each client held one of the threads, because waitress
+    buffers 16 MiB of a response and then waits.
+    """
+    file = tmp_path / "large"
+    file.touch()
+    os.truncate(file, LARGE)
+    server = live_server("waitress", "files", "threads=2")
+    clients = []
+    for _ in range(5):
+        client = http.client.HTTPConnection("127.0.0.1", server.port, 20)
+        client.request("GET", f"/sent?path={file}")
+        response = client.getresponse()
+        assert response.read(1) == b"\0"
+        clients.append((client, response))
+    assert httpx.get(url(server, path)).content == path.read_bytes()
+    for client, response in clients[1:]:
+        response.close()
+        client.close()
+    client, response = clients[0]
+    assert len(response.read()) == LARGE - 1
+    client.close()
+    ended = sorted(reports(server, file, 5))
+    assert ended[0] == ["completed", LARGE]
+    assert [reason for reason, _ in ended[1:]] == ["disconnected"] * 4
