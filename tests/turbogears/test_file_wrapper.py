@@ -227,7 +227,7 @@ def test_file_that_shrinks_fails_the_wrapper(
     assert next_report().reason == "failed"
 
 
-def test_client_that_leaves_ends_the_stream(
+def test_client_that_disconnects_ends_the_stream(
     make_app: MakeApp, sqlite_model: Model, path: Path, next_report: NextReport
 ) -> None:
     """The report has the bytes that were sent."""
