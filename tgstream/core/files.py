@@ -197,6 +197,17 @@ class FileParts:
         """Close the file."""
         self._stored.close()
 
+    def read_at(self, position: int, size: int) -> bytes:
+        """Read from the only part, without an iterator.
+
+        :param position: counted from the start of the part.
+        :param size: the maximum number of bytes.
+        :raises StreamError: when the file has become shorter.
+        """
+        part = self.parts[0]
+        assert isinstance(part, range)
+        return next(self._read(part[position : position + size]), b"")
+
 
 def describe(file: Any) -> str:
     """The name of a file, or its type if it has no name."""
