@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.browser.conftest import Browser, browser, open_browser
+from tests.browser.conftest import Browser
 from tests.conftest import LiveServer
 from tests.cutter import Cutter
 from tests.faults.conftest import wait_until
@@ -22,7 +23,7 @@ from tests.faults.test_spool import (
 )
 from tests.test_servers import Client, read
 
-__all__ = ["browser", "open_browser", "start"]  # fixtures
+__all__ = ["start"]  # a fixture
 
 
 @pytest.mark.parametrize("server", SERVERS)
@@ -42,11 +43,15 @@ def test_wget_resumes_a_download(start: Start, server: str, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("server", SERVERS)
 def test_chromium_resumes_a_download(
-    start: Start, server: str, tmp_path: Path, browser: Browser
+    start: Start,
+    server: str,
+    tmp_path: Path,
+    open_browser: Callable[[], Browser],
 ) -> None:
     """Its request has ``If-Range`` with the ``ETag``."""
     live = start(server)
     downloads = tmp_path / "downloads"
+    browser = open_browser()
     browser.driver.execute_cdp_cmd(
         "Browser.setDownloadBehavior",
         {"behavior": "allow", "downloadPath": str(downloads)},
