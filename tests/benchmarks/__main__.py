@@ -16,6 +16,7 @@ from tempfile import TemporaryDirectory
 
 from . import (
     chart,
+    compression,
     driver,
     exports,
     first_chunk,
@@ -45,6 +46,7 @@ def questions(folder: Path, stack: ExitStack, quick: bool) -> dict[str, Question
         "servers": lambda: servers.run(folder, quick),
         "untouched": lambda: untouched.run(folder, quick),
         "gather": lambda: gather.run(quick),
+        "compression": lambda: compression.run(quick),
         "driver": lambda: driver.run(urls(), quick),
         "live": lambda: live.run(quick),
         "exports": lambda: exports.run(urls(), rows, quick),

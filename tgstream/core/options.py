@@ -244,6 +244,8 @@ class Plan(NamedTuple):
     max_seconds: float | None
     idle_transaction_seconds: float
     disconnect_check_seconds: float
+    compress: Callable[[str], bool] | None
+    """Whether a response of a content type is compressed. None for no compression."""
     spool: SpoolSettings | None = None
     """None if the body is sent while it is made."""
 
