@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import threading
 from collections.abc import Callable, Iterator
@@ -581,6 +582,23 @@ def test_dropped_response_closes_the_file(
     call.drop()
     assert count_files(tmp_path) == opened
     assert [report.reason for report in reports] == ["disconnected"]
+
+
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
+def test_response_that_the_garbage_collector_drops_has_no_error(
+    make_app: MakeApp, next_report: Callable[[], Report]
+) -> None:
+    """Python may close the file before the stream does."""
+    app = spooled(make_app, make_blocks)
+    for _ in range(20):
+        call = Call(app, checked=False)
+        next(call)
+        cycle: list[Any] = [call]
+        cycle.append(cycle)
+        del call, cycle
+        gc.collect()
+        report = next_report()
+        assert (report.reason, report.error) == ("disconnected", None)
 
 
 def test_maximum_duration_while_spooling_is_an_error_page(

@@ -39,12 +39,14 @@ MEMORY = 1 << 20
 class Spool:
     """The anonymous temporary file of one body. It is in memory while it is small.
 
+    It is written, then finished, and then it can be read like a file.
+
     :param controller: for error messages.
     :param settings: the directory, and the maximum size.
     """
 
     def __init__(self, controller: str, settings: SpoolSettings) -> None:
-        self.file: Any = BytesIO()
+        self._file: Any = BytesIO()
         self.size = 0
         """The bytes that were written."""
         # 0.8 ns a byte. With a weaker hash two bodies could have the same ETag, and a
@@ -68,16 +70,16 @@ class Spool:
         try:
             if size > MEMORY >= self.size:
                 self._leave_memory()
-            self.file.write(chunk)
+            self._file.write(chunk)
         except OSError as error:
             raise self._as_stream_error(error) from error
         self._hash.update(chunk)
         self.size = size
 
     def _leave_memory(self) -> None:
-        start = self.file
-        self.file = tempfile.TemporaryFile(dir=self._directory)  # noqa: SIM115
-        self.file.write(start.getbuffer())
+        start = self._file
+        self._file = tempfile.TemporaryFile(dir=self._directory)  # noqa: SIM115
+        self._file.write(start.getbuffer())
 
     def finish(self) -> None:
         """Write out what is buffered, and go to the beginning.
@@ -85,7 +87,7 @@ class Spool:
         :raises StreamError: when it cannot be written.
         """
         try:
-            self.file.seek(0)
+            self._file.seek(0)
         except OSError as error:
             raise self._as_stream_error(error) from error
 
@@ -108,10 +110,23 @@ class Spool:
             hashed.update(b"\0" + value.encode())
         return hashed.hexdigest()[:32]
 
+    def seek(self, position: int) -> None:
+        """Go to a position, counted from the beginning."""
+        self._file.seek(position)
+
+    def read(self, size: int) -> bytes:
+        """Read at most ``size`` bytes."""
+        data: bytes = self._file.read(size)
+        return data
+
     def close(self) -> None:
-        """Delete the file."""
-        with suppress(OSError):  # the disk is full: it cannot write what is buffered
-            self.file.close()
+        """Delete the file.
+
+        It never fails. If the disk is full, the file cannot write what it has buffered.
+        If the response was dropped, Python may be closing the file on another thread.
+        """
+        with suppress(OSError, ValueError):
+            self._file.close()
 
 
 class SpooledBody(Body):

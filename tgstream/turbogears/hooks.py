@@ -207,7 +207,7 @@ class _Start:
         content_type = response.headers.get("Content-Type") or self._find_exposed()[0]
         content = Representation(spool.size, f'"{spool.make_etag(content_type)}"')
         return respond_with_file(
-            self._tg_locals.request, response, StoredFile(spool.file, content)
+            self._tg_locals.request, response, StoredFile(spool, content)
         )
 
     def _is_vetoed(self, response: Any) -> bool:
