@@ -18,6 +18,7 @@ from . import (
     chart,
     driver,
     exports,
+    files,
     first_chunk,
     gather,
     live,
@@ -47,6 +48,7 @@ def questions(folder: Path, stack: ExitStack, quick: bool) -> dict[str, Question
         "gather": lambda: gather.run(quick),
         "driver": lambda: driver.run(urls(), quick),
         "live": lambda: live.run(quick),
+        "files": lambda: files.run(folder, quick),
         "exports": lambda: exports.run(urls(), rows, quick),
     }
 
