@@ -19,6 +19,7 @@ from . import (
     compression,
     driver,
     exports,
+    files,
     first_chunk,
     gather,
     live,
@@ -49,6 +50,7 @@ def questions(folder: Path, stack: ExitStack, quick: bool) -> dict[str, Question
         "compression": lambda: compression.run(quick),
         "driver": lambda: driver.run(urls(), quick),
         "live": lambda: live.run(quick),
+        "files": lambda: files.run(folder, quick),
         "exports": lambda: exports.run(urls(), rows, quick),
     }
 

@@ -281,6 +281,7 @@ EXPORTED = {
     "events": ': open\n\nevent: count\nid: 0\ndata: {"number":0}\n\n',
     "backup": "the backup",
     "resumable": "user_id,user_name\r\n1,manager\r\n",
+    "report/2026": "the report",
 }
 
 
@@ -301,11 +302,16 @@ def test_exports_page_runs(
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "backup.tar").write_text("the backup")
+    (tmp_path / "reports").mkdir()
+    (tmp_path / "reports" / "2026.pdf").write_text("the report")
     app = make_app(shown["Exports"](), plug=storing(tmp_path))
     try:
         for path, beginning in EXPORTED.items():
             assert get(app, f"/{path}").text.startswith(beginning), path
         assert get(app, "/backup").headers["Content-Length"] == "10"
+        part = get(app, "/report/2026", HTTP_RANGE="bytes=4-")
+        assert (part.status_int, part.text) == (206, "report")
+        assert get(app, "/report/2025").status_int == 404
         assert get(app, "/mine").text == "1: one\n2: two\n"
     finally:
         tg.config["tg.app_globals"].sa_engine.dispose()

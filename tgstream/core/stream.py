@@ -52,7 +52,9 @@ class Stream:
     ``'manual'`` only :func:`commit` commits. If a stream raises, or its client
     disconnects, uncommitted changes are rolled back.
 
-    :param items: an iterable of items, or an open binary file.
+    :param items: an iterable of items, or an open binary file. Without a format, a file
+        on a disk or in memory is sent from its position on, with a length and ranges,
+        like :func:`send_file` does.
     :param format: a class or an object that encodes the items. None for items that are
         ``str`` or bytes.
     :param commit: ``'end'``, ``'each'``, ``'manual'`` or a number of items. None for
