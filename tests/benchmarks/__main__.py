@@ -16,6 +16,7 @@ from tempfile import TemporaryDirectory
 
 from . import (
     chart,
+    compression,
     driver,
     exports,
     files,
@@ -46,6 +47,7 @@ def questions(folder: Path, stack: ExitStack, quick: bool) -> dict[str, Question
         "servers": lambda: servers.run(folder, quick),
         "untouched": lambda: untouched.run(folder, quick),
         "gather": lambda: gather.run(quick),
+        "compression": lambda: compression.run(quick),
         "driver": lambda: driver.run(urls(), quick),
         "live": lambda: live.run(quick),
         "files": lambda: files.run(folder, quick),

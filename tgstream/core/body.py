@@ -279,6 +279,12 @@ class Body:
         self.observer = observer
 
     @property
+    def ended_normally(self) -> bool:
+        """Whether a client may take the chunks that were sent as the whole body."""
+        reason = self.reason or self.closing
+        return reason == "completed" or self._ends_anywhere(reason)
+
+    @property
     def complete(self) -> bytes | None:
         """The whole body, if it ended with the first pull."""
         return (self._first or b"") if self.reason == "completed" else None

@@ -24,10 +24,14 @@ def find_charset(content_type: str | None) -> str | None:
 
 
 def add_vary(response: Any, name: str) -> None:
-    """Add the name of a request header to ``Vary``, if it is not in it."""
-    names: tuple[str, ...] = response.vary or ()
-    if "*" not in names and name.lower() not in [each.lower() for each in names]:
-        response.vary = (*names, name)
+    """Add the name of a request header to ``Vary``, unless it is there.
+
+    :param response: a WebOb response.
+    """
+    values = response.headers.getall("Vary")
+    names = {part.strip().lower() for value in values for part in value.split(",")}
+    if not names & {"*", name.lower()}:
+        response.headers["Vary"] = ", ".join([*filter(None, values), name])
 
 
 def set_headers(

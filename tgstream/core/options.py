@@ -221,6 +221,8 @@ class Plan(NamedTuple):
     max_seconds: float | None
     idle_transaction_seconds: float
     disconnect_check_seconds: float
+    compress: Callable[[str], bool] | None
+    """Whether a response of a content type is compressed. None for no compression."""
 
     def lifetime(self, max_seconds: float) -> float:
         """The seconds until the stream is ended.

@@ -30,8 +30,8 @@ class Report(NamedTuple):
     end, or dropped), ``'expired'`` (by ``max_seconds``) or ``'drained'`` (by
     :func:`drain`). ``error`` is the first error of the stream, including errors while
     it closed. ``seconds`` and ``first_chunk_seconds`` are counted from the start of the
-    stream. ``first_chunk_seconds`` is None if there was no chunk. ``commits`` is the
-    number of committed transactions.
+    stream. ``first_chunk_seconds`` is None if there was no chunk. ``bytes`` are counted
+    before compression. ``commits`` is the number of committed transactions.
     """
 
     reason: Reason

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from threading import TIMEOUT_MAX  # seconds: a longer wait is an OverflowError
 from typing import Any, NamedTuple, TypeVar
 
-from tg.support.converters import asint, aslist
+from tg.support.converters import asbool, asint, aslist
 
 T = TypeVar("T", int, float)
 
@@ -63,6 +63,7 @@ OPTIONS: dict[str, Option] = {
     "tgstream.sessions": Option((), aslist),
     "tgstream.channels": Option("memory://", str),
     "tgstream.channel_history": Option(1000, _to_count),
+    "tgstream.compress": Option(False, asbool),
     "tgstream.heartbeat_seconds": Option(15.0, _to_interval),
 }
 

@@ -62,6 +62,12 @@ class Stream:
         UTF-8.
     :param length: the bytes of the whole body, if they are known. Browsers then show
         progress, and a stream that sends more or fewer bytes fails.
+    :param compress: whether to compress the response for clients that accept gzip, br
+        or zstd (the last two if their packages are installed). None for the option
+        ``tgstream.compress``, which compresses text. True also compresses any other
+        content type that is not compressed already. ``length`` is that of the
+        uncompressed bytes, and the response has no ``Content-Length``. See the page on
+        security before you compress secrets.
     :param max_seconds: the maximum duration. None for no maximum. The stream is then
         closed, even if no server pulls it, and uncommitted changes are rolled back. A
         format whose body may end anywhere (``SSE``) ends normally, any other response
@@ -169,7 +175,7 @@ class Stream:
 
     @property
     def bytes(self) -> int:
-        """The number of bytes of these chunks."""
+        """The number of bytes of these chunks, before compression."""
         return self._body.bytes if self._body else 0
 
     @property

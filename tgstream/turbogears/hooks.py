@@ -8,6 +8,7 @@ by TG's rules, and the response gets the stream as its body.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from tg.support.converters import asbool
 from webob.exc import HTTPException
 
 from ..core import context
+from ..core.compression import is_compressible, is_text
 from ..core.context import Context
 from ..core.files import StoredFile
 from ..core.headers import find_charset, has_no_body, set_headers
@@ -99,7 +101,7 @@ class _Start:
         body.start(self._is_vetoed)
         try:
             set_headers(response, self._find_exposed, options, self._plan.traits)
-            send_off(response, stream, checked)
+            send_off(response, stream, self._plan, checked)
         except BaseException as error:
             body.fail(error, in_request=True)
             raise
@@ -154,7 +156,7 @@ class _Start:
             set_headers(response, self._find_exposed, self._options, self._plan.traits)
         else:
             stream._length = None if has_no_body(response.status) else 0
-        send_off(response, stream)
+        send_off(response, stream, self._plan)
 
     # Called by the body, when it needs them.
 
@@ -210,8 +212,8 @@ def _make_plan(controller: str, options: Options, config: Any) -> Plan:
     takes 2 us. The attributes of a format are read for each stream, because they may
     differ for each, and a plan that is kept would keep the objects of its format.
     """
-    get, (size, flush, idle, check) = config.get, _SETTINGS
-    values = get(size), get(flush), get(idle), get(check)
+    get, (size, flush, idle, check, compress) = config.get, _SETTINGS
+    values = get(size), get(flush), get(idle), get(check), get(compress)
     try:
         if options.format is None:
             return _keep_plan(controller, options, values)
@@ -226,6 +228,7 @@ _SETTINGS = (
     "tgstream.flush_seconds",
     "tgstream.idle_transaction_seconds",
     "tgstream.disconnect_check_seconds",
+    "tgstream.compress",
 )
 
 
@@ -246,7 +249,7 @@ def _keep_plan(controller: str, options: Options, values: tuple[Any, ...]) -> Pl
 def _complete_plan(
     controller: str, options: Options, settings: tuple[Any, ...]
 ) -> Plan:
-    default_size, flush, idle, check = settings
+    default_size, flush, idle, check, compress = settings
     traits = FormatTraits.of(options.format)
     commit, size = options.commit or traits.commit, options.chunk_size
     if size is None:
@@ -264,7 +267,15 @@ def _complete_plan(
         max_seconds=options.max_seconds,
         idle_transaction_seconds=idle,
         disconnect_check_seconds=check,
+        compress=_choose_types(options.compress, compress),
     )
+
+
+def _choose_types(option: bool | None, setting: bool) -> Callable[[str], bool] | None:
+    """The content types that a stream compresses, None for no compression."""
+    if option is None:
+        return is_text if setting else None
+    return is_compressible if option else None
 
 
 def _make_database(config: Any, manages: bool) -> StreamDatabase | None:
