@@ -121,6 +121,8 @@ class _Start:
             stream._discard()
             raise
         stream._source, self._measured = parts, parts.length
+        if self._options.compress is None:  # a compressed file cannot be resumed
+            self._plan = self._plan._replace(compress=None)
 
     def _open(self, stream: Stream) -> Body:
         """Make the body, and end the request's transaction by TG's rules."""
