@@ -35,10 +35,11 @@ class RootController(TGController):
         return {"reports": [report for name, *report in ended if name == path]}
 
 
-def make_app(wrapper: str = "yes") -> Any:
+def make_app(wrapper: str = "yes", **options: str) -> Any:
     """Return the application.
 
     :param wrapper: ``no`` to hide ``wsgi.file_wrapper`` from it.
+    :param options: of the server.
     """
     tg.hooks.register("tgstream.finished", add)
     app = make_wsgi_app({"root_controller": RootController()}, tgstream.plugme)

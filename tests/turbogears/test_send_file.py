@@ -735,6 +735,45 @@ def test_error_page_keeps_the_status(make_app: MakeApp, path: Path) -> None:
     assert call.headers["Content-Length"] == "8"
 
 
+def test_file_is_compressed_only_on_request(make_app: MakeApp, path: Path) -> None:
+    """A compressed download has no ranges, so the option of all streams is not used."""
+
+    class Root(TGController):
+        @expose(content_type="text/plain")
+        def sent(self) -> Stream:
+            return send_file(path)
+
+        @expose(content_type="text/plain")
+        @stream
+        def opened(self) -> Any:
+            return path.open("rb")
+
+        @expose(content_type="text/plain")
+        @stream(compress=True)
+        def compressed(self) -> Any:
+            return path.open("rb")
+
+    app = make_app(Root(), tgstream__compress=True)
+    for page in "/sent", "/opened":
+        call = ask(app, page, accept_encoding="gzip")
+        assert call.read() == DATA
+        assert "Content-Encoding" not in call.headers
+        assert call.headers["Accept-Ranges"] == "bytes"
+    call = ask(app, "/compressed", accept_encoding="gzip")
+    assert gzip.decompress(call.read()) == DATA
+    tag = call.headers["ETag"]
+    assert tag.startswith('W/"') and "Accept-Ranges" not in call.headers
+    headers = {"accept_encoding": "gzip", "range": "bytes=5-9"}
+    assert ask(app, "/compressed", **headers).read() == DATA[5:10]
+    for more, status in (
+        ({**headers, "if_range": tag}, 200),
+        ({"if_none_match": tag}, 304),
+    ):
+        call = ask(app, "/compressed", **more)
+        call.read()
+        assert call.status_int == status
+
+
 # Files that change while they are sent.
 
 

@@ -46,6 +46,18 @@ def test_compressed_file_has_no_length_and_no_ranges(
     assert [report.bytes for report in reports] == [LARGE] * 2
 
 
+@pytest.mark.parametrize("compress", [None, False])
+def test_option_of_the_application_does_not_compress_a_file(
+    make_app: MakeApp, compress: bool | None
+) -> None:
+    """The download of this controller can be resumed."""
+    config = {"tgstream__compress": True}
+    app = spooled(make_app, make_blocks, compress=compress, config=config)
+    call = get_raw(app, **GZIP)
+    assert "Content-Encoding" not in call.headers
+    assert call.headers["Content-Length"] == str(LARGE)
+
+
 def test_range_is_sent_uncompressed(app: Any) -> None:
     """A client counts the bytes of the file that it has decompressed."""
     etag = get_raw(app).headers["ETag"]

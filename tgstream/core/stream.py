@@ -160,7 +160,11 @@ class Stream:
         source, options = self._source, self._options
         if isinstance(source, StoredFile):
             return source
-        if options.format is not None or source is environ.get("wsgi.input"):
+        if (
+            options.format is not None
+            or not hasattr(source, "seek")
+            or source is environ.get("wsgi.input")
+        ):
             return None
         stored = find_stored(source)
         if stored is None or options.length in (None, stored.content.size):

@@ -108,11 +108,6 @@ class Outcome:
     # For the guard.
 
     @property
-    def body(self) -> Body | None:
-        """The stream, until it has ended."""
-        return self._body
-
-    @property
     def disconnected(self) -> bool:
         """Whether the stream was closed before its end, or is being closed."""
         body = self._body
@@ -205,7 +200,7 @@ def _guard_body(body: Any, outcome: Outcome, environ: dict[str, Any]) -> Any:
     # A debugger begins, and responds, only when its body is iterated.
     if outcome.unfinished or outcome.bodiless or not outcome.responded:
         guarded = _GuardedBody(body, outcome)
-        stream = outcome.body
+        stream = outcome._body
         if stream is not None and outcome.responded:
             wrapper = find_wrapper(environ, stream, outcome.headers)
             if wrapper is not None and guarded.passes_on(stream.first):

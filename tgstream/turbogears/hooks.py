@@ -79,7 +79,7 @@ class _Start:
             get_controller_name(self._function), stream._options, tg_locals.config
         )
         if stream._options.spool:
-            self._plan = _add_spool(self._plan, tg_locals.config)
+            self._plan = _add_spool(self._plan, self._options, tg_locals.config)
 
     def run(self, stream: Stream) -> None:
         """Start it.
@@ -134,6 +134,8 @@ class _Start:
             raise
         stream._source, self._measured = parts, parts.length
         self._plan = self._plan._replace(spool=None)  # it is a file already
+        if self._options.compress is None:  # a compressed file cannot be resumed
+            self._plan = self._plan._replace(compress=None)
 
     def _open(self, stream: Stream) -> Body:
         """Make the body, and end the request's transaction by TG's rules."""
@@ -295,8 +297,10 @@ def _complete_plan(
     )
 
 
-def _add_spool(plan: Plan, config: Any) -> Plan:
+def _add_spool(plan: Plan, options: Options, config: Any) -> Plan:
     """The plan of a stream that is spooled.
+
+    A compressed file cannot be resumed, so that only its own option compresses it.
 
     :raises ValueError: when its format cannot be spooled, or an option is invalid.
     """
@@ -305,7 +309,10 @@ def _add_spool(plan: Plan, config: Any) -> Plan:
         read_option(config, f"tgstream.spool_{name}")
         for name in ("directory", "max_bytes")
     )
-    return plan._replace(spool=SpoolSettings(directory, max_bytes))
+    return plan._replace(
+        spool=SpoolSettings(directory, max_bytes),
+        compress=plan.compress if options.compress else None,
+    )
 
 
 def _choose_types(option: bool | None, setting: bool) -> Callable[[str], bool] | None:
