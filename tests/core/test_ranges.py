@@ -6,6 +6,8 @@ from email.utils import formatdate
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tgstream.core.ranges import (
     MAX_RANGES,
@@ -136,6 +138,27 @@ def test_several_ranges_keep_their_order() -> None:
 def test_overlapping_and_many_ranges_are_ignored(header: str) -> None:
     """No request gets more bytes than the file has."""
     assert select(header) is None
+
+
+SPECS = st.lists(
+    st.from_regex(r"\A ?([0-9]{0,3}-[0-9]{0,3}| |x)\Z"), min_size=1, max_size=5
+).map(lambda specs: "bytes=" + ",".join(specs))
+
+
+@settings(deadline=None)
+@given(SPECS | st.text(), st.integers(0, 120))
+def test_ranges_of_any_header_are_parts_of_the_file(header: str, size: int) -> None:
+    """They do not overlap, none is empty, and none is longer than its specification."""
+    ranges = parse_range(header, size)
+    positions = [position for each in ranges or [] for position in each]
+    assert len(positions) == len(set(positions))
+    assert all(0 <= position < size for position in positions)
+    assert all(ranges or [])
+    for spec in header.removeprefix("bytes=").split(",") if ranges else []:
+        first, _, last = spec.strip().partition("-")
+        if first and int(first) < size:  # each position that it names is selected
+            assert int(first) in positions
+            assert min(int(last or size), size - 1) in positions
 
 
 def test_empty_file_has_no_range() -> None:

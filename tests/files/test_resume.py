@@ -52,6 +52,24 @@ def digest(path: Path) -> str:
     return sha256(path.read_bytes()).hexdigest()
 
 
+def check(client: str, server: LiveServer, saved: Path, path: Path) -> None:
+    """Check that the saved file is the server's. ``.ci/files`` shows the line."""
+    print(f"{client} from {server.name}: sha256 {digest(saved)}")
+    assert digest(saved) == digest(path)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_curl_resumes_a_part(
+    server: LiveServer, path: Path, tmp_path: Path, page: str
+) -> None:
+    """``curl -C -`` requests the bytes that its file does not have."""
+    part = tmp_path / "part"
+    part.write_bytes(path.read_bytes()[:1_234_567])
+    url = f"http://127.0.0.1:{server.port}/{page}?path={path}"
+    subprocess.run(["curl", "-sSf", "-C", "-", "-o", str(part), url], check=True)
+    check("curl -C -", server, part, path)
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_wget_resumes_a_part(
     server: LiveServer, path: Path, tmp_path: Path, page: str
@@ -64,10 +82,12 @@ def test_wget_resumes_a_part(
         command = ["wget", "-c", "-S", "-O", str(part), url]
         run = subprocess.run(command, capture_output=True, text=True, check=True)
         assert expected in run.stderr
-        assert digest(part) == digest(path)
+        check("wget -c", server, part, path)
 
 
-def test_wget_resumes_after_a_cut(proxy: Proxy, path: Path, tmp_path: Path) -> None:
+def test_wget_resumes_after_a_cut(
+    server: LiveServer, proxy: Proxy, path: Path, tmp_path: Path
+) -> None:
     """It connects again, and requests the rest."""
     part = tmp_path / "part"
     url = f"http://127.0.0.1:{proxy.port}/sent?path={path}"
@@ -78,7 +98,7 @@ def test_wget_resumes_after_a_cut(proxy: Proxy, path: Path, tmp_path: Path) -> N
     _, log = run.communicate()
     assert run.returncode == 0
     assert "206 Partial" in log
-    assert digest(part) == digest(path)
+    check("wget after a cut", server, part, path)
 
 
 def ended(port: int, path: Path) -> list[tuple[str, int]]:
@@ -136,7 +156,7 @@ def test_chromium_resumes_after_a_cut(
     driver.get("chrome://downloads")
     wait_for(lambda: driver.execute_script(RESUME) or (folder / "data.bin").exists())
     wait_for((folder / "data.bin").exists)
-    assert digest(folder / "data.bin") == digest(path)
+    check("Chromium after a cut", server, folder / "data.bin", path)
     wait_for(lambda: len(ended(server.port, file)) == 2)
     sizes = {reason: size for reason, size in ended(server.port, file)}
     assert sizes["completed"] < SIZE and "disconnected" in sizes

@@ -3,12 +3,17 @@
 A :class:`StoredFile` is the source of a response that can be resumed. The response
 sends :class:`FileParts` of it.
 
-The strong ``ETag`` of a file on a disk is made of its inode, its size and the times in
-nanoseconds at which its content and its inode were changed. A file that was replaced
-within the same second has another one, and a file whose time was set back, as by
-``cp -p`` or ``rsync``, too. So have copies of a file on several machines: a download
-that is resumed on another machine begins again. The ``ETag`` of content in memory is a
-hash of it.
+The ``ETag`` of a file on a disk is strong. It depends on the inode, the size, and the
+times in nanoseconds at which the content and the inode changed:
+
+- A file that is replaced within the same second gets another ``ETag``.
+- So does a file whose time was set back, as ``cp -p`` and ``rsync`` do. Only the kernel
+  sets the time of the inode.
+- Copies on several machines have different ones, so that a download that continues on
+  another machine starts again. That costs time, and equal tags of different bytes would
+  damage files.
+
+The ``ETag`` of content in memory is a hash of it.
 """
 
 from __future__ import annotations
@@ -77,7 +82,7 @@ def _open_at_once(path: str, flags: int) -> int:
 
 
 def find_stored(file: Any, start: int | None = None) -> StoredFile | None:
-    """The file, if it is on a disk or in memory, so that its size is known at no cost.
+    """The file, if it is on a disk or in memory, so that its size is known.
 
     :param start: the position of the first byte. None for the position that it has.
     :returns: None for others: pipes, sockets, archives, text, files of ``/proc``.
