@@ -32,6 +32,7 @@ from .formats.xlsx import XLSX
 from .formats.zip import ZIP
 from .live.channel import last_event_id
 from .turbogears.decorator import stream
+from .turbogears.files import send_file
 from .turbogears.hooks import install as _install_hooks
 from .turbogears.plug import plugme
 from .turbogears.templates import render
@@ -62,6 +63,7 @@ __all__ = [
     "render",
     "rollback",
     "rows",
+    "send_file",
     "stream",
 ]
 __version__ = "0.1.0"

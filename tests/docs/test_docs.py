@@ -288,6 +288,8 @@ EXPORTED = {
     "fast_lines": '{"user_id":',
     "events": ': open\n\nevent: count\nid: 0\ndata: {"number":0}\n\n',
     "backup": "the backup",
+    "resumable": "user_id,user_name\r\n1,manager\r\n",
+    "report/2026": "the report",
 }
 
 
@@ -308,6 +310,8 @@ def test_exports_page_runs(
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "backup.tar").write_text("the backup")
+    (tmp_path / "reports").mkdir()
+    (tmp_path / "reports" / "2026.pdf").write_text("the report")
     app = make_app(shown["Exports"](), plug=storing(tmp_path))
     try:
         for path, beginning in EXPORTED.items():
@@ -319,6 +323,9 @@ def test_exports_page_runs(
             users = reader(Call(app, path).read()).to_dicts()
             assert {"user_id": 1, "user_name": "manager"} in users
         assert get(app, "/backup").headers["Content-Length"] == "10"
+        part = get(app, "/report/2026", HTTP_RANGE="bytes=4-")
+        assert (part.status_int, part.text) == (206, "report")
+        assert get(app, "/report/2025").status_int == 404
         assert get(app, "/mine").text == "1: one\n2: two\n"
         check_workbooks(app)
         with ZipFile(io.BytesIO(Call(app, "/archive").read())) as archive:
