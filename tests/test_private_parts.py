@@ -38,9 +38,7 @@ from backlash.tracing.errors.middleware import TraceErrorsMiddleware
 from gunicorn.http.wsgi import default_environ  # type: ignore[import-untyped]
 from psycopg import connect
 from psycopg.pq import TransactionStatus
-from psycopg2.extensions import (  # type: ignore[import-untyped]
-    TRANSACTION_STATUS_INERROR,
-)
+from psycopg2.extensions import TRANSACTION_STATUS_INERROR
 from sqlalchemy.engine import result_tuple
 from sqlalchemy.orm import (
     Session,
@@ -1054,9 +1052,9 @@ SQLALCHEMY = [
     Part(
         "result_tuple",
         "SQLAlchemy",
-        "exports/keyset",
-        "make rows without the columns of the key that were added",
-        "rows(key=...) fails if the key is not selected",
+        "exports/statement",
+        "make rows without the columns of a key, or with converted values",
+        "rows(key=...) fails if the key is not selected, and rows(convert=...) fails",
         lambda: result_tuple(["a"])((1,)).a == 1,
     ),
     Part(

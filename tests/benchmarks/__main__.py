@@ -16,10 +16,12 @@ from tempfile import TemporaryDirectory
 
 from . import (
     archives,
+    arrow,
     chart,
     compression,
     driver,
     exports,
+    files,
     first_chunk,
     gather,
     live,
@@ -27,6 +29,7 @@ from . import (
     request,
     servers,
     untouched,
+    xlsx,
 )
 from .apps import make_pairs
 from .measure import Result, table
@@ -50,8 +53,11 @@ def questions(folder: Path, stack: ExitStack, quick: bool) -> dict[str, Question
         "compression": lambda: compression.run(quick),
         "driver": lambda: driver.run(urls(), quick),
         "live": lambda: live.run(quick),
+        "files": lambda: files.run(folder, quick),
         "archives": lambda: archives.run(urls()["PostgreSQL"], rows, quick),
+        "arrow": lambda: arrow.run(urls(), rows, quick),
         "exports": lambda: exports.run(urls(), rows, quick),
+        "xlsx": lambda: xlsx.run(folder, quick),
     }
 
 

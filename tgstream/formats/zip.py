@@ -13,7 +13,7 @@ from unicodedata import normalize
 from .archive import Archive, Member, import_zipstream
 from .filenames import clean_path
 from .protocols import Batched
-from .table import BYTES_TYPES
+from .values import BYTES_TYPES
 
 _BLOCK_SIZE = 1 << 16
 _KNOWN_TYPES = (str, *BYTES_TYPES, os.PathLike)

@@ -138,6 +138,7 @@ def _declare_bodiless(response: Any, environ: dict[str, Any]) -> None:
     """Have the guard send no byte, whatever middlewares make of no chunk."""
     if response.status_int != 205 and has_no_body(response.status):
         response.content_length = None  # RFC 9110 forbids it, or it would be wrong
+        response.headers.pop("Content-Type", None)
     outcome: Outcome | None = environ.get(OUTCOME_KEY)
     if outcome is not None:
         outcome.bodiless = True

@@ -6,7 +6,18 @@ from typing import Any
 
 from tg import TGController, expose
 
-from tgstream import CSV, NDJSON, ZIP, JSONArray, Stream, copy, plugme, rows, stream
+from tgstream import (
+    CSV,
+    NDJSON,
+    XLSX,
+    ZIP,
+    JSONArray,
+    Stream,
+    copy,
+    plugme,
+    rows,
+    stream,
+)
 
 from ..apps import App, configure
 from ..people import EVERYBODY, database_options, split_people
@@ -32,6 +43,11 @@ class RootController(TGController):
     @stream(CSV)
     def csv_copy(self) -> Any:
         return copy(EVERYBODY)
+
+    @expose()
+    @stream(XLSX)
+    def xlsx(self) -> Any:
+        return rows(EVERYBODY)
 
     @expose()
     @stream(ZIP)
