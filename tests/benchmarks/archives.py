@@ -1,7 +1,8 @@
 """What does a ZIP of ten CSV files cost a server, and when is its first byte sent?
 
-The speed is in rows for each second of the server's CPU. The peers write the same files with Python's ``csv`` in blocks, from the same queries
-on PostgreSQL: into a temporary file with :mod:`zipfile`, and with zipstream-ng.
+The speed is in rows for each second of the server's CPU. The peers write the same files
+with Python's ``csv`` in blocks, from the same queries on PostgreSQL: into a temporary
+file with :mod:`zipfile`, and with zipstream-ng.
 """
 
 from __future__ import annotations
