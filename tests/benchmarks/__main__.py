@@ -15,6 +15,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from . import (
+    archives,
+    arrow,
     chart,
     compression,
     driver,
@@ -27,6 +29,7 @@ from . import (
     request,
     servers,
     untouched,
+    xlsx,
 )
 from .apps import make_pairs
 from .measure import Result, table
@@ -51,7 +54,10 @@ def questions(folder: Path, stack: ExitStack, quick: bool) -> dict[str, Question
         "driver": lambda: driver.run(urls(), quick),
         "live": lambda: live.run(quick),
         "files": lambda: files.run(folder, quick),
+        "archives": lambda: archives.run(urls()["PostgreSQL"], rows, quick),
+        "arrow": lambda: arrow.run(urls(), rows, quick),
         "exports": lambda: exports.run(urls(), rows, quick),
+        "xlsx": lambda: xlsx.run(folder, quick),
     }
 
 

@@ -32,7 +32,13 @@ def url(live_server: Callable[..., LiveServer]) -> Iterator[str]:
 
 @pytest.mark.parametrize(
     "source",
-    ["read_csv('{}')", "'{}.csv'", "'{}.ndjson'", "read_json('{}.json')"],
+    [
+        "read_csv('{}')",
+        "'{}.csv'",
+        "'{}.ndjson'",
+        "read_json('{}.json')",
+        "'{}.parquet'",
+    ],
 )
 def test_duckdb_reads_the_url_of_an_export(url: str, source: str) -> None:
     """DuckDB's extension for HTTP sends HEAD, and then GET without a range."""
@@ -49,6 +55,7 @@ def test_pandas_reads_the_url_of_an_export(url: str) -> None:
     assert pd.read_csv(url)["id"].sum() == 500500
     assert pd.read_json(f"{url}.json")["id"].sum() == 500500
     assert pd.read_json(f"{url}.ndjson", lines=True)["id"].sum() == 500500
+    assert pd.read_parquet(f"{url}.parquet")["id"].sum() == 500500
 
 
 def test_curl_names_the_file_by_the_chosen_format(

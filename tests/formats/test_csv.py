@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import csv
 import datetime
 import enum
 import io
+import json
+import re
+import subprocess
 import sys
 import threading
 from collections import namedtuple
@@ -20,6 +24,7 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 import tg
+from babel import localedata
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sqlalchemy.orm import (
@@ -64,8 +69,17 @@ def encode_csv(format: CSV, items: Sequence[Any], fields: Sequence[str] = ()) ->
 def write_with_python(rows: Sequence[Any], dialect: Any = "excel") -> str:
     """The output of Python's own writer."""
     file = io.StringIO(newline="")
-    csv.writer(file, dialect).writerows(rows)
+    csv.writer(file, dialect).writerows([map(simplify, row) for row in rows])
     return file.getvalue()
+
+
+def simplify(cell: Any) -> Any:
+    """The value that CSV writes for a cell of which ``str`` is not the text."""
+    if isinstance(cell, enum.Enum):
+        return cell.value
+    if isinstance(cell, (list, dict)):
+        return json.dumps(cell, separators=(",", ":"))
+    return base64.b64encode(cell).decode() if isinstance(cell, bytes) else cell
 
 
 class Text(str):
@@ -195,7 +209,7 @@ def test_csv_error_of_a_dialect_names_the_item() -> None:
     rows = [["a", "b"], ["c,d", "e"]]
     assert "the dialect cannot write item 2: " in encode_csv(CSV((), dialect), rows)
     assert "the dialect cannot write the header: " in encode_csv(
-        CSV(["a,b"], dialect), rows
+        CSV(["a,b", "c"], dialect), rows
     )
 
 
@@ -256,6 +270,260 @@ def test_csv_types_are_detected_by_duckdb(make_app: MakeApp, tmp_path: Path) -> 
     assert (
         query_duckdb(f"SELECT id, name, \"at\", x FROM read_csv('{path}')")[1] == rows
     )
+
+
+# Delimiter, decimal separator and convert.
+
+
+@pytest.mark.parametrize("dialect", ["excel", "excel-tab", "unix"])
+@pytest.mark.parametrize("delimiter", [";", "\t", "|"])
+def test_csv_delimiter_replaces_that_of_the_dialect(
+    dialect: str, delimiter: str
+) -> None:
+    """Everything else of the dialect stays."""
+    rows: list[list[Any]] = [["a;b", "c,d", 'e"f', None, 1.5], ["\t", "|", "", "x", 2]]
+    output = encode_csv(CSV(dialect=dialect, delimiter=delimiter), rows)
+    file = io.StringIO(newline="")
+    csv.writer(file, dialect, delimiter=delimiter).writerows(rows)
+    assert output == file.getvalue()
+    assert encode_csv(CSV(dialect=dialect), rows) == write_with_python(rows, dialect)
+
+
+@pytest.mark.parametrize("delimiter", ["", ";;", 5, "\n", '"', b";"], ids=repr)
+def test_csv_invalid_delimiter_is_rejected(delimiter: Any) -> None:
+    """It is one character that the dialect does not use for something else."""
+    with pytest.raises(ValueError, match="CSV: delimiter must be one character"):
+        CSV(delimiter=delimiter)
+
+
+@pytest.mark.parametrize("decimal", ["", ";", 5, None, "..", "1"], ids=repr)
+def test_csv_invalid_decimal_separator_is_rejected(decimal: Any) -> None:
+    """It is a point or a comma."""
+    with pytest.raises(ValueError, match=r"CSV: decimal must be '\.' or ','"):
+        CSV(decimal=decimal)
+
+
+class Price(float):
+    """A subclass of float, like numpy.float64."""
+
+
+class Ratio(float, enum.Enum):
+    HALF = 0.5
+
+
+@pytest.mark.parametrize(
+    ("cell", "text"),
+    [
+        (1.5, "1,5"),
+        (-0.25, "-0,25"),
+        (2.0, "2,0"),
+        (1e300, "1e+300"),
+        (1.5e-7, "1,5e-07"),
+        (float("-inf"), "-inf"),
+        (Decimal("-1234.50"), "-1234,50"),
+        (Decimal("1.5E+30"), "1,5E+30"),
+        (Decimal("sNaN"), "sNaN"),
+        (Price(1.5), "1,5"),
+        (Ratio.HALF, "0,5"),
+        ("1.5", "1.5"),
+        (7, "7"),
+        (True, "True"),
+        (None, ""),
+        (datetime.timedelta(seconds=1.5), "0:00:01.500000"),
+        ([1.5], "[1.5]"),
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize("escapes", [False, True])
+def test_csv_decimal_separator_is_used_for_floats_and_decimals(
+    cell: Any, text: str, escapes: bool
+) -> None:
+    """In a column of one type, among other types, and row by row."""
+    format = CSV(delimiter=";", decimal=",", escape_formulas=escapes)
+    assert encode_csv(format, [[cell, 1]]) == f"{text};1\r\n"
+    assert encode_csv(format, [[cell, 1], ["x", 2]]) == f"{text};1\r\nx;2\r\n"
+    dialect = type("D", (csv.excel,), {"quoting": csv.QUOTE_NONNUMERIC})
+    if isinstance(cell, (float, Decimal)):  # a number stays without quotes
+        format = CSV(dialect=dialect, delimiter=";", decimal=",")
+        assert encode_csv(format, [[cell, 1]]) == f"{text};1\r\n"
+
+
+numbers = st.one_of(st.floats(), st.decimals(), st.none(), st.integers(), texts)
+
+
+@quick
+@given(st.lists(st.lists(numbers, min_size=2, max_size=2), max_size=8))
+def test_csv_decimal_separator_changes_nothing_else(rows: list[list[Any]]) -> None:
+    """The same cells are read as with a point."""
+    output = encode_csv(CSV((), delimiter=";", decimal=","), rows)
+    expected = [
+        [
+            str(cell).replace(".", ",") if isinstance(cell, (float, Decimal)) else cell
+            for cell in row
+        ]
+        for row in rows
+    ]
+    dialect = type("D", (csv.excel,), {"delimiter": ";"})
+    assert output == write_with_python(expected, dialect)
+
+
+@pytest.mark.parametrize("cell", ["-1.234,50", "+1.234.567", "-1234,5e-3", "+49 30 1"])
+def test_csv_number_of_the_locale_is_not_escaped(cell: str) -> None:
+    """A text that is a number with this decimal separator is not a formula."""
+    format = CSV(delimiter=";", decimal=",", escape_formulas=True)
+    assert encode_csv(format, [[cell, 1]]) == f"{cell};1\r\n"
+    for other in ("-1,234.50", f"{cell}+1", f"{cell}\n", f"\n{cell}", f"\ufeff{cell}"):
+        line = encode_csv(format, [[other, 1]])
+        assert line.lstrip('"').startswith("'")
+
+
+def test_csv_converts_values_by_type_and_by_name() -> None:
+    """The results are written like any other values, and formulas are escaped."""
+    convert: Any = {
+        Decimal: lambda value: f"{value:.1f} €",
+        datetime.date: datetime.date.isoformat,
+        "name": str.upper,
+        "kind": lambda value: Colour.RED,
+    }
+    format = CSV(convert=convert, escape_formulas=True)
+    Item = namedtuple("Item", "name price day kind")
+    rows = [
+        Item("a,b", Decimal("-1.25"), datetime.date(2026, 1, 2), 1),
+        Item("=x", None, None, None),
+    ]
+    assert encode_csv(format, rows, Item._fields) == (
+        "name,price,day,kind\r\n\"A,B\",'-1.2 €,2026-01-02,'=red\r\n'=X,,,\r\n"
+    )
+    mappings = [row._asdict() for row in rows]
+    assert encode_csv(format, mappings) == encode_csv(format, rows, Item._fields)
+    single = CSV(convert={int: lambda value: value or None})
+    assert encode_csv(single, [[0], [1], [None]]) == '""\r\n1\r\n""\r\n'
+
+
+def test_csv_convert_is_called_once_for_each_value() -> None:
+    """A function may count, also in the only column and with any dialect."""
+    for width in (1, 2):
+        for dialect in ("excel", "unix"):
+            calls: list[int] = []
+            format = CSV((), dialect, convert={int: calls.append})
+            rows = [[n] * width for n in range(3)]
+            join(format.encode_batches(Batches(rows, (), 500)))
+            assert sorted(calls) == sorted([0, 1, 2] * width)
+
+
+def test_csv_convert_error_names_the_item_and_the_column() -> None:
+    """Also when a later batch fails."""
+    format = CSV(convert={"y": {1: "one"}.__getitem__})
+    output = encode_csv(format, [Point(1, 1)] * 7 + [Point(1, 2)])
+    assert output.startswith("ValueError")
+    assert "item 8, column 'y': convert raised KeyError: 2" in output.replace("\\", "")
+
+
+@pytest.mark.parametrize("rows", [[(1, 2)], [[1, 2]], [range(2)], [iter((1, 2))]])
+def test_csv_header_of_a_wrong_length_is_an_error_at_the_first_row(
+    rows: list[Any],
+) -> None:
+    """The error has both counts."""
+    for header, names in ((["a"], "1 names: a"), (["a", "b", "c"], "3 names: a, b, c")):
+        format = CSV(header=header)
+        message = f"item 1 has 2 cells, but the header has {names}. Pass a name for"
+        source = Batches([*rows], ["x", "y"], 500)
+        if not isinstance(rows[0], Iterator):
+            assert message in outcome(lambda: format.encode_batches(source))  # noqa: B023
+        assert message in outcome(lambda: format.encode([*rows]))  # noqa: B023
+        rows = [iter((1, 2))] if isinstance(rows[0], Iterator) else rows
+
+
+# Excel.
+
+
+@pytest.mark.parametrize(
+    ("locale", "line"),
+    [
+        ("de_DE", "-1234,5;02.01.2026;02.01.2026 03:04:05;03:04:05"),
+        ("de-DE", "-1234,5;02.01.2026;02.01.2026 03:04:05;03:04:05"),
+        ("de", "-1234,5;02.01.2026;02.01.2026 03:04:05;03:04:05"),
+        ("fr_FR", "-1234,5;02/01/2026;02/01/2026 03:04:05;03:04:05"),
+        ("en_US", "-1234.5,1/2/2026,1/2/2026 03:04:05,03:04:05"),
+        ("en_GB", "-1234.5,02/01/2026,02/01/2026 03:04:05,03:04:05"),
+        ("sv_SE", "-1234,5;2026-01-02;2026-01-02 03:04:05;03:04:05"),
+        ("ja_JP", "-1234.5,2026/01/02,2026/01/02 03:04:05,03:04:05"),
+        ("sk_SK", "-1234,5;2026-01-02;2026-01-02 03:04:05;03:04:05"),
+        ("ko_KR", "-1234.5,2026-01-02,2026-01-02 03:04:05,03:04:05"),
+    ],
+)
+def test_csv_for_excel_writes_numbers_and_dates_of_the_locale(
+    locale: str, line: str
+) -> None:
+    """A byte order mark is first, and years have four digits."""
+    moment = datetime.datetime(2026, 1, 2, 3, 4, 5, 678)
+    row = [-1234.5, moment.date(), moment, moment.time()]
+    assert encode_csv(CSV.for_excel(locale), [row]) == f"\ufeff{line}\r\n"
+    assert CSV.for_excel(locale=locale).charset == "utf-8"
+
+
+def test_csv_for_excel_writes_a_datetime_with_an_offset_in_utc() -> None:
+    """Excel reads no offsets. XLSX does the same."""
+    offset = datetime.timezone(datetime.timedelta(hours=2))
+    moment = datetime.datetime(2026, 1, 2, 1, 0, 0, tzinfo=offset)
+    output = encode_csv(CSV.for_excel("de_DE"), [[moment, None]])
+    assert output == "\ufeff01.01.2026 23:00:00;\r\n"
+
+
+def test_csv_for_excel_may_have_other_parameters() -> None:
+    """A function for date replaces that for datetime, its subclass."""
+    moment = datetime.datetime(2026, 1, 2, 3, 4, 5)
+    format = CSV.for_excel(
+        "fr_FR",
+        ["a", "b", "c"],
+        escape_formulas=True,
+        convert={datetime.date: lambda value: value.year, "c": str.upper},
+    )
+    row = [moment, "-1\u202f234,5", "=x"]
+    assert encode_csv(format, [row, [moment.date(), "-1\xa0234,5", None]]) == (
+        "\ufeffa;b;c\r\n2026;-1\u202f234,5;'=X\r\n2026;-1\xa0234,5;\r\n"
+    )
+    swiss = CSV.for_excel("de_CH", escape_formulas=True)
+    assert "'" not in encode_csv(swiss, [["-1\u2019234.50", 1.5, moment]])
+
+
+@pytest.mark.parametrize("locale", ["xx_XX", "", "german", "de_DE_de_DE"])
+def test_csv_for_excel_unknown_locale_is_rejected(locale: str) -> None:
+    """The error shows the form of a name."""
+    with pytest.raises(ValueError, match=r"such as 'de_DE', got '"):
+        CSV.for_excel(locale)
+    with pytest.raises(TypeError, match="such as 'de_DE', got NoneType"):
+        CSV.for_excel(None)  # type: ignore[arg-type]
+
+
+def test_csv_for_excel_works_for_every_locale_of_babel() -> None:
+    """Each has a date with the four digits of the year."""
+    row = [datetime.date(2026, 1, 2), 1.5]
+    for locale in localedata.locale_identifiers():
+        date, number = re.split(
+            "[;,]", encode_csv(CSV.for_excel(locale), [row])[1:-2], maxsplit=1
+        )
+        assert "2026" in date and re.fullmatch(r"[0-9./-]+", date), locale
+        assert number in ("1,5", "1.5", "1\u066b5"), locale
+
+
+def test_csv_for_excel_without_babel_names_the_command() -> None:
+    """Babel is not imported for anything else."""
+    program = """if True:
+        import sys
+        sys.modules["babel"] = None
+        import tgstream
+        assert "".join(tgstream.CSV(decimal=",").encode([[1.5, 1]])) == '"1,5",1\\r\\n'
+        try:
+            tgstream.CSV.for_excel("de_DE")
+        except ImportError as error:
+            print(error)
+    """
+    process = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True
+    )
+    expected = "CSV.for_excel() needs Babel. Install it with: pip install Babel\n"
+    assert (process.stderr, process.stdout) == ("", expected)
 
 
 # Kinds of rows.
@@ -501,10 +769,10 @@ def test_csv_pydantic_or_attrs_object_is_written_as_its_fields(
 @pytest.mark.parametrize(
     "cell",
     [
-        *(object(), lambda: 1, (n for n in [1]), [object()], map(str, []), [].append),
-        *({1: (2, object())}, [memoryview(b"x")]),
+        *(object(), lambda: 1, (n for n in [1]), map(str, []), [].append),
+        *({object()}, frozenset([memoryview(b"x")])),
     ],
-    ids=["object", "function", "generator", "list", "map", "method", "dict", "view"],
+    ids=["object", "function", "generator", "map", "method", "set", "frozenset"],
 )
 @pytest.mark.parametrize("escapes", [False, True])
 def test_csv_cell_without_a_text_is_rejected(cell: Any, escapes: bool) -> None:
@@ -534,13 +802,30 @@ def test_csv_text_may_look_like_an_address() -> None:
 
 
 @pytest.mark.parametrize(
+    "cell", [[object()], {"a": (2, object())}], ids=["list", "dict"]
+)
+@pytest.mark.parametrize("dialect", ["excel", "unix"])
+def test_csv_list_or_dict_that_json_does_not_support_is_rejected(
+    cell: Any, dialect: str
+) -> None:
+    """The error names the item, the column and the field."""
+    output = encode_csv(CSV(dialect=dialect), [Point(0, [1]), Point(1, cell)])
+    where = "item 2, column 'y'"
+    if isinstance(cell, dict):
+        where += ', field "a": the value'
+    expected = f"{where} cannot be encoded as JSON: Object of type object is"
+    assert expected in output.replace("\\'", "'")
+
+
+@pytest.mark.parametrize(
     "cell",
     [
         {"error": "no <X object at 0x7f00> here"},
         {"<X object at 0x7f00>": 1},
-        ["<X object at 0x7f00>", ("<X at 0x7f00>", {"<X at 0x7f00>"})],
+        ["<X object at 0x7f00>", ("<X at 0x7f00>",)],
+        {"<X object at 0x7f00>"},
     ],
-    ids=["value", "key", "list"],
+    ids=["value", "key", "list", "set"],
 )
 def test_csv_text_in_a_container_may_look_like_an_address(cell: Any) -> None:
     """A JSON column may contain an error message."""
@@ -548,21 +833,21 @@ def test_csv_text_in_a_container_may_look_like_an_address(cell: Any) -> None:
     assert encode_csv(CSV(header=()), rows) == write_with_python(rows)
 
 
-def test_csv_memoryview_is_written_as_its_bytes() -> None:
+def test_csv_cell_of_bytes_is_written_as_base64() -> None:
     """psycopg2 returns a memoryview for a ``bytea``, and psycopg returns bytes."""
-    for rows in ([[1, b"a,b"], [2, b"="]], [[b"x"]]):
-        views = [
-            [memoryview(cell) if isinstance(cell, bytes) else cell for cell in row]
-            for row in rows
-        ]
-        for format in (CSV(header=()), CSV(header=(), dialect="excel-tab")):
-            assert encode_csv(format, views) == encode_csv(format, rows)
-        assert encode_csv(CSV(escape_formulas=True), views) == encode_csv(CSV(), rows)
+    expected = "1,YSxi\r\n2,PQ==\r\n,\r\n"
+    for of_bytes in (bytes, bytearray, memoryview):
+        rows = [[1, of_bytes(b"a,b")], [2, of_bytes(b"=")], [None, None]]
+        for format in (CSV(), CSV(dialect="excel-tab"), CSV(escape_formulas=True)):
+            assert encode_csv(format, rows).replace("\t", ",") == expected
+        assert encode_csv(CSV(), [[of_bytes(b"x")]]) == "eA==\r\n"
 
 
 # Formulas.
 
-FORMULAS = ["=1", "+1", "-1", "@x", "\tx", "\rx", "=", "-", Text("=1"), Word.SUM]
+FORMULAS = ["=1", "+x", "-x", "@x", "\tx", "\rx", "=", "-", Text("=1"), "+", "-1 2"]
+FORMULAS += ["+49-30-1234567", "+49 (30) 1234567", "+49/30", "-1+1", "+1\n", "+1\t2"]
+FORMULAS += ["-1,234.50.1", "-1.234,50", "-12,34", "-1,2345", "-1e", "+\u0661", "-1%"]
 FORMULAS += ["\n=1+1", "\nx", "\ufeff=HYPERLINK(1)", "\xa0=1", "\u200b \x1b-1"]
 FORMULAS += ["\U0001d173=1", "\U0001bca0=1", "\U000e01f0=1"]
 FORMULAS += ["\u3000@x", "\uff1d1", "\uff0b1", "\uff0d1", "\uff20x", "\xad\uff1d1"]
@@ -587,9 +872,15 @@ def test_csv_formula_is_escaped(cell: str) -> None:
         pytest.param(Formula(), "'=formula()", id="Formula"),
         (datetime.timedelta(seconds=-1), "'-1 day, 23:59:59"),
         (Signed(3), "'=1+1"),
-        (Colour.RED, "Colour.RED"),
-        (["=1"], "['=1']"),
-        (b"=1", "b'=1'"),
+        (Colour.RED, "'=red"),
+        (Word.SUM, "'=sum"),
+        (["=1"], '["=1"]'),
+        (b"\xfb", "'+w=="),
+        ("-1", "-1"),
+        ("-1,234.50", "-1,234.50"),
+        ("+1.5e-7", "+1.5e-7"),
+        ("-12,34,567", "-12,34,567"),
+        ("+49 30 1234567", "+49 30 1234567"),
         (-1, "-1"),
         (-1.5, "-1.5"),
         (Decimal("-1.50"), "-1.50"),
@@ -597,7 +888,7 @@ def test_csv_formula_is_escaped(cell: str) -> None:
         (float("-inf"), "-inf"),
         (Fraction(-1, 2), "-1/2"),
         (-1 + 0j, "(-1+0j)"),
-        (Level.LOW, str(Level.LOW)),  # its name, before Python 3.11
+        (Level.LOW, "-1"),
         (True, "True"),
         (None, ""),
         ("", ""),
@@ -635,13 +926,19 @@ def test_csv_escaping_leaves_numbers_unquoted() -> None:
     """A dialect that quotes texts still recognizes numbers."""
     dialect = type("D", (csv.excel,), {"quoting": csv.QUOTE_NONNUMERIC})
     format = CSV(dialect=dialect, escape_formulas=True)
-    assert encode_csv(format, [[-1, "-1", Decimal("-2")]]) == '-1,"\'-1",-2\r\n'
+    assert encode_csv(format, [[-1, "-1", Decimal("-2")]]) == '-1,"-1",-2\r\n'
 
 
-def test_csv_bytes_cannot_be_escaped() -> None:
-    """Bytes are rejected if formulas must be escaped."""
-    output = encode_csv(CSV(escape_formulas=True), [[1], b"=1\r\n"])
-    assert "item 2 is bytes, in which escape_formulas cannot find the cells" in output
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("escape_formulas", True), ("decimal", ","), ("convert", {int: str})],
+)
+def test_csv_bytes_are_rejected_with_an_option_for_cells(
+    option: str, value: Any
+) -> None:
+    """The option would have no effect on them."""
+    output = encode_csv(CSV(**{option: value}), [[1], b"=1\r\n"])
+    assert f"item 2 is bytes, in which {option} cannot find the cells" in output
 
 
 # One format for many streams.

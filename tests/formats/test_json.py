@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import datetime
 import enum
+import ipaddress
 import json
 import math
 import subprocess
 import sys
 import uuid
-from collections import OrderedDict, namedtuple
+from collections import OrderedDict, deque, namedtuple
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
@@ -24,6 +25,7 @@ import sqlalchemy as sa
 import tg
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sqlalchemy.dialects.postgresql import Range
 from sqlalchemy.orm import Session, load_only, selectinload
 from tg import TGController, expose
 from tg.jsonify import JsonEncodeError, JSONEncoder
@@ -300,6 +302,75 @@ def test_json_fields_of_a_source_do_not_change_the_documents(
     assert outcome(lambda: NDJSON().encode_batches(batches)) == expected
 
 
+class Raw(enum.Enum):
+    BYTES = b"\xfb\xff"
+
+
+ROUTER = ipaddress.ip_interface("10.0.0.1/24")
+
+
+@both
+@pytest.mark.parametrize(
+    ("value", "document"),
+    [
+        (b"\xfb\xff", "+/8="),
+        (bytearray(b""), ""),
+        (memoryview(b"\xfb\xff"), "+/8="),
+        (Raw.BYTES, "+/8="),
+        (datetime.timedelta(days=-1, seconds=1.5), "-1 day, 0:00:01.500000"),
+        (ROUTER, "10.0.0.1/24"),
+        (ROUTER.ip, "10.0.0.1"),
+        (ROUTER.network, "10.0.0.0/24"),
+        (deque([1, b"x"]), [1, "eA=="]),
+        (Range(1, 10), "[1,10)"),
+    ],
+    ids=repr,
+)
+def test_json_value_has_the_text_of_csv(
+    make_encoder: Callable[[], Encoder], value: Any, document: Any
+) -> None:
+    """At any depth: bytes are base64, and other values have the text of ``str``."""
+    for item, expected in (
+        (value, document),
+        ({"a": [value]}, {"a": [document]}),
+        (Spot(Thing(value)), {"x": document, "y": None}),
+    ):
+        assert json.loads(make_encoder().encode(item, 1)) == expected
+    rows = [Point(1, value), Point(2, None)]
+    output = b"".join(NDJSON().encode_batches(Batches(rows, ["x", "y"], 500)))
+    assert output == b"".join(NDJSON().encode(rows))
+    assert json.loads(output.splitlines()[0]) == {"x": 1, "y": document}
+
+
+@pytest.mark.parametrize("item", [b"{}", bytearray(b"a,b"), memoryview(b"x")], ids=type)
+def test_json_item_of_bytes_is_rejected(item: Any) -> None:
+    """It is a document or a line of CSV by mistake. Only a value may be bytes."""
+    for make in (NDJSON, lambda: NDJSON(convert={int: str}), JSONArray):
+        for encode in (make().encode, make().encode_batches):
+            output = outcome(lambda encode=encode: encode(Batches([1, item])))  # type: ignore[misc]
+            assert "item 2 cannot be encoded as JSON: it is bytes. Convert it" in output
+
+
+@pytest.mark.parametrize(
+    ("item", "path"),
+    [
+        ({"raw": object()}, "raw"),
+        ({"a": 1, "b": {"c": {"d": math.nan}}}, "b.c.d"),
+        (Point(1, Spot(object())), "y.x"),
+        (Spot(1, {"a": [1, object()]}), "y.a"),
+        (MappingProxyType({"a": {1: object()}}), "a.1"),
+    ],
+    ids=["value", "nested", "row", "dataclass", "mapping"],
+)
+@both
+def test_json_error_names_the_field(
+    make_encoder: Callable[[], Encoder], item: Any, path: str
+) -> None:
+    """The names of nested fields are joined by points."""
+    with pytest.raises((TypeError, ValueError), match=f'^item 4, field "{path}": '):
+        make_encoder().encode(to_document(item), 4)
+
+
 @both
 @pytest.mark.parametrize(
     ("item", "document"),
@@ -451,6 +522,7 @@ def test_json_value_that_fails_is_encoded_once() -> None:
 
 # Values that JSON does not support.
 
+FIELD = ', field "[a-z.]+": the value'
 NANS: list[Any] = [
     math.nan,
     math.inf,
@@ -476,8 +548,8 @@ NANS: list[Any] = [
 
 @pytest.mark.parametrize("value", NANS, ids=repr)
 def test_json_nan_and_infinity_are_rejected(value: Any) -> None:
-    """The error has the number of the item, wherever in the item they are."""
-    expected = "item 3 contains NaN or Infinity, which JSON does not support"
+    """The error has the number of the item, and the field if there is one."""
+    expected = f"item 3({FIELD})? contains NaN or Infinity, which JSON does not support"
     for make_encoder in ENCODERS:
         with pytest.raises(ValueError, match=expected):
             make_encoder().encode(value, 3)
@@ -493,7 +565,7 @@ def test_json_nan_and_infinity_are_rejected(value: Any) -> None:
 def test_json_error_names_the_first_invalid_item() -> None:
     """An earlier column may be invalid in a later row."""
     items = [Point(1, 2.0), Point(1, math.nan), Point(object(), 2.0)]
-    with pytest.raises(ValueError, match="item 2 contains NaN"):
+    with pytest.raises(ValueError, match='item 2, field "y": the value contains NaN'):
         list(NDJSON().encode_batches(Batches(items, ["x", "y"], 500)))
 
 
@@ -501,8 +573,6 @@ def test_json_error_names_the_first_invalid_item() -> None:
     ("value", "error", "message"),
     [
         pytest.param(object(), TypeError, "not JSON serializable", id="object"),
-        (datetime.timedelta(1), TypeError, "not JSON serializable"),
-        (b"bytes", TypeError, "not JSON serializable"),
         ({1, 2}, TypeError, "not JSON serializable"),
         ({(1, 2): 3}, TypeError, "keys must be str"),
         ({Colour.RED: 3}, TypeError, "keys must be str"),
@@ -516,7 +586,9 @@ def test_json_unsupported_value_is_rejected(
     value: Any, error: type[Exception], message: str
 ) -> None:
     """The error has the number of the item and the message of the encoder."""
-    expected = f"item 2 cannot be encoded as JSON: .*{message}.*. Convert it to"
+    expected = (
+        f"item 2({FIELD})? cannot be encoded as JSON: .*{message}.*. Convert it to"
+    )
     for make_encoder in ENCODERS:
         with pytest.raises(error, match=expected):
             make_encoder().encode([value], 2)
@@ -790,7 +862,7 @@ def test_json_without_orjson_is_equal(tmp_path: Path) -> None:
     process = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True
     )
-    assert (process.stderr, process.stdout[:19]) == ("", "item 1 contains NaN")
+    assert (process.stderr, process.stdout[:19]) == ("", 'item 1, field "x": ')
 
 
 # In a response.

@@ -8,14 +8,14 @@ from tg import TGController, expose
 
 import tgstream
 from tests.application import make_wsgi_app
-from tgstream import CSV, NDJSON, JSONArray, stream
+from tgstream import CSV, NDJSON, Arrow, JSONArray, Parquet, stream
 
 ROWS = [{"id": n, "name": f"user {n}"} for n in range(1, 1001)]
 
 
 class RootController(TGController):
     @expose()
-    @stream([CSV, NDJSON, JSONArray], filename="users")
+    @stream([CSV, NDJSON, JSONArray, Parquet, Arrow], filename="users")
     def users(self) -> Any:
         return (row for row in ROWS)
 

@@ -227,6 +227,10 @@ class Stream:
         charset = traits.charset or options.charset or "utf-8"
         return body.encode_member(source, plan, charset, options.length)
 
+    def measure_member(self) -> int | None:
+        """The bytes of :meth:`encode_member`, None if they are not declared."""
+        return self._options.length
+
     def close(self) -> None:
         """End the stream, as a server does at its end or if the client disconnects.
 

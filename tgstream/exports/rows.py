@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import tg
@@ -22,7 +23,8 @@ from ..database.cursors import (
     track_connections,
 )
 from ..database.registry import scoped_sessions
-from ..formats.protocols import BATCH_SIZE
+from ..formats.convert import Converter, Function, make_converter
+from ..formats.protocols import BATCH_SIZE, ColumnType
 from .batch_sizes import BatchSizes
 
 if TYPE_CHECKING:
@@ -41,6 +43,7 @@ def rows(
     key: Any = None,
     after: Any = None,
     session: Any = None,
+    convert: Mapping[Any, Function] | None = None,
 ) -> Rows:
     """Return the rows of a statement as items for any format, fetched in batches.
 
@@ -69,6 +72,10 @@ def rows(
     :param after: start after this key: a value, or a tuple with a value per column.
     :param session: a session or scoped session to use instead of the stream's own. Its
         owner must end its transaction.
+    :param convert: maps a type or the name of a column to a function of one value, such
+        as ``{Decimal: str}``. The function gets the values of the column, or those of
+        the type and its subclasses, and never None. A name outranks a type, and the
+        nearest base class wins. The items stay rows with the same names.
     :raises TypeError: if an argument has the wrong type.
     :raises ValueError: if ``batch`` is not an integer >= 1.
     :raises StreamError: if the statement was already executed, or cannot be read by key
@@ -88,7 +95,8 @@ def rows(
         raise TypeError(
             f"rows(): after={after!r} needs key=, the columns of its values. Pass both"
         )
-    return Rows(prepared, batch, keyset, check_session("rows", session))
+    converter = make_converter("rows()", convert)
+    return Rows(prepared, batch, keyset, check_session("rows", session), converter)
 
 
 def is_statement(value: Any) -> bool:
@@ -109,12 +117,30 @@ class Rows:
         batch: int,
         keyset: Keyset | None,
         session: Any,
+        converter: Converter | None = None,
     ) -> None:
         self.fields: Sequence[str] = ()
         self._prepared = prepared
         self._batch = batch
         self._keyset = keyset
         self._session = session
+        self._converter = converter
+
+    @property
+    def types(self) -> Sequence[ColumnType | None]:
+        """The types of the columns. None for an unknown type, () if all are unknown.
+
+        They are known when the first batch has been requested.
+        """
+        from .column_types import column_types
+
+        types, converter = column_types(self._prepared.statement), self._converter
+        if converter is None:
+            return types
+        return [
+            None if type_ is None or _is_converted(converter, name, type_) else type_
+            for name, type_ in zip(self.fields, types, strict=False)
+        ]
 
     def __iter__(self) -> Iterator[Any]:
         with closing(self.batches()) as batches:
@@ -124,12 +150,42 @@ class Rows:
     def batches(self) -> Generator[Sequence[Any], None, None]:
         """The rows, a batch at a time. Close the generator to close the cursor."""
         session = find_session("rows", self._session, self._prepared.session)
-        if self._keyset is None:
-            yield from self._read_by_cursor(session)
+        batches = (
+            self._read_by_cursor(session)
+            if self._keyset is None
+            else self._read_by_key(session, self._keyset)
+        )
+        if self._converter is None:
+            yield from batches
         else:
-            yield from self._read_by_key(session, self._keyset)
+            with closing(batches):
+                yield from self._convert_batches(batches, self._converter)
 
-    def _read_by_cursor(self, session: Session) -> Iterator[Sequence[Any]]:
+    def _convert_batches(
+        self, batches: Iterator[Sequence[Any]], converter: Converter
+    ) -> Iterator[Sequence[Any]]:
+        """Yield the batches with converted values, as rows with the same names."""
+        from sqlalchemy.engine import result_tuple
+
+        number = 0
+
+        def name_value(name: str, index: int) -> str:
+            return f"item {number + index + 1}, column {name!r}"
+
+        for batch in batches:
+            columns = [
+                converter.convert_column(
+                    column, converter.find_function(name), partial(name_value, name)
+                )
+                for name, column in zip(
+                    self.fields, zip(*batch, strict=True), strict=True
+                )
+            ]
+            make_row = result_tuple(self.fields)
+            yield list(map(make_row, zip(*columns, strict=True)))
+            number += len(batch)
+
+    def _read_by_cursor(self, session: Session) -> Generator[Sequence[Any], None, None]:
         from .mysql import DIALECT_NAMES, refuse_other_statements
         from .server_side_cursor import BlockedWriterWarning, cursor_options
         from .statement import execute
@@ -168,7 +224,9 @@ class Rows:
                 warning.check()
                 batch = result.fetchmany(sizes.size)
 
-    def _read_by_key(self, session: Session, keyset: Keyset) -> Iterator[Sequence[Any]]:
+    def _read_by_key(
+        self, session: Session, keyset: Keyset
+    ) -> Generator[Sequence[Any], None, None]:
         from .statement import OtherEngineError, find_dialect
 
         database = find_database(session)
@@ -234,6 +292,16 @@ class Rows:
         from .statement import get_fields
 
         return get_fields("rows", result)
+
+
+def _is_converted(converter: Converter, name: str, type_: ColumnType) -> bool:
+    """Whether the values of a column may have another type than the statement's."""
+    while type_.item is not None:
+        type_ = type_.item
+    return converter.find_function(name) is not None or (
+        type_.python_type is not dict  # JSON remains JSON if its parts are converted
+        and converter.converts(type_.python_type)
+    )
 
 
 # The session of rows() and copy().

@@ -10,27 +10,33 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import date, datetime, time, timedelta
 from decimal import Decimal
 from functools import lru_cache
-from itertools import chain
+from itertools import count
 from numbers import Number
 from typing import Any
 from uuid import UUID
 
+from .cells import CellSimplifier
+from .convert import Function, make_converter
+from .excel_locale import load_excel_locale
+from .formulas import FormulaEscaper
 from .json_encoder import COLUMN_SEPARATOR, encode_column, encode_datetimes
 from .protocols import Batched
-from .table import BYTES_TYPES, Table, check_header
+from .table import Table, check_header
+from .values import BYTES_TYPES, PLAIN_TYPES
 
 
 class CSV:
-    """Comma-separated values, RFC 4180. Each value is written as :class:`str` gives it.
+    """Comma-separated values, RFC 4180. Values are written as :class:`str` gives them.
 
     Rows are sequences, SQLAlchemy's ``Row``\\ s, mappings, named tuples, dataclasses,
     attrs classes, pydantic models or mapped objects. A ``Row`` of one entity is written
-    as that object. Bytes are sent unchanged. A ``str`` is not a row.
+    as that object. Bytes are sent unchanged. A ``str`` is not a row. An ``Enum`` is
+    written as its value, a mapping, list or tuple as JSON, and a cell of bytes as
+    base64.
 
     :param header: the names of the columns, () for no header, None for the field names
         of the first row, if it has names. Mappings are read by these names.
@@ -39,9 +45,20 @@ class CSV:
         response is then UTF-8, whatever charset was chosen.
     :param escape_formulas: whether to put a ``'`` before text cells that a spreadsheet
         would run: text that begins with ``=``, ``+``, ``-``, ``@``, tab, CR or LF, also
-        after invisible characters. Numbers are not changed.
-    :raises TypeError: when the header is not a sequence of names.
-    :raises ValueError: when the dialect is unknown or invalid.
+        after invisible characters. Numbers are not changed, nor are texts of numbers
+        (with ``decimal`` as their decimal separator) and phone numbers such as
+        ``+49 30 1234567``.
+    :param delimiter: the character between two cells, None for that of the dialect,
+        which is usually a comma.
+    :param decimal: the decimal separator of floats and Decimals, ``.`` or ``,``.
+    :param convert: maps a type or the name of a column to a function of one value. The
+        function gets the values of the column, or those of the type and its subclasses,
+        also within lists and dicts, and never None. A name outranks a type, and the
+        nearest base class wins. Names that no column has are ignored.
+    :raises TypeError: when the header is not a sequence of names, or ``convert`` is
+        invalid.
+    :raises ValueError: when the dialect is unknown or invalid, or ``delimiter`` or
+        ``decimal`` is invalid.
     """
 
     content_type = "text/csv"
@@ -53,13 +70,69 @@ class CSV:
         dialect: Any = "excel",
         bom: bool = False,
         escape_formulas: bool = False,
+        *,
+        delimiter: str | None = None,
+        decimal: str = ".",
+        convert: Mapping[Any, Function] | None = None,
     ) -> None:
         self._header = check_header("CSV", header)
-        self._dialect = _resolve_dialect(dialect)
+        self._dialect = _resolve_dialect(dialect, delimiter)
         self._bom = "\ufeff" if bom else ""
-        self._escapes_formulas = escape_formulas
+        self._decimal = _check_decimal(decimal)
+        self._escaper = (
+            FormulaEscaper(decimal, "," if decimal == "." else ".")
+            if escape_formulas
+            else None
+        )
+        self._converter = make_converter("CSV", convert)
+        self._cell_option = self._find_cell_option()
         self.charset = "utf-8" if bom else None
         self._quoting = _Quoting(self._dialect)
+        # Types of cells that ``csv.writer`` itself writes as they must be.
+        self._plain_types = PLAIN_TYPES | {UUID}
+        if decimal != ".":
+            self._plain_types -= {float, Decimal}
+
+    def _find_cell_option(self) -> str | None:
+        """Return the name of a parameter that changes cells, None if there is none."""
+        if self._converter is not None:
+            return "convert"
+        if self._escaper is not None:
+            return "escape_formulas"
+        return None if self._decimal == "." else "decimal"
+
+    @classmethod
+    def for_excel(
+        cls,
+        locale: str,
+        header: Sequence[str] | None = None,
+        *,
+        escape_formulas: bool = False,
+        convert: Mapping[Any, Function] | None = None,
+    ) -> CSV:
+        """Return the format that the Excel of a locale opens with correct cells.
+
+        It has a byte order mark, and the delimiter, the decimal separator and the date
+        format of the locale, by Babel's data. Years have four digits. A datetime is
+        written to the second, and in UTC if it has an offset. Pass ``convert`` with
+        ``date``, ``datetime`` or ``time`` to write them in another way.
+
+        :param locale: the locale of the user's Windows, such as ``de_DE``.
+        :raises ImportError: when Babel is not installed.
+        :raises ValueError: when the locale is unknown.
+        """
+        excel = load_excel_locale(locale)
+        format = cls(
+            header=header,
+            bom=True,
+            escape_formulas=escape_formulas,
+            delimiter=excel.delimiter,
+            decimal=excel.decimal,
+            convert=excel.add_dates(convert),
+        )
+        if escape_formulas:
+            format._escaper = FormulaEscaper(excel.decimal, excel.group)
+        return format
 
     def encode(self, items: Iterable[Any]) -> Iterator[str | bytes]:
         """Yield the line of each item, the first one with the header."""
@@ -89,7 +162,12 @@ class _RowWriter:
         self._format = format
         # The format has no csv.writer: threads that share one would mix their rows.
         self._write_line = _make_line_writer(format._dialect)
-        self._table = Table("CSV", format._header)
+        self._table = Table("CSV", format._header, format._converter)
+        self._simplifier = CellSimplifier()
+        # Attributes of the writer, because each look-up counts in a row.
+        self._get_cells = self._table.get_cells
+        self._are_plain = format._plain_types.issuperset
+        self._escape = None if format._escaper is None else format._escaper.escape
 
     @property
     def started(self) -> bool:
@@ -130,35 +208,13 @@ class _RowWriter:
         self._table.number += 1
         if isinstance(item, BYTES_TYPES):
             return self._pass_bytes(item)
-        return self._write_cells(self._table.get_cells(item))
+        return self._write_cells(self._get_cells(item))
 
     def _write_cells(self, cells: Any) -> str:
-        line = self._write_unchecked(cells)
-        # To search the line takes a tenth of the time of a check of each cell.
-        if _ADDRESS in line and (safe := self._convert_memoryviews(cells)) is not None:
-            return self._write_unchecked(safe)
-        return line
-
-    def _convert_memoryviews(self, cells: Any) -> list[Any] | None:
-        """Return the cells with memoryviews as bytes, None if there are none.
-
-        :raises TypeError: when the text of a cell is the address of an object.
-        """
-        for index, cell in enumerate(cells):
-            if _text_has_address(cell):
-                raise TypeError(
-                    f"item {self._table.number} has a {type(cell).__name__} in column "
-                    f"{self._table.name_column(index)}, which would be written as "
-                    f"{str(cell)!r:.80}. Yield the columns of an object, and convert "
-                    "other values to a str"
-                )
-        if any(isinstance(cell, memoryview) for cell in cells):
-            return [_memoryview_to_bytes(cell) for cell in cells]
-        return None
-
-    def _write_unchecked(self, cells: Any) -> str:
-        if self._format._escapes_formulas:
-            cells = map(_escape_formula, cells)
+        if not self._are_plain(map(type, cells)):
+            cells = self._replace_cells(cells)
+        if self._escape is not None:
+            cells = map(self._escape, cells)
         try:
             return self._write_line(cells)
         except csv.Error as error:
@@ -169,12 +225,44 @@ class _RowWriter:
                 "with CSV(dialect=...)"
             ) from error
 
+    def _replace_cells(self, cells: Any) -> list[Any]:
+        """Return the cells with values and texts that ``csv.writer`` writes."""
+        number = self._table.number
+        cells = self._simplifier.simplify_column(
+            cells, lambda index: self._table.make_namer(index, number)(0)
+        )
+        return [
+            self._replace_cell(cell, index, number) for index, cell in enumerate(cells)
+        ]
+
+    def _replace_cell(self, cell: Any, index: int, number: int) -> Any:
+        decimal = self._format._decimal
+        if decimal != "." and isinstance(cell, _DECIMAL_TYPES):
+            return _LocalNumber.from_number(cell, decimal)
+        cls: Any = type(cell)
+        if _has_own_text(cls):
+            return cell
+        return self._check_text(str(cell), cell, index, number)
+
+    def _check_text(self, text: str, cell: Any, index: int, number: int) -> str:
+        """Return the text of a cell.
+
+        :raises TypeError: when it is the address of an object.
+        """
+        if _ADDRESS in text and _text_has_address(cell):
+            raise TypeError(
+                f"item {number} has a {type(cell).__name__} in column "
+                f"{self._table.name_column(index)}, which would be written as "
+                f"{text!r:.80}. Yield the columns of an object, and convert other "
+                "values to a str"
+            )
+        return text
+
     def _pass_bytes(self, item: Any) -> bytes:
-        if self._format._escapes_formulas:
+        if (option := self._format._cell_option) is not None:
             raise TypeError(
                 f"item {self._table.number} is {type(item).__name__}, in which "
-                "escape_formulas cannot find the cells. Yield rows, or omit "
-                "escape_formulas"
+                f"{option} cannot find the cells. Yield rows, or omit {option}"
             )
         return bytes(item)
 
@@ -182,14 +270,13 @@ class _RowWriter:
 
     def write_batch(self, batch: Sequence[Any]) -> Iterator[str | bytes]:
         """Yield the lines of a batch, written a column at a time if possible."""
-        if self._format._quoting.is_simple:
-            columns = self._table.get_columns(batch)
-            # A row of one empty cell has quotes, so that its line is not empty.
-            if columns is not None and len(columns) > 1:
-                with suppress(_AddressError):  # write_row() raises it for its item
-                    yield self._write_columns(columns)
-                    self._table.number += len(batch)
-                    return
+        columns = (
+            self._table.get_columns(batch) if self._format._quoting.is_simple else None
+        )
+        if columns is not None:
+            yield self._write_columns(columns)
+            self._table.number += len(batch)
+            return
         texts: list[str] = []
         for line in map(self.write_row, batch):
             if isinstance(line, str):
@@ -201,18 +288,30 @@ class _RowWriter:
         yield "".join(texts)
 
     def _write_columns(self, columns: Sequence[Sequence[Any]]) -> str:
-        dialect = self._format._dialect
-        quote = self._format._quoting.quote
-        quoted = map(quote, map(self._get_texts, columns))
-        lines = map(dialect.delimiter.join, zip(*quoted, strict=True))
+        dialect, quoting = self._format._dialect, self._format._quoting
+        quoted = map(quoting.quote, map(self._get_texts, count(), columns))
+        if len(columns) > 1:
+            lines = map(dialect.delimiter.join, zip(*quoted, strict=True))
+        else:  # a row of one empty cell has quotes, so that its line is not empty
+            lines = (text or quoting.empty for text in next(quoted))  # type: ignore[assignment]
         end: str = dialect.lineterminator
         return end.join(lines) + end
 
-    def _get_texts(self, column: Sequence[Any]) -> Sequence[str]:
-        texts = _convert_column(column)
-        return (
-            _escape_column(column, texts) if self._format._escapes_formulas else texts
-        )
+    def _get_texts(self, index: int, column: Sequence[Any]) -> Sequence[str]:
+        """Return the texts of the cells of a column. None becomes an empty text."""
+        types = set(map(type, column))
+        first = self._table.number + 1
+        if not types <= PLAIN_TYPES:
+            name_cell = self._table.make_namer(index, first)
+            column = self._simplifier.simplify_column(column, name_cell)
+            types = set(map(type, column))
+        texts = _convert_column(column, types, self._format._decimal)
+        if not all(map(_has_own_text, types)):
+            for row, (text, cell) in enumerate(zip(texts, column, strict=True), first):
+                self._check_text(text, cell, index, row)
+        if (escaper := self._format._escaper) is not None:
+            return escaper.escape_column(column, texts)
+        return texts
 
 
 # Dialects.
@@ -231,17 +330,20 @@ def _make_line_writer(dialect: Any) -> Callable[[Any], str]:
     return write_row
 
 
-def _resolve_dialect(dialect: Any) -> Any:
+def _resolve_dialect(dialect: Any, delimiter: str | None) -> Any:
     """Return a dialect as ``csv.writer`` reads it.
 
     ``csv.writer`` itself accepts any object, and uses its defaults for it.
 
+    :param delimiter: replaces that of the dialect, unless it is None.
     :raises ValueError: when the dialect is unknown or invalid.
     """
     try:
         if isinstance(dialect, str) or hasattr(dialect, "delimiter"):
-            writer: Any = csv.writer(_LineFile, dialect)
-            return writer.dialect
+            resolved: Any = csv.writer(_LineFile, dialect)
+            if delimiter is None:
+                return resolved.dialect
+            return _replace_delimiter(resolved.dialect, delimiter)
         reason: Exception = TypeError("it has no delimiter")
     except (csv.Error, TypeError) as error:
         reason = error
@@ -250,6 +352,32 @@ def _resolve_dialect(dialect: Any) -> Any:
         f"({', '.join(csv.list_dialects())}) or a csv.Dialect, got {dialect!r} "
         f"({reason})"
     ) from reason
+
+
+def _replace_delimiter(dialect: Any, delimiter: Any) -> Any:
+    """Return a dialect with another delimiter.
+
+    :raises ValueError: when it is not a character that can separate cells.
+    """
+    try:
+        writer: Any = csv.writer(_LineFile, dialect, delimiter=delimiter)
+        reason = ""
+        if delimiter in ("\r", "\n", dialect.quotechar, dialect.escapechar):
+            reason = "the dialect has another use for it"
+    except (csv.Error, TypeError, ValueError) as error:
+        reason = str(error)
+    if reason:
+        raise ValueError(
+            "CSV: delimiter must be one character such as ';' or '\\t', got "
+            f"{delimiter!r:.80} ({reason})"
+        )
+    return writer.dialect
+
+
+def _check_decimal(decimal: Any) -> str:
+    if decimal not in (".", ",", "\u066b"):  # the last one is the Arabic separator
+        raise ValueError(f"CSV: decimal must be '.' or ',', got {decimal!r:.80}")
+    return str(decimal)
 
 
 class _Quoting:
@@ -268,6 +396,8 @@ class _Quoting:
             and dialect.lineterminator == "\r\n"
         )
         self._quotechar: str = dialect.quotechar or ""
+        self.empty = self._quotechar * 2
+        """A cell without text that has quotes."""
         self._special: str = f"{dialect.delimiter}{self._quotechar}\r\n"
         self._needs_quotes = re.compile(f"[{re.escape(self._special)}]").search
 
@@ -295,72 +425,75 @@ _ADDRESS = " at 0x"
 _find_address = re.compile(f"{_ADDRESS}[0-9A-Fa-f]+>").search
 
 
-class _AddressError(Exception):
-    """The text of a cell is the address of an object."""
-
-
 def _text_has_address(cell: Any) -> bool:
     """Return True if the text of a cell has the address of an object.
 
-    A ``str`` may contain an address, also in a list or a dict.
+    A ``str`` may contain an address, also in a set.
     """
-    if isinstance(cell, str | bytes | bytearray | memoryview):
+    if isinstance(cell, str) or _find_address(str(cell)) is None:
         return False
-    if _find_address(str(cell)) is None:
-        return False
-    if type(cell).__repr__ not in _CONTAINER_REPRS:
-        return True
-    parts = chain(cell, cell.values()) if isinstance(cell, dict) else cell
-    return any(
-        isinstance(part, memoryview) or _text_has_address(part) for part in parts
-    )
+    if type(cell).__repr__ in _SET_REPRS:
+        return any(map(_text_has_address, cell))
+    return True
 
 
-_CONTAINER_REPRS: set[Any] = {
-    cls.__repr__ for cls in (dict, list, tuple, set, frozenset)
-}
+_SET_REPRS: set[Any] = {set.__repr__, frozenset.__repr__}
 """The methods whose text is made of the texts of the parts alone."""
 
 
-def _memoryview_to_bytes(cell: Any) -> Any:
-    """Convert a memoryview, which psycopg2 returns for a ``bytea``, to bytes."""
-    return bytes(cell) if isinstance(cell, memoryview) else cell
-
-
-def _convert_column(column: Sequence[Any]) -> Sequence[str]:
-    """Convert the cells of a column to text. None becomes an empty text.
-
-    :raises _AddressError: when the text of a cell is the address of an object.
-    """
-    types = set(map(type, column))
-    if types == {str}:
-        return column
-    if (texts := _convert_with_orjson(column, types)) is not None:
-        return texts
-    if memoryview in types:
-        column = list(map(_memoryview_to_bytes, column))
-    if not any(issubclass(cls, (str, type(None))) for cls in types):
-        texts = list(map(str, column))
-    else:
-        texts = [
-            cell if isinstance(cell, str) else "" if cell is None else str(cell)
-            for cell in column
-        ]
-    if not all(map(_has_own_text, types)) and any(
-        _ADDRESS in text and _text_has_address(cell)
-        for cell, text in zip(column, texts, strict=True)
-    ):
-        raise _AddressError
-    return texts
-
-
-_VALUE_TYPES = (str, bytes, bytearray, memoryview, Number, date, time, timedelta, UUID)
+_VALUE_TYPES = (str, Number, date, time, timedelta)
 
 
 @lru_cache
 def _has_own_text(cls: type) -> bool:
     """Return True for a class whose text never contains the address of an object."""
     return cls is type(None) or issubclass(cls, _VALUE_TYPES)
+
+
+_DECIMAL_TYPES = (float, Decimal)
+
+
+class _LocalNumber(float):
+    """A number that ``csv.writer`` writes with another decimal separator."""
+
+    text: str
+
+    @classmethod
+    def from_number(cls, number: float | Decimal, decimal: str) -> _LocalNumber:
+        """Return a number whose text has this decimal separator."""
+        local = cls()
+        local.text = str(number).replace(".", decimal)
+        return local
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def _convert_column(
+    column: Sequence[Any], types: set[type], decimal: str
+) -> Sequence[str]:
+    """Convert the cells of a column to text. None becomes an empty text.
+
+    :param types: the types of the cells.
+    :param decimal: the decimal separator of floats and Decimals.
+    """
+    if types == {str}:
+        return column
+    if decimal != "." and any(issubclass(cls, _DECIMAL_TYPES) for cls in types):
+        column = [
+            str(cell).replace(".", decimal)
+            if isinstance(cell, _DECIMAL_TYPES)
+            else cell
+            for cell in column
+        ]
+    elif (texts := _convert_with_orjson(column, types)) is not None:
+        return texts
+    if not any(issubclass(cls, (str, type(None))) for cls in types):
+        return list(map(str, column))
+    return [
+        cell if isinstance(cell, str) else "" if cell is None else str(cell)
+        for cell in column
+    ]
 
 
 def _convert_with_orjson(
@@ -383,64 +516,3 @@ def _convert_with_orjson(
         if data is not None and (b"e" in data or b"n" in data or b"0.0000" in data):
             return None
     return None if data is None else data.decode().split(COLUMN_SEPARATOR.decode())
-
-
-# Formulas.
-
-_FORMULA_SIGNS = "=+-@\uff1d\uff0b\uff0d\uff20"
-"""The signs that begin a formula. East Asian versions of Excel run the wide forms."""
-
-_INVISIBLE_RANGES = (
-    *((0x00, 0x1F), (0x7F, 0xA0), (0xAD, 0xAD), (0x34F, 0x34F), (0x61C, 0x61C)),
-    *((0x115F, 0x1160), (0x1680, 0x1680), (0x17B4, 0x17B5), (0x180B, 0x180F)),
-    *((0x2000, 0x200F), (0x2028, 0x202F), (0x205F, 0x206F), (0x2800, 0x2800)),
-    *((0x3000, 0x3000), (0x3164, 0x3164), (0xFE00, 0xFE0F), (0xFEFF, 0xFEFF)),
-    *((0xFFA0, 0xFFA0), (0xFFF0, 0xFFFB), (0x1BCA0, 0x1BCA3), (0x1D173, 0x1D17A)),
-    (0xE0000, 0xE0FFF),
-)
-"""Ranges of invisible characters (controls, spaces, marks) that a spreadsheet may drop.
-The space itself is not in them: a text that begins with a space stays text."""
-
-_FORMULA_STARTS = frozenset(_FORMULA_SIGNS).union(
-    *(map(chr, range(first, last + 1)) for first, last in _INVISIBLE_RANGES)
-)
-"""The first characters of all texts that a spreadsheet may run."""
-
-_invisible = "".join(f"{chr(first)}-{chr(last)}" for first, last in _INVISIBLE_RANGES)
-_match_formula = re.compile(
-    f"[{re.escape(_FORMULA_SIGNS)}\t\r\n]"
-    f"|[{_invisible}][ {_invisible}]*[{re.escape(_FORMULA_SIGNS)}]"
-).match
-
-_NEVER_FORMULA = {type(None), bool, int, float, Decimal}
-
-
-def _escape_formula(cell: Any) -> Any:
-    """Return a cell, with a ``'`` before it if a spreadsheet would run it."""
-    if type(cell) in _NEVER_FORMULA:
-        return cell
-    text = cell if isinstance(cell, str) else str(cell)
-    if _is_formula(cell, text):
-        return "'" + text
-    return cell if isinstance(cell, Number) else text
-
-
-def _escape_column(column: Sequence[Any], texts: Sequence[str]) -> Sequence[str]:
-    """Return the texts of a column, with a ``'`` before those of formulas.
-
-    :param column: the cells.
-    """
-    if _FORMULA_STARTS.isdisjoint({text[:1] for text in texts}):
-        return texts
-    return [
-        "'" + text if _is_formula(cell, text) else text
-        for cell, text in zip(column, texts, strict=True)
-    ]
-
-
-def _is_formula(cell: Any, text: str) -> bool:
-    if text[:1] not in _FORMULA_STARTS or not _match_formula(text):
-        return False
-    # A number may begin with its sign. Any other formula in the text of a subclass of
-    # Number is escaped.
-    return not (text[0] in "+-" and isinstance(cell, Number))

@@ -7,11 +7,15 @@ encoded separately if one of its values is not plain.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from decimal import Decimal
+from functools import partial
 from typing import Any
 
+from webob.multidict import MultiDict
+
+from .convert import Converter, Function, make_converter
 from .fields import is_named_row, single_entity
 from .json_encoder import (
     COLUMN_SEPARATOR,
@@ -21,12 +25,14 @@ from .json_encoder import (
     to_document,
 )
 from .protocols import Batched
+from .values import PLAIN_TYPES
 
 
 class _JSONFormat:
     """The base of both formats: a document for each item, with bytes around it."""
 
     charset = "utf-8"
+    _converter: Converter | None = None
     _prefix = b""  # before the first document
     _separator = b""  # between two documents
     _suffix = b""  # after each document
@@ -34,15 +40,18 @@ class _JSONFormat:
     def encode(self, items: Iterable[Any]) -> Iterator[bytes]:
         """Yield the document of each item, and the end."""
         encoder, number = Encoder(), 0
+        convert = _make_document_converter(encoder, self._converter)
         before = self._prefix
         for number, item in enumerate(items, 1):
-            yield before + encoder.encode(to_document(item), number) + self._suffix
+            document = to_document(item) if convert is None else convert(item, number)
+            yield before + encoder.encode(document, number) + self._suffix
             before = self._separator
         yield self._ending(number)
 
     def encode_batches(self, source: Batched) -> Iterator[bytes]:
         """Yield the documents of each batch, and the end."""
         encoder, number = Encoder(), 0
+        convert = _make_document_converter(encoder, self._converter)
         before, between = self._prefix, self._suffix + self._separator
         for batch in source.batches():
             first, number = number + 1, number + len(batch)
@@ -51,10 +60,20 @@ class _JSONFormat:
                 and len(batch) > 1
                 and _have_columns(batch, source.fields)
             ):
-                data = _encode_rows(encoder, batch, source.fields, first, between)
+                columns: list[Sequence[Any]] = list(zip(*batch, strict=True))
+                if convert is not None:
+                    columns = convert.convert_columns(columns, source.fields, first)
+                documents = _encode_columns(encoder, columns, source.fields, first)
+                data = between.join(documents)
+                del columns, documents  # they may be large
             else:
                 data = between.join(
-                    encoder.encode(to_document(item), item_number)
+                    encoder.encode(
+                        to_document(item)
+                        if convert is None
+                        else convert(item, item_number),
+                        item_number,
+                    )
                     for item_number, item in enumerate(batch, first)
                 )
             yield before + data + self._suffix
@@ -72,13 +91,21 @@ class NDJSON(_JSONFormat):
     :param end: whether to send a last record, ``{"end": true, "items": N}``. It proves
         to the client that the response is complete, for servers that cannot show that a
         response was aborted.
+    :param convert: maps a type or the name of a field to a function of one value, such
+        as ``{Decimal: str}``. The function gets the values of the field, or those of
+        the type and its subclasses at any depth, and never None. A name outranks a
+        type, and the nearest base class wins. Names are those of the item's own fields.
+    :raises TypeError: when ``convert`` is invalid.
     """
 
     content_type = "application/x-ndjson"
     suffix = "ndjson"
     _suffix = b"\n"
 
-    def __init__(self, end: bool = False) -> None:
+    def __init__(
+        self, end: bool = False, *, convert: Mapping[Any, Function] | None = None
+    ) -> None:
+        self._converter = make_converter("NDJSON", convert)
         self._end = end
 
     def _ending(self, count: int) -> bytes:
@@ -89,12 +116,17 @@ class JSONArray(_JSONFormat):
     """One JSON array of all items, in UTF-8.
 
     If the stream fails, the closing bracket is missing.
+
+    :param convert: as for :class:`NDJSON`.
     """
 
     content_type = "application/json"
     suffix = "json"
     _prefix = b"["
     _separator = b","
+
+    def __init__(self, *, convert: Mapping[Any, Function] | None = None) -> None:
+        self._converter = make_converter("JSONArray", convert)
 
     def _ending(self, count: int) -> bytes:
         return b"]" if count else b"[]"
@@ -118,28 +150,28 @@ def _have_columns(rows: Sequence[Any], names: Sequence[str]) -> bool:
     )
 
 
-def _encode_rows(
+def _encode_columns(
     encoder: Encoder,
-    rows: Sequence[Any],
+    columns: Sequence[Sequence[Any]],
     names: Sequence[str],
     first: int,
-    between: bytes,
-) -> bytes:
+) -> list[bytes]:
     """Encode rows for which :func:`_have_columns` is True as objects.
 
     :param encoder: uses orjson.
+    :param columns: the values of the rows, a column at a time.
     :param first: the item number of the first row, for errors.
-    :param between: the bytes between two objects.
     """
     separate: set[int] = set()
-    columns = [_encode_values(encoder, c, separate) for c in zip(*rows, strict=True)]
+    encoded = [_encode_values(encoder, column, separate) for column in columns]
     keys = [encoder.encode(name, first).replace(b"%", b"%%") for name in names]
     template = b"{" + b",".join([key + b":%b" for key in keys]) + b"}"
-    documents = list(map(template.__mod__, zip(*columns, strict=True)))
+    documents = list(map(template.__mod__, zip(*encoded, strict=True)))
     for index in sorted(separate):
-        row = rows[index]
-        documents[index] = encoder.encode(to_document(row), first + index)
-    return between.join(documents)
+        values = [column[index] for column in columns]
+        document = dict(zip(map(str, names), values, strict=True))
+        documents[index] = encoder.encode(document, first + index)
+    return documents
 
 
 def _encode_values(
@@ -192,3 +224,87 @@ def _encode_one_by_one(
             separate.add(index)
         encoded.append(data or b"")
     return encoded
+
+
+# Convert.
+
+
+def _make_document_converter(
+    encoder: Encoder, converter: Converter | None
+) -> _DocumentConverter | None:
+    return None if converter is None else _DocumentConverter(encoder, converter)
+
+
+_ITEMS_WITHOUT_FIELDS = (*PLAIN_TYPES, list, tuple)
+
+
+class _DocumentConverter:
+    """Converts items to the documents to encode.
+
+    :param encoder: returns the fields of objects.
+    :param converter: converts their values.
+    """
+
+    def __init__(self, encoder: Encoder, converter: Converter) -> None:
+        self._encoder = encoder
+        self._converter = converter.expand_with(self._expand)
+
+    def __call__(self, item: Any, number: int) -> Any:
+        """Return the document of an item, whose values are converted.
+
+        :raises ValueError: when a function of the user fails.
+        """
+        document = to_document(item)
+        convert, find_function = (
+            self._converter.convert_one,
+            self._converter.find_function,
+        )
+        if (fields := self._get_fields(document)) is None:
+            return convert(document, None, partial("item {}".format, number))
+        return {
+            name: convert(
+                value, find_function(name), partial(_name_field, name, number, 0)
+            )
+            for name, value in fields.items()
+        }
+
+    def convert_columns(
+        self, columns: Sequence[Sequence[Any]], names: Sequence[str], first: int
+    ) -> list[Sequence[Any]]:
+        """Return columns of values, converted.
+
+        :param first: the item number of the first value of each column.
+        :raises ValueError: when a function of the user fails.
+        """
+        return [
+            self._converter.convert_column(
+                column,
+                self._converter.find_function(name),
+                partial(_name_field, name, first),
+            )
+            for name, column in zip(names, columns, strict=True)
+        ]
+
+    def _get_fields(self, document: Any) -> Mapping[Any, Any] | None:
+        """Return the fields of an item, None if it has no fields."""
+        if isinstance(document, Mapping) and not isinstance(document, MultiDict):
+            return document
+        if isinstance(document, _ITEMS_WITHOUT_FIELDS):
+            return None
+        substitute = self._expand(document)
+        return substitute if isinstance(substitute, dict) else None
+
+    def _expand(self, value: Any) -> Any:
+        """Return what the encoder encodes in place of an object.
+
+        An object that it does not support is returned unchanged: the encoder then
+        raises the error.
+        """
+        try:
+            return self._encoder.substitute(value)
+        except (TypeError, ValueError):
+            return value
+
+
+def _name_field(name: Any, first: int, index: int) -> str:
+    return f'item {first + index}, field "{name}"'

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableSequence, Sequence
 from datetime import date, datetime, time
 from decimal import Decimal
 from enum import Enum
@@ -27,11 +27,13 @@ from webob.multidict import MultiDict
 from .fields import (
     attrs_fields,
     dump_method,
+    field_names,
     is_named_row,
     load_expired,
     mapped_columns,
     single_entity,
 )
+from .values import BYTES_TYPES, find_substitute
 
 try:
     import orjson
@@ -42,9 +44,10 @@ except ImportError:
 class Encoder:
     """Encodes values as compact JSON in UTF-8, with the rules of TurboGears' encoder.
 
-    It also encodes UUIDs as text, an ``Enum`` as its value, and dataclasses, attrs
-    classes, pydantic models and mappings as objects. ``uses_orjson`` is whether orjson
-    is tried first, ``dates_as_str`` whether ``str()`` gives the text of a datetime.
+    It also encodes an ``Enum``, bytes and ranges by the rules of ``values``, and
+    dataclasses, attrs classes, pydantic models and mappings as objects. ``uses_orjson``
+    is whether orjson is tried first, ``dates_as_str`` whether ``str()`` gives the text
+    of a datetime.
     """
 
     def __init__(self) -> None:
@@ -60,35 +63,68 @@ class Encoder:
 
     def _make_json_encoder(self, ensure_ascii: bool) -> Callable[[Any], str]:
         return json.JSONEncoder(
-            default=self._default,
+            default=self.substitute,
             separators=(",", ":"),
             ensure_ascii=ensure_ascii,
             allow_nan=False,
         ).encode
 
-    def encode(self, value: Any, item: int | str) -> bytes:
+    def encode(self, value: Any, item: int | str | Callable[[], str]) -> bytes:
         """Return the JSON document of a value.
 
         :param value: any value that JSON supports.
-        :param item: for an error message: the number of the item, or a name.
+        :param item: for an error message: the number of the item, or a name, or a
+            function that returns the name.
         :raises TypeError: when JSON does not support the value.
         :raises ValueError: when the value contains NaN, Infinity or itself.
         """
         try:
-            data = self.encode_with_orjson(value) if self.uses_orjson else None
-            return self._encode_with_json(value) if data is None else data
+            return self._encode(value)
         except (TypeError, ValueError, RecursionError) as error:
             name = f"item {item}" if isinstance(item, int) else item
+            subject = str(name() if callable(name) else name)
+            if path := self._find_field(value):
+                subject = f'{subject}, field "{path}": the value'
             if "JSON compliant" in str(error):
                 raise ValueError(
-                    f"{name} contains NaN or Infinity, which JSON does not support. "
+                    f"{subject} contains NaN or Infinity, which JSON does not support. "
                     "Convert it to None or a string"
                 ) from error
             error_type = TypeError if isinstance(error, TypeError) else ValueError
             raise error_type(
-                f"{name} cannot be encoded as JSON: {error}. Convert it to values that "
-                "JSON supports"
+                f"{subject} cannot be encoded as JSON: {error}. Convert it to values "
+                "that JSON supports"
             ) from error
+
+    def _encode(self, value: Any) -> bytes:
+        data = self.encode_with_orjson(value) if self.uses_orjson else None
+        return self._encode_with_json(value) if data is None else data
+
+    def _find_field(self, value: Any) -> str:
+        """Return the path to the field that cannot be encoded, such as ``a.b``.
+
+        :return: an empty text for a value without fields.
+        """
+        path: list[str] = []
+        while len(path) < _PATH_LENGTH and (names := field_names(value)) is not None:
+            for name in names:
+                part = (
+                    value[name] if isinstance(value, Mapping) else getattr(value, name)
+                )
+                if self._fails(part):
+                    path.append(str(name))
+                    value = part
+                    break
+            else:
+                break
+        return ".".join(path)
+
+    def _fails(self, value: Any) -> bool:
+        try:
+            self._encode(value)
+        except (TypeError, ValueError, RecursionError):
+            return True
+        return False
 
     def encode_with_orjson(self, value: Any) -> bytes | None:
         """Return orjson's document, None if TurboGears' encoder must decide."""
@@ -117,14 +153,14 @@ class Encoder:
     def _orjson_default(self, value: Any) -> Any:
         if type(value) is datetime and self.dates_as_str:
             return str(value)
-        substitute = self._default(value)
+        substitute = self.substitute(value)
         if _orjson_differs(substitute):
             raise _OrjsonDiffersError
         return substitute
 
-    def _default(self, value: Any) -> Any:
+    def substitute(self, value: Any) -> Any:
         """Return what to encode in place of a value that JSON does not support."""
-        cls = type(value)
+        cls: Any = type(value)
         if isinstance(value, tuple):  # only orjson passes subclasses of these two types
             return list(value)
         if isinstance(value, float):
@@ -135,10 +171,8 @@ class Encoder:
             or isinstance(value, self._custom_types)
         ):
             return self._tg_encoder.default(value)
-        if isinstance(value, Enum):
-            return value.value
-        if isinstance(value, UUID):
-            return str(value)
+        if (substitute := find_substitute(cls)) is not None:
+            return substitute(value)
         return self._object_default(value)
 
     def _object_default(self, value: Any) -> Any:
@@ -147,6 +181,8 @@ class Encoder:
             return self._list_generator(value)
         if isinstance(value, Mapping) and not isinstance(value, MultiDict):
             return dict(value)
+        if isinstance(value, MutableSequence):  # also psycopg's Multirange
+            return list(value)
         columns = mapped_columns(cls)
         if columns is not None:
             load_expired(value, columns)  # TG's encoder would omit expired attributes
@@ -194,6 +230,9 @@ def _orjson_differs(value: Any) -> bool:
     return isinstance(value, float) and not isfinite(value)
 
 
+_PATH_LENGTH = 8
+"""Maximum number of names in the path to a field: a value may contain itself."""
+
 _CONTAINERS = dict, list, tuple
 _EQUAL_TYPES = frozenset(
     # _orjson_default() checks the value that replaces a Decimal or a date.
@@ -211,16 +250,30 @@ if orjson is not None:
 def to_document(item: Any) -> Any:
     """Return what to encode for an item: a dict for a row with names.
 
-    A ``Row`` of one entity becomes that entity.
+    A ``Row`` of one entity becomes that entity. An item of bytes becomes an object that
+    cannot be encoded, because it is more likely a document or a line of CSV than a
+    value.
     """
     cls: Any = type(item)
-    if not is_named_row(cls):
+    if not _is_replaced(cls):
         return item
+    if not is_named_row(cls):
+        return _BytesItem()
     if hasattr(cls, "__json__"):
         return item.__json__()
     if len(item) == 1 and (entity := single_entity(item)) is not None:
         return entity
     return dict(zip(_plain_strings(item._fields), item, strict=True))
+
+
+@lru_cache
+def _is_replaced(cls: Any) -> bool:
+    return issubclass(cls, BYTES_TYPES) or is_named_row(cls)
+
+
+class _BytesItem:
+    def __json__(self) -> None:
+        raise TypeError("it is bytes")
 
 
 @lru_cache

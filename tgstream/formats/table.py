@@ -6,13 +6,15 @@ rows, mappings, named tuples, dataclasses, models and mapped objects.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import lru_cache, partial
+from itertools import zip_longest
 from typing import Any
 
+from .convert import Converter, Function
 from .fields import dump_method, field_names, is_named_row, single_entity
+from .values import BYTES_TYPES
 
-BYTES_TYPES = (bytes, bytearray, memoryview)
 _NAMELESS_TYPES = (str, *BYTES_TYPES)
 """Items without field names: they are not rows."""
 
@@ -43,20 +45,32 @@ class Table:
 
     :param format_name: for error messages.
     :param header: the names of the columns that the user has given, () for no header.
+    :param convert: the functions that convert the cells, None for no functions.
     """
 
-    def __init__(self, format_name: str, header: tuple[str, ...] | None) -> None:
+    def __init__(
+        self,
+        format_name: str,
+        header: tuple[str, ...] | None,
+        convert: Converter | None = None,
+    ) -> None:
         self.started = False
         self.number = 0
         """The number of the item that was read last."""
         self._format_name = format_name
         self._given = header
+        self._converter = convert
+        self._functions: list[Function | None] = []
         self._set_names(header or None)
 
-    def _set_names(self, names: Sequence[str] | None) -> None:
+    def _set_names(
+        self, names: Sequence[str] | None, fields: Sequence[str] = ()
+    ) -> None:
         self.names = names
         """The names of the columns, None if they are not known."""
         self._known_names: Collection[str] = frozenset(names or ())
+        if self._converter is not None:
+            self._functions = self._converter.find_functions(names or (), fields)
 
     @property
     def header(self) -> Sequence[str]:
@@ -68,11 +82,19 @@ class Table:
 
         :param batch: the first items.
         :param fields: the names of the fields of the source, () if it has none.
+        :raises ValueError: when the header has more or fewer names than the first row.
         """
         self.started = True
         first = batch[0]
-        if self.names is None and not isinstance(first, _NAMELESS_TYPES):
+        if isinstance(first, _NAMELESS_TYPES):
+            return
+        if isinstance(first, Sequence) and single_entity(first) is None:
+            self._check_width(first)
+        if self.names is None:
             self._set_names(tuple(fields) or field_names(first))
+        elif self._converter is not None and not isinstance(first, Mapping):
+            # The header renames the fields: convert may have either name.
+            self._set_names(self.names, tuple(fields) or field_names(first) or ())
 
     def finish(self, fields: Sequence[str]) -> None:
         """Take the names from the source if there were no items."""
@@ -93,7 +115,10 @@ class Table:
             return None
         if widths == {1} and any(single_entity(row) is not None for row in batch):
             return None
-        return list(zip(*batch, strict=True))
+        columns: list[Sequence[Any]] = list(zip(*batch, strict=True))
+        if self._converter is not None:
+            columns = self._convert_columns(columns, self.number + 1)
+        return columns
 
     def get_cells(self, item: Any) -> Any:
         """The cells of an item, in the order of the columns.
@@ -102,10 +127,16 @@ class Table:
         :raises ValueError: when its fields are not those of the header.
         """
         cls: Any = type(item)
+        if _is_sequence_row(cls) and (len(item) != 1 or single_entity(item) is None):
+            cells = item
+        else:
+            cells = self._read_fields(item)
+        return cells if self._converter is None else self._convert_cells(cells)
+
+    def _read_fields(self, item: Any) -> list[Any]:
+        cls: Any = type(item)
         if _is_sequence_row(cls):
-            if len(item) != 1 or (entity := single_entity(item)) is None:
-                return item
-            item = entity
+            item = single_entity(item)
         elif (dump := dump_method(cls)) is not None:
             item = dump(item)
         if isinstance(item, Mapping):
@@ -118,12 +149,63 @@ class Table:
                 f"item {self.number} must be a row (a sequence, a mapping, or an "
                 f"object with fields), got {type(item).__name__}"
             )
-        return list(item)  # an iterator can be read only once
+        cells = list(item)  # an iterator can be read only once
+        if self.number == 1:
+            self._check_width(cells)
+        return cells
+
+    def _check_width(self, cells: Sequence[Any]) -> None:
+        if self._given and len(cells) != len(self._given):
+            raise ValueError(
+                f"item 1 has {len(cells)} cells, but the header has "
+                f"{len(self._given)} names: {', '.join(self._given)}. Pass a name for "
+                f"each column in {self._format_name}(header=[...])"
+            )
 
     def name_column(self, index: int) -> str:
         """The name of a column in messages, or its number if it has no name."""
         known = self.names is not None and index < len(self.names)
         return repr(self.names[index]) if known else str(index + 1)  # type: ignore[index]
+
+    def make_namer(self, index: int, first: int) -> Callable[[int], str]:
+        """Return a function that names a cell in messages: ``item 3, column 'name'``.
+
+        It takes the index of the cell in its column.
+
+        :param index: the index of the column.
+        :param first: the item number of the first cell of the column.
+        """
+        return lambda row: f"item {first + row}, column {self.name_column(index)}"
+
+    def _convert_columns(
+        self, columns: Sequence[Sequence[Any]], first: int
+    ) -> list[Sequence[Any]]:
+        """Convert the cells of some rows.
+
+        :param first: the item number of the first row.
+        """
+        assert self._converter is not None
+        return [
+            self._converter.convert_column(
+                column, function, self.make_namer(index, first)
+            )
+            for index, (column, function) in enumerate(
+                zip_longest(columns, self._functions[: len(columns)])
+            )
+        ]
+
+    def _convert_cells(self, cells: Sequence[Any]) -> list[Any]:
+        assert self._converter is not None
+        convert = self._converter.convert_one
+        return [
+            convert(cell, function, partial(self._name_cell, index))
+            for index, (cell, function) in enumerate(
+                zip_longest(cells, self._functions[: len(cells)])
+            )
+        ]
+
+    def _name_cell(self, index: int) -> str:
+        return f"item {self.number}, column {self.name_column(index)}"
 
     def _get_mapping_cells(self, item: Mapping[Any, Any]) -> list[Any]:
         if self.names is None:
@@ -135,7 +217,7 @@ class Table:
                 f"item {self.number} has the key {unknown[0]!r}, but the header has "
                 f"{columns}. List all columns in {self._format_name}(header=[...])"
             )
-        return [item.get(name, "") for name in self.names]
+        return [item.get(name) for name in self.names]
 
     def _get_object_cells(self, item: Any, names: Sequence[str]) -> list[Any]:
         if self.names is not None and len(names) != len(self.names):
