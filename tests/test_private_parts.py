@@ -1052,9 +1052,9 @@ SQLALCHEMY = [
     Part(
         "result_tuple",
         "SQLAlchemy",
-        "exports/keyset",
-        "make rows without the columns of the key that were added",
-        "rows(key=...) fails if the key is not selected",
+        "exports/statement",
+        "make rows without the columns of a key, or with converted values",
+        "rows(key=...) fails if the key is not selected, and rows(convert=...) fails",
         lambda: result_tuple(["a"])((1,)).a == 1,
     ),
     Part(

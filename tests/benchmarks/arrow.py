@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from statistics import median
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import Any, NamedTuple
 
 import sqlalchemy as sa
@@ -31,8 +31,8 @@ PARQUET, ARROW = "Parquet", "Arrow"
 class Reading(NamedTuple):
     """One export. ``grown`` is in MiB, and counts from the memory after a small one."""
 
-    seconds: float
-    first: float  # seconds until the first byte
+    seconds: float  # of the processor, without the database server
+    first: float  # seconds on the clock until the first byte
     bytes: int
     grown: float
 
@@ -112,11 +112,11 @@ def main(way: str, url: str) -> None:
         pass  # it imports modules
     before = peak(reset=True)
     first = size = 0.0
-    start = perf_counter()
+    start, started = perf_counter(), process_time()
     for chunk in export(url, EVERYBODY):
         first = first or perf_counter() - start
         size += len(chunk)
-    seconds = perf_counter() - start
+    seconds = process_time() - started
     print(json.dumps([seconds, first, size, peak() - before]))
 
 
@@ -150,16 +150,16 @@ def compare(
         for way, seen in readings.items()
     }
     for way, beside, limit in (
-        (PARQUET, PANDAS, 0.9),
-        (PARQUET, HAND, 0.8),
-        (ARROW, HAND_STREAM, 0.8),
+        (PARQUET, PANDAS, 1.2),
+        (PARQUET, HAND, 1.2),
+        (ARROW, HAND_STREAM, 1.2),
     ):
         theirs, ours = readings[beside], readings[way]
         what = f"{way}, {database}, in process; {beside} beside"
         yield Result(
             what,
-            f"{median(speed[beside]) / 1000:.0f} k/s",
-            f"{median(speed[way]) / 1000:.0f} k/s",
+            f"{median(speed[beside]) / 1000:.0f} k/CPU s",
+            f"{median(speed[way]) / 1000:.0f} k/CPU s",
             ratio(speed[way], speed[beside]),
             limit,
             at_least=True,
@@ -180,7 +180,7 @@ def compare(
             f"{highest:.0f} MiB",
             f"{grown:.1f} MiB",
             grown,
-            None,
+            64,
             "MiB",
         )
 

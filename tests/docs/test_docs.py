@@ -287,6 +287,7 @@ EXPORTED = {
     "fast": "user_id,user_name\r\n",
     "events": ': open\n\nevent: count\nid: 0\ndata: {"number":0}\n\n',
     "backup": "the backup",
+    "resumable": "user_id,user_name\r\n1,manager\r\n",
     "report/2026": "the report",
 }
 

@@ -243,13 +243,16 @@ class Body:
             self._end_by_response(response, vetoed)
             raise
         except StreamEnding:
-            pass  # it ends below
+            self._end_before_first()
         except BaseException as error:
             self._fail(error)
         finally:
             self.context.unbind(record)
             if self._state is STARTING:
                 self._release()
+
+    def _end_before_first(self) -> None:
+        """Do nothing: it ends when it returns the token."""
 
     def _make_first(self) -> bytes | None:
         self._chunks = chunks = self.encoding.make(self._source)

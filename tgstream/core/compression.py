@@ -236,7 +236,9 @@ def compress_response(
     if not _is_allowed(plan, content_type, response):
         return
     add_vary(response, "Accept-Encoding")
-    if length is not None and length < MIN_LENGTH:
+    if response.status.startswith(_OF_WHOLE) or (
+        length is not None and length < MIN_LENGTH
+    ):
         return
     small = plan.traits.endless or content_type == "text/event-stream"
     coding = choose_coding(environ.get("HTTP_ACCEPT_ENCODING"), small)
@@ -252,14 +254,21 @@ def compress_response(
         response.headers["ETag"] = f"W/{etag}"
 
 
+_OF_WHOLE = "206", "304"
+"""Responses without the whole body, which have the ``Vary`` of the whole one (RFC 9110,
+sections 15.3.7 and 15.4.5). They are not compressed."""
+
+
 def _is_allowed(plan: Plan, content_type: str, response: Any) -> bool:
     """Whether the response may be compressed for a client that accepts it."""
     headers, status = response.headers, response.status
     if plan.compress is None or not plan.compress(content_type):
         return False
-    if has_no_body(status) or status.startswith("206"):
+    if "Content-Encoding" in headers:
         return False
-    if "Content-Encoding" in headers or "Content-Range" in headers:
+    if not status.startswith(_OF_WHOLE) and (
+        has_no_body(status) or "Content-Range" in headers
+    ):
         return False
     directives = ",".join(headers.getall("Cache-Control")).lower().split(",")
     return "no-transform" not in map(str.strip, directives)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 from collections.abc import Callable, Iterator
+from functools import partial
 from types import GeneratorType
 from typing import TYPE_CHECKING, Any
 
@@ -22,14 +23,17 @@ from .source import (
     open_source,
     resolve_proxy,
 )
+from .spool import SpooledBody
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from ..formats.protocols import Format
     from .context import Context, StreamTransaction
+    from .files import FileParts
     from .limits import Slot
     from .options import Plan
+    from .spool import Spool
 
 
 _MEMBER_OPTIONS = {"format", "chunk_size", "charset", "length", "filename"}
@@ -76,6 +80,10 @@ class Stream:
     :param limit: the maximum number of open streams of the controller in this process.
         None for no maximum. The next request gets 503 and ``Retry-After``, before
         anything runs (with ``Stream``, when the controller has returned).
+    :param spool: whether to make the whole body in the request, in a temporary file,
+        and then send the file. An error at any item is an ordinary error page, clients
+        can resume the download, and a slow client holds no database connection. The
+        first byte is sent after the last item. Formats of events refuse it.
     :raises TypeError: when ``items`` is not iterable, or an option has a wrong type.
     :raises ValueError: when an option has an invalid value.
     """
@@ -265,8 +273,10 @@ class Stream:
         length: Callable[[], int | None],
         context: Context,
         transaction: StreamTransaction | None,
+        respond: Callable[[Spool], FileParts] | None,
     ) -> Body:
-        self._body = body = Body(
+        make = Body if respond is None else partial(SpooledBody, respond=respond)
+        self._body = body = make(
             self._source,
             plan=plan,
             charset=charset,

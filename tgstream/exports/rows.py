@@ -165,7 +165,7 @@ class Rows:
         self, batches: Iterator[Sequence[Any]], converter: Converter
     ) -> Iterator[Sequence[Any]]:
         """Yield the batches with converted values, as rows with the same names."""
-        from sqlalchemy.engine import result_tuple
+        from .statement import make_rows
 
         number = 0
 
@@ -181,8 +181,7 @@ class Rows:
                     self.fields, zip(*batch, strict=True), strict=True
                 )
             ]
-            make_row = result_tuple(self.fields)
-            yield list(map(make_row, zip(*columns, strict=True)))
+            yield make_rows(self.fields, zip(*columns, strict=True))
             number += len(batch)
 
     def _read_by_cursor(self, session: Session) -> Generator[Sequence[Any], None, None]:

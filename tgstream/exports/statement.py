@@ -7,12 +7,13 @@ ORM objects: mapped classes are replaced by their columns.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
 import sqlalchemy as sa
 from sqlalchemy import event
+from sqlalchemy.engine import result_tuple
 from sqlalchemy.engine.default import DefaultDialect
 from sqlalchemy.orm import Bundle, Load, Mapper, Query, Session
 from sqlalchemy.orm.attributes import QueryableAttribute
@@ -125,6 +126,11 @@ def _unused_name(name: str, used: Collection[str | None]) -> str:
         number += 1
         candidate = f"{name}_{number}"
     return candidate
+
+
+def make_rows(names: Sequence[str], values: Iterable[Sequence[Any]]) -> list[Any]:
+    """Make rows with these names, of the values of each row."""
+    return list(map(result_tuple(list(names)), values))
 
 
 # Execution.

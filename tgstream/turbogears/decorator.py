@@ -13,7 +13,7 @@ from webob import Response
 
 from ..core import context
 from ..core.limits import acquire
-from ..core.options import Options, StreamOptions, check
+from ..core.options import Options, StreamOptions, check, check_spoolable
 from ..core.source import check_streamable, resolve_proxy
 from ..core.stream import Stream
 from ..formats.protocols import Format
@@ -66,6 +66,8 @@ def stream(format: Any = None, **options: Unpack[StreamOptions]) -> Any:
                 "def, not async def"
             )
         checked = check(where, format, **options)._replace(formats=formats)
+        for each in formats or () if checked.spool else ():
+            check_spoolable(where, each)
         method = getattr(function, "__func__", function)  # of a bound method
         Decoration.get_decoration(method)._register_controller_wrapper(
             lambda caller: _streaming_caller(caller, method, checked)

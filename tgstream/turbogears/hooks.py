@@ -24,7 +24,14 @@ from ..core.context import Context
 from ..core.files import StoredFile
 from ..core.headers import find_charset, has_no_body, set_headers
 from ..core.limits import acquire
-from ..core.options import FormatTraits, Options, Plan
+from ..core.options import (
+    FormatTraits,
+    Options,
+    Plan,
+    SpoolSettings,
+    check_spoolable,
+)
+from ..core.ranges import Representation
 from ..core.settings import read_option
 from ..core.source import make_missing_stream_error, needs_stream, resolve_proxy
 from ..core.stream import Stream
@@ -37,6 +44,8 @@ from .response import check_headers, end_previous, end_with_request, send_off
 
 if TYPE_CHECKING:
     from ..core.body import Body
+    from ..core.files import FileParts
+    from ..core.spool import Spool
     from ..database.database import StreamDatabase
 
 
@@ -69,6 +78,8 @@ class _Start:
         self._plan = _make_plan(
             get_controller_name(self._function), stream._options, tg_locals.config
         )
+        if stream._options.spool:
+            self._plan = _add_spool(self._plan, self._options, tg_locals.config)
 
     def run(self, stream: Stream) -> None:
         """Start it.
@@ -100,7 +111,8 @@ class _Start:
         body = self._open(stream)
         body.start(self._is_vetoed)
         try:
-            set_headers(response, self._find_exposed, options, self._plan.traits)
+            if self._plan.spool is None:
+                set_headers(response, self._find_exposed, options, self._plan.traits)
             send_off(response, stream, self._plan, checked)
         except BaseException as error:
             body.fail(error, in_request=True)
@@ -121,6 +133,7 @@ class _Start:
             stream._discard()
             raise
         stream._source, self._measured = parts, parts.length
+        self._plan = self._plan._replace(spool=None)  # it is a file already
         if self._options.compress is None:  # a compressed file cannot be resumed
             self._plan = self._plan._replace(compress=None)
 
@@ -137,6 +150,7 @@ class _Start:
             if database is None
             else database.make_context(tg_locals),
             database,
+            None if self._plan.spool is None else self._respond_with_spool,
         )
         end_with_request(tg_locals.request.environ, body)
         if database is not None:
@@ -187,6 +201,16 @@ class _Start:
                 length: int | None = response.content_length
                 return length or None
         return None
+
+    def _respond_with_spool(self, spool: Spool) -> FileParts:
+        """Answer with the whole body, which is made, or with a range of it."""
+        response = self._tg_locals.response
+        set_headers(response, self._find_exposed, self._options, self._plan.traits)
+        content_type = response.headers.get("Content-Type") or self._find_exposed()[0]
+        content = Representation(spool.size, f'"{spool.make_etag(content_type)}"')
+        return respond_with_file(
+            self._tg_locals.request, response, StoredFile(spool, content)
+        )
 
     def _is_vetoed(self, response: Any) -> bool:
         """Whether ``tm.commit_veto`` aborts the transaction for this response."""
@@ -270,6 +294,24 @@ def _complete_plan(
         idle_transaction_seconds=idle,
         disconnect_check_seconds=check,
         compress=_choose_types(options.compress, compress),
+    )
+
+
+def _add_spool(plan: Plan, options: Options, config: Any) -> Plan:
+    """The plan of a stream that is spooled.
+
+    A compressed file cannot be resumed, so that only its own option compresses it.
+
+    :raises ValueError: when its format cannot be spooled, or an option is invalid.
+    """
+    check_spoolable(plan.controller, plan.format)
+    directory, max_bytes = (
+        read_option(config, f"tgstream.spool_{name}")
+        for name in ("directory", "max_bytes")
+    )
+    return plan._replace(
+        spool=SpoolSettings(directory, max_bytes),
+        compress=plan.compress if options.compress else None,
     )
 
 
