@@ -102,6 +102,28 @@ def test_range_is_sent_by_the_wrapper(
     assert (report.reason, report.bytes) == ("completed", MIN_BYTES + 3)
 
 
+def test_spooled_stream_is_sent_by_the_wrapper(
+    make_app: MakeApp, next_report: NextReport
+) -> None:
+    """Its report has the items of the generator, and the bytes that were sent."""
+
+    class Root(TGController):
+        @expose()
+        @stream(spool=True)
+        def index(self) -> Iterator[bytes]:
+            for start in range(0, len(DATA), 1000):
+                yield DATA[start : start + 1000]
+
+    app = make_app(Root())
+    call = ask(app, HTTP_RANGE="bytes=9-")
+    assert is_wrapped(call)
+    assert b"".join(send(call)) == DATA[9:]
+    call.close()
+    report = next_report()
+    assert (report.reason, report.bytes) == ("completed", len(DATA) - 9)
+    assert report.items == len(DATA) // 1000 + 1
+
+
 def test_wrapper_can_be_iterated(
     make_app: MakeApp, path: Path, next_report: NextReport
 ) -> None:

@@ -32,7 +32,11 @@ from tgstream import (
     CSV,
     NDJSON,
     SSE,
+    XLSX,
+    ZIP,
+    Arrow,
     JSONArray,
+    Parquet,
     Report,
     Stream,
     StreamError,
@@ -154,6 +158,25 @@ def test_range_of_other_bytes_is_answered_with_the_whole_new_file(
     assert call.headers["ETag"] != etag
     call = get(app, HTTP_RANGE="bytes=4-", HTTP_IF_RANGE=call.headers["ETag"])
     assert (call.status_int, call.text) == (206, "new text")
+
+
+@pytest.mark.parametrize(
+    ("format", "items"),
+    [
+        (XLSX, [{"n": number} for number in range(1000)]),
+        (Parquet, [{"n": number} for number in range(1000)]),
+        (Arrow, [{"n": number} for number in range(1000)]),
+        (ZIP, [("a.txt", b"a" * 5000), ("b.txt", b"b")]),
+    ],
+)
+def test_archives_can_be_resumed(make_app: MakeApp, format: Any, items: Any) -> None:
+    """Equal items are equal bytes, so that the second request gets a range."""
+    app = spooled(make_app, lambda: items, format)
+    first = Call(app)
+    body = first.read()
+    call = Call(app, HTTP_RANGE="bytes=100-", HTTP_IF_RANGE=first.headers["ETag"])
+    assert call.status_int == 206
+    assert body[:100] + call.read() == body
 
 
 def test_etag_depends_on_the_content_type(make_app: MakeApp) -> None:
