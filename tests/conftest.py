@@ -40,6 +40,7 @@ OWN_COMMANDS = {
     "TGSTREAM_PROXIES": "proxies",
     "TGSTREAM_SERVERS": "servers",
     "TGSTREAM_NETWORK": "network",
+    "TGSTREAM_FILES": "files",
 }
 collect_ignore = [
     folder for name, folder in OWN_COMMANDS.items() if name not in os.environ

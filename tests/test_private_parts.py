@@ -24,6 +24,8 @@ from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
+from zipfile import ZIP_DEFLATED, ZipFile
+from zlib import crc32
 
 import attrs
 import pydantic
@@ -48,6 +50,7 @@ from sqlalchemy.orm import (
 from sqlalchemy.orm.exc import StaleDataError
 from sqlalchemy.sql import visitors
 from sqlalchemy.sql.selectable import ForUpdateArg
+from stream_unzip import stream_unzip
 from tg import TGController, expose
 from tg.configuration import AppConfig, milestones
 from tg.decorators import Decoration
@@ -61,6 +64,8 @@ from transaction.interfaces import TransientError
 from transaction.weakset import WeakSet
 from webob import Response
 from webob.request import LimitedLengthFile
+from zipstream import ZipStream
+from zipstream.ng import ZipStreamInfo
 from zope.sqlalchemy import mark_changed, register
 from zope.sqlalchemy.datamanager import SessionDataManager
 
@@ -1037,11 +1042,19 @@ SQLALCHEMY = [
         lambda: len(SELECT.options(load_only(Item.id))._with_options) == 1,  # type: ignore[attr-defined]
     ),
     Part(
+        "_autoflush",
+        "SQLAlchemy",
+        "exports/statement",
+        "find out whether Query.autoflush(False) was called",
+        "rows() flushes the session in spite of it",
+        lambda: not Session().query(Item).autoflush(False).load_options._autoflush,
+    ),
+    Part(
         "result_tuple",
         "SQLAlchemy",
-        "exports/keyset",
-        "make rows without the columns of the key that were added",
-        "rows(key=...) fails if the key is not selected",
+        "exports/statement",
+        "make rows without the columns of a key, or with converted values",
+        "rows(key=...) fails if the key is not selected, and rows(convert=...) fails",
         lambda: result_tuple(["a"])((1,)).a == 1,
     ),
     Part(
@@ -1136,7 +1149,63 @@ PSYCOPG = [
     ),
 ]
 
-PARTS = [*TURBOGEARS, *AROUND, *TRANSACTIONS, *SQLALCHEMY, *PSYCOPG]
+
+# zipstream-ng.
+
+
+def make_member(zip64: bool) -> tuple[Any, bytes]:
+    """A member whose sizes stand behind its data, and its bytes."""
+    info, data = ZipStreamInfo("a.txt", (1980, 1, 1, 0, 0, 0)), b"KI,I\4\0"
+    info.compress_type, info.flag_bits, info.header_offset = ZIP_DEFLATED, 8, 0
+    info.CRC, info.file_size, info.compress_size = crc32(b"data"), 4, len(data)
+    return info, info.FileHeader(False) + data + info.DataDescriptor(zip64)
+
+
+def footer_has_given_members_and_position() -> bool:
+    (info, member), archive = make_member(False), ZipStream()
+    archive._filelist.append(info)
+    archive._pos = len(member)
+    with ZipFile(io.BytesIO(member + b"".join(archive.footer()))) as opened:
+        return opened.testzip() is None and opened.read("a.txt") == b"data"
+
+
+def sizes_stand_behind_the_data() -> bool:
+    read: list[Any] = [
+        (name, size, b"".join(chunks))
+        for zip64 in (False, True)
+        for name, size, chunks in stream_unzip(
+            [make_member(zip64)[1], b"PK\1\2", bytes(20)]
+        )
+    ]
+    return read == [(b"a.txt", None, b"data")] * 2
+
+
+ZIPSTREAM = [
+    *(
+        Part(
+            name,
+            "zipstream-ng",
+            "formats/archive",
+            "make the central directory of members that tgstream has compressed",
+            "ZIP and XLSX make files that no reader opens",
+            footer_has_given_members_and_position,
+        )
+        for name in ("_filelist", "_pos")
+    ),
+    *(
+        Part(
+            name,
+            "zipstream-ng",
+            "formats/archive",
+            "write the parts of a member around its data",
+            "ZIP and XLSX make files that no reader opens",
+            sizes_stand_behind_the_data,
+        )
+        for name in ("FileHeader", "DataDescriptor")
+    ),
+]
+
+PARTS = [*TURBOGEARS, *AROUND, *TRANSACTIONS, *SQLALCHEMY, *PSYCOPG, *ZIPSTREAM]
 ALSO_IN = {
     "_current_obj": {"core/source"},
     "paste.registry": {"doctor/client", "turbogears/guard"},

@@ -116,7 +116,7 @@ Event("text").data = "other"  # type: ignore[misc]
 
 stream(commit=1.5)  # type: ignore[call-overload]
 stream(commit="never")  # type: ignore[call-overload]
-stream("csv")  # type: ignore[call-overload]
+stream("csv")  # type: ignore[arg-type]
 stream(CSV, 100)  # type: ignore[call-overload]
 Stream()  # type: ignore[call-arg]
 Stream([], commit="never")  # type: ignore[arg-type]

@@ -23,12 +23,16 @@ from .core.stream import Stream, commit, current_stream, flush, rollback
 from .exports.copy import copy
 from .exports.rows import is_statement as _is_statement
 from .exports.rows import rows
+from .formats.arrow import Arrow, Parquet
 from .formats.csv import CSV
 from .formats.json import NDJSON, JSONArray
 from .formats.protocols import Batched, Format
 from .formats.sse import SSE, Event
+from .formats.xlsx import XLSX
+from .formats.zip import ZIP
 from .live.channel import last_event_id
 from .turbogears.decorator import stream
+from .turbogears.files import send_file
 from .turbogears.hooks import install as _install_hooks
 from .turbogears.plug import plugme
 from .turbogears.templates import render
@@ -37,11 +41,15 @@ __all__ = [
     "CSV",
     "NDJSON",
     "SSE",
+    "XLSX",
+    "ZIP",
+    "Arrow",
     "Batched",
     "Channel",
     "Event",
     "Format",
     "JSONArray",
+    "Parquet",
     "Report",
     "Stream",
     "StreamError",
@@ -55,6 +63,7 @@ __all__ = [
     "render",
     "rollback",
     "rows",
+    "send_file",
     "stream",
 ]
 __version__ = "0.1.0"

@@ -15,9 +15,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from . import (
+    archives,
+    arrow,
     chart,
+    compression,
     driver,
     exports,
+    files,
     first_chunk,
     gather,
     live,
@@ -25,6 +29,7 @@ from . import (
     request,
     servers,
     untouched,
+    xlsx,
 )
 from .apps import make_pairs
 from .measure import Result, table
@@ -45,9 +50,14 @@ def questions(folder: Path, stack: ExitStack, quick: bool) -> dict[str, Question
         "servers": lambda: servers.run(folder, quick),
         "untouched": lambda: untouched.run(folder, quick),
         "gather": lambda: gather.run(quick),
+        "compression": lambda: compression.run(quick),
         "driver": lambda: driver.run(urls(), quick),
         "live": lambda: live.run(quick),
+        "files": lambda: files.run(folder, quick),
+        "archives": lambda: archives.run(urls()["PostgreSQL"], rows, quick),
+        "arrow": lambda: arrow.run(urls(), rows, quick),
         "exports": lambda: exports.run(urls(), rows, quick),
+        "xlsx": lambda: xlsx.run(folder, quick),
     }
 
 

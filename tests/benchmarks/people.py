@@ -63,6 +63,14 @@ def records(engine: sa.Engine) -> Iterator[Any]:
         yield from connection.execute(EVERYBODY, execution_options={"yield_per": BATCH})
 
 
+def split_people() -> Iterator[tuple[str, Any]]:
+    """Yield ten names of files, each with a query for a tenth of the rows."""
+    size = (DBSession.scalar(sa.func.max(people.c.id)) or 0) // 10
+    for number in range(10):
+        ids = people.c.id.between(number * size + 1, number * size + size)
+        yield f"people-{number}.csv", EVERYBODY.where(ids)
+
+
 def person(number: int) -> dict[str, Any]:
     """Return the row with this number."""
     return {

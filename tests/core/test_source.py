@@ -24,7 +24,7 @@ from tg import TGController, expose
 from tests.conftest import LiveServer, MakeApp
 from tests.wsgi import Call, get
 from tgstream import Stream, stream
-from tgstream.core.source import BLOCK_SIZE
+from tgstream.core.files import BLOCK_SIZE
 
 Start = Callable[..., LiveServer]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import io
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -10,7 +11,10 @@ from itertools import islice
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
+from zipfile import ZipFile
 
+import openpyxl
+import polars as pl
 import pytest
 import tg
 from tg import expose
@@ -26,7 +30,7 @@ from tests.conftest import MakeApp
 from tests.live_apps.run import SERVERS
 from tests.pages import blocks, commands
 from tests.servers.expected import unexpected
-from tests.wsgi import get
+from tests.wsgi import Call, get
 from tgstream import Event, stream
 from tgstream.core.settings import OPTIONS
 from tgstream.testing import open_stream
@@ -283,6 +287,8 @@ EXPORTED = {
     "fast": "user_id,user_name\r\n",
     "events": ': open\n\nevent: count\nid: 0\ndata: {"number":0}\n\n',
     "backup": "the backup",
+    "resumable": "user_id,user_name\r\n1,manager\r\n",
+    "report/2026": "the report",
 }
 
 
@@ -303,14 +309,40 @@ def test_exports_page_runs(
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "backup.tar").write_text("the backup")
+    (tmp_path / "reports").mkdir()
+    (tmp_path / "reports" / "2026.pdf").write_text("the report")
     app = make_app(shown["Exports"](), plug=storing(tmp_path))
     try:
         for path, beginning in EXPORTED.items():
             assert get(app, f"/{path}").text.startswith(beginning), path
+        for reader, path in (
+            (pl.read_parquet, "/parquet"),
+            (pl.read_ipc_stream, "/arrow"),
+        ):
+            users = reader(Call(app, path).read()).to_dicts()
+            assert {"user_id": 1, "user_name": "manager"} in users
         assert get(app, "/backup").headers["Content-Length"] == "10"
+        part = get(app, "/report/2026", HTTP_RANGE="bytes=4-")
+        assert (part.status_int, part.text) == (206, "report")
+        assert get(app, "/report/2025").status_int == 404
         assert get(app, "/mine").text == "1: one\n2: two\n"
+        check_workbooks(app)
+        with ZipFile(io.BytesIO(Call(app, "/archive").read())) as archive:
+            assert archive.read("users.csv").startswith(b"user_id,user_name\r\n")
+            assert len(archive.namelist()) == 3
+        assert get(app, "/photos").headers["Content-Length"] == "22"
     finally:
         tg.config["tg.app_globals"].sa_engine.dispose()
+
+
+def check_workbooks(app: Any) -> None:
+    """The workbooks have the sheets, the widths and the rows of the page."""
+    book = openpyxl.load_workbook(io.BytesIO(Call(app, "/workbook").read()))
+    assert book.active.column_dimensions["C"].width == 40
+    assert [cell.value for cell in book.active[2]][:2] == [1, "manager"]
+    report = openpyxl.load_workbook(io.BytesIO(Call(app, "/report").read()))
+    assert report.sheetnames == ["Users", "Names"]
+    assert [row[0].value for row in report["Names"]] == ["ada", "bob"]
 
 
 def test_live_page_runs(

@@ -85,6 +85,13 @@ def test_compression_that_flushes_each_chunk_passes(run: Run) -> None:
     assert parse_findings(text)["gzip"] == ("ok", "gzip, flushed after each chunk")
 
 
+def test_compression_of_tgstream_passes(run: Run) -> None:
+    """The option of the application compresses the doctor's streams of text."""
+    status, text = run(options="tgstream.compress = true")
+    assert status == 0
+    assert parse_findings(text)["gzip"] == ("ok", "gzip, flushed after each chunk")
+
+
 def test_middleware_that_responds_with_exc_info_passes(run: Run) -> None:
     """The server decides whether it sends such an error page."""
     assert run(middleware="ErrorResponder")[0] == 0

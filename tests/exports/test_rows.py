@@ -292,6 +292,42 @@ def test_rows_work_outside_of_a_stream(make_app: MakeApp, model: Model) -> None:
     assert_clean(model)
 
 
+READERS: dict[str, Callable[[Any], Any]] = {
+    "cursor": rows,
+    "key": lambda statement: rows(statement, key=User.id, batch=1),
+    "core": lambda statement: rows(sa.text("SELECT name FROM users ORDER BY id")),
+}
+
+
+@pytest.mark.parametrize("read", READERS.values(), ids=READERS)
+def test_rows_flush_pending_objects_first(
+    make_app: MakeApp, model: Model, read: Callable[[Any], Any]
+) -> None:
+    """As any query does with autoflush, rows() find what the generator has added."""
+
+    def body() -> Iterator[str]:
+        model.DBSession.add_all([User(name="ada"), User(name="bob")])
+        for row in read(sa.select(User.id, User.name)):
+            yield row.name
+
+    call = get(make_app(Root(body), model))
+    assert call.text == "adabob"
+    assert model.fetch("SELECT name FROM users ORDER BY id") == [("ada",), ("bob",)]
+    assert_clean(model)
+
+
+def test_rows_do_not_flush_without_autoflush(session: Session) -> None:
+    """no_autoflush, the execution option and Query.autoflush(False) are respected."""
+    session.add(User(name="ada"))
+    select = sa.select(User.name)
+    with session.no_autoflush:
+        assert list(rows(select, session=session)) == []
+    without = select.execution_options(autoflush=False)
+    assert list(rows(without, session=session)) == []
+    assert list(rows(session.query(User.name).autoflush(False))) == []
+    assert list(rows(select, session=session)) == [("ada",)]
+
+
 def test_rows_without_a_session_are_an_error(make_app: MakeApp) -> None:
     """An application without a database must pass session=."""
 

@@ -55,7 +55,7 @@ class Line(NamedTuple):
 
 def read_table() -> dict[str, Line]:
     """The lines of the table by their first cells."""
-    _, _, table = EXPORTS.partition("How values are written")
+    _, _, table = EXPORTS.partition("\nHow values are written\n---")
     table, _, _ = table.partition("\n- ")
     lines = {}
     for text in table.split("    * - ")[2:]:

@@ -26,7 +26,7 @@ from tests.model import Model, User
 from tests.turbogears.support import UNTRACED, Words, make_numbers
 from tests.wsgi import Call, get, get_chunks
 from tgstream import CSV, NDJSON, Report, Stream, StreamError, stream
-from tgstream.core.source import BLOCK_SIZE
+from tgstream.core.files import BLOCK_SIZE
 
 # Combinations with other decorators.
 

@@ -133,6 +133,7 @@ def test_zero_is_a_size_or_a_duration_but_not_an_interval(name: str) -> None:
         "tgstream.chunk_size",
         "tgstream.flush_seconds",
         "tgstream.idle_transaction_seconds",
+        "tgstream.spool_max_bytes",
     }
     if name in allows_zero:
         assert read_option({name: "0"}, name) == 0

@@ -243,13 +243,16 @@ class Body:
             self._end_by_response(response, vetoed)
             raise
         except StreamEnding:
-            pass  # it ends below
+            self._end_before_first()
         except BaseException as error:
             self._fail(error)
         finally:
             self.context.unbind(record)
             if self._state is STARTING:
                 self._release()
+
+    def _end_before_first(self) -> None:
+        """Do nothing: it ends when it returns the token."""
 
     def _make_first(self) -> bytes | None:
         self._chunks = chunks = self.encoding.make(self._source)
@@ -277,6 +280,12 @@ class Body:
     def report_to(self, observer: Observer) -> None:
         """Report the first chunk, failures and the end to ``observer`` from now on."""
         self.observer = observer
+
+    @property
+    def ended_normally(self) -> bool:
+        """Whether a client may take the chunks that were sent as the whole body."""
+        reason = self.reason or self.closing
+        return reason == "completed" or self._ends_anywhere(reason)
 
     @property
     def complete(self) -> bytes | None:
@@ -379,6 +388,51 @@ class Body:
     def _ends_anywhere(self, reason: Reason | None) -> bool:
         """Whether a client takes the body as complete if it ends for this reason."""
         return reason in ("expired", "drained") and self.plan.traits.endless
+
+    # A server that reads the source itself.
+
+    @property
+    def source(self) -> Any:
+        """The source of the items. None if it has ended."""
+        return self._source
+
+    @property
+    def first(self) -> bytes | None:
+        """The first chunk, until the server takes it."""
+        return self._first
+
+    def read(
+        self, read: Callable[[int, int], bytes], position: int, size: int
+    ) -> bytes:
+        """Read from the source for a server, as a pull would.
+
+        :param read: is called with ``position`` and ``size``.
+        :raises StreamError: when the stream has ended early.
+        :raises Exception: the error of ``read``. The stream has then ended.
+        """
+        if not self._acquire():
+            next(self._refuse(), None)
+            raise self._iterated_twice()
+        record = self.context.bind(self)
+        try:
+            return read(position, size)
+        except BaseException as error:
+            self._fail(error)
+        finally:
+            self.context.unbind(record)
+            if self.reason is None:
+                self._release()
+
+    def finish_read(self, sent: int, complete: bool) -> None:
+        """Count the bytes that a server has sent, and end if these are all."""
+        self.bytes = sent
+        if not complete or not self._acquire():
+            return
+        record = self.context.bind(self)
+        try:
+            self._end("completed")
+        finally:
+            self.context.unbind(record)
 
     def commit_items(self) -> None:
         """Commit the items whose chunk is about to be sent."""

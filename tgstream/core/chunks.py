@@ -149,12 +149,12 @@ class Chunks:
         encode = self._plan.traits.encode_sources
         assert encode is not None  # the stream has checked that
         self._large = bool(self._plan.chunk_size)
-        remaining = [*sources]
+        unread = [*sources]
 
         def count(name: str) -> Iterator[Sequence[Any]]:
-            remaining.remove(name)
+            unread.remove(name)
             yield from self._count_batches(
-                self._source_batches(sources[name]), is_last=not remaining
+                self._source_batches(sources[name]), is_last=not unread
             )
 
         return encode(

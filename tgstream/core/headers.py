@@ -13,7 +13,7 @@ from functools import lru_cache
 from typing import Any
 from urllib.parse import quote
 
-from ..formats.protocols import Format
+from ..formats.filenames import clean_filename
 from .errors import StreamError
 from .options import FormatTraits, Options
 
@@ -22,6 +22,17 @@ def find_charset(content_type: str | None) -> str | None:
     """The charset parameter of a content type, if it has one."""
     match = re.search(r"charset=[\"']?([^\s;\"']+)", content_type or "")
     return match and match[1]
+
+
+def add_vary(response: Any, name: str) -> None:
+    """Add the name of a request header to ``Vary``, unless it is there.
+
+    :param response: a WebOb response.
+    """
+    values = response.headers.getall("Vary")
+    names = {part.strip().lower() for value in values for part in value.split(",")}
+    if not names & {"*", name.lower()}:
+        response.headers["Vary"] = ", ".join([*filter(None, values), name])
 
 
 def set_headers(
@@ -40,13 +51,16 @@ def set_headers(
     for name, value in traits.headers.items():
         response.headers.setdefault(name, value)
     if options.filename is not None and "Content-Disposition" not in response.headers:
-        filename = _add_suffix(options.filename, traits.suffix)
+        filename = options.filename
+        for suffix in [getattr(f, "suffix", None) for f in options.formats or ()]:
+            filename = filename.removesuffix(f".{suffix}")
+        filename = _add_suffix(filename, traits.suffix)
         disposition = make_content_disposition(filename)
         response.headers["Content-Disposition"] = disposition
     if format is None and options.charset is None:
         return  # TG sets the content type of @expose
     if response.content_type is None:
-        _set_content_type(response, exposed(), format)
+        _set_content_type(response, exposed, options)
     fixed = traits.charset
     if options.charset is not None or (fixed and response.charset):
         response.charset = fixed or options.charset
@@ -65,10 +79,16 @@ def _add_suffix(filename: str, suffix: str | None) -> str:
     return f"{filename}.{suffix}"
 
 
-def _set_content_type(response: Any, exposed: Any, format: Format | None) -> None:
-    content_type, engine, template = exposed[:3]
-    if format is not None and (content_type == "text/html" or engine or template):
-        content_type = format.content_type
+def _set_content_type(
+    response: Any, exposed: Callable[[], tuple[Any, ...]], options: Options
+) -> None:
+    format = options.format
+    if format is not None and options.formats is not None:
+        content_type = format.content_type  # the request has chosen it
+    else:
+        content_type, engine, template = exposed()[:3]
+        if format is not None and (content_type == "text/html" or engine or template):
+            content_type = format.content_type
     response.headers["Content-Type"] = content_type
     if content_type.startswith("text/") and find_charset(content_type) is None:
         response.charset = "utf-8"
@@ -175,19 +195,6 @@ def has_no_body(status: str) -> bool:
     return status.startswith(("1", "204", "205", "304"))
 
 
-_MAX_BYTES = 200
-"""Of a file name. File systems allow 255, and browsers add ``(1).crdownload``."""
-
-_SPACES = [0x20, 0xA0, 0x1680, *range(0x2000, 0x200B), 0x202F, 0x205F, 0x3000]
-_TRIMMED = "." + "".join(map(chr, _SPACES))
-"""Characters that a file name must not begin or end with."""
-
-_DEVICE = re.compile(
-    r"(con|prn|aux|nul|(com|lpt)[1-9¹²³]|con(in|out)\$)\s*(\.|$)", re.IGNORECASE
-)
-"""Names that Windows reserves for its devices, with any suffix."""
-
-
 def make_content_disposition(filename: str) -> str:
     """The ``Content-Disposition`` that makes a browser save a response as a file.
 
@@ -198,38 +205,11 @@ def make_content_disposition(filename: str) -> str:
     :param filename: the name, which may come from a user.
     :returns: ``attachment; filename=...``, ASCII.
     """
-    name = _sanitize(filename)
+    name = clean_filename(filename)
     # NFD, not NFKD: that would convert characters that look like a slash to a slash.
     letters = unicodedata.normalize("NFD", name).encode("ascii", "ignore").decode()
-    fallback = _sanitize(re.sub(r'["\\%]', "_", letters))
+    fallback = clean_filename(re.sub(r'["\\%]', "_", letters))
     value = f'attachment; filename="{fallback}"'
     if fallback != name:
         value += f"; filename*=UTF-8''{quote(name, safe='')}"
     return value
-
-
-def _sanitize(filename: str) -> str:
-    """The last part of a path, without what a user or a file system could misread."""
-    name = re.split(r"[/\\]", filename)[-1]
-    name = "".join(c for c in name if not _is_hidden(c))
-    stem, dot, suffix = name.rpartition(".")
-    if dot and not stem.strip(_TRIMMED):
-        name = f"download.{suffix.strip(_TRIMMED)}"
-    name = _truncate(name.strip(_TRIMMED)).strip(_TRIMMED) or "download"
-    name = re.sub(r"^([A-Za-z]):", r"\1_", name)  # a drive
-    return f"_{name}" if _DEVICE.match(name) else name
-
-
-def _is_hidden(character: str) -> bool:
-    category = unicodedata.category(character)
-    return category[0] == "C" or category in ("Zl", "Zp")
-
-
-def _truncate(name: str) -> str:
-    """The name cut to the length that a file system allows, with a short suffix."""
-    stem, dot, suffix = name.rpartition(".")
-    ending = (dot + suffix).encode()
-    if not dot or len(ending) > 11:
-        stem, ending = name, b""
-    start = stem.encode()[: _MAX_BYTES - len(ending)].decode(errors="ignore")
-    return start + ending.decode()

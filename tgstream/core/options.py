@@ -49,11 +49,17 @@ class Options(NamedTuple):
     limit: int | None = None
     spool: bool | None = None
     compress: bool | None = None
+    formats: tuple[Format, ...] | None = None
+    """The formats from which the request has chosen, if there were several."""
 
     def or_else(self, others: Options) -> Options:
         """These options. Those that were not given are taken from ``others``."""
-        own = {name: v for name, v in self._asdict().items() if v is not None}
-        return others._replace(**own)
+        return others._replace(**self.given)
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The options that were given, by their names."""
+        return {name: v for name, v in self._asdict().items() if v is not None}
 
 
 def check(where: str, format: Any = None, **options: Unpack[StreamOptions]) -> Options:
@@ -86,6 +92,8 @@ def check(where: str, format: Any = None, **options: Unpack[StreamOptions]) -> O
     _check_seconds(where, checked.max_seconds)
     _check_switch(where, "spool", checked.spool)
     _check_switch(where, "compress", checked.compress)
+    if checked.spool and format is not None:
+        check_spoolable(where, format)
     if limit is not None and (not _is_whole(limit) or limit < 1):
         raise ValueError(
             f"{where}: limit must be an integer >= 1 or None, got {limit!r}"
@@ -139,6 +147,18 @@ def _check_switch(where: str, option: str, value: Any) -> None:
         raise TypeError(
             f"{where}: {option} must be True, False or None, got "
             f"{type(value).__name__}: {value!r:.80}"
+        )
+
+
+def check_spoolable(where: str, format: Any) -> None:
+    """Refuse ``spool=True`` for a format that sends while its generator waits.
+
+    :raises ValueError: when its body has no end, or it sends heartbeats.
+    """
+    if getattr(format, "endless", False) or getattr(format, "heartbeat", None):
+        raise ValueError(
+            f"{where}: {type(format).__name__} cannot be spooled, because its items "
+            "must be sent when they are made. Omit spool=True"
         )
 
 
@@ -199,6 +219,15 @@ class FormatTraits(NamedTuple):
 _NO_TRAITS = FormatTraits(None, None, None, {}, False, None, None, None, None)
 
 
+class SpoolSettings(NamedTuple):
+    """The options of an application for spooled streams."""
+
+    directory: str | None
+    """The directory of the temporary files. None for the system's."""
+    max_bytes: int
+    """Maximum bytes of a body. 0 for no maximum."""
+
+
 class Plan(NamedTuple):
     """The options of one stream, completed by its format and by the application."""
 
@@ -215,6 +244,10 @@ class Plan(NamedTuple):
     max_seconds: float | None
     idle_transaction_seconds: float
     disconnect_check_seconds: float
+    compress: Callable[[str], bool] | None
+    """Whether a response of a content type is compressed. None for no compression."""
+    spool: SpoolSettings | None = None
+    """None if the body is sent while it is made."""
 
     def lifetime(self, max_seconds: float) -> float:
         """The seconds until the stream is ended.

@@ -30,8 +30,13 @@ class Report(NamedTuple):
     end, or dropped), ``'expired'`` (by ``max_seconds``) or ``'drained'`` (by
     :func:`drain`). ``error`` is the first error of the stream, including errors while
     it closed. ``seconds`` and ``first_chunk_seconds`` are counted from the start of the
-    stream. ``first_chunk_seconds`` is None if there was no chunk. ``commits`` is the
-    number of committed transactions.
+    stream. ``first_chunk_seconds`` is None if there was no chunk. ``bytes`` are counted
+    before compression. ``commits`` is the number of committed transactions.
+
+    A spooled stream has one report. If it was made completely, the report comes at the
+    end of the sending: ``chunks`` and ``bytes`` are those that were sent, which are
+    fewer for a range, and ``first_chunk_seconds`` is the time in which it was made. If
+    it ended before, they are those that were made.
     """
 
     reason: Reason

@@ -6,11 +6,12 @@ running application, never at import.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from threading import TIMEOUT_MAX  # seconds: a longer wait is an OverflowError
 from typing import Any, NamedTuple, TypeVar
 
-from tg.support.converters import asint, aslist
+from tg.support.converters import asbool, asint, aslist
 
 T = TypeVar("T", int, float)
 
@@ -29,7 +30,9 @@ def _check_positive(number: T) -> T:
 
 def _to_size(value: Any) -> int:
     size: int = asint(value)
-    return _check_not_negative(size)
+    if size < 0:
+        raise ValueError("it must be a number of bytes >= 0")
+    return size
 
 
 def _to_count(value: Any) -> int:
@@ -43,6 +46,14 @@ def _to_seconds(value: Any) -> float:
 
 def _to_interval(value: Any) -> float:
     return _check_positive(float(value))
+
+
+def _to_directory(value: Any) -> str | None:
+    if not value:
+        return None
+    if not os.path.isdir(value):
+        raise ValueError("it must be an existing directory")
+    return str(value)
 
 
 class Option(NamedTuple):
@@ -60,9 +71,12 @@ OPTIONS: dict[str, Option] = {
     "tgstream.flush_seconds": Option(0.05, _to_seconds),
     "tgstream.idle_transaction_seconds": Option(10.0, _to_seconds),
     "tgstream.disconnect_check_seconds": Option(10.0, _to_interval),
+    "tgstream.spool_directory": Option(None, _to_directory),
+    "tgstream.spool_max_bytes": Option(1 << 30, _to_size),
     "tgstream.sessions": Option((), aslist),
     "tgstream.channels": Option("memory://", str),
     "tgstream.channel_history": Option(1000, _to_count),
+    "tgstream.compress": Option(False, asbool),
     "tgstream.heartbeat_seconds": Option(15.0, _to_interval),
 }
 

@@ -21,6 +21,7 @@ from webob.request import LimitedLengthFile
 from ..formats.protocols import Batched
 from .cleanup import close, run_all
 from .errors import StreamError
+from .files import BLOCK_SIZE, StoredFile
 
 
 def resolve_proxy(value: Any) -> Any:
@@ -178,6 +179,8 @@ def claim(source: Any, environ: dict[str, Any]) -> bool:
     :returns: False if another request has claimed it before.
     """
     if type(source) is not GeneratorType:  # the usual source
+        if isinstance(source, StoredFile):
+            source = source.file
         if isinstance(source, Sources):
             return all([claim(each, environ) for each in source.values()])
         if not (hasattr(source, "__next__") or hasattr(source, "read")):
@@ -193,9 +196,6 @@ def claim(source: Any, environ: dict[str, Any]) -> bool:
 
 
 # Files.
-
-BLOCK_SIZE = 65536
-"""Maximum bytes of an item that is a block of a file."""
 
 POLL_SECONDS = 0.05
 """Seconds before a non-blocking file that had no data is read again."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 from collections.abc import Callable, Iterator
+from functools import partial
 from types import GeneratorType
 from typing import TYPE_CHECKING, Any
 
@@ -11,10 +12,10 @@ from .body import Body
 from .cleanup import close
 from .context import thread
 from .errors import StreamError
+from .files import BLOCK_SIZE, StoredFile, find_stored
 from .heartbeat import add_heartbeats
 from .options import FormatTraits, Options, StreamOptions, check
 from .source import (
-    BLOCK_SIZE,
     adapt_items,
     are_sources,
     claim,
@@ -22,14 +23,21 @@ from .source import (
     open_source,
     resolve_proxy,
 )
+from .spool import SpooledBody
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from ..formats.protocols import Format
     from .context import Context, StreamTransaction
+    from .files import FileParts
     from .limits import Slot
     from .options import Plan
+    from .spool import Spool
+
+
+_MEMBER_OPTIONS = {"format", "chunk_size", "charset", "length", "filename"}
+"""The options that a stream inside another one may have."""
 
 
 class Stream:
@@ -44,7 +52,9 @@ class Stream:
     ``'manual'`` only :func:`commit` commits. If a stream raises, or its client
     disconnects, uncommitted changes are rolled back.
 
-    :param items: an iterable of items, or an open binary file.
+    :param items: an iterable of items, or an open binary file. Without a format, a file
+        on a disk or in memory is sent from its position on, with a length and ranges,
+        like :func:`send_file` does.
     :param format: a class or an object that encodes the items. None for items that are
         ``str`` or bytes.
     :param commit: ``'end'``, ``'each'``, ``'manual'`` or a number of items. None for
@@ -56,6 +66,12 @@ class Stream:
         UTF-8.
     :param length: the bytes of the whole body, if they are known. Browsers then show
         progress, and a stream that sends more or fewer bytes fails.
+    :param compress: whether to compress the response for clients that accept gzip, br
+        or zstd (the last two if their packages are installed). None for the option
+        ``tgstream.compress``, which compresses text. True also compresses any other
+        content type that is not compressed already. ``length`` is that of the
+        uncompressed bytes, and the response has no ``Content-Length``. See the page on
+        security before you compress secrets.
     :param max_seconds: the maximum duration. None for no maximum. The stream is then
         closed, even if no server pulls it, and uncommitted changes are rolled back. A
         format whose body may end anywhere (``SSE``) ends normally, any other response
@@ -64,6 +80,10 @@ class Stream:
     :param limit: the maximum number of open streams of the controller in this process.
         None for no maximum. The next request gets 503 and ``Retry-After``, before
         anything runs (with ``Stream``, when the controller has returned).
+    :param spool: whether to make the whole body in the request, in a temporary file,
+        and then send the file. An error at any item is an ordinary error page, clients
+        can resume the download, and a slow client holds no database connection. The
+        first byte is sent after the last item. Formats of events refuse it.
     :raises TypeError: when ``items`` is not iterable, or an option has a wrong type.
     :raises ValueError: when an option has an invalid value.
     """
@@ -116,6 +136,12 @@ class Stream:
                 self._slot = slot
             else:
                 slot.release()
+        if isinstance(self._source, StoredFile):  # its bytes need no format
+            options = Options(
+                filename=options.filename,
+                max_seconds=options.max_seconds,
+                limit=options.limit,
+            )
         self._options = self._options.or_else(options)
         self._controller = controller
 
@@ -125,8 +151,25 @@ class Stream:
             self._claim(request.environ)
         self._claimant = None  # to start it twice is an error again
         if type(self._source) is not GeneratorType:
-            raw = self._options.format is None
-            self._source = open_source(self._source, raw, request.environ)
+            self._source = self._find_stored(request.environ) or open_source(
+                self._source, self._options.format is None, request.environ
+            )
+
+    def _find_stored(self, environ: dict[str, Any]) -> StoredFile | None:
+        """The source, if it is a file whose size is known, to be sent as it is."""
+        source, options = self._source, self._options
+        if isinstance(source, StoredFile):
+            return source
+        if (
+            options.format is not None
+            or not hasattr(source, "seek")
+            or source is environ.get("wsgi.input")
+        ):
+            return None
+        stored = find_stored(source)
+        if stored is None or options.length in (None, stored.content.size):
+            return stored
+        return None  # it is sent up to the wrong length
 
     @property
     def items(self) -> int:
@@ -140,7 +183,7 @@ class Stream:
 
     @property
     def bytes(self) -> int:
-        """The number of bytes of these chunks."""
+        """The number of bytes of these chunks, before compression."""
         return self._body.bytes if self._body else 0
 
     @property
@@ -174,13 +217,10 @@ class Stream:
         """
         body = _running_body("Stream.encode_member")
         format, options = self._options.format, self._options
-        unusable = options._replace(
-            format=None, chunk_size=None, charset=None, length=None, filename=None
-        )
-        if given := [name for name, v in unusable._asdict().items() if v is not None]:
+        if unusable := options.given.keys() - _MEMBER_OPTIONS:
             raise StreamError(
-                f"a Stream inside another one cannot have {', '.join(given)}. Set the "
-                "option on the outer stream"
+                "a Stream inside another one cannot have "
+                f"{', '.join(sorted(unusable))}. Set the option on the outer stream"
             )
         self._claim(body.context.environ)
         traits = FormatTraits.of(format)
@@ -194,6 +234,10 @@ class Stream:
         source = open_source(self._source, format is None, body.context.environ)
         charset = traits.charset or options.charset or "utf-8"
         return body.encode_member(source, plan, charset, options.length)
+
+    def measure_member(self) -> int | None:
+        """The bytes of :meth:`encode_member`, None if they are not declared."""
+        return self._options.length
 
     def close(self) -> None:
         """End the stream, as a server does at its end or if the client disconnects.
@@ -229,8 +273,10 @@ class Stream:
         length: Callable[[], int | None],
         context: Context,
         transaction: StreamTransaction | None,
+        respond: Callable[[Spool], FileParts] | None,
     ) -> Body:
-        self._body = body = Body(
+        make = Body if respond is None else partial(SpooledBody, respond=respond)
+        self._body = body = make(
             self._source,
             plan=plan,
             charset=charset,

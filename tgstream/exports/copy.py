@@ -63,6 +63,10 @@ class Copy:
             for batch in batches:
                 yield from batch
 
+    def encode_member(self) -> Iterator[bytes]:
+        """The blocks, which are encoded already, as a member of a ZIP."""
+        return iter(self)
+
     def batches(self) -> Generator[Sequence[bytes], None, None]:
         """The blocks, one at a time. Close the generator to end the copying."""
         from ..database.effects import is_query

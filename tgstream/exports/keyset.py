@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.engine import result_tuple
 from sqlalchemy.sql import visitors
 
 from ..core.errors import StreamError
@@ -26,6 +25,7 @@ from .keyset_columns import (
     selected_columns,
     to_driver_value,
 )
+from .statement import make_rows
 
 FetchRows = Callable[[Any], tuple[list[str], Sequence[Any]]]
 """Executes a statement, and returns the names of its columns and its rows."""
@@ -241,8 +241,7 @@ class KeysetReader:
         if not self._hidden:
             return rows
         width = len(self.fields)
-        make_row = result_tuple(list(self.fields))
-        return [make_row(row[:width]) for row in rows]
+        return make_rows(self.fields, (row[:width] for row in rows))
 
     # The condition.
 

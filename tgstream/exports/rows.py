@@ -24,7 +24,7 @@ from ..database.cursors import (
 )
 from ..database.registry import scoped_sessions
 from ..formats.convert import Converter, Function, make_converter
-from ..formats.protocols import BATCH_SIZE
+from ..formats.protocols import BATCH_SIZE, ColumnType
 from .batch_sizes import BatchSizes
 
 if TYPE_CHECKING:
@@ -126,6 +126,22 @@ class Rows:
         self._session = session
         self._converter = converter
 
+    @property
+    def types(self) -> Sequence[ColumnType | None]:
+        """The types of the columns. None for an unknown type, () if all are unknown.
+
+        They are known when the first batch has been requested.
+        """
+        from .column_types import column_types
+
+        types, converter = column_types(self._prepared.statement), self._converter
+        if converter is None:
+            return types
+        return [
+            None if type_ is None or _is_converted(converter, name, type_) else type_
+            for name, type_ in zip(self.fields, types, strict=False)
+        ]
+
     def __iter__(self) -> Iterator[Any]:
         with closing(self.batches()) as batches:
             for batch in batches:
@@ -149,7 +165,7 @@ class Rows:
         self, batches: Iterator[Sequence[Any]], converter: Converter
     ) -> Iterator[Sequence[Any]]:
         """Yield the batches with converted values, as rows with the same names."""
-        from sqlalchemy.engine import result_tuple
+        from .statement import make_rows
 
         number = 0
 
@@ -165,8 +181,7 @@ class Rows:
                     self.fields, zip(*batch, strict=True), strict=True
                 )
             ]
-            make_row = result_tuple(self.fields)
-            yield list(map(make_row, zip(*columns, strict=True)))
+            yield make_rows(self.fields, zip(*columns, strict=True))
             number += len(batch)
 
     def _read_by_cursor(self, session: Session) -> Generator[Sequence[Any], None, None]:
@@ -276,6 +291,16 @@ class Rows:
         from .statement import get_fields
 
         return get_fields("rows", result)
+
+
+def _is_converted(converter: Converter, name: str, type_: ColumnType) -> bool:
+    """Whether the values of a column may have another type than the statement's."""
+    while type_.item is not None:
+        type_ = type_.item
+    return converter.find_function(name) is not None or (
+        type_.python_type is not dict  # JSON remains JSON if its parts are converted
+        and converter.converts(type_.python_type)
+    )
 
 
 # The session of rows() and copy().

@@ -7,12 +7,13 @@ ORM objects: mapped classes are replaced by their columns.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
 import sqlalchemy as sa
 from sqlalchemy import event
+from sqlalchemy.engine import result_tuple
 from sqlalchemy.engine.default import DefaultDialect
 from sqlalchemy.orm import Bundle, Load, Mapper, Query, Session
 from sqlalchemy.orm.attributes import QueryableAttribute
@@ -56,7 +57,9 @@ def prepare(function: str, statement: Any) -> PreparedStatement:
         )
     session = None
     if isinstance(statement, Query):
-        session, statement = statement.session, statement.statement
+        query, session, statement = statement, statement.session, statement.statement
+        if not query.load_options._autoflush:  # which the statement does not have
+            statement = statement.execution_options(autoflush=False)
     if isinstance(statement, sa.Select):
         _check_options(function, statement)
         statement = _select_columns(statement)
@@ -125,6 +128,11 @@ def _unused_name(name: str, used: Collection[str | None]) -> str:
     return candidate
 
 
+def make_rows(names: Sequence[str], values: Iterable[Sequence[Any]]) -> list[Any]:
+    """Make rows with these names, of the values of each row."""
+    return list(map(result_tuple(list(names)), values))
+
+
 # Execution.
 
 
@@ -146,6 +154,9 @@ def execute(
     def execute_on_connection(state: Any) -> Any:
         if OWN_STATEMENT not in state.local_execution_options:
             return None  # a handler's own statement
+        # The session itself flushes only after handlers that return no result.
+        if session.autoflush and state.execution_options.get("autoflush", True):
+            session.flush()
         # Not session.connection(), after which a stream keeps its transaction open.
         connection = type(session).connection(
             session, bind_arguments=state.bind_arguments

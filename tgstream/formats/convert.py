@@ -86,6 +86,10 @@ class Converter:
         """Return the function of a column by its name, None for no function."""
         return self._by_name.get(name)
 
+    def converts(self, cls: type) -> bool:
+        """Whether the values of a class have a function."""
+        return self._find(cls) is not _keep
+
     def find_functions(
         self, header: Sequence[str], fields: Sequence[str] = ()
     ) -> list[Function | None]:

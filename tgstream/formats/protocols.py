@@ -12,7 +12,7 @@ from datetime import date, datetime
 from decimal import Decimal
 from functools import lru_cache
 from itertools import chain
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 from uuid import UUID
 
 
@@ -45,7 +45,8 @@ class Batched(Protocol):
     """A source that gives its items in batches, like ``rows()``.
 
     ``fields`` are the names of the items' fields, () if they have no names. They must
-    be known when the first batch has been requested, also if there are no items.
+    be known when the first batch has been requested, also if there are no items. The
+    result of ``rows()`` also has the types of the fields, as ``types``.
     """
 
     @property
@@ -56,6 +57,26 @@ class Batched(Protocol):
         ...
 
     def __iter__(self) -> Iterator[Any]: ...
+
+
+class ColumnType(NamedTuple):
+    """The type of a column's values, as a statement declares it.
+
+    :param python_type: the class of the values. ``dict`` stands for any JSON document,
+        ``list`` for an array.
+    :param precision: the number of digits of a ``Decimal``, None if it is not known.
+    :param scale: the number of digits after the point, None if it is not known.
+    :param timezone: whether datetimes or times have a zone.
+    :param unsigned: whether integers may be 2**63 or greater.
+    :param item: the type of the items of an array.
+    """
+
+    python_type: Any
+    precision: int | None = None
+    scale: int | None = None
+    timezone: bool = False
+    unsigned: bool = False
+    item: Any = None
 
 
 BATCH_SIZE = 256
@@ -77,10 +98,14 @@ def estimate_largest_item(items: Sequence[Any]) -> int:
     """Estimate how many bytes of text the largest item has, by measuring some items."""
     if not items:
         return 0
-    return max(map(_text_size, items[:: min(_SAMPLE_STEP, len(items) // 2 or 1)]))
+    return max(map(text_size, items[:: min(_SAMPLE_STEP, len(items) // 2 or 1)]))
 
 
-def _text_size(item: Any, depth: int = 4) -> int:
+def text_size(item: Any, depth: int = 4) -> int:
+    """The bytes of text in an item.
+
+    :param depth: how deep parts of parts are measured.
+    """
     cls: Any = type(item)
     if cls in _TEXT_TYPES:
         return len(item)
@@ -98,7 +123,7 @@ def _text_size(item: Any, depth: int = 4) -> int:
         if cls in _TEXT_TYPES:
             size += len(value)
         elif cls not in _SMALL_TYPES:
-            size += _text_size(value, depth - 1)
+            size += text_size(value, depth - 1)
     return size
 
 
@@ -162,6 +187,11 @@ class CountedBatches:
     def fields(self) -> Sequence[str]:
         """The names of the items' fields, () if they have no names."""
         return getattr(self._source, "fields", ())
+
+    @property
+    def types(self) -> Sequence[ColumnType | None]:
+        """The types of the fields, () if they are not known."""
+        return getattr(self._source, "types", ())
 
     def batches(self) -> Iterator[Sequence[Any]]:
         """Return the iterator over the batches."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from types import GeneratorType
 from typing import TYPE_CHECKING, Any, TypeVar, overload
@@ -13,10 +13,11 @@ from webob import Response
 
 from ..core import context
 from ..core.limits import acquire
-from ..core.options import Options, StreamOptions, check
+from ..core.options import Options, StreamOptions, check, check_spoolable
 from ..core.source import check_streamable, resolve_proxy
 from ..core.stream import Stream
 from ..formats.protocols import Format
+from .negotiation import check_formats, choose_format
 from .response import end_previous
 
 if TYPE_CHECKING:
@@ -27,7 +28,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 @overload
 def stream(
-    format: Format | type[Format] | None = None, **options: Unpack[StreamOptions]
+    format: Format | type[Format] | Sequence[Format | type[Format]] | None = None,
+    **options: Unpack[StreamOptions],
 ) -> Callable[[F], F]: ...
 @overload
 def stream(function: F, /) -> F: ...
@@ -40,13 +42,18 @@ def stream(format: Any = None, **options: Unpack[StreamOptions]) -> Any:
     itself is returned unchanged. Parameters, and when a stream commits, are those of
     :class:`Stream`.
 
+    :param format: a format, or a list of formats from which each request chooses: by
+        the extension of its URL (``/users.xlsx``), else by ``Accept``, else the first.
+        A request that accepts none of them gets 406 before the controller runs.
     :raises TypeError: for an ``async def``, and when an option has a wrong type.
     :raises ValueError: when an option has an invalid value.
     """
 
-    function = None
+    function, formats = None, None
     if _is_meant_as_function(format):
         function, format = format, None
+    elif isinstance(format, list | tuple):
+        formats, format = check_formats("@stream", format), None
     elif format is not None:
         format = check("@stream", format).format
 
@@ -58,7 +65,9 @@ def stream(format: Any = None, **options: Unpack[StreamOptions]) -> Any:
                 f"{where}: TurboGears calls controllers without an event loop. Write "
                 "def, not async def"
             )
-        checked = check(where, format, **options)
+        checked = check(where, format, **options)._replace(formats=formats)
+        for each in formats or () if checked.spool else ():
+            check_spoolable(where, each)
         method = getattr(function, "__func__", function)  # of a bound method
         Decoration.get_decoration(method)._register_controller_wrapper(
             lambda caller: _streaming_caller(caller, method, checked)
@@ -111,12 +120,16 @@ def _streaming_caller(
 ) -> Callable[..., Any]:
     """TG's controller caller, with a stream made of the controller's output."""
 
-    name = get_controller_name(function)
+    name, given = get_controller_name(function), options
 
     def call(*args: Any) -> Any:
         tg_locals = context.current()
         end_previous(tg_locals.response)
-        slot = None
+        options, slot = given, None
+        if options.formats is not None:
+            request, response = tg_locals.request, tg_locals.response
+            format = choose_format(options.formats, request, response)
+            options = options._replace(format=format)
         if options.limit is not None:
             slot = acquire(function, options.limit)
         try:

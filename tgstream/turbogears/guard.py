@@ -26,11 +26,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import suppress
+from itertools import chain
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ..core.cleanup import close, run_all
 from ..core.errors import StreamError
+from ..core.files import BLOCK_SIZE
 from .diagnostics import OUTCOME_KEY
+from .file_wrapper import FileWindow, find_wrapper
 
 if TYPE_CHECKING:
     from ..core.body import Body
@@ -61,6 +64,8 @@ class Outcome:
     """Whether a stream has left with the response, and is not completed."""
     error: BaseException | None = None
     """The error of the stream."""
+    headers: Any = ()
+    """The headers that the server has got."""
     refusal: BaseException | None = None
     """The error of the server's ``start_response``, until a later call succeeds."""
     _body: Body | None = None
@@ -159,12 +164,12 @@ class Guard:
                 raise
             outcome.refusal = None
             outcome.answered = outcome.error is not None
-            outcome.responded = True
+            outcome.responded, outcome.headers = True, headers
             return write
 
         # No variable for the body: the traceback of an error holds this frame, and a
         # body that is dropped must end at once.
-        return _guard_body(self.app(environ, start_once), outcome)
+        return _guard_body(self.app(environ, start_once), outcome, environ)
 
 
 def _check_second(outcome: Outcome, status: str) -> None:
@@ -188,27 +193,46 @@ def _without_foreign_length(headers: Any, length: int | None) -> Any:
     ]
 
 
-def _guard_body(body: Any, outcome: Outcome) -> Any:
+def _guard_body(body: Any, outcome: Outcome, environ: dict[str, Any]) -> Any:
     if outcome.lost:  # a middleware has read the stream before it returned
         run_all([lambda: close(body)])
         outcome.raise_error()
     # A debugger begins, and responds, only when its body is iterated.
     if outcome.unfinished or outcome.bodiless or not outcome.responded:
-        return _GuardedBody(body, outcome)
+        guarded = _GuardedBody(body, outcome)
+        stream = outcome._body
+        if stream is not None and outcome.responded:
+            wrapper = find_wrapper(environ, stream, outcome.headers)
+            if wrapper is not None and guarded.passes_on(stream.first):
+                return wrapper(FileWindow(stream, guarded.close), BLOCK_SIZE)
+        return guarded
     return body
 
 
 class _GuardedBody:
     """A body at whose end the error of its stream is raised."""
 
+    _chunks: Iterator[bytes] | None = None  # if the first one was taken before
+
     def __init__(self, body: Any, outcome: Outcome) -> None:
         self._body = body
         self._outcome = outcome
         self._closed = False
 
+    def passes_on(self, chunk: bytes | None) -> bool:
+        """Take the first chunk. Whether it is ``chunk``, as the stream has made it."""
+        chunks = iter(self._body)
+        try:
+            first = next(chunks, None)
+        except BaseException:
+            self.close()
+            raise
+        self._chunks = chain([] if first is None else [first], chunks)
+        return first is chunk is not None
+
     def __iter__(self) -> Iterator[bytes]:
         outcome = self._outcome
-        chunks = iter(self._body)
+        chunks = self._chunks or iter(self._body)
         first = next(chunks, None)  # a debugger responds with it
         if outcome.bodiless:
             for _ in chunks:

@@ -8,6 +8,7 @@ by TG's rules, and the response gets the stream as its body.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -18,21 +19,33 @@ from tg.support.converters import asbool
 from webob.exc import HTTPException
 
 from ..core import context
+from ..core.compression import is_compressible, is_text
 from ..core.context import Context
+from ..core.files import StoredFile
 from ..core.headers import find_charset, has_no_body, set_headers
 from ..core.limits import acquire
-from ..core.options import FormatTraits, Options, Plan
+from ..core.options import (
+    FormatTraits,
+    Options,
+    Plan,
+    SpoolSettings,
+    check_spoolable,
+)
+from ..core.ranges import Representation
 from ..core.settings import read_option
 from ..core.source import make_missing_stream_error, needs_stream, resolve_proxy
 from ..core.stream import Stream
 from ..database.on_commit import is_tm_enabled
 from ..database.registry import install_registry, scoped_sessions
 from .decorator import get_controller_name
+from .files import respond_with_file, set_file_headers
 from .guard import Guard
 from .response import check_headers, end_previous, end_with_request, send_off
 
 if TYPE_CHECKING:
     from ..core.body import Body
+    from ..core.files import FileParts
+    from ..core.spool import Spool
     from ..database.database import StreamDatabase
 
 
@@ -56,7 +69,7 @@ class _Start:
     The body keeps it for its charset, so that it must not keep the stream.
     """
 
-    _measured: int | None = None  # bytes of the whole body, by its format
+    _measured: int | None = None  # bytes of the whole body, by its format or its file
 
     def __init__(self, stream: Stream, tg_locals: Any) -> None:
         self._tg_locals = tg_locals
@@ -65,6 +78,8 @@ class _Start:
         self._plan = _make_plan(
             get_controller_name(self._function), stream._options, tg_locals.config
         )
+        if stream._options.spool:
+            self._plan = _add_spool(self._plan, self._options, tg_locals.config)
 
     def run(self, stream: Stream) -> None:
         """Start it.
@@ -87,17 +102,40 @@ class _Start:
                 stream._discard()
                 raise
         checked = check_headers(response, stream, self._plan.controller)
-        if request.environ["REQUEST_METHOD"] in _RUN_NOTHING:
+        method = request.environ["REQUEST_METHOD"]
+        if type(stream._source) is StoredFile:
+            self._answer_with_file(stream, stream._source, method)
+        if method in _RUN_NOTHING:
             self._answer_without_body(stream)
             return
         body = self._open(stream)
         body.start(self._is_vetoed)
         try:
-            set_headers(response, self._find_exposed, options, self._plan.traits)
-            send_off(response, stream, checked)
+            if self._plan.spool is None:
+                set_headers(response, self._find_exposed, options, self._plan.traits)
+            send_off(response, stream, self._plan, checked)
         except BaseException as error:
             body.fail(error, in_request=True)
             raise
+
+    def _answer_with_file(
+        self, stream: Stream, stored: StoredFile, method: str
+    ) -> None:
+        """Set the status and the headers of a file, and send the parts of it."""
+        if method != "HEAD" and method in _RUN_NOTHING:
+            return
+        tg_locals, name = self._tg_locals, self._options.filename
+        response = tg_locals.response
+        try:
+            set_file_headers(response, stored, name, self._find_exposed)
+            parts = respond_with_file(tg_locals.request, response, stored)
+        except BaseException:
+            stream._discard()
+            raise
+        stream._source, self._measured = parts, parts.length
+        self._plan = self._plan._replace(spool=None)  # it is a file already
+        if self._options.compress is None:  # a compressed file cannot be resumed
+            self._plan = self._plan._replace(compress=None)
 
     def _open(self, stream: Stream) -> Body:
         """Make the body, and end the request's transaction by TG's rules."""
@@ -112,6 +150,7 @@ class _Start:
             if database is None
             else database.make_context(tg_locals),
             database,
+            None if self._plan.spool is None else self._respond_with_spool,
         )
         end_with_request(tg_locals.request.environ, body)
         if database is not None:
@@ -133,7 +172,7 @@ class _Start:
             set_headers(response, self._find_exposed, self._options, self._plan.traits)
         else:
             stream._length = None if has_no_body(response.status) else 0
-        send_off(response, stream)
+        send_off(response, stream, self._plan)
 
     # Called by the body, when it needs them.
 
@@ -152,16 +191,26 @@ class _Start:
 
     def _declared_length(self) -> int | None:
         """The bytes of the whole body, by the option or the response's headers."""
-        if self._options.length is not None:
-            return self._options.length
         if self._measured is not None:
             return self._measured
+        if self._options.length is not None:
+            return self._options.length
         response = self._tg_locals.response
         for name, value in response.headerlist:
             if value != "0" and name.lower() == "content-length":  # TG's own is 0
                 length: int | None = response.content_length
                 return length or None
         return None
+
+    def _respond_with_spool(self, spool: Spool) -> FileParts:
+        """Answer with the whole body, which is made, or with a range of it."""
+        response = self._tg_locals.response
+        set_headers(response, self._find_exposed, self._options, self._plan.traits)
+        content_type = response.headers.get("Content-Type") or self._find_exposed()[0]
+        content = Representation(spool.size, f'"{spool.make_etag(content_type)}"')
+        return respond_with_file(
+            self._tg_locals.request, response, StoredFile(spool, content)
+        )
 
     def _is_vetoed(self, response: Any) -> bool:
         """Whether ``tm.commit_veto`` aborts the transaction for this response."""
@@ -189,8 +238,8 @@ def _make_plan(controller: str, options: Options, config: Any) -> Plan:
     takes 2 us. The attributes of a format are read for each stream, because they may
     differ for each, and a plan that is kept would keep the objects of its format.
     """
-    get, (size, flush, idle, check) = config.get, _SETTINGS
-    values = get(size), get(flush), get(idle), get(check)
+    get, (size, flush, idle, check, compress) = config.get, _SETTINGS
+    values = get(size), get(flush), get(idle), get(check), get(compress)
     try:
         if options.format is None:
             return _keep_plan(controller, options, values)
@@ -205,6 +254,7 @@ _SETTINGS = (
     "tgstream.flush_seconds",
     "tgstream.idle_transaction_seconds",
     "tgstream.disconnect_check_seconds",
+    "tgstream.compress",
 )
 
 
@@ -225,7 +275,7 @@ def _keep_plan(controller: str, options: Options, values: tuple[Any, ...]) -> Pl
 def _complete_plan(
     controller: str, options: Options, settings: tuple[Any, ...]
 ) -> Plan:
-    default_size, flush, idle, check = settings
+    default_size, flush, idle, check, compress = settings
     traits = FormatTraits.of(options.format)
     commit, size = options.commit or traits.commit, options.chunk_size
     if size is None:
@@ -243,7 +293,33 @@ def _complete_plan(
         max_seconds=options.max_seconds,
         idle_transaction_seconds=idle,
         disconnect_check_seconds=check,
+        compress=_choose_types(options.compress, compress),
     )
+
+
+def _add_spool(plan: Plan, options: Options, config: Any) -> Plan:
+    """The plan of a stream that is spooled.
+
+    A compressed file cannot be resumed, so that only its own option compresses it.
+
+    :raises ValueError: when its format cannot be spooled, or an option is invalid.
+    """
+    check_spoolable(plan.controller, plan.format)
+    directory, max_bytes = (
+        read_option(config, f"tgstream.spool_{name}")
+        for name in ("directory", "max_bytes")
+    )
+    return plan._replace(
+        spool=SpoolSettings(directory, max_bytes),
+        compress=plan.compress if options.compress else None,
+    )
+
+
+def _choose_types(option: bool | None, setting: bool) -> Callable[[str], bool] | None:
+    """The content types that a stream compresses, None for no compression."""
+    if option is None:
+        return is_text if setting else None
+    return is_compressible if option else None
 
 
 def _make_database(config: Any, manages: bool) -> StreamDatabase | None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..core.body import Body
 from ..core.cleanup import close
+from ..core.compression import compress_response
 from ..core.errors import StreamError
 from ..core.headers import (
     check_sendable,
@@ -30,6 +31,7 @@ from .guard import Outcome, get_outcome, remember_error
 
 if TYPE_CHECKING:
     from ..core.context import StreamTransaction
+    from ..core.options import Plan
 
 
 class _CloseOnCleanup:
@@ -66,6 +68,7 @@ class StreamingResponse:
 
     tgstream: weakref.ref[Stream]
     tgbody: weakref.ref[Body] | None
+    tgplan: Plan
 
     def __call__(self, environ: dict[str, Any], start_response: Any) -> Any:
         response: Any = self
@@ -73,11 +76,12 @@ class StreamingResponse:
         if stream is None or isinstance(app_iter, _COMPLETE):
             return response._plain(environ, start_response)  # another body took over
         body = stream._body
-        if app_iter is stream:  # WebOb forgot the length when TG set that
-            length = stream._length if body is None else body.length
-            if length is not None or has_length(response):
-                response.content_length = length
+        length = stream._length if body is None else body.length
+        if app_iter is stream and (length is not None or has_length(response)):
+            response.content_length = length  # WebOb forgot it when TG set the stream
         try:
+            if response.tgplan.compress is not None:
+                _compress(response, environ, body, length)
             _check_response(response, body, is_usual(response))
             if body is None or has_no_body(response.status):
                 _declare_bodiless(response, environ)
@@ -97,6 +101,15 @@ class StreamingResponse:
         if body.transaction is None:
             return app_iter
         return _DepartedBody(app_iter, body.transaction)
+
+
+def _compress(
+    response: Any, environ: dict[str, Any], body: Body | None, length: int | None
+) -> None:
+    def ended_normally() -> bool:
+        return body is not None and body.ended_normally
+
+    compress_response(response, environ, response.tgplan, length, ended_normally)
 
 
 _COMPLETE = list, tuple
@@ -125,6 +138,7 @@ def _declare_bodiless(response: Any, environ: dict[str, Any]) -> None:
     """Have the guard send no byte, whatever middlewares make of no chunk."""
     if response.status_int != 205 and has_no_body(response.status):
         response.content_length = None  # RFC 9110 forbids it, or it would be wrong
+        response.headers.pop("Content-Type", None)
     outcome: Outcome | None = environ.get(OUTCOME_KEY)
     if outcome is not None:
         outcome.bodiless = True
@@ -178,9 +192,10 @@ def check_headers(response: Any, stream: Stream, controller: str) -> Any:
     return None
 
 
-def send_off(response: Any, stream: Stream, checked: Any = None) -> None:
+def send_off(response: Any, stream: Stream, plan: Plan, checked: Any = None) -> None:
     """Let ``response`` take ``stream`` along when it leaves the application.
 
+    :param plan: the options of the stream.
     :param checked: status and headers that need no other check.
     :raises StreamError: when it cannot be sent.
     """
@@ -188,7 +203,7 @@ def send_off(response: Any, stream: Stream, checked: Any = None) -> None:
     if not usual or has_no_body(response.status):
         _check_response(response, stream._body, usual)
     response.__class__ = _streaming_class(response.__class__)
-    response.tgstream = weakref.ref(stream)
+    response.tgstream, response.tgplan = weakref.ref(stream), plan
     response.tgbody = None if stream._body is None else weakref.ref(stream._body)
 
 

@@ -6,10 +6,21 @@ from typing import Any
 
 from tg import TGController, expose
 
-from tgstream import CSV, NDJSON, JSONArray, copy, plugme, rows, stream
+from tgstream import (
+    CSV,
+    NDJSON,
+    XLSX,
+    ZIP,
+    JSONArray,
+    Stream,
+    copy,
+    plugme,
+    rows,
+    stream,
+)
 
 from ..apps import App, configure
-from ..people import EVERYBODY, database_options
+from ..people import EVERYBODY, database_options, split_people
 
 
 class RootController(TGController):
@@ -32,6 +43,17 @@ class RootController(TGController):
     @stream(CSV)
     def csv_copy(self) -> Any:
         return copy(EVERYBODY)
+
+    @expose()
+    @stream(XLSX)
+    def xlsx(self) -> Any:
+        return rows(EVERYBODY)
+
+    @expose()
+    @stream(ZIP)
+    def zip(self) -> Any:
+        for name, query in split_people():
+            yield name, Stream(rows(query), CSV)
 
 
 def make_app(url: str) -> App:

@@ -5,13 +5,24 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Iterator
+from tempfile import TemporaryFile
 from typing import Any
+from zipfile import ZIP_DEFLATED, ZipFile
 
 import orjson
 from tg import TGController, expose, json_encode
+from zipstream import ZipStream
 
 from ..apps import App, configure
-from ..people import BATCH, EVERYBODY, FIELDS, DBSession, Echo, database_options
+from ..people import (
+    BATCH,
+    EVERYBODY,
+    FIELDS,
+    DBSession,
+    Echo,
+    database_options,
+    split_people,
+)
 
 NAMES = tuple(map(str, FIELDS))  # orjson rejects the columns' subclass of str
 
@@ -42,14 +53,7 @@ class RootController(TGController):
 
     @expose(content_type="text/csv")
     def csv_by_hand(self) -> Iterator[bytes]:
-        file = io.StringIO(newline="")
-        writer = csv.writer(file)
-        writer.writerow(FIELDS)
-        for rows in select().partitions():
-            writer.writerows(rows)
-            yield file.getvalue().encode()
-            file.seek(0)
-            file.truncate()
+        return write_blocks(EVERYBODY)
 
     @expose(content_type="application/x-ndjson")
     def ndjson_by_hand(self) -> Iterator[bytes]:
@@ -63,6 +67,24 @@ class RootController(TGController):
             yield before + b",".join(map(document, rows))
             before = b","
         yield b"]"
+
+    @expose(content_type="application/zip")
+    def zip_file(self) -> Iterator[bytes]:
+        with TemporaryFile() as file:
+            with ZipFile(file, "w", ZIP_DEFLATED) as archive:
+                for name, query in split_people():
+                    with archive.open(name, "w") as member:
+                        for block in write_blocks(query):
+                            member.write(block)
+            file.seek(0)
+            yield from iter(lambda: file.read(1 << 16), b"")
+
+    @expose(content_type="application/zip")
+    def zip_by_hand(self) -> Iterator[bytes]:
+        archive = ZipStream(compress_type=ZIP_DEFLATED)
+        for name, query in split_people():
+            archive.add(write_blocks(query), name)
+        yield from archive
 
     @expose(content_type="text/csv")
     def csv_list(self) -> bytes:
@@ -83,8 +105,19 @@ class RootController(TGController):
         return line(json_encode({"people": rows}))  # TG rejects a plain list
 
 
-def select() -> Any:
-    return DBSession.execute(EVERYBODY, execution_options={"yield_per": BATCH})
+def select(query: Any = EVERYBODY) -> Any:
+    return DBSession.execute(query, execution_options={"yield_per": BATCH})
+
+
+def write_blocks(query: Any) -> Iterator[bytes]:
+    file = io.StringIO(newline="")
+    writer = csv.writer(file)
+    writer.writerow(FIELDS)
+    for rows in select(query).partitions():
+        writer.writerows(rows)
+        yield file.getvalue().encode()
+        file.seek(0)
+        file.truncate()
 
 
 def document(row: Any) -> bytes:

@@ -1,0 +1,1 @@
+"""Downloads, read by programs that pip cannot install. ``.ci/files`` runs them."""
