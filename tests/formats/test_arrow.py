@@ -319,7 +319,6 @@ def test_arrow_numbers_of_the_first_group_share_a_type() -> None:
         (["x", object()], "objects of this class have no text"),
         ([{}, {"a": math.nan}], 'field "a": the value contains NaN or Infinity'),
     ],
-    ids=repr,
 )
 @both
 def test_arrow_value_of_another_type_is_rejected(

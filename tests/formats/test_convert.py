@@ -285,7 +285,6 @@ def test_convert_keeps_the_digits_of_a_numeric_column() -> None:
         ("x", "x"),
         (None, None),
     ],
-    ids=repr,
 )
 def test_convert_finds_a_type_at_any_depth_of_a_document(
     item: Any, document: Any

@@ -315,7 +315,7 @@ ROUTER = ipaddress.ip_interface("10.0.0.1/24")
     [
         (b"\xfb\xff", "+/8="),
         (bytearray(b""), ""),
-        (memoryview(b"\xfb\xff"), "+/8="),
+        pytest.param(memoryview(b"\xfb\xff"), "+/8=", id="memoryview"),
         (Raw.BYTES, "+/8="),
         (datetime.timedelta(days=-1, seconds=1.5), "-1 day, 0:00:01.500000"),
         (ROUTER, "10.0.0.1/24"),
