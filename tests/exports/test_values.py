@@ -15,7 +15,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from uuid import UUID
 
+import openpyxl
 import psycopg2.extras
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import sqlalchemy as sa
 from psycopg.types import multirange, range
@@ -24,7 +27,7 @@ from sqlalchemy.dialects.postgresql.ranges import MultiRange
 from sqlalchemy.orm import Session
 
 from tests.model import MakeModel, Model
-from tgstream import CSV, NDJSON, copy, rows
+from tgstream import CSV, NDJSON, XLSX, Parquet, copy, rows
 
 EXPORTS = (Path(__file__).parents[2] / "docs/exports.rst").read_text()
 
@@ -111,6 +114,64 @@ def test_value_of_a_generator_has_the_texts_of_the_table(label: str) -> None:
     """In CSV and in JSON, one by one and in batches."""
     line = TABLE[label]
     assert read_texts(Values(line.value)) == (line.csv, line.json)
+
+
+def read_xlsx(value: Any) -> tuple[str, Any]:
+    """The kind and the value of a cell, as openpyxl reads them."""
+    data = b"".join(XLSX().encode(Values(value)))
+    book = openpyxl.load_workbook(io.BytesIO(data))
+    [sheet] = book.worksheets
+    cell = sheet["A2"]
+    kinds = {"n": "number", "s": "text", "b": "boolean", "d": "date"}
+    kind = "empty cell" if cell.value is None else kinds[cell.data_type]
+    book.close()
+    return kind, cell.value
+
+
+@every_value
+def test_value_in_xlsx_is_that_of_the_table(label: str) -> None:
+    """Dates and numbers have Excel's types, and texts are those of CSV."""
+    line = TABLE[label]
+    kind, value = read_xlsx(line.value)
+    if line.xlsx in ("text", "JSON text", "base64", "its value"):
+        assert (kind, value) == ("text", line.csv)
+    elif line.xlsx in ("empty cell", "boolean", "number"):
+        expected = line.value
+        assert (kind, value) == (
+            line.xlsx,
+            float(expected) if isinstance(expected, Decimal) else expected,
+        )
+    else:
+        expected = line.value
+        if line.xlsx == "date":
+            value = value.date()
+        elif line.xlsx == "date and time in UTC":
+            value = value.replace(tzinfo=timezone.utc)
+        assert (kind, value) == ("date", expected)
+        names = ("date", "date and time", "date and time in UTC", "time", "duration")
+        assert line.xlsx in names
+
+
+ARROW_TYPES = {
+    **{"null": pa.null(), "bool": pa.bool_(), "int64": pa.int64()},
+    **{"double": pa.float64(), "string": pa.string(), "date32": pa.date32()},
+    **{"decimal": pa.decimal128(38, 2), "timestamp": pa.timestamp("us")},
+    **{"timestamp in UTC": pa.timestamp("us", "UTC"), "time64": pa.time64("us")},
+    **{"duration": pa.duration("us"), "binary": pa.binary()},
+    **{"its value": pa.string(), "JSON text": pa.string()},
+}
+
+
+@every_value
+def test_value_in_parquet_is_that_of_the_table(label: str) -> None:
+    """Types without an Arrow type are the text of CSV."""
+    line = TABLE[label]
+    data = b"".join(Parquet().encode(Values(line.value)))
+    table = pq.read_table(io.BytesIO(data))
+    name = line.parquet.removeprefix("list from a statement, else ")
+    assert table.schema.field("v").type == ARROW_TYPES[name]
+    expected = line.csv if name in ("string", "its value", "JSON text") else line.value
+    assert table["v"].to_pylist() == [expected] * 3
 
 
 @pytest.mark.parametrize(

@@ -424,7 +424,7 @@ def test_csv_header_of_a_wrong_length_is_an_error_at_the_first_row(
     rows: list[Any],
 ) -> None:
     """The error has both counts."""
-    for header, names in ((["a"], "1 names: a"), (["a", "b", "c"], "3 names: a, b, c")):
+    for header, names in ((["a"], "1 name: a"), (["a", "b", "c"], "3 names: a, b, c")):
         format = CSV(header=header)
         message = f"item 1 has 2 cells, but the header has {names}. Pass a name for"
         source = Batches([*rows], ["x", "y"], 500)

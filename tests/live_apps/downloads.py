@@ -70,7 +70,7 @@ class RootController(TGController):
                     done = perf_counter() + PULL
                     while perf_counter() < done:
                         pass
-                    yield [line.strip()]
+                    yield [line.strip(), ""]
 
         return Stream(items(), FORMATS[format])
 

@@ -136,12 +136,12 @@ class CSV:
 
     def encode(self, items: Iterable[Any]) -> Iterator[str | bytes]:
         """Yield the line of each item, the first one with the header."""
-        writer = _RowWriter(self)
+        writer, items = _RowWriter(self), iter(items)
         for item in items:
-            if writer.started:
-                yield writer.write_row(item)
-            else:
-                yield from writer.start([item])
+            yield from writer.start([item])
+            break
+        for item in items:
+            yield writer.write_row(item)
         yield from writer.finish(())
 
     def encode_batches(self, source: Batched) -> Iterator[str | bytes]:

@@ -70,9 +70,7 @@ class _JSONFormat:
                 columns: list[Sequence[Any]] = list(zip(*batch, strict=True))
                 if convert is not None:
                     columns = convert.convert_columns(columns, source.fields, first)
-                documents = _encode_columns(encoder, columns, source.fields, first)
-                data = between.join(documents)
-                del columns, documents  # they may be large
+                data = _encode_columns(encoder, columns, source.fields, first, between)
             else:
                 data = between.join(
                     encoder.encode(
@@ -172,12 +170,14 @@ def _encode_columns(
     columns: Sequence[Sequence[Any]],
     names: Sequence[str],
     first: int,
-) -> list[bytes]:
+    between: bytes,
+) -> bytes:
     """Encode rows for which :func:`_have_columns` is True as objects.
 
     :param encoder: uses orjson.
     :param columns: the values of the rows, a column at a time.
     :param first: the item number of the first row, for errors.
+    :param between: the bytes between two objects.
     """
     separate: set[int] = set()
     encoded = [_encode_values(encoder, column, separate) for column in columns]
@@ -188,7 +188,7 @@ def _encode_columns(
         values = [column[index] for column in columns]
         document = dict(zip(map(str, names), values, strict=True))
         documents[index] = encoder.encode(document, first + index)
-    return documents
+    return between.join(documents)
 
 
 def _encode_values(

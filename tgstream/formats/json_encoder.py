@@ -78,8 +78,9 @@ class Encoder:
         :raises TypeError: when JSON does not support the value.
         :raises ValueError: when the value contains NaN, Infinity or itself.
         """
-        try:
-            return self._encode(value)
+        try:  # without the cost of a call of _encode()
+            data = self.encode_with_orjson(value) if self.uses_orjson else None
+            return self._encode_with_json(value) if data is None else data
         except (TypeError, ValueError, RecursionError) as error:
             name = f"item {item}" if isinstance(item, int) else item
             subject = str(name() if callable(name) else name)
@@ -255,9 +256,10 @@ def to_document(item: Any) -> Any:
     value.
     """
     cls: Any = type(item)
-    if not _is_replaced(cls):
+    kind = _find_kind(cls)
+    if kind is None:
         return item
-    if not is_named_row(cls):
+    if kind == "bytes":
         return _BytesItem()
     if hasattr(cls, "__json__"):
         return item.__json__()
@@ -267,8 +269,11 @@ def to_document(item: Any) -> Any:
 
 
 @lru_cache
-def _is_replaced(cls: Any) -> bool:
-    return issubclass(cls, BYTES_TYPES) or is_named_row(cls)
+def _find_kind(cls: Any) -> str | None:
+    """Return the kind of items that are not encoded as they are."""
+    if issubclass(cls, BYTES_TYPES):
+        return "bytes"
+    return "row" if is_named_row(cls) else None
 
 
 class _BytesItem:

@@ -157,9 +157,9 @@ class Table:
     def _check_width(self, cells: Sequence[Any]) -> None:
         if self._given and len(cells) != len(self._given):
             raise ValueError(
-                f"item 1 has {len(cells)} cells, but the header has "
-                f"{len(self._given)} names: {', '.join(self._given)}. Pass a name for "
-                f"each column in {self._format_name}(header=[...])"
+                f"item 1 has {_count(len(cells), 'cell')}, but the header has "
+                f"{_count(len(self._given), 'name')}: {', '.join(self._given)}. Pass a "
+                f"name for each column in {self._format_name}(header=[...])"
             )
 
     def name_column(self, index: int) -> str:
@@ -233,3 +233,7 @@ class Table:
 def _is_sequence_row(cls: Any) -> bool:
     """Return True for tuples, lists, and SQLAlchemy's ``Row``."""
     return issubclass(cls, tuple | list) or is_named_row(cls)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
