@@ -40,6 +40,7 @@ README = (ROOT / "README.md").read_text()
 REFERENCE = (ROOT / "docs/reference.rst").read_text()
 STREAMS = (ROOT / "docs/streams.rst").read_text()
 EXPORTS = (ROOT / "docs/exports.rst").read_text()
+DOWNLOADS = (ROOT / "docs/downloads.rst").read_text()
 LIVE = (ROOT / "docs/live.rst").read_text()
 CONTRIBUTING = (ROOT / "docs/contributing.rst").read_text()
 
@@ -288,8 +289,13 @@ EXPORTED = {
     "fast_lines": '{"user_id":',
     "events": ': open\n\nevent: count\nid: 0\ndata: {"number":0}\n\n',
     "backup": "the backup",
+}
+DOWNLOADED = {
+    "users": "user_id,user_name\r\n1,manager\r\n",
+    "users.ndjson": '{"user_id":1,"user_name":"manager"}\n',
     "resumable": "user_id,user_name\r\n1,manager\r\n",
     "report/2026": "the report",
+    "compressed": '{"user_id":',
 }
 
 
@@ -310,23 +316,45 @@ def test_exports_page_runs(
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "backup.tar").write_text("the backup")
-    (tmp_path / "reports").mkdir()
-    (tmp_path / "reports" / "2026.pdf").write_text("the report")
     app = make_app(shown["Exports"](), plug=storing(tmp_path))
     try:
         for path, beginning in EXPORTED.items():
             assert get(app, f"/{path}").text.startswith(beginning), path
+        assert get(app, "/backup").headers["Content-Length"] == "10"
+        assert get(app, "/mine").text == "1: one\n2: two\n"
+    finally:
+        tg.config["tg.app_globals"].sa_engine.dispose()
+
+
+def test_downloads_page_runs(
+    make_app: MakeApp, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The controllers of the page on downloads give the files that it describes."""
+    provide(monkeypatch, "myapp.lib.base", BaseController=tg.TGController)
+    provide(monkeypatch, "myapp.model", **vars(cookbook))
+    imports, *methods = blocks(DOWNLOADS)
+    shown: dict[str, Any] = {}
+    exec(imports, shown)
+    exec("".join(methods), shown)
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "reports").mkdir()
+    (tmp_path / "reports" / "2026.pdf").write_text("the report")
+    app = make_app(shown["Downloads"](), plug=storing(tmp_path))
+    try:
+        for path, beginning in DOWNLOADED.items():
+            assert get(app, f"/{path}").text.startswith(beginning), path
+        assert get(app, "/users.pdf").status_int == 406
         for reader, path in (
             (pl.read_parquet, "/parquet"),
             (pl.read_ipc_stream, "/arrow"),
         ):
             users = reader(Call(app, path).read()).to_dicts()
             assert {"user_id": 1, "user_name": "manager"} in users
-        assert get(app, "/backup").headers["Content-Length"] == "10"
         part = get(app, "/report/2026", HTTP_RANGE="bytes=4-")
         assert (part.status_int, part.text) == (206, "report")
         assert get(app, "/report/2025").status_int == 404
-        assert get(app, "/mine").text == "1: one\n2: two\n"
+        assert get(app, "/compressed").headers["Vary"] == "Accept-Encoding"
         check_workbooks(app)
         with ZipFile(io.BytesIO(Call(app, "/archive").read())) as archive:
             assert archive.read("users.csv").startswith(b"user_id,user_name\r\n")
@@ -341,7 +369,7 @@ def check_workbooks(app: Any) -> None:
     book = openpyxl.load_workbook(io.BytesIO(Call(app, "/workbook").read()))
     assert book.active.column_dimensions["C"].width == 40
     assert [cell.value for cell in book.active[2]][:2] == [1, "manager"]
-    report = openpyxl.load_workbook(io.BytesIO(Call(app, "/report").read()))
+    report = openpyxl.load_workbook(io.BytesIO(Call(app, "/sheets").read()))
     assert report.sheetnames == ["Users", "Names"]
     assert [row[0].value for row in report["Names"]] == ["ada", "bob"]
 

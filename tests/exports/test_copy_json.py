@@ -449,6 +449,27 @@ def test_format_that_encodes_items_itself_gets_rows(
     ]
 
 
+@pytest.mark.parametrize(
+    ("format", "text"),
+    [
+        (CSV(delimiter=";"), "id;text;user_id\r\n1;a;\r\n"),
+        (CSV(dialect="excel-tab"), "id\ttext\tuser_id\r\n1\ta\t\r\n"),
+        (CSV(convert={"text": str.upper}), "id,text,user_id\r\n1,A,\r\n"),
+        (CSV(escape_formulas=True), "id,text,user_id\r\n1,a,\r\n"),
+        (CSV(bom=True), "\ufeffid,text,user_id\n1,a,\n"),
+    ],
+    ids=["delimiter", "dialect", "convert", "escape_formulas", "bom"],
+)
+def test_csv_that_postgresql_cannot_write_gets_rows(
+    make_app: MakeApp, pg_model: Model, format: CSV, text: str
+) -> None:
+    """Another dialect and options that change cells are respected."""
+    fill(pg_model, ["a"])
+    assert (
+        get(make_app(Root(lambda: copy(NOTES), format=format), pg_model)).text == text
+    )
+
+
 def test_files_of_a_table_get_rows(make_app: MakeApp, model: Model) -> None:
     """openpyxl and pyarrow read the values, and a workbook has a sheet for each."""
     fill(model, ["a", "b"])

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..core.errors import StreamError
 from ..database.cursors import close_with_transaction, refuse_automatic_commits
-from ..formats.csv import CSV
+from ..formats.csv import CSV, joins_lines
 from ..formats.json import joins_documents
 from ..formats.protocols import Batched, CountedBatches
 from .batch_sizes import BatchSizes
@@ -41,15 +41,17 @@ def copy(statement: Any, *, header: bool = True, session: Any = None) -> Copy:
     Send it with ``CSV`` or without a format, or as JSON with ``NDJSON`` or
     ``JSONArray``. With psycopg 3 the bytes come from ``COPY ... TO STDOUT``, which
     takes a fraction of the time of :func:`rows`. Some values are written differently.
-    With any other driver, and with any other format, a stream sends the same bytes as
-    with ``rows(statement)``.
+    With any other driver, with any other format, and with a ``CSV`` that has another
+    dialect or an option that changes cells, a stream sends the same bytes as with
+    ``rows(statement)``.
 
     The statement is executed when the result is iterated, in the stream's transaction,
     like :func:`rows` without ``key``. Do not use the same session for another statement
     before the last row: with psycopg 3 that is an error.
 
     :param statement: a ``select()``, a union, ``text()`` or a ``Query``.
-    :param header: whether the first line of CSV has the names of the columns.
+    :param header: whether the first line that PostgreSQL writes has the names of the
+        columns.
     :param session: a session or scoped session to use instead of the stream's own.
     :raises TypeError: if an argument has the wrong type.
     :raises StreamError: if the statement was already executed.
@@ -125,7 +127,7 @@ class Copy(_CopySource):
 
     def for_format(self, format: Format | None) -> Batched:
         """The blocks of CSV, the JSON documents or the rows that a format encodes."""
-        if format is None or isinstance(format, CSV):
+        if format is None or joins_lines(format):
             return self
         if joins_documents(format):
             return CopiedDocuments(self._prepared, self._session)

@@ -155,6 +155,20 @@ class CSV:
         yield from writer.finish(source.fields)
 
 
+def joins_lines(format: Any) -> bool:
+    """Return True if ``format`` sends lines of CSV that are encoded already unchanged.
+
+    ``CSV`` does, unless it has another dialect, or an option that changes cells.
+    """
+    if not isinstance(format, CSV) or format._cell_option is not None:
+        return False
+    dialect = format._dialect
+    return format._quoting.is_simple and (dialect.delimiter, dialect.quotechar) == (
+        ",",
+        '"',
+    )
+
+
 class _RowWriter:
     """Writes the rows of one stream."""
 

@@ -40,7 +40,7 @@ def send_file(
 
     Check a path that comes from a user: ``../`` leads out of your folder.
 
-    :param file: a path (``str`` or :class:`os.PathLike`), or an open, seekable binary
+    :param file: a path (``str`` or ``os.PathLike``), or an open, seekable binary
         file.
     :param filename: the name under which a browser saves the file. None for a file that
         the browser shows.
