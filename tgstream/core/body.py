@@ -75,6 +75,7 @@ from .report import Reason, Report
 
 if TYPE_CHECKING:
     from .context import Context, StreamTransaction
+    from .files import FileParts
     from .limits import Slot
 
 
@@ -126,6 +127,8 @@ class Body:
     departed = False
     """Whether its response has left the application."""
     slot: Slot | None = None
+    file: FileParts | None = None
+    """The file that it sends, if it is one."""
     reason: Reason | None = None
     first_chunk_seconds: float | None = None
     expires = float("inf")
@@ -389,12 +392,7 @@ class Body:
         """Whether a client takes the body as complete if it ends for this reason."""
         return reason in ("expired", "drained") and self.plan.traits.endless
 
-    # A server that reads the source itself.
-
-    @property
-    def source(self) -> Any:
-        """The source of the items. None if it has ended."""
-        return self._source
+    # A server that reads the file itself.
 
     @property
     def first(self) -> bytes | None:

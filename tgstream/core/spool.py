@@ -171,7 +171,8 @@ class SpooledBody(Body):
         """Do nothing yet: the last commit comes when the whole body is written."""
 
     def _begin_sending(self, parts: FileParts) -> bytes | None:
-        self._source, self._chunks = parts, (block for block in parts)
+        self._source = self.file = parts
+        self._chunks = (block for block in parts)
         self._length = parts.length
         self.chunks = self.bytes = 0
         self.encoding.iterator = None

@@ -20,12 +20,11 @@ import os
 import threading
 from typing import TYPE_CHECKING, Any
 
-from ..core.files import FileParts
-
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from ..core.body import Body
+    from ..core.files import FileParts
 
 MIN_BYTES = 1 << 20
 """Bytes from which a file is handed over. waitress buffers fewer in memory."""
@@ -33,13 +32,12 @@ MIN_BYTES = 1 << 20
 _READ_SIZE = 1 << 18
 
 
-def find_wrapper(environ: dict[str, Any], body: Body, headers: Any) -> Any:
-    """The server's wrapper, if it can send the body. Else None.
+def find_wrapper(environ: dict[str, Any], parts: FileParts, headers: Any) -> Any:
+    """The server's wrapper, if it can send the parts of a file. Else None.
 
     :param headers: those that the server has got.
     """
-    parts = body.source
-    if type(parts) is not FileParts or parts.length < MIN_BYTES:
+    if parts.length < MIN_BYTES:
         return None
     wrapper = environ.get("wsgi.file_wrapper")
     if getattr(wrapper, "__module__", None) != "waitress.buffers":
@@ -54,12 +52,15 @@ class FileWindow:
     """The only part of a file that a response sends, as a file for a server.
 
     :param body: the running stream of the file. Each read is one of its pulls.
+    :param parts: the parts of the file, of which there is one.
     :param close: closes the response, with all middlewares.
     """
 
-    def __init__(self, body: Body, close: Callable[[], None]) -> None:
+    def __init__(
+        self, body: Body, parts: FileParts, close: Callable[[], None]
+    ) -> None:
         self._body = body
-        self._parts: FileParts = body.source
+        self._parts = parts
         self._close = close
         self._position = 0
 

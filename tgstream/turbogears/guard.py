@@ -37,6 +37,7 @@ from .file_wrapper import FileWindow, find_wrapper
 
 if TYPE_CHECKING:
     from ..core.body import Body
+    from ..core.files import FileParts
 
 
 class LateChanges(Protocol):
@@ -66,6 +67,8 @@ class Outcome:
     """The error of the stream."""
     headers: Any = ()
     """The headers that the server has got."""
+    file: FileParts | None = None
+    """The file that the stream sends, if it is one."""
     refusal: BaseException | None = None
     """The error of the server's ``start_response``, until a later call succeeds."""
     _body: Body | None = None
@@ -78,6 +81,8 @@ class Outcome:
         :param late_changes: warns at the end about changes that came too late.
         """
         self.unfinished, self._body, self._late_changes = True, body, late_changes
+        if body.file is not None:
+            self.file = body.file
         body.report_to(self)
         if body.ended:  # the monitor may have ended it before that
             self._body = self._late_changes = None
@@ -200,13 +205,22 @@ def _guard_body(body: Any, outcome: Outcome, environ: dict[str, Any]) -> Any:
     # A debugger begins, and responds, only when its body is iterated.
     if outcome.unfinished or outcome.bodiless or not outcome.responded:
         guarded = _GuardedBody(body, outcome)
-        stream = outcome._body
-        if stream is not None and outcome.responded:
-            wrapper = find_wrapper(environ, stream, outcome.headers)
-            if wrapper is not None and guarded.passes_on(stream.first):
-                return wrapper(FileWindow(stream, guarded.close), BLOCK_SIZE)
+        if outcome.file is not None and outcome.responded:
+            return _let_server_send(guarded, outcome, environ)
         return guarded
     return body
+
+
+def _let_server_send(
+    guarded: _GuardedBody, outcome: Outcome, environ: dict[str, Any]
+) -> Any:
+    """The server's own wrapper of the file, or the body if it must send the chunks."""
+    body, file = outcome._body, outcome.file
+    assert file is not None
+    wrapper = None if body is None else find_wrapper(environ, file, outcome.headers)
+    if body is None or wrapper is None or not guarded.passes_on(body.first):
+        return guarded
+    return wrapper(FileWindow(body, file, guarded.close), BLOCK_SIZE)
 
 
 class _GuardedBody:

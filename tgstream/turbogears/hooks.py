@@ -70,6 +70,7 @@ class _Start:
     """
 
     _measured: int | None = None  # bytes of the whole body, by its format or its file
+    _file: FileParts | None = None
 
     def __init__(self, stream: Stream, tg_locals: Any) -> None:
         self._tg_locals = tg_locals
@@ -109,6 +110,8 @@ class _Start:
             self._answer_without_body(stream)
             return
         body = self._open(stream)
+        if self._file is not None:
+            body.file = self._file
         body.start(self._is_vetoed)
         try:
             if self._plan.spool is None:
@@ -132,7 +135,8 @@ class _Start:
         except BaseException:
             stream._discard()
             raise
-        stream._source, self._measured = parts, parts.length
+        stream._source = self._file = parts
+        self._measured = parts.length
         self._plan = self._plan._replace(spool=None)  # it is a file already
         if self._options.compress is None:  # a compressed file cannot be resumed
             self._plan = self._plan._replace(compress=None)

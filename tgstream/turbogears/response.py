@@ -82,8 +82,11 @@ class StreamingResponse:
         try:
             if response.tgplan.compress is not None:
                 _compress(response, environ, body, length)
-            _check_response(response, body, is_usual(response))
-            if body is None or has_no_body(response.status):
+            usual = is_usual(response)
+            bodiless = body is None or has_no_body(response.status)
+            if bodiless or not usual:
+                _check_response(response, body, usual)
+            if bodiless:
                 _declare_bodiless(response, environ)
             app_iter = response._plain(environ, start_response)
         except BaseException as error:
