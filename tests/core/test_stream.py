@@ -17,7 +17,7 @@ from tests.conftest import MakeApp, Root, assert_clean
 from tests.core.support import run_on_another_thread
 from tests.model import Model, Note, User
 from tests.wsgi import Call, get
-from tgstream import CSV, Report, Stream, StreamError, current_stream, stream
+from tgstream import CSV, XLSX, Report, Stream, StreamError, current_stream, stream
 
 FUNCTIONS: list[Callable[[], Any]] = [
     tgstream.commit,
@@ -100,12 +100,28 @@ def test_current_stream_has_counters(make_app: MakeApp) -> None:
     assert seen == [(0, 0, 0), (1, 1, 2), (3, 2, 3)]
 
 
-def test_stream_that_was_not_started_is_empty() -> None:
-    """A stream that no controller has returned can be closed."""
+def test_stream_that_was_not_started_can_be_closed() -> None:
+    """A stream that no controller has returned has counted nothing."""
     unstarted = Stream(["x"])
     assert (unstarted.items, unstarted.chunks, unstarted.bytes) == (0, 0, 0)
-    assert list(unstarted) == []
     unstarted.close()
+
+
+def test_stream_is_not_a_source_of_another_one(
+    make_app: MakeApp, reports: list[Report]
+) -> None:
+    """It would be empty, so it is an error, also as a sheet of a workbook."""
+
+    def yield_from() -> Iterator[Any]:
+        yield from Stream([(1, 2)], CSV)
+
+    for root in (
+        Root(yield_from, format=CSV),
+        Root(lambda: Stream([(1, 2)], CSV), format=CSV),
+        Root(lambda: {"A": Stream([(1, 2)])}, format=XLSX),
+    ):
+        assert get(make_app(root)).status.startswith("500")
+        assert "cannot be iterated as a source" in str(reports.pop().error)
 
 
 @pytest.mark.parametrize("function", FUNCTIONS, ids=lambda function: function.__name__)

@@ -434,6 +434,13 @@ def test_csv_header_of_a_wrong_length_is_an_error_at_the_first_row(
         rows = [iter((1, 2))] if isinstance(rows[0], Iterator) else rows
 
 
+def test_csv_later_row_of_a_wrong_length_is_an_error() -> None:
+    """A row beside the header would shift the cells of its columns."""
+    for row, count in (((1, 2, 3), "3 cells"), ((1,), "1 cell")):
+        output = encode_csv(CSV(header=["a", "b"]), [(0, 0), (1, 1), row, (4, 4)])
+        assert f"item 3 has {count}, but the header has 2 names" in output
+
+
 # Excel.
 
 

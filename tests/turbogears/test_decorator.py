@@ -422,8 +422,8 @@ def test_output_of_a_format_of_a_wrong_type_is_an_error(make_app: MakeApp) -> No
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"format": 1}, "encode(items), got int: 1"),
-        ({"format": "csv"}, "encode(items), got str: 'csv'"),
+        ({"format": 1}, "tgstream.CSV has, got int: 1"),
+        ({"format": "csv"}, "tgstream.CSV has, got str: 'csv'"),
         ({"speed": 1}, "unknown option speed. The options are charset, chunk_size"),
         ({"commit": "never"}, "of items >= 1, got 'never'"),
         ({"commit": 0}, "of items >= 1, got 0"),
@@ -647,3 +647,23 @@ def test_stream_can_be_returned_to_one_request_only(
     with pytest.raises(StreamError, match="returned to a second request"):
         get(app, "/same")
     assert call.read() == b"12"
+
+
+def test_dict_without_a_template_is_rejected(make_app: MakeApp) -> None:
+    """TG has no page for it, and its own error would not name the cause."""
+
+    class RootController(TGController):
+        @expose()
+        @stream(CSV)
+        def page(self) -> dict[str, int]:
+            return {"a": 1}
+
+        @expose("json")
+        @stream(CSV)
+        def document(self) -> dict[str, int]:
+            return {"a": 1}
+
+    app = make_app(RootController(), trace_errors__enable=False)
+    with pytest.raises(TypeError, match=r"page returned a dict, which @stream\(CSV\)"):
+        get(app, "/page")
+    assert get(app, "/document").text == '{"a": 1}'

@@ -161,6 +161,8 @@ def test_request_that_accepts_no_format_gets_406_before_the_controller_runs(
     call = get(app, path, **({} if accept is None else {"HTTP_ACCEPT": accept}))
     assert call.status.startswith("406")
     assert "text/csv (.csv), application/x-ndjson (.ndjson)" in call.text
+    reason = f"as {path[6:]}." if "." in path else "in a type that you accept."
+    assert f"This resource is not available {reason} It is" in call.text
     assert call.headers["Vary"] == "Accept"
     assert ran == []
 

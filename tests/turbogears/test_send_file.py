@@ -639,6 +639,34 @@ def test_text_file_is_rejected(path: Path) -> None:
         send_file(spooled)
 
 
+def test_closed_file_is_rejected(path: Path) -> None:
+    """A file of a ``with`` block is closed before the response is sent."""
+    with path.open("rb") as file:
+        pass
+    with pytest.raises(ValueError, match=r"is closed\. Open it without 'with'"):
+        send_file(file)
+
+
+@pytest.mark.parametrize("status", [200, 206])
+def test_file_that_cannot_be_read_is_an_error_page(
+    make_app: MakeApp, path: Path, status: int
+) -> None:
+    """The page has none of the headers of the file, and its own status."""
+
+    def make() -> Stream:
+        with path.open("rb") as file:
+            return send_file(file)
+
+    headers = {"range": "bytes=1-2"} if status == 206 else {}
+    call = ask(make_app(make_root(make)), **headers)
+    body = call.read()
+    assert call.status_int == 500
+    assert int(call.headers.get("Content-Length", len(body))) == len(body) > 0
+    for name in ("ETag", "Last-Modified", "Accept-Ranges", "Content-Range"):
+        assert name not in call.headers
+    assert "closed before it was sent. Open it without 'with'" in call.errors.getvalue()
+
+
 def test_pipe_cannot_be_sent_as_a_file() -> None:
     """It has no size, and cannot be sought."""
     reader, writer = os.pipe()

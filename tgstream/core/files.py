@@ -186,6 +186,11 @@ class FileParts:
     def _read(self, part: range) -> Iterator[bytes]:
         stored, missing = self._stored, len(part)
         file, content = stored.file, stored.content
+        if getattr(file, "closed", False) is True:
+            raise StreamError(
+                f"the file {describe(file)} was closed before it was sent. Open it "
+                "without 'with': tgstream closes it after the response"
+            )
         file.seek(stored.start + part.start)
         while missing:
             block = file.read(min(missing, BLOCK_SIZE))

@@ -106,9 +106,15 @@ def _check_format(where: str, format: Any) -> None:
         hasattr(format, "content_type") and callable(getattr(format, "encode", None))
     ):
         return
+    if isinstance(format, list | tuple):
+        raise TypeError(
+            f"{where}: takes one format, got {type(format).__name__}: {format!r:.80}. "
+            "A list of formats is for @stream([CSV, NDJSON])"
+        )
     raise TypeError(
         f"{where}: a format must have an attribute content_type and a method "
-        f"encode(items), got {type(format).__name__}: {format!r:.80}"
+        f"encode(items), such as tgstream.CSV has, got {type(format).__name__}: "
+        f"{format!r:.80}"
     )
 
 

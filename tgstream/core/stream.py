@@ -199,6 +199,11 @@ class Stream:
     def __iter__(self) -> Iterator[builtins.bytes]:
         body = self._body
         if body is None:
+            if self._unclaimed:
+                raise StreamError(
+                    "a Stream is a response and cannot be iterated as a source. Pass "
+                    "its items to the other stream: rows(...), a select() or a list"
+                )
             return iter(())
         seconds = body.plan.traits.heartbeat
         if not seconds:

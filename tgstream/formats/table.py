@@ -59,6 +59,7 @@ class Table:
         """The number of the item that was read last."""
         self._format_name = format_name
         self._given = header
+        self._width = len(header) if header else None
         self._converter = convert
         self._functions: list[Function | None] = []
         self._set_names(header or None)
@@ -82,14 +83,11 @@ class Table:
 
         :param batch: the first items.
         :param fields: the names of the fields of the source, () if it has none.
-        :raises ValueError: when the header has more or fewer names than the first row.
         """
         self.started = True
         first = batch[0]
         if isinstance(first, _NAMELESS_TYPES):
             return
-        if isinstance(first, Sequence) and single_entity(first) is None:
-            self._check_width(first)
         if self.names is None:
             self._set_names(tuple(fields) or field_names(first))
         elif self._converter is not None and not isinstance(first, Mapping):
@@ -105,13 +103,15 @@ class Table:
     def get_columns(self, batch: Sequence[Any]) -> list[Sequence[Any]] | None:
         """The cells of a batch, a column at a time.
 
-        :returns: None if its items are not sequences of the same length, so that each
-            must be read by :meth:`get_cells`.
+        :returns: None if its items are not sequences of the length of the header, or of
+            one length, so that each must be read by :meth:`get_cells`.
         """
         if not all(map(_is_sequence_row, set(map(type, batch)))):
             return None
         widths = set(map(len, batch))
         if len(widths) != 1 or 0 in widths:
+            return None
+        if self._width is not None and self._width not in widths:
             return None
         if widths == {1} and any(single_entity(row) is not None for row in batch):
             return None
@@ -131,6 +131,8 @@ class Table:
             cells = item
         else:
             cells = self._read_fields(item)
+        if self._width is not None and self._width != len(cells):
+            raise self._wrong_width(cells)
         return cells if self._converter is None else self._convert_cells(cells)
 
     def _read_fields(self, item: Any) -> list[Any]:
@@ -149,18 +151,15 @@ class Table:
                 f"item {self.number} must be a row (a sequence, a mapping, or an "
                 f"object with fields), got {type(item).__name__}"
             )
-        cells = list(item)  # an iterator can be read only once
-        if self.number == 1:
-            self._check_width(cells)
-        return cells
+        return list(item)  # an iterator can be read only once
 
-    def _check_width(self, cells: Sequence[Any]) -> None:
-        if self._given and len(cells) != len(self._given):
-            raise ValueError(
-                f"item 1 has {_count(len(cells), 'cell')}, but the header has "
-                f"{_count(len(self._given), 'name')}: {', '.join(self._given)}. Pass a "
-                f"name for each column in {self._format_name}(header=[...])"
-            )
+    def _wrong_width(self, cells: Sequence[Any]) -> ValueError:
+        names = self._given or ()
+        return ValueError(
+            f"item {self.number} has {_count(len(cells), 'cell')}, but the header has "
+            f"{_count(len(names), 'name')}: {', '.join(names)}. Pass a name for each "
+            f"column in {self._format_name}(header=[...])"
+        )
 
     def name_column(self, index: int) -> str:
         """The name of a column in messages, or its number if it has no name."""

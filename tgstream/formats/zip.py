@@ -89,11 +89,7 @@ class ZIP:
     def _make_members(self, items: Iterable[Any]) -> Generator[Member, None, None]:
         numbers: dict[str, int] = {}
         for number, item in enumerate(items, 1):
-            if not _is_pair(item):
-                raise TypeError(
-                    f"item {number} must be a pair of a name and a content, such as "
-                    f"('users.csv', b'...'), got {type(item).__name__}: {item!r:.80}"
-                )
+            _check_pair(number, item)
             name, content = item
             name = clean_path(name)
             where = f"item {number}, {name!r:.80}"
@@ -110,6 +106,24 @@ class ZIP:
                     content = stack.enter_context(_open(where, content))
                 chunks = stack.enter_context(closing(_read(where, content)))
                 yield Member(name, chunks, self._compress, size, modified)
+
+
+def _check_pair(number: int, item: Any) -> None:
+    """Check that an item is a name and a content.
+
+    :raises TypeError: when it is not.
+    """
+    if _is_pair(item):
+        return
+    if isinstance(item, tuple) and len(item) == 2:
+        raise TypeError(
+            f"item {number}: the name must be a str, got {type(item[0]).__name__}: "
+            f"{item[0]!r:.80}"
+        )
+    raise TypeError(
+        f"item {number} must be a pair of a name and a content, such as "
+        f"('users.csv', b'...'), got {type(item).__name__}: {item!r:.80}"
+    )
 
 
 def _is_pair(item: Any) -> bool:
@@ -131,8 +145,8 @@ def _check_name(where: str, name: str, number: int, numbers: dict[str, int]) -> 
     first = numbers.setdefault(key, number)
     if first != number:
         raise ValueError(
-            f"{where}: item {first} has the same name. Windows and macOS do not "
-            "distinguish upper and lower case. Give each member another name"
+            f"{where}: item {first} has the same name, or one that differs only in "
+            "upper and lower case. Give each member another name"
         )
     if _is_too_long(name):
         raise ValueError(f"{where}: a name may have {_MAX_NAME} bytes. Shorten it")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from types import GeneratorType
 from typing import TYPE_CHECKING, Any, TypeVar, overload
@@ -144,6 +144,8 @@ def _streaming_caller(
                 output, name, options.format
             ):
                 return Stream._of(output, options, function, slot)
+            if isinstance(output, Mapping) and options.format is not None:
+                _check_page(function, options, tg_locals)
         except BaseException:  # its traceback would keep the slot for a while
             if slot is not None:
                 slot.release()
@@ -153,6 +155,21 @@ def _streaming_caller(
         return output
 
     return call
+
+
+def _check_page(function: Any, options: Options, tg_locals: Any) -> None:
+    """Check that TG has a template or an engine for the dict of a controller.
+
+    :raises TypeError: when it has none. TG's own error does not name the cause.
+    """
+    decoration = Decoration.get_decoration(function)
+    _, engine, template = decoration.lookup_template_engine(tg_locals)[:3]
+    if not (engine or template):
+        raise TypeError(
+            f"{get_controller_name(function)} returned a dict, which "
+            f"@stream({type(options.format).__name__}) does not send. Return rows, or "
+            "name a template in @expose for a page"
+        )
 
 
 @lru_cache

@@ -56,9 +56,7 @@ class FileWindow:
     :param close: closes the response, with all middlewares.
     """
 
-    def __init__(
-        self, body: Body, parts: FileParts, close: Callable[[], None]
-    ) -> None:
+    def __init__(self, body: Body, parts: FileParts, close: Callable[[], None]) -> None:
         self._body = body
         self._parts = parts
         self._close = close

@@ -11,6 +11,7 @@ from typing import Any
 from ..core.files import (
     FileParts,
     StoredFile,
+    describe,
     find_name,
     find_stored,
     open_file,
@@ -67,6 +68,11 @@ def _check_parameters(content_type: Any, max_age: Any) -> None:
             "send_file: content_type must be a str or None, got "
             f"{type(content_type).__name__}: {content_type!r:.80}"
         )
+    if content_type is not None and "/" not in content_type:
+        raise ValueError(
+            "send_file: content_type must be a type such as 'application/pdf', got "
+            f"{content_type!r:.80}"
+        )
     if max_age is not None and (
         not isinstance(max_age, int) or isinstance(max_age, bool) or max_age < 0
     ):
@@ -91,6 +97,11 @@ def _find_file(file: Any) -> StoredFile:
         raise TypeError(
             "send_file: file must be a path or an open, seekable binary file, got "
             f"{type(file).__name__}: {file!r:.80}"
+        )
+    if getattr(file, "closed", False) is True:
+        raise ValueError(
+            f"send_file: the file {describe(file)} is closed. Open it without 'with': "
+            "tgstream closes it after the response"
         )
     if isinstance(file, io.TextIOBase) or isinstance(
         getattr(file, "encoding", None), str

@@ -70,7 +70,8 @@ class _Start:
     """
 
     _measured: int | None = None  # bytes of the whole body, by its format or its file
-    _file: FileParts | None = None
+    _file: FileParts | None = None  # that it sends
+    _unset: tuple[Any, ...] | None = None  # the status and headers before the file's
 
     def __init__(self, stream: Stream, tg_locals: Any) -> None:
         self._tg_locals = tg_locals
@@ -110,9 +111,12 @@ class _Start:
             self._answer_without_body(stream)
             return
         body = self._open(stream)
-        if self._file is not None:
-            body.file = self._file
-        body.start(self._is_vetoed)
+        body.file = self._file
+        try:
+            body.start(self._is_vetoed)
+        except BaseException:
+            self._remove_file_headers()
+            raise
         try:
             if self._plan.spool is None:
                 set_headers(response, self._find_exposed, options, self._plan.traits)
@@ -129,17 +133,25 @@ class _Start:
             return
         tg_locals, name = self._tg_locals, self._options.filename
         response = tg_locals.response
+        self._unset = response.status, response.headerlist[:]
         try:
             set_file_headers(response, stored, name, self._find_exposed)
             parts = respond_with_file(tg_locals.request, response, stored)
         except BaseException:
             stream._discard()
+            self._remove_file_headers()
             raise
         stream._source = self._file = parts
         self._measured = parts.length
         self._plan = self._plan._replace(spool=None)  # it is a file already
         if self._options.compress is None:  # a compressed file cannot be resumed
             self._plan = self._plan._replace(compress=None)
+
+    def _remove_file_headers(self) -> None:
+        """Remove the status and headers of a file that cannot be read."""
+        if self._unset is not None:
+            response = self._tg_locals.response
+            response.status, response.headerlist = self._unset
 
     def _open(self, stream: Stream) -> Body:
         """Make the body, and end the request's transaction by TG's rules."""
@@ -209,6 +221,7 @@ class _Start:
     def _respond_with_spool(self, spool: Spool) -> FileParts:
         """Answer with the whole body, which is made, or with a range of it."""
         response = self._tg_locals.response
+        self._unset = response.status, response.headerlist[:]
         set_headers(response, self._find_exposed, self._options, self._plan.traits)
         content_type = response.headers.get("Content-Type") or self._find_exposed()[0]
         content = Representation(spool.size, f'"{spool.make_etag(content_type)}"')

@@ -56,12 +56,24 @@ def choose_format(formats: Sequence[Format], request: Any, response: Any) -> For
         accepted = request.accept.acceptable_offers([*offers])
         if accepted:
             return offers[accepted[0][0]]
-    raise HTTPNotAcceptable(_describe(formats), headers={"Vary": "Accept"})
+    raise HTTPNotAcceptable(
+        _describe(formats, extension if request.response_type else ""),
+        headers={"Vary": "Accept"},
+        body_template="${detail}",
+    )
 
 
-def _describe(formats: Sequence[Format]) -> str:
+def _describe(formats: Sequence[Format], extension: str) -> str:
+    """The text of the response.
+
+    :param extension: that of the URL, if it is the reason.
+    """
     types = []
     for format in formats:
         suffix = getattr(format, "suffix", None)
         types.append(format.content_type + (f" (.{suffix})" if suffix else ""))
-    return f"This resource is available as {', '.join(types)}."
+    wanted = f"as .{extension}" if extension else "in a type that you accept"
+    return (
+        f"This resource is not available {wanted}. It is available as "
+        f"{', '.join(types)}."
+    )
