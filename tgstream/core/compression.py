@@ -43,6 +43,7 @@ from .cleanup import close
 from .headers import add_vary, has_no_body
 
 if TYPE_CHECKING:
+    from .body import Body
     from .options import Plan
 
 MIN_LENGTH = 1024
@@ -187,29 +188,33 @@ def make_compressor(coding: str, small: bool = False) -> Compressor:
 class CompressedBody:
     """A body whose chunks are compressed.
 
-    :param ended_normally: whether the body has completed. It is called after the last
-        chunk. If it has not, the end of the coding is not sent.
+    :param body: the body of the stream, None if it is not iterated (HEAD). If it has
+        not completed after the last chunk, the end of the coding is not sent. If the
+        compressor fails, the body fails.
     """
 
     def __init__(
-        self,
-        chunks: Iterable[bytes],
-        coding: str,
-        small: bool,
-        ended_normally: Callable[[], bool],
+        self, chunks: Iterable[bytes], coding: str, small: bool, body: Body | None
     ) -> None:
         self._chunks = chunks
         self._coding = coding
         self._small = small
-        self._ended_normally = ended_normally
+        self._body = body
 
     def __iter__(self) -> Iterator[bytes]:
+        body = self._body
+        assert body is not None
         compressor = make_compressor(self._coding, self._small)
         compress = compressor.compress
         for chunk in self._chunks:
             if chunk:
-                yield compress(chunk)
-        if self._ended_normally():
+                try:
+                    data = compress(chunk)
+                except BaseException as error:
+                    body.fail_pull(error)
+                    raise
+                yield data
+        if body.ended_normally:
             yield compressor.finish()
 
     def close(self) -> None:
@@ -222,7 +227,7 @@ def compress_response(
     environ: dict[str, Any],
     plan: Plan,
     length: int | None,
-    ended_normally: Callable[[], bool],
+    body: Body | None,
 ) -> None:
     """Compress a response if its headers allow it, and the client accepts it.
 
@@ -230,7 +235,7 @@ def compress_response(
     :param environ: of its request.
     :param plan: the options of the stream.
     :param length: the bytes of the whole body, if they are known.
-    :param ended_normally: see :class:`CompressedBody`.
+    :param body: see :class:`CompressedBody`.
     """
     content_type = (response.content_type or "").lower()
     if not _is_allowed(plan, content_type, response):
@@ -244,9 +249,8 @@ def compress_response(
     coding = choose_coding(environ.get("HTTP_ACCEPT_ENCODING"), small)
     if coding is None:
         return
-    response.app_iter = CompressedBody(
-        response.app_iter, coding, small, ended_normally
-    )  # WebOb removes the Content-Length
+    # WebOb removes the Content-Length.
+    response.app_iter = CompressedBody(response.app_iter, coding, small, body)
     response.headers["Content-Encoding"] = coding
     response.headers.pop("Accept-Ranges", None)
     etag = response.headers.get("ETag", "")
