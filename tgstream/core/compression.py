@@ -241,21 +241,26 @@ def compress_response(
     if not _is_allowed(plan, content_type, response):
         return
     add_vary(response, "Accept-Encoding")
-    if response.status.startswith(_OF_WHOLE) or (
-        length is not None and length < MIN_LENGTH
+    unmodified = response.status.startswith("304")
+    if response.status.startswith("206") or (
+        length is not None and length < MIN_LENGTH and not unmodified
     ):
         return
     small = plan.traits.endless or content_type == "text/event-stream"
     coding = choose_coding(environ.get("HTTP_ACCEPT_ENCODING"), small)
     if coding is None:
         return
+    etag = response.headers.get("ETag", "")
+    known = environ.get("HTTP_IF_NONE_MATCH", "")
+    if etag.startswith('"') and (not unmodified or f"W/{etag}" in known):
+        # A strong one would be that of the uncompressed bytes.
+        response.headers["ETag"] = f"W/{etag}"
+    if unmodified:
+        return
     # WebOb removes the Content-Length.
     response.app_iter = CompressedBody(response.app_iter, coding, small, body)
     response.headers["Content-Encoding"] = coding
     response.headers.pop("Accept-Ranges", None)
-    etag = response.headers.get("ETag", "")
-    if etag.startswith('"'):  # a strong one would be that of the uncompressed bytes
-        response.headers["ETag"] = f"W/{etag}"
 
 
 _OF_WHOLE = "206", "304"
