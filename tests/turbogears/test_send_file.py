@@ -867,6 +867,28 @@ def test_streamed_file_gets_the_type_of_its_name(
         assert call.headers["Content-Type"] == content_type
 
 
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+def test_charset_option_is_that_of_the_file(
+    make_app: MakeApp, tmp_path: Path, method: str
+) -> None:
+    """Each of several ranges has it, and their whole has none."""
+
+    class Root(TGController):
+        @expose(content_type="text/plain")
+        @stream(charset="latin-1")
+        def index(self) -> Any:
+            return (tmp_path / "a.txt").open("rb")
+
+    (tmp_path / "a.txt").write_bytes(bytes(30))
+    app, expected = make_app(Root()), "text/plain; charset=latin-1"
+    assert get(app, method=method).headers["Content-Type"] == expected
+    call = ask(app, range="bytes=0-9,20-29", method=method)
+    body = call.read()
+    if method == "GET":
+        assert body.count(f"\r\nContent-Type: {expected}\r\n".encode()) == 2
+        assert "charset" not in call.headers["Content-Type"]
+
+
 @pytest.mark.parametrize("name", ["gzip", "zip"])
 def test_streamed_archive_is_not_read_twice(make_app: MakeApp, name: str) -> None:
     """Its size is known only when it was unpacked."""

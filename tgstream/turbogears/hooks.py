@@ -112,7 +112,7 @@ class _Start:
         body.start(self._is_vetoed)
         try:
             if self._plan.spool is None:
-                set_headers(response, self._find_exposed, options, self._plan.traits)
+                self._set_headers()
             send_off(response, stream, self._plan, checked)
         except BaseException as error:
             body.fail(error, in_request=True)
@@ -128,6 +128,9 @@ class _Start:
         response = tg_locals.response
         try:
             set_file_headers(response, stored, name, self._find_exposed)
+            self._set_headers()
+            # The content type may be that of several ranges from now on.
+            self._options = self._options._replace(charset=None)
             parts = respond_with_file(tg_locals.request, response, stored)
         except BaseException:
             stream._discard()
@@ -169,10 +172,14 @@ class _Start:
         stream._discard()
         if self._tg_locals.request.method == "HEAD":
             stream._length = self._declared_length()
-            set_headers(response, self._find_exposed, self._options, self._plan.traits)
+            self._set_headers()
         else:
             stream._length = None if has_no_body(response.status) else 0
         send_off(response, stream, self._plan)
+
+    def _set_headers(self) -> None:
+        response, traits = self._tg_locals.response, self._plan.traits
+        set_headers(response, self._find_exposed, self._options, traits)
 
     # Called by the body, when it needs them.
 
@@ -204,8 +211,8 @@ class _Start:
 
     def _respond_with_spool(self, spool: Spool) -> FileParts:
         """Answer with the whole body, which is made, or with a range of it."""
+        self._set_headers()
         response = self._tg_locals.response
-        set_headers(response, self._find_exposed, self._options, self._plan.traits)
         content_type = response.headers.get("Content-Type") or self._find_exposed()[0]
         content = Representation(spool.size, f'"{spool.make_etag(content_type)}"')
         return respond_with_file(
