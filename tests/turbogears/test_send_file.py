@@ -471,6 +471,20 @@ def test_max_age_lets_the_browser_keep_the_file(make_app: MakeApp, path: Path) -
 
 
 @pytest.mark.parametrize(
+    "headers", [{"range": "bytes=900000-"}, {"if_match": '"other"'}], ids=str
+)
+def test_max_age_is_not_that_of_an_error(
+    make_app: MakeApp, path: Path, headers: dict[str, str]
+) -> None:
+    """A browser must not use a 412 or 416 again for another request."""
+    app = make_file_app(make_app, lambda: send_file(path, max_age=60))
+    call = ask(app, **headers)
+    assert call.read() == b""
+    assert call.status_int in (412, 416)
+    assert call.headers["Cache-Control"] == "no-cache"
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"max_age": -1}, "max_age must be a number of seconds"),
