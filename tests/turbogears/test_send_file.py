@@ -16,7 +16,9 @@ from typing import Any
 
 import pytest
 import tg
+import transaction
 from tg import TGController, abort, expose, predicates, require
+from transaction.interfaces import TransientError
 
 from tests.conftest import MakeApp, assert_clean
 from tests.model import Model
@@ -786,6 +788,62 @@ def test_file_is_compressed_only_on_request(make_app: MakeApp, path: Path) -> No
         call = ask(app, "/compressed", **more)
         call.read()
         assert call.status_int == status
+
+
+@pytest.mark.parametrize("page", ["/", "/streamed"])
+@pytest.mark.parametrize("when", ["commit", "wrapper"])
+@pytest.mark.parametrize("source", ["file", "spool"])
+@pytest.mark.parametrize(
+    ("headers", "status", "body"),
+    [
+        ({}, 200, DATA),
+        ({"range": "bytes=5-9"}, 206, DATA[5:10]),
+        ({"range": "bytes=900000-"}, 416, b""),
+        ({"if_none_match": "*"}, 304, b""),
+    ],
+    ids=["whole", "range", "after the end", "unmodified"],
+)
+def test_second_attempt_of_the_transaction_answers_again(
+    make_app: MakeApp,
+    sqlite_model: Model,
+    path: Path,
+    source: str,
+    when: str,
+    page: str,
+    headers: dict[str, str],
+    status: int,
+    body: bytes,
+) -> None:
+    """``tm.attempts`` runs the controller again with the same response."""
+    conflicts = [TransientError(), TransientError()]
+
+    def conflict() -> None:
+        if conflicts:
+            transaction.abort()
+            raise conflicts.pop()
+
+    def make() -> Any:
+        if when == "commit":
+            transaction.get().addBeforeCommitHook(conflict)
+        if source == "spool":
+            return Stream([DATA], spool=True)
+        return send_file(path, max_age=60)
+
+    def retry_outside(response: Any) -> None:
+        if when == "wrapper":
+            conflict()
+
+    plug = plug_with_wrapper(retry_outside, after=False)
+    app = make_file_app(make_app, make, model=sqlite_model, plug=plug, tm__attempts=3)
+    call = ask(app, page, **headers)
+    assert call.read() == body
+    assert call.status_int == status
+    once = ask(app, page, **headers)
+    once.read()
+    assert sorted(call.headers.keys()) == sorted(once.headers.keys())
+    for name in "Content-Length", "Content-Range", "Cache-Control", "Last-Modified":
+        assert call.headers.get(name) == once.headers.get(name)
+    assert_clean(sqlite_model)
 
 
 # Files that change while they are sent.

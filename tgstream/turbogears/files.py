@@ -150,6 +150,25 @@ def _guess_type(name: str | None) -> str | None:
     return content_type if encoding is None else _COMPRESSED.get(encoding)
 
 
+def withdraw_answer(response: Any) -> None:
+    """Take back the status and the headers of a file, except those changed since.
+
+    ``tm.attempts`` runs the controller again with the same response, and they would
+    count as the controller's own.
+    """
+    answer = vars(response).pop("tganswer", None)
+    if answer is None:
+        return
+    status, headers, answered_status, answered = answer
+    if response.status == answered_status:
+        response.status = status
+    added = [header for header in answered if header not in headers]
+    replaced = [header for header in headers if header not in answered]
+    kept = [header for header in response.headerlist if header not in added]
+    names = {name for name, _ in kept}
+    response.headerlist = kept + [each for each in replaced if each[0] not in names]
+
+
 def respond_with_file(request: Any, response: Any, stored: StoredFile) -> FileParts:
     """Answer a request with a file: the whole file, ranges of it, or a 304.
 
@@ -172,6 +191,14 @@ def respond_with_file(request: Any, response: Any, stored: StoredFile) -> FilePa
     :param stored: the file. Its ``etag`` must be strong: equal for equal bytes alone.
     :returns: the source of the body's bytes. It is empty for 304, 412 and 416.
     """
+    before = response.status, response.headerlist[:]
+    try:
+        return _respond(request, response, stored)
+    finally:
+        response.tganswer = *before, response.status, response.headerlist[:]
+
+
+def _respond(request: Any, response: Any, stored: StoredFile) -> FileParts:
     response.conditional_response = False  # WebOb's own handling
     headers, content = response.headers, stored.content
     if response.status_int != 200:

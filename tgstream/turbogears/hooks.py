@@ -38,7 +38,7 @@ from ..core.stream import Stream
 from ..database.on_commit import is_tm_enabled
 from ..database.registry import install_registry, scoped_sessions
 from .decorator import get_controller_name
-from .files import respond_with_file, set_file_headers
+from .files import respond_with_file, set_file_headers, withdraw_answer
 from .guard import Guard
 from .response import check_headers, end_previous, end_with_request, send_off
 
@@ -90,6 +90,7 @@ class _Start:
         tg_locals, options = self._tg_locals, self._options
         request, response = tg_locals.request, tg_locals.response
         context.check_locals()
+        withdraw_answer(response)
         stream._prepare(request)
         if self._plan.traits.measure is not None and options.length is None:
             self._measured = self._plan.traits.measure(stream._source)
