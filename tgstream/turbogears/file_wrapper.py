@@ -33,12 +33,12 @@ MIN_BYTES = 1 << 20
 _READ_SIZE = 1 << 18
 
 
-def find_wrapper(environ: dict[str, Any], body: Body, headers: Any) -> Any:
+def find_wrapper(environ: dict[str, Any], parts: Any, headers: Any) -> Any:
     """The server's wrapper, if it can send the body. Else None.
 
+    :param parts: the source of the body.
     :param headers: those that the server has got.
     """
-    parts = body.source
     if type(parts) is not FileParts or parts.length < MIN_BYTES:
         return None
     wrapper = environ.get("wsgi.file_wrapper")
@@ -53,13 +53,15 @@ def find_wrapper(environ: dict[str, Any], body: Body, headers: Any) -> Any:
 class FileWindow:
     """The only part of a file that a response sends, as a file for a server.
 
-    :param body: the running stream of the file. Each read is one of its pulls.
+    :param body: the stream of the file, which may have ended. Each read is one of its
+        pulls.
+    :param parts: its source.
     :param close: closes the response, with all middlewares.
     """
 
-    def __init__(self, body: Body, close: Callable[[], None]) -> None:
+    def __init__(self, body: Body, parts: FileParts, close: Callable[[], None]) -> None:
         self._body = body
-        self._parts: FileParts = body.source
+        self._parts = parts
         self._close = close
         self._position = 0
 

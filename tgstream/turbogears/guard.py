@@ -202,9 +202,10 @@ def _guard_body(body: Any, outcome: Outcome, environ: dict[str, Any]) -> Any:
         guarded = _GuardedBody(body, outcome)
         stream = outcome._body
         if stream is not None and outcome.responded:
-            wrapper = find_wrapper(environ, stream, outcome.headers)
+            parts = stream.source  # None if another thread has ended it
+            wrapper = find_wrapper(environ, parts, outcome.headers)
             if wrapper is not None and guarded.passes_on(stream.first):
-                return wrapper(FileWindow(stream, guarded.close), BLOCK_SIZE)
+                return wrapper(FileWindow(stream, parts, guarded.close), BLOCK_SIZE)
         return guarded
     return body
 
