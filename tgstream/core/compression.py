@@ -208,14 +208,17 @@ class CompressedBody:
         compress = compressor.compress
         for chunk in self._chunks:
             if chunk:
-                try:
-                    data = compress(chunk)
-                except BaseException as error:
-                    body.fail_pull(error)
-                    raise
-                yield data
+                yield self._run(compress, chunk)
         if body.ended_normally:
-            yield compressor.finish()
+            yield self._run(compressor.finish)
+
+    def _run(self, function: Callable[..., bytes], *args: bytes) -> bytes:
+        try:
+            return function(*args)
+        except BaseException as error:
+            if self._body is not None:
+                self._body.fail_pull(error)
+            raise
 
     def close(self) -> None:
         """Close the body, also if it was never iterated."""
