@@ -461,6 +461,17 @@ def test_filename_makes_a_download(make_app: MakeApp, path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("ranges", [None, "bytes=0-9", "bytes=0-9,20-29"])
+@pytest.mark.parametrize("content_type", ["text/plain\r\nX-A: b", "text/€"])
+def test_content_type_that_cannot_be_sent_is_an_error(
+    make_app: MakeApp, path: Path, content_type: str, ranges: str | None
+) -> None:
+    """It is also in the header of each of several ranges."""
+    app = make_file_app(make_app, lambda: send_file(path, content_type=content_type))
+    with pytest.raises(StreamError, match="Content-Type must be Latin-1"):
+        ask(app, **({"range": ranges} if ranges else {}))
+
+
 def test_max_age_lets_the_browser_keep_the_file(make_app: MakeApp, path: Path) -> None:
     """A shared cache must not answer for a controller that checks permissions."""
     app = make_file_app(make_app, lambda: send_file(path, max_age=60))

@@ -130,6 +130,7 @@ class _Start:
         try:
             set_file_headers(response, stored, name, self._find_exposed)
             self._set_headers()
+            check_headers(response, stream, self._plan.controller)  # also for a part
             # The content type may be that of several ranges from now on.
             self._options = self._options._replace(charset=None)
             parts = respond_with_file(tg_locals.request, response, stored)
