@@ -980,13 +980,25 @@ def test_streamed_archive_is_not_read_twice(make_app: MakeApp, name: str) -> Non
     assert not {"Content-Length", "Accept-Ranges"} & {*call.headers}
 
 
-def test_streamed_proc_file_is_sent(make_app: MakeApp) -> None:
-    """Its size is 0 for the kernel, and its content is not empty."""
-    file = Path("/proc/meminfo")
+@pytest.mark.parametrize("name", ["/proc/meminfo", "/sys/class/net/lo/mtu"])
+def test_streamed_kernel_file_is_sent(make_app: MakeApp, name: str) -> None:
+    """Its size is 0 or 4096 for the kernel, whatever its content is."""
+    file = Path(name)
     app = make_file_app(make_app, lambda: file.open("rb"))
     call = get(app, "/streamed")
-    assert "MemTotal" in call.text
+    assert call.text[:9] in ("MemTotal:", "65536\n")
     assert "Accept-Ranges" not in call.headers
+
+
+@pytest.mark.parametrize("size", [0, 1, 4095, 4096, 4097])
+def test_small_file_has_ranges(make_app: MakeApp, tmp_path: Path, size: int) -> None:
+    """Its size may be that of a kernel file."""
+    (tmp_path / "a").write_bytes(DATA[:size])
+    app = make_file_app(make_app, lambda: (tmp_path / "a").open("rb"))
+    call = ask(app, "/streamed")
+    assert call.read() == DATA[:size]
+    assert call.headers["Content-Length"] == str(size)
+    assert call.headers["Accept-Ranges"] == "bytes"
 
 
 def test_streamed_file_written_in_the_controller_is_complete(
