@@ -857,6 +857,29 @@ def test_second_attempt_of_the_transaction_answers_again(
     assert_clean(sqlite_model)
 
 
+def test_second_attempt_can_return_a_page(
+    make_app: MakeApp, sqlite_model: Model, path: Path
+) -> None:
+    """It has not the status of the file that the first one returned."""
+    attempts: list[int] = []
+
+    def conflict() -> None:
+        raise TransientError
+
+    def make() -> Any:
+        attempts.append(1)
+        if len(attempts) > 1:
+            return "page"
+        transaction.get().addBeforeCommitHook(conflict)
+        return send_file(path)
+
+    app = make_file_app(make_app, make, model=sqlite_model, tm__attempts=2)
+    call = ask(app, range="bytes=5-9")
+    assert (call.status_int, call.read()) == (200, b"page")
+    assert "Content-Range" not in call.headers
+    assert "ETag" not in call.headers
+
+
 # Files that change while they are sent.
 
 

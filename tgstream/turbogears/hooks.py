@@ -165,6 +165,7 @@ class _Start:
                 )
             except BaseException:
                 body.cancel()
+                withdraw_answer(tg_locals.response)
                 raise
         return body
 
