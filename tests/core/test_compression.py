@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -27,7 +29,8 @@ chunk_lists = st.lists(st.binary(max_size=200).map(lambda data: data * 7), max_s
 def make_body(
     coding: str, chunks: object, small: bool = False, complete: bool = True
 ) -> CompressedBody:
-    return CompressedBody(chunks, coding, small, lambda: complete)  # type: ignore[arg-type]
+    body: Any = SimpleNamespace(ended_normally=complete)
+    return CompressedBody(chunks, coding, small, body)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("small", [True, False], ids=["events", "export"])

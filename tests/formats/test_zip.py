@@ -302,10 +302,12 @@ def test_path_that_cannot_be_opened_is_named(tmp_path: Path, compress: bool) -> 
 )
 def test_duplicate_name_is_rejected(names: tuple[str, str]) -> None:
     """Names are compared as they are written, and without case."""
-    file = io.BytesIO(b"x")
-    with pytest.raises(ValueError, match=r"item 3, '.*': item 2 has the same name"):
-        encode(("other", b""), (names[0], b""), (names[1], file))
-    assert file.closed
+    for streamed in False, True:
+        file = io.BytesIO(b"x")
+        content = Stream(file) if streamed else file
+        with pytest.raises(ValueError, match=r"item 3, '.*': item 2 has the same name"):
+            encode(("other", b""), (names[0], b""), (names[1], content))
+        assert file.closed
 
 
 def test_compress_must_be_a_bool() -> None:

@@ -38,6 +38,7 @@ from tgstream import (
     drain,
     stream,
 )
+from tgstream.core import compression
 from tgstream.core.heartbeat import HEARTBEAT
 
 ROWS = [[number, f"name {number}"] for number in range(300)]
@@ -411,6 +412,41 @@ def test_failed_stream_has_no_end_of_the_coding(
             received.append(chunk)
     call.close()
     assert decompress(coding, received) == (b"one", False)
+
+
+@pytest.mark.parametrize("wiring", WIRINGS)
+@pytest.mark.parametrize("guarded", [True, False], ids=["guarded", "unguarded"])
+@pytest.mark.parametrize("at_end", [True, False], ids=["end", "chunk"])
+def test_failed_compressor_aborts_the_response(
+    make_app: MakeApp,
+    reports: list[Report],
+    monkeypatch: pytest.MonkeyPatch,
+    wiring: dict[str, Any],
+    guarded: bool,
+    at_end: bool,
+) -> None:
+    """TG's debugger swallows an error that the stream does not know."""
+
+    class Failing:
+        def __init__(self, small: bool) -> None:
+            pass
+
+        def compress(self, chunk: bytes) -> bytes:
+            if chunk == b"two\n" and not at_end:
+                raise MemoryError
+            return chunk
+
+        def finish(self) -> bytes:
+            raise MemoryError
+
+    monkeypatch.setitem(compression._CODINGS, "gzip", ("zlib", Failing))
+    app = make_app(Root(make_lines, compress=True), **wiring)
+    app = app if guarded else without_guard(app)
+    call = Call(app, HTTP_ACCEPT_ENCODING="gzip", checked=False)
+    with pytest.raises((MemoryError, AssertionError)):
+        call.read()
+    reasons = [report.reason for report in reports]
+    assert reasons == ["completed" if at_end else "failed"]
 
 
 @pytest.mark.parametrize("coding", CODINGS)

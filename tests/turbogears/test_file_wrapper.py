@@ -299,6 +299,30 @@ def test_drain_ends_the_wrapper(
     assert next_report().reason == "drained"
 
 
+class Draining(Middleware):
+    """Passes on the chunks, and drains the process after the first one."""
+
+    def __call__(self, environ: Any, start_response: Any) -> Any:
+        return self.drain(self.app(environ, start_response))
+
+    def drain(self, body: Any) -> Iterator[bytes]:
+        for chunk in body:
+            assert drain(5)
+            yield chunk
+
+
+def test_drain_before_the_first_read_fails_that_read(
+    make_app: MakeApp, path: Path
+) -> None:
+    """The stream may end between its first chunk and the wrapper."""
+    with install_middleware(Draining):
+        app = make_app(make_root(path))
+    call = ask(app)
+    with pytest.raises(StreamError, match="was drained"):
+        next(send(call))
+    call.close()
+
+
 def test_report_is_made_on_a_thread_of_its_own(
     make_app: MakeApp, path: Path, next_report: NextReport, reports: list[Report]
 ) -> None:

@@ -68,8 +68,8 @@ def make_export_app(make_app: MakeApp, **config: Any) -> tuple[Any, list[str]]:
 
         @expose()
         @stream([CSV, NDJSON])
-        def varied(self) -> Any:
-            tg.response.headers["Vary"] = "Cookie, accept"
+        def varied(self, vary: str = "Cookie, accept") -> Any:
+            tg.response.headers["Vary"] = vary
             return [{"id": 1}]
 
     return make_app(RootController(), **config), ran
@@ -98,6 +98,10 @@ BROWSER = "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8"
         ("/users", "text/csv;q=0.5, application/json", ARRAY_ANSWER),
         ("/users", "not an accept header,,", CSV_ANSWER),
         ("/users", "text/csv;q=0, application/json;q=0.1", ARRAY_ANSWER),
+        ("/users", "application/json; charset=utf-8", ARRAY_ANSWER),
+        ("/users", "application/json;q=0.9, text/csv;header=present", CSV_ANSWER),
+        ("/users", 'application/json; charset="UTF-8"; q=0.9, */*;q=0.1', ARRAY_ANSWER),
+        ("/users", "", CSV_ANSWER),
         ("/users.csv", "application/json", CSV_ANSWER),
         ("/users.json", "text/csv", ARRAY_ANSWER),
         ("/users.JSON", "image/png", ARRAY_ANSWER),
@@ -205,6 +209,16 @@ def test_vary_of_the_controller_is_kept(make_app: MakeApp) -> None:
     """The name is in the header once, whatever its case."""
     app, _ = make_export_app(make_app)
     assert get(app, "/varied").headers["Vary"] == "Cookie, accept"
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+def test_vary_that_the_controller_replaces_has_accept(
+    make_app: MakeApp, method: str
+) -> None:
+    """Without it a cache sends one format to clients of the other."""
+    app, _ = make_export_app(make_app)
+    call = get(app, "/varied?vary=Cookie", method=method)
+    assert call.headers["Vary"] == "Cookie, Accept"
 
 
 def test_extensions_may_be_disabled(make_app: MakeApp) -> None:

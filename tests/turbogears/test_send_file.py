@@ -16,7 +16,9 @@ from typing import Any
 
 import pytest
 import tg
+import transaction
 from tg import TGController, abort, expose, predicates, require
+from transaction.interfaces import TransientError
 
 from tests.conftest import MakeApp, assert_clean
 from tests.model import Model
@@ -459,6 +461,17 @@ def test_filename_makes_a_download(make_app: MakeApp, path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("ranges", [None, "bytes=0-9", "bytes=0-9,20-29"])
+@pytest.mark.parametrize("content_type", ["text/plain\r\nX-A: b", "text/€"])
+def test_content_type_that_cannot_be_sent_is_an_error(
+    make_app: MakeApp, path: Path, content_type: str, ranges: str | None
+) -> None:
+    """It is also in the header of each of several ranges."""
+    app = make_file_app(make_app, lambda: send_file(path, content_type=content_type))
+    with pytest.raises(StreamError, match="Content-Type must be Latin-1"):
+        ask(app, **({"range": ranges} if ranges else {}))
+
+
 def test_max_age_lets_the_browser_keep_the_file(make_app: MakeApp, path: Path) -> None:
     """A shared cache must not answer for a controller that checks permissions."""
     app = make_file_app(make_app, lambda: send_file(path, max_age=60))
@@ -468,6 +481,20 @@ def test_max_age_lets_the_browser_keep_the_file(make_app: MakeApp, path: Path) -
     call = ask(app, if_none_match=tag)
     call.read()
     assert call.headers["Cache-Control"] == "private, max-age=60"
+
+
+@pytest.mark.parametrize(
+    "headers", [{"range": "bytes=900000-"}, {"if_match": '"other"'}], ids=str
+)
+def test_max_age_is_not_that_of_an_error(
+    make_app: MakeApp, path: Path, headers: dict[str, str]
+) -> None:
+    """A browser must not use a 412 or 416 again for another request."""
+    app = make_file_app(make_app, lambda: send_file(path, max_age=60))
+    call = ask(app, **headers)
+    assert call.read() == b""
+    assert call.status_int in (412, 416)
+    assert call.headers["Cache-Control"] == "no-cache"
 
 
 @pytest.mark.parametrize(
@@ -802,6 +829,85 @@ def test_file_is_compressed_only_on_request(make_app: MakeApp, path: Path) -> No
         assert call.status_int == status
 
 
+@pytest.mark.parametrize("page", ["/", "/streamed"])
+@pytest.mark.parametrize("when", ["commit", "wrapper"])
+@pytest.mark.parametrize("source", ["file", "spool"])
+@pytest.mark.parametrize(
+    ("headers", "status", "body"),
+    [
+        ({}, 200, DATA),
+        ({"range": "bytes=5-9"}, 206, DATA[5:10]),
+        ({"range": "bytes=900000-"}, 416, b""),
+        ({"if_none_match": "*"}, 304, b""),
+    ],
+    ids=["whole", "range", "after the end", "unmodified"],
+)
+def test_second_attempt_of_the_transaction_answers_again(
+    make_app: MakeApp,
+    sqlite_model: Model,
+    path: Path,
+    source: str,
+    when: str,
+    page: str,
+    headers: dict[str, str],
+    status: int,
+    body: bytes,
+) -> None:
+    """``tm.attempts`` runs the controller again with the same response."""
+    conflicts = [TransientError(), TransientError()]
+
+    def conflict() -> None:
+        if conflicts:
+            transaction.abort()
+            raise conflicts.pop()
+
+    def make() -> Any:
+        if when == "commit":
+            transaction.get().addBeforeCommitHook(conflict)
+        if source == "spool":
+            return Stream([DATA], spool=True)
+        return send_file(path, max_age=60)
+
+    def retry_outside(response: Any) -> None:
+        if when == "wrapper":
+            conflict()
+
+    plug = plug_with_wrapper(retry_outside, after=False)
+    app = make_file_app(make_app, make, model=sqlite_model, plug=plug, tm__attempts=3)
+    call = ask(app, page, **headers)
+    assert call.read() == body
+    assert call.status_int == status
+    once = ask(app, page, **headers)
+    once.read()
+    assert sorted(call.headers.keys()) == sorted(once.headers.keys())
+    for name in "Content-Length", "Content-Range", "Cache-Control", "Last-Modified":
+        assert call.headers.get(name) == once.headers.get(name)
+    assert_clean(sqlite_model)
+
+
+def test_second_attempt_can_return_a_page(
+    make_app: MakeApp, sqlite_model: Model, path: Path
+) -> None:
+    """It has not the status of the file that the first one returned."""
+    attempts: list[int] = []
+
+    def conflict() -> None:
+        raise TransientError
+
+    def make() -> Any:
+        attempts.append(1)
+        if len(attempts) > 1:
+            return "page"
+        transaction.get().addBeforeCommitHook(conflict)
+        return send_file(path)
+
+    app = make_file_app(make_app, make, model=sqlite_model, tm__attempts=2)
+    call = ask(app, range="bytes=5-9")
+    assert (call.status_int, call.read()) == (200, b"page")
+    assert "Content-Range" not in call.headers
+    assert "ETag" not in call.headers
+
+
 # Files that change while they are sent.
 
 
@@ -895,6 +1001,28 @@ def test_streamed_file_gets_the_type_of_its_name(
         assert call.headers["Content-Type"] == content_type
 
 
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+def test_charset_option_is_that_of_the_file(
+    make_app: MakeApp, tmp_path: Path, method: str
+) -> None:
+    """Each of several ranges has it, and their whole has none."""
+
+    class Root(TGController):
+        @expose(content_type="text/plain")
+        @stream(charset="latin-1")
+        def index(self) -> Any:
+            return (tmp_path / "a.txt").open("rb")
+
+    (tmp_path / "a.txt").write_bytes(bytes(30))
+    app, expected = make_app(Root()), "text/plain; charset=latin-1"
+    assert get(app, method=method).headers["Content-Type"] == expected
+    call = ask(app, range="bytes=0-9,20-29", method=method)
+    body = call.read()
+    if method == "GET":
+        assert body.count(f"\r\nContent-Type: {expected}\r\n".encode()) == 2
+        assert "charset" not in call.headers["Content-Type"]
+
+
 @pytest.mark.parametrize("name", ["gzip", "zip"])
 def test_streamed_archive_is_not_read_twice(make_app: MakeApp, name: str) -> None:
     """Its size is known only when it was unpacked."""
@@ -903,13 +1031,25 @@ def test_streamed_archive_is_not_read_twice(make_app: MakeApp, name: str) -> Non
     assert not {"Content-Length", "Accept-Ranges"} & {*call.headers}
 
 
-def test_streamed_proc_file_is_sent(make_app: MakeApp) -> None:
-    """Its size is 0 for the kernel, and its content is not empty."""
-    file = Path("/proc/meminfo")
+@pytest.mark.parametrize("name", ["/proc/meminfo", "/sys/class/net/lo/mtu"])
+def test_streamed_kernel_file_is_sent(make_app: MakeApp, name: str) -> None:
+    """Its size is 0 or 4096 for the kernel, whatever its content is."""
+    file = Path(name)
     app = make_file_app(make_app, lambda: file.open("rb"))
     call = get(app, "/streamed")
-    assert "MemTotal" in call.text
+    assert call.text[:9] in ("MemTotal:", "65536\n")
     assert "Accept-Ranges" not in call.headers
+
+
+@pytest.mark.parametrize("size", [0, 1, 4095, 4096, 4097])
+def test_small_file_has_ranges(make_app: MakeApp, tmp_path: Path, size: int) -> None:
+    """Its size may be that of a kernel file."""
+    (tmp_path / "a").write_bytes(DATA[:size])
+    app = make_file_app(make_app, lambda: (tmp_path / "a").open("rb"))
+    call = ask(app, "/streamed")
+    assert call.read() == DATA[:size]
+    assert call.headers["Content-Length"] == str(size)
+    assert call.headers["Accept-Ranges"] == "bytes"
 
 
 def test_streamed_file_written_in_the_controller_is_complete(

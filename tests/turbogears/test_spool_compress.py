@@ -87,6 +87,16 @@ def test_unchanged_compressed_file_is_not_sent_again(app: Any) -> None:
     call = get_raw(app, HTTP_IF_NONE_MATCH=first.headers["ETag"], **GZIP)
     assert (call.status_int, call.text) == (304, "")
     assert call.headers["Vary"] == "Accept-Encoding"
+    assert call.headers["ETag"] == first.headers["ETag"]
+
+
+def test_304_has_the_etag_that_the_client_knows(app: Any) -> None:
+    """A cache updates the response with that ``ETag`` (RFC 9111, 4.3.4)."""
+    tag = get_raw(app).headers["ETag"]
+    for known in tag, f"W/{tag}", "*":
+        call = get_raw(app, HTTP_IF_NONE_MATCH=known, **GZIP)
+        assert call.status_int == 304
+        assert call.headers["ETag"] == (tag if known == "*" else known)
 
 
 def test_error_at_the_last_row_is_not_compressed(

@@ -523,6 +523,15 @@ class Body:
         finally:
             self.context.unbind(record)
 
+    def fail_pull(self, error: BaseException) -> None:
+        """End as failed, because the chunk of a pull cannot be sent.
+
+        :param error: the reason. The caller raises it.
+        """
+        self.fail(error)
+        if self.observer is not None:
+            self.observer.pull_failed(error)
+
     def cancel(self) -> None:
         """End a stream whose request failed before it began, without a report."""
         self._end("failed", silent=True)

@@ -43,6 +43,7 @@ from .cleanup import close
 from .headers import add_vary, has_no_body
 
 if TYPE_CHECKING:
+    from .body import Body
     from .options import Plan
 
 MIN_LENGTH = 1024
@@ -187,30 +188,37 @@ def make_compressor(coding: str, small: bool = False) -> Compressor:
 class CompressedBody:
     """A body whose chunks are compressed.
 
-    :param ended_normally: whether the body has completed. It is called after the last
-        chunk. If it has not, the end of the coding is not sent.
+    :param body: the body of the stream, None if it is not iterated (HEAD). If it has
+        not completed after the last chunk, the end of the coding is not sent. If the
+        compressor fails, the body fails.
     """
 
     def __init__(
-        self,
-        chunks: Iterable[bytes],
-        coding: str,
-        small: bool,
-        ended_normally: Callable[[], bool],
+        self, chunks: Iterable[bytes], coding: str, small: bool, body: Body | None
     ) -> None:
         self._chunks = chunks
         self._coding = coding
         self._small = small
-        self._ended_normally = ended_normally
+        self._body = body
 
     def __iter__(self) -> Iterator[bytes]:
+        body = self._body
+        assert body is not None
         compressor = make_compressor(self._coding, self._small)
         compress = compressor.compress
         for chunk in self._chunks:
             if chunk:
-                yield compress(chunk)
-        if self._ended_normally():
-            yield compressor.finish()
+                yield self._run(compress, chunk)
+        if body.ended_normally:
+            yield self._run(compressor.finish)
+
+    def _run(self, function: Callable[..., bytes], *args: bytes) -> bytes:
+        try:
+            return function(*args)
+        except BaseException as error:
+            if self._body is not None:
+                self._body.fail_pull(error)
+            raise
 
     def close(self) -> None:
         """Close the body, also if it was never iterated."""
@@ -222,7 +230,7 @@ def compress_response(
     environ: dict[str, Any],
     plan: Plan,
     length: int | None,
-    ended_normally: Callable[[], bool],
+    body: Body | None,
 ) -> None:
     """Compress a response if its headers allow it, and the client accepts it.
 
@@ -230,28 +238,32 @@ def compress_response(
     :param environ: of its request.
     :param plan: the options of the stream.
     :param length: the bytes of the whole body, if they are known.
-    :param ended_normally: see :class:`CompressedBody`.
+    :param body: see :class:`CompressedBody`.
     """
     content_type = (response.content_type or "").lower()
     if not _is_allowed(plan, content_type, response):
         return
     add_vary(response, "Accept-Encoding")
-    if response.status.startswith(_OF_WHOLE) or (
-        length is not None and length < MIN_LENGTH
+    unmodified = response.status.startswith("304")
+    if response.status.startswith("206") or (
+        length is not None and length < MIN_LENGTH and not unmodified
     ):
         return
     small = plan.traits.endless or content_type == "text/event-stream"
     coding = choose_coding(environ.get("HTTP_ACCEPT_ENCODING"), small)
     if coding is None:
         return
-    response.app_iter = CompressedBody(
-        response.app_iter, coding, small, ended_normally
-    )  # WebOb removes the Content-Length
+    etag = response.headers.get("ETag", "")
+    known = environ.get("HTTP_IF_NONE_MATCH", "")
+    if etag.startswith('"') and (not unmodified or f"W/{etag}" in known):
+        # A strong one would be that of the uncompressed bytes.
+        response.headers["ETag"] = f"W/{etag}"
+    if unmodified:
+        return
+    # WebOb removes the Content-Length.
+    response.app_iter = CompressedBody(response.app_iter, coding, small, body)
     response.headers["Content-Encoding"] = coding
     response.headers.pop("Accept-Ranges", None)
-    etag = response.headers.get("ETag", "")
-    if etag.startswith('"'):  # a strong one would be that of the uncompressed bytes
-        response.headers["ETag"] = f"W/{etag}"
 
 
 _OF_WHOLE = "206", "304"

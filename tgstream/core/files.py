@@ -35,6 +35,10 @@ BLOCK_SIZE = 65536
 """Maximum bytes of an item that is a block of a file."""
 
 
+_KERNEL_SIZES = 0, 4096
+"""The sizes of the files of ``/proc`` and ``/sys``, whatever their content is."""
+
+
 class StoredFile:
     """An open, seekable binary file, whose bytes from ``start`` on are the content.
 
@@ -85,7 +89,7 @@ def find_stored(file: Any, start: int | None = None) -> StoredFile | None:
     """The file, if it is on a disk or in memory, so that its size is known.
 
     :param start: the position of the first byte. None for the position that it has.
-    :returns: None for others: pipes, sockets, archives, text, files of ``/proc``.
+    :returns: None for others: pipes, sockets, archives, text, files of the kernel.
     """
     info = _find_stat(file)
     if info is None and not _is_in_memory(file):
@@ -100,9 +104,11 @@ def find_stored(file: Any, start: int | None = None) -> StoredFile | None:
         file.flush()
         info = _find_stat(file) or info
     size = max(0, info.st_size - start)
-    if not info.st_size and file.read(1):
+    if info.st_size in _KERNEL_SIZES:
+        read = len(file.read(size or 1))
         file.seek(start)
-        return None
+        if read != size:
+            return None
     identity = (info.st_mtime_ns, info.st_ctime_ns, info.st_ino, size, start)
     content = Representation(size, _make_etag(repr(identity)), int(info.st_mtime))
     return StoredFile(file, content, start)

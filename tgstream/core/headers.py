@@ -50,6 +50,8 @@ def set_headers(
     format = options.format
     for name, value in traits.headers.items():
         response.headers.setdefault(name, value)
+    if options.formats is not None:
+        add_vary(response, "Accept")  # the controller may have replaced it
     if options.filename is not None and "Content-Disposition" not in response.headers:
         filename = options.filename
         for suffix in [getattr(f, "suffix", None) for f in options.formats or ()]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from types import GeneratorType
 from typing import TYPE_CHECKING, Any
@@ -237,6 +238,7 @@ class Stream:
             chunk_size=options.chunk_size or body.plan.chunk_size or BLOCK_SIZE,
         )
         source = open_source(self._source, format, body.context.environ)
+        self._source = None
         charset = traits.charset or options.charset or "utf-8"
         return body.encode_member(source, plan, charset, options.length)
 
@@ -247,9 +249,13 @@ class Stream:
     def close(self) -> None:
         """End the stream, as a server does at its end or if the client disconnects.
 
-        It does not raise. It may be called twice, and from any thread.
+        It does not raise. It may be called twice, and from any thread. The items of a
+        stream that has not started are closed.
         """
-        if self._body is not None:
+        if self._body is None:
+            with suppress(Exception):
+                self._discard()
+        else:
             self._body.close_as_wrapper()
 
     def __del__(self) -> None:

@@ -35,6 +35,7 @@ _READ_SIZE = 1 << 18
 def find_wrapper(environ: dict[str, Any], parts: FileParts, headers: Any) -> Any:
     """The server's wrapper, if it can send the parts of a file. Else None.
 
+    :param parts: the source of the body.
     :param headers: those that the server has got.
     """
     if parts.length < MIN_BYTES:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 import mimetypes
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from ..core.files import (
@@ -122,7 +123,7 @@ def set_file_headers(
     filename: str | None,
     exposed: Callable[[], tuple[Any, ...]],
 ) -> None:
-    """Set the content type and ``Cache-Control`` of a file.
+    """Set the content type of a file.
 
     :param filename: the name under which a browser saves it.
     :param exposed: returns what ``@expose`` declares: content type, engine, template.
@@ -141,10 +142,6 @@ def set_file_headers(
         if content_type.startswith("text/") and find_charset(content_type) is None:
             content_type += "; charset=utf-8"
         response.headers["Content-Type"] = content_type
-    if stored.max_age is not None:
-        # A shared cache must not answer for a controller that checks permissions.
-        response.headers["Cache-Control"] = f"private, max-age={stored.max_age}"
-        response.headers.pop("Pragma", None)  # TG's default is no-cache
 
 
 _COMPRESSED = {
@@ -165,13 +162,47 @@ def _guess_type(name: str | None) -> str | None:
     return content_type if encoding is None else _COMPRESSED.get(encoding)
 
 
+@contextmanager
+def remember_answer(response: Any) -> Iterator[None]:
+    """Remember the status and headers that are set, for :func:`withdraw_answer`."""
+    before = response.status, response.headerlist[:]
+    try:
+        yield
+    finally:
+        response.tganswer = *before, response.status, response.headerlist[:]
+
+
+def has_answer(response: Any) -> bool:
+    """Whether the response has the status and headers of a file."""
+    return "tganswer" in response.__dict__
+
+
+def withdraw_answer(response: Any) -> None:
+    """Take back the status and the headers of a file, except those changed since.
+
+    The file could not be read, or ``tm.attempts`` runs the controller again with the
+    same response. They would count as the controller's own.
+    """
+    answer = response.__dict__.pop("tganswer", None)
+    if answer is None:
+        return
+    status, headers, answered_status, answered = answer
+    if response.status == answered_status:
+        response.status = status
+    added = [header for header in answered if header not in headers]
+    replaced = [header for header in headers if header not in answered]
+    kept = [header for header in response.headerlist if header not in added]
+    names = {name for name, _ in kept}
+    response.headerlist = kept + [each for each in replaced if each[0] not in names]
+
+
 def respond_with_file(request: Any, response: Any, stored: StoredFile) -> FileParts:
     """Answer a request with a file: the whole file, ranges of it, or a 304.
 
     It sets the status and the headers ``Accept-Ranges``, ``ETag``, ``Last-Modified``,
-    ``Content-Range`` and ``Content-Length``. The caller sets the content type before,
-    and sends the bytes of the returned object. To send a temporary file with a
-    hash of its content::
+    ``Content-Range``, ``Content-Length`` and ``Cache-Control``. The caller sets the
+    content type before, and sends the bytes of the returned object. To send a temporary
+    file with a hash of its content::
 
         content = Representation(size, etag=f'"{digest}"')
         source = respond_with_file(request, response, StoredFile(file, content))
@@ -190,6 +221,7 @@ def respond_with_file(request: Any, response: Any, stored: StoredFile) -> FilePa
     response.conditional_response = False  # WebOb's own handling
     headers, content = response.headers, stored.content
     if response.status_int != 200:
+        _set_max_age(headers, stored.max_age)
         return _send(response, FileParts(stored, [range(content.size)]))
     if "ETag" in headers:
         content = content._replace(etag=headers["ETag"])
@@ -198,6 +230,8 @@ def respond_with_file(request: Any, response: Any, stored: StoredFile) -> FilePa
     answer = evaluate(request.environ, content)
     if answer.status != 200:
         response.status = answer.status
+    if answer.status < 400:  # a cache must not answer other requests with a 412 or 416
+        _set_max_age(headers, stored.max_age)
     headers.update(answer.headers)
     parts: list[bytes | range] = [*answer.ranges]
     if len(parts) > 1:
@@ -206,6 +240,13 @@ def respond_with_file(request: Any, response: Any, stored: StoredFile) -> FilePa
             answer.ranges, content.size, content_type
         )
     return _send(response, FileParts(stored, parts))
+
+
+def _set_max_age(headers: Any, seconds: int | None) -> None:
+    if seconds is not None:
+        # A shared cache must not answer for a controller that checks permissions.
+        headers["Cache-Control"] = f"private, max-age={seconds}"
+        headers.pop("Pragma", None)  # TG's default is no-cache
 
 
 def _send(response: Any, source: FileParts) -> FileParts:

@@ -38,7 +38,13 @@ from ..core.stream import Stream
 from ..database.on_commit import is_tm_enabled
 from ..database.registry import install_registry, scoped_sessions
 from .decorator import get_controller_name
-from .files import respond_with_file, set_file_headers
+from .files import (
+    has_answer,
+    remember_answer,
+    respond_with_file,
+    set_file_headers,
+    withdraw_answer,
+)
 from .guard import Guard
 from .response import check_headers, end_previous, end_with_request, send_off
 
@@ -71,7 +77,6 @@ class _Start:
 
     _measured: int | None = None  # bytes of the whole body, by its format or its file
     _file: FileParts | None = None  # that it sends
-    _unset: tuple[Any, ...] | None = None  # the status and headers before the file's
 
     def __init__(self, stream: Stream, tg_locals: Any) -> None:
         self._tg_locals = tg_locals
@@ -92,6 +97,8 @@ class _Start:
         tg_locals, options = self._tg_locals, self._options
         request, response = tg_locals.request, tg_locals.response
         context.check_locals()
+        if has_answer(response):
+            withdraw_answer(response)
         stream._prepare(request)
         if self._plan.traits.measure is not None and options.length is None:
             self._measured = self._plan.traits.measure(stream._source)
@@ -115,11 +122,11 @@ class _Start:
         try:
             body.start(self._is_vetoed)
         except BaseException:
-            self._remove_file_headers()
+            withdraw_answer(response)
             raise
         try:
             if self._plan.spool is None:
-                set_headers(response, self._find_exposed, options, self._plan.traits)
+                self._set_headers()
             send_off(response, stream, self._plan, checked)
         except BaseException as error:
             body.fail(error, in_request=True)
@@ -133,25 +140,23 @@ class _Start:
             return
         tg_locals, name = self._tg_locals, self._options.filename
         response = tg_locals.response
-        self._unset = response.status, response.headerlist[:]
         try:
-            set_file_headers(response, stored, name, self._find_exposed)
-            parts = respond_with_file(tg_locals.request, response, stored)
+            with remember_answer(response):
+                set_file_headers(response, stored, name, self._find_exposed)
+                self._set_headers()
+                check_headers(response, stream, self._plan.controller)  # for parts, too
+                # The content type may be that of several ranges from now on.
+                self._options = self._options._replace(charset=None)
+                parts = respond_with_file(tg_locals.request, response, stored)
         except BaseException:
             stream._discard()
-            self._remove_file_headers()
+            withdraw_answer(response)
             raise
         stream._source = self._file = parts
         self._measured = parts.length
         self._plan = self._plan._replace(spool=None)  # it is a file already
         if self._options.compress is None:  # a compressed file cannot be resumed
             self._plan = self._plan._replace(compress=None)
-
-    def _remove_file_headers(self) -> None:
-        """Remove the status and headers of a file that cannot be read."""
-        if self._unset is not None:
-            response = self._tg_locals.response
-            response.status, response.headerlist = self._unset
 
     def _open(self, stream: Stream) -> Body:
         """Make the body, and end the request's transaction by TG's rules."""
@@ -176,6 +181,7 @@ class _Start:
                 )
             except BaseException:
                 body.cancel()
+                withdraw_answer(tg_locals.response)
                 raise
         return body
 
@@ -185,10 +191,14 @@ class _Start:
         stream._discard()
         if self._tg_locals.request.method == "HEAD":
             stream._length = self._declared_length()
-            set_headers(response, self._find_exposed, self._options, self._plan.traits)
+            self._set_headers()
         else:
             stream._length = None if has_no_body(response.status) else 0
         send_off(response, stream, self._plan)
+
+    def _set_headers(self) -> None:
+        response, traits = self._tg_locals.response, self._plan.traits
+        set_headers(response, self._find_exposed, self._options, traits)
 
     # Called by the body, when it needs them.
 
@@ -221,13 +231,15 @@ class _Start:
     def _respond_with_spool(self, spool: Spool) -> FileParts:
         """Answer with the whole body, which is made, or with a range of it."""
         response = self._tg_locals.response
-        self._unset = response.status, response.headerlist[:]
-        set_headers(response, self._find_exposed, self._options, self._plan.traits)
-        content_type = response.headers.get("Content-Type") or self._find_exposed()[0]
-        content = Representation(spool.size, f'"{spool.make_etag(content_type)}"')
-        return respond_with_file(
-            self._tg_locals.request, response, StoredFile(spool, content)
-        )
+        with remember_answer(response):
+            self._set_headers()
+            content_type = (
+                response.headers.get("Content-Type") or self._find_exposed()[0]
+            )
+            content = Representation(spool.size, f'"{spool.make_etag(content_type)}"')
+            return respond_with_file(
+                self._tg_locals.request, response, StoredFile(spool, content)
+            )
 
     def _is_vetoed(self, response: Any) -> bool:
         """Whether ``tm.commit_veto`` aborts the transaction for this response."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from webob.acceptparse import AcceptValidHeader, create_accept_header
 from webob.exc import HTTPNotAcceptable
 
 from ..core.headers import add_vary
@@ -53,7 +54,10 @@ def choose_format(formats: Sequence[Format], request: Any, response: Any) -> For
             return format
     if not request.response_type:  # an unknown extension may be a part of a name
         offers = {format.content_type: format for format in formats}
-        accepted = request.accept.acceptable_offers([*offers])
+        accept = request.accept
+        if not any(";" in offer for offer in offers):
+            accept = _ignore_parameters(accept)
+        accepted = accept.acceptable_offers([*offers])
         if accepted:
             return offers[accepted[0][0]]
     raise HTTPNotAcceptable(
@@ -61,6 +65,20 @@ def choose_format(formats: Sequence[Format], request: Any, response: Any) -> For
         headers={"Vary": "Accept"},
         body_template="${detail}",
     )
+
+
+def _ignore_parameters(accept: Any) -> Any:
+    """An ``Accept`` header without the parameters of its media types.
+
+    Clients send ``text/csv; charset=utf-8``. An empty header counts as a missing one.
+    """
+    if not isinstance(accept, AcceptValidHeader):
+        return accept
+    ranges = [
+        f"{media_range.partition(';')[0]};q={quality}"
+        for media_range, quality, *_ in accept.parsed
+    ]
+    return create_accept_header(", ".join(ranges) or None)
 
 
 def _describe(formats: Sequence[Format], extension: str) -> str:

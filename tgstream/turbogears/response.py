@@ -81,7 +81,7 @@ class StreamingResponse:
             response.content_length = length  # WebOb forgot it when TG set the stream
         try:
             if response.tgplan.compress is not None:
-                _compress(response, environ, body, length)
+                compress_response(response, environ, response.tgplan, length, body)
             usual = is_usual(response)
             bodiless = body is None or has_no_body(response.status)
             if bodiless or not usual:
@@ -104,15 +104,6 @@ class StreamingResponse:
         if body.transaction is None:
             return app_iter
         return _DepartedBody(app_iter, body.transaction)
-
-
-def _compress(
-    response: Any, environ: dict[str, Any], body: Body | None, length: int | None
-) -> None:
-    def ended_normally() -> bool:
-        return body is not None and body.ended_normally
-
-    compress_response(response, environ, response.tgplan, length, ended_normally)
 
 
 _COMPLETE = list, tuple
