@@ -266,6 +266,11 @@ class Number(int):
         return "=1+1"
 
 
+class Money(Decimal):
+    def __str__(self) -> str:
+        return f"<b>{float(self)} & more</b>"
+
+
 @pytest.mark.parametrize(
     ("value", "read"),
     [
@@ -273,6 +278,8 @@ class Number(int):
         (Status.DUE, 7),
         (Word("word"), "word"),
         (Number(3), 3),
+        (Money("1.5"), 1.5),
+        (Money("0.1234567890123456"), "0.1234567890123456"),
         (uuid.UUID(int=5), "00000000-0000-0000-0000-000000000005"),
         (b"\0\xff", "AP8="),
         pytest.param(memoryview(b"ab"), "YWI=", id="memoryview"),

@@ -217,7 +217,8 @@ def _encode_decimal(value: Decimal) -> Encoded:
     is_number = not digits or (
         len(digits) <= MAX_DIGITS and _SMALLEST <= abs(float(value)) < float("inf")
     )
-    return (_NUMBER, str(value)) if is_number else _encode_text(str(value))
+    text = Decimal.__str__(value)  # a subclass may have another text
+    return (_NUMBER, text) if is_number else _encode_text(text)
 
 
 def _encode_decimals(values: Sequence[Decimal]) -> EncodedColumn | None:
