@@ -635,6 +635,12 @@ def test_xlsx_row_may_be_of_any_kind(items: list[Any]) -> None:
     assert names[:2] == ["id", "name"]
 
 
+def test_xlsx_names_of_a_mapping_may_be_numbers() -> None:
+    """The header has their texts, as in CSV."""
+    names, cells = read_openpyxl(encode_xlsx(XLSX(), [{1: "x", 2.5: "y"}] * 2))[::2]
+    assert (names, cells) == (["1", "2.5"], ["x", "y"])
+
+
 def test_xlsx_rows_of_different_lengths_are_written() -> None:
     """A cell is where its row has it. A missing value of a mapping is an empty cell."""
     body = encode_xlsx(XLSX(), [(1,), (), (None, 2, 3), [None, None, None, 4]])

@@ -75,12 +75,13 @@ def encode_cells(values: Sequence[Any]) -> EncodedColumn | None:
     return None if encode is None else encode(values)
 
 
-def encode_header(name: str) -> str:
+def encode_header(name: Any) -> str:
     """Return the XML of a cell of the header, behind the reference of the cell.
 
+    :param name: a key of a mapping may be a number, for example.
     :raises ValueError: when no cell can have the name.
     """
-    kind, text = _encode_text(name)
+    kind, text = _encode_text(name if isinstance(name, str) else str(name))
     return f' s="{HEADER}"{kind.start}{text}{kind.end}'
 
 
