@@ -396,6 +396,12 @@ LONE = "\ud800"
             object(),
             "a cell cannot be a value of type object, whose text would be '<obj",
         ),
+        (
+            (n for n in [1]),
+            "a cell cannot be a value of type generator, whose text would be '<gen",
+        ),
+        (lambda: 1, "a cell cannot be a value of type function, whose text would be"),
+        ({object()}, "a cell cannot be a value of type set, whose text would be '{<o"),
     ],
 )
 @pytest.mark.parametrize("others", [[(1, "x")], [(None, 1), (2, None)]])

@@ -12,7 +12,6 @@ fit. The values of that batch are then converted one by one.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from datetime import date, datetime, time, timedelta
 from decimal import Decimal
@@ -27,7 +26,7 @@ import pyarrow as pa
 from .cells import CellSimplifier
 from .json_encoder import Encoder
 from .protocols import ColumnType
-from .values import BYTES_TYPES
+from .values import BYTES_TYPES, has_address
 
 MAX_DIGITS = 38
 """Digits of a number that DuckDB and Polars can read as a decimal."""
@@ -142,17 +141,13 @@ def _to_binary(value: Any) -> bytes:
     return bytes(value)
 
 
-_find_address = re.compile(r" at 0x[0-9A-Fa-f]+>").search
-"""Finds a part of the text of an object whose class does not define its text."""
-
-
 def _to_text(value: Any) -> str:
     if isinstance(value, BYTES_TYPES):
         raise ValueError("it is not text")
     text = value if isinstance(value, str) else str(value)
     if not text.isascii():
         text.encode()  # fails for a lone surrogate
-    if not isinstance(value, str) and _find_address(text):
+    if has_address(value):
         raise ValueError("objects of this class have no text")
     return text
 

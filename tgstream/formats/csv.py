@@ -26,7 +26,7 @@ from .formulas import FormulaEscaper
 from .json_encoder import COLUMN_SEPARATOR, encode_column, encode_datetimes
 from .protocols import Batched
 from .table import Table, check_header
-from .values import BYTES_TYPES, PLAIN_TYPES
+from .values import ADDRESS, BYTES_TYPES, PLAIN_TYPES, has_address
 
 
 class CSV:
@@ -263,7 +263,7 @@ class _RowWriter:
 
         :raises TypeError: when it is the address of an object.
         """
-        if _ADDRESS in text and _text_has_address(cell):
+        if ADDRESS in text and has_address(cell):
             raise TypeError(
                 f"item {number} has a {type(cell).__name__} in column "
                 f"{self._table.name_column(index)}, which would be written as "
@@ -432,28 +432,6 @@ class _Quoting:
 
 
 # The text of a cell.
-
-_ADDRESS = " at 0x"
-"""Part of the text of an object whose class does not define its text."""
-
-_find_address = re.compile(f"{_ADDRESS}[0-9A-Fa-f]+>").search
-
-
-def _text_has_address(cell: Any) -> bool:
-    """Return True if the text of a cell has the address of an object.
-
-    A ``str`` may contain an address, also in a set.
-    """
-    if isinstance(cell, str) or _find_address(str(cell)) is None:
-        return False
-    if type(cell).__repr__ in _SET_REPRS:
-        return any(map(_text_has_address, cell))
-    return True
-
-
-_SET_REPRS: set[Any] = {set.__repr__, frozenset.__repr__}
-"""The methods whose text is made of the texts of the parts alone."""
-
 
 _VALUE_TYPES = (str, Number, date, time, timedelta)
 

@@ -93,3 +93,27 @@ def _format_bound(bound: Any) -> str:
         return text
     text = text.replace("\\", "\\\\").replace('"', '""')
     return f'"{text}"'
+
+
+# Objects without a text.
+
+ADDRESS = " at 0x"
+"""Part of the text of an object whose class does not define its text."""
+
+_find_address = re.compile(f"{ADDRESS}[0-9A-Fa-f]+>").search
+
+
+def has_address(value: Any) -> bool:
+    """Return True if the text of a value has the address of an object.
+
+    A ``str`` may contain an address, also in a set.
+    """
+    if isinstance(value, str) or _find_address(str(value)) is None:
+        return False
+    if type(value).__repr__ in _SET_REPRS:
+        return any(map(has_address, value))
+    return True
+
+
+_SET_REPRS: set[Any] = {set.__repr__, frozenset.__repr__}
+"""The methods whose text is made of the texts of the parts alone."""

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from unicodedata import east_asian_width
 
 from .json_encoder import COLUMN_SEPARATOR, encode_column
+from .values import has_address
 
 HEADER, DATE, DATETIME, TIME, DURATION = range(1, 6)
 """The styles of cells: indexes of :data:`NUMBER_FORMATS`. 0 is the general style."""
@@ -346,14 +347,14 @@ def _encode_durations(values: Sequence[timedelta]) -> EncodedColumn:
 
 
 def _encode_object(value: Any) -> Encoded:
-    cls: Any = type(value)
-    if cls.__str__ is object.__str__ and cls.__repr__ is object.__repr__:
+    text = str(value)
+    if has_address(value):
         raise TypeError(
-            f"a cell cannot be a value of type {cls.__name__}, whose text would be "
-            f"{str(value)!r:.80}. Yield the columns of an object, and convert other "
+            f"a cell cannot be a value of type {type(value).__name__}, whose text "
+            f"would be {text!r:.80}. Yield the columns of an object, and convert other "
             "values to a str"
         )
-    return _encode_text(str(value))
+    return _encode_text(text)
 
 
 _ENCODERS: dict[Any, Callable[[Any], Encoded | None]] = {
