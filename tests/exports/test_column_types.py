@@ -189,4 +189,8 @@ def test_column_type_of_converted_values_is_not_known() -> None:
     assert unknown({"shape": str}) == {"shape"}
     assert unknown({Decimal: str}) == {"price", "prices"}
     assert unknown({int: str}) == {"id", "flag"}
+    assert unknown({dict: str}) == {"document"}
+    assert unknown({list: str}) == {"prices", "document"}
+    assert unknown({object: str}) == {*columns}
+    assert unknown({str: str.upper}) == set()
     assert unknown({enum.Enum: str, "document": str}) == {"shape", "document"}

@@ -295,12 +295,15 @@ class Rows:
 
 def _is_converted(converter: Converter, name: str, type_: ColumnType) -> bool:
     """Whether the values of a column may have another type than the statement's."""
+    if converter.find_function(name) is not None:
+        return True
+    classes = [type_.python_type]
     while type_.item is not None:
         type_ = type_.item
-    return converter.find_function(name) is not None or (
-        type_.python_type is not dict  # JSON remains JSON if its parts are converted
-        and converter.converts(type_.python_type)
-    )
+        classes.append(type_.python_type)
+    if dict in classes:  # JSON, which remains JSON if its parts are converted
+        classes.append(list)
+    return any(map(converter.converts, classes))
 
 
 # The session of rows() and copy().

@@ -87,8 +87,8 @@ class Converter:
         return self._by_name.get(name)
 
     def converts(self, cls: type) -> bool:
-        """Whether the values of a class have a function."""
-        return self._find(cls) is not _keep
+        """Whether a function gets the values of a class, not only their parts."""
+        return issubclass(cls, tuple(self._by_type))
 
     def find_functions(
         self, header: Sequence[str], fields: Sequence[str] = ()
