@@ -61,8 +61,8 @@ class ZIP:
         """Yield the archive. Its central directory comes after the last item.
 
         :raises TypeError: when an item is not a pair, or has an unknown content.
-        :raises ValueError: when two items have the same name, or the size of a content
-            has changed.
+        :raises ValueError: when two items have the same name, or one has the name of
+            a folder, or the size of a content has changed.
         :raises OSError: when a file cannot be read.
         """
         with closing(self._make_members(items)) as members:
@@ -87,7 +87,7 @@ class ZIP:
         return Archive("ZIP").measure(members)
 
     def _make_members(self, items: Iterable[Any]) -> Generator[Member, None, None]:
-        numbers: dict[str, int] = {}
+        names = _Names()
         for number, item in enumerate(items, 1):
             _check_pair(number, item)
             name, content = item
@@ -95,7 +95,7 @@ class ZIP:
             where = f"item {number}, {name!r:.80}"
             with ExitStack() as stack:
                 _close_later(stack, content)
-                _check_name(where, name, number, numbers)
+                names.add(where, name, number)
                 _check_content(where, content)
                 is_path = isinstance(content, os.PathLike)
                 # To measure a compressed file, for example, is to read it.
@@ -135,21 +135,38 @@ def _is_pair(item: Any) -> bool:
     )
 
 
-def _check_name(where: str, name: str, number: int, numbers: dict[str, int]) -> None:
-    """Check that a name is new. Windows and macOS compare names without case.
+class _Names:
+    """The names of an archive's members, each of which must be new."""
 
-    :param numbers: the numbers of the items by their names. The item is added.
-    :raises ValueError: when it is not new, or too long.
-    """
-    key = normalize("NFC", name).casefold()
-    first = numbers.setdefault(key, number)
-    if first != number:
-        raise ValueError(
-            f"{where}: item {first} has the same name, or one that differs only in "
-            "upper and lower case. Give each member another name"
-        )
-    if _is_too_long(name):
-        raise ValueError(f"{where}: a name may have {_MAX_NAME} bytes. Shorten it")
+    def __init__(self) -> None:
+        self._members: dict[str, int] = {}  # the numbers of the items
+        self._folders: dict[str, int] = {}  # the first item in each of them
+
+    def add(self, where: str, name: str, number: int) -> None:
+        """Add a name. Windows and macOS compare names without case.
+
+        :raises ValueError: when it is not new or too long, or when a file would have
+            the name of a folder.
+        """
+        if _is_too_long(name):
+            raise ValueError(f"{where}: a name may have {_MAX_NAME} bytes. Shorten it")
+        key = normalize("NFC", name).casefold()
+        first = self._members.setdefault(key, number)
+        if first != number:
+            raise ValueError(
+                f"{where}: item {first} has the same name, or one that differs only in "
+                "upper and lower case. Give each member another name"
+            )
+        other = self._folders.get(key)
+        while other is None and (key := key.rpartition("/")[0]):
+            other = self._members.get(key)
+            if self._folders.setdefault(key, number) != number:
+                break  # its own folders were checked with it
+        if other is not None:
+            raise ValueError(
+                f"{where}: one name is a file and a folder, here and in item {other}, "
+                "so that the archive could not be extracted. Rename one of them"
+            )
 
 
 def _is_too_long(name: str) -> bool:
