@@ -6,12 +6,13 @@ import contextlib
 import gzip
 import http.client
 import io
+import itertools
 import os
 import random
 import re
 import sys
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -442,6 +443,21 @@ def test_unknown_size_gives_no_length(source: Any) -> None:
     """A generator would have to run first, and an error is raised by ``encode()``."""
     assert ZIP(compress=False).measure(source) is None
     assert ZIP().measure([("a", b"a")]) is None
+
+
+class WithReadme(ZIP):
+    """A format that adds a member."""
+
+    def encode(self, items: Iterable[Any]) -> Iterator[bytes]:
+        return super().encode(itertools.chain(items, [("readme.txt", b"text")]))
+
+
+def test_subclass_with_its_own_encode_has_no_length(make_app: MakeApp) -> None:
+    """The size of the items alone would be wrong."""
+    source = lambda: [("a", b"a")]  # noqa: E731
+    call = Call(make_app(Root(source, format=WithReadme(compress=False))))
+    names = zipfile.ZipFile(io.BytesIO(call.read())).namelist()
+    assert names == ["a", "readme.txt"]
 
 
 @pytest.fixture(scope="module", params=["waitress", "gunicorn-gthread"])

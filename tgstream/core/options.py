@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, TypedDict
 
-from ..formats.protocols import Batched, Format
+from ..formats.protocols import Batched, Format, find_method
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -218,7 +218,7 @@ class FormatTraits(NamedTuple):
             heartbeat=getattr(format, "heartbeat", None),
             suffix=getattr(format, "suffix", None),
             encode_sources=getattr(format, "encode_sources", None),
-            measure=getattr(format, "measure", None),
+            measure=find_method(format, "measure"),
         )
 
 

@@ -164,17 +164,22 @@ def iter_batches(source: Any) -> Iterator[Sequence[Any]]:
 
 
 def batch_encoder(format: Any) -> Any:
-    """Return the method ``encode_batches`` of a format, None if it must not be used.
+    """Return the method ``encode_batches`` of a format, None if it must not be used."""
+    return find_method(format, "encode_batches")
+
+
+def find_method(format: Any, name: str) -> Any:
+    """Return an optional method of a format, None if it must not be used.
 
     A subclass that overrides ``encode`` alone means it for all items, so an inherited
-    ``encode_batches`` is not used.
+    ``encode_batches`` or ``measure`` is not used.
     """
     for cls in type(format).__mro__:
-        if "encode_batches" in vars(cls):
+        if name in vars(cls):
             break
         if "encode" in vars(cls):
             return None
-    return getattr(format, "encode_batches", None)
+    return getattr(format, name, None)
 
 
 class CountedBatches:
