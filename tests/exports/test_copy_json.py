@@ -470,6 +470,22 @@ def test_csv_that_postgresql_cannot_write_gets_rows(
     )
 
 
+class UpperCSV(CSV):
+    """A subclass that changes the items."""
+
+    def encode(self, items: Iterable[Any]) -> Iterator[str | bytes]:
+        return super().encode((row.id, row.text.upper()) for row in items)
+
+
+def test_csv_that_encodes_items_itself_gets_rows(
+    make_app: MakeApp, model: Model
+) -> None:
+    """So does a subclass of NDJSON."""
+    fill(model, ["a", "b"])
+    app = make_app(Root(lambda: copy(NOTES), format=UpperCSV), model)
+    assert get(app).text == "1,A\r\n2,B\r\n"
+
+
 def test_files_of_a_table_get_rows(make_app: MakeApp, model: Model) -> None:
     """openpyxl and pyarrow read the values, and a workbook has a sheet for each."""
     fill(model, ["a", "b"])

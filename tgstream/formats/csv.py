@@ -24,7 +24,7 @@ from .convert import Function, make_converter
 from .excel_locale import load_excel_locale
 from .formulas import FormulaEscaper
 from .json_encoder import COLUMN_SEPARATOR, encode_column, encode_datetimes
-from .protocols import Batched
+from .protocols import Batched, batch_encoder
 from .table import Table, check_header
 from .values import ADDRESS, BYTES_TYPES, PLAIN_TYPES, has_address
 
@@ -158,9 +158,11 @@ class CSV:
 def joins_lines(format: Any) -> bool:
     """Return True if ``format`` sends lines of CSV that are encoded already unchanged.
 
-    ``CSV`` does, unless it has another dialect, or an option that changes cells.
+    ``CSV`` does, unless it has another dialect, or an option that changes cells. A
+    subclass with its own ``encode`` does not.
     """
-    if not isinstance(format, CSV) or format._cell_option is not None:
+    encode_batches = getattr(batch_encoder(format), "__func__", None)
+    if encode_batches is not CSV.encode_batches or format._cell_option is not None:
         return False
     dialect = format._dialect
     return format._quoting.is_simple and (dialect.delimiter, dialect.quotechar) == (
