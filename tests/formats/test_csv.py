@@ -477,6 +477,15 @@ def test_csv_for_excel_writes_a_datetime_with_an_offset_in_utc() -> None:
     assert output == "\ufeff01.01.2026 23:00:00;\r\n"
 
 
+def test_csv_for_excel_keeps_the_offset_of_a_time() -> None:
+    """Without a date it cannot be converted. XLSX does the same."""
+    offset = datetime.timezone(datetime.timedelta(hours=2))
+    moment = datetime.time(1, 2, 3)
+    row = [moment, moment.replace(tzinfo=offset)]
+    output = encode_csv(CSV.for_excel("de_DE"), [row])
+    assert output == "\ufeff01:02:03;01:02:03+02:00\r\n"
+
+
 def test_csv_for_excel_may_have_other_parameters() -> None:
     """A function for date replaces that for datetime, its subclass."""
     moment = datetime.datetime(2026, 1, 2, 3, 4, 5)

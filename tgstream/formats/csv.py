@@ -114,8 +114,9 @@ class CSV:
 
         It has a byte order mark, and the delimiter, the decimal separator and the date
         format of the locale, by Babel's data. Years have four digits. A datetime is
-        written to the second, and in UTC if it has an offset. Pass ``convert`` with
-        ``date``, ``datetime`` or ``time`` to write them in another way.
+        written to the second, and in UTC if it has an offset. A time with an offset
+        keeps it. Pass ``convert`` with ``date``, ``datetime`` or ``time`` to write them
+        in another way.
 
         :param locale: the locale of the user's Windows, such as ``de_DE``.
         :raises ImportError: when Babel is not installed.

@@ -66,6 +66,8 @@ class ExcelLocale:
 
 
 def _format_time(value: datetime | time) -> str:
+    if isinstance(value, time) and value.utcoffset() is not None:
+        return str(value)  # without a date it cannot be converted to UTC
     return f"{value.hour:02}:{value.minute:02}:{value.second:02}"
 
 
