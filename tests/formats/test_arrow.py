@@ -921,6 +921,19 @@ def test_arrow_decimals_have_at_least_the_declared_scale() -> None:
         assert table.columns[0].to_pylist() == values
 
 
+class Mixed(enum.Enum):
+    NAME = "name"
+    NUMBER = 7
+
+
+def test_arrow_array_of_values_of_several_types_is_json() -> None:
+    """An Enum in an array of PostgreSQL may have such values."""
+    source = Declared([(None,), ([Mixed.NAME, None, Mixed.NUMBER],)], ["moods"], 1)
+    source.types = [ColumnType(list, item=ColumnType(Mixed))]
+    table = read_table(b"".join(Parquet().encode_batches(source)))
+    assert table.to_pylist() == [{"moods": None}, {"moods": '["name",null,7]'}]
+
+
 def test_arrow_unsigned_integers_have_64_bits() -> None:
     """MySQL has them."""
     source = Declared([(2**64 - 1,), (None,)], ["n"])

@@ -231,7 +231,9 @@ def _declared_kind(declared: ColumnType | None) -> Kind | None:
     if cls is dict:
         return _json_kind()
     if cls is list:
-        return _list_kind(_declared_kind(declared.item) or _null_kind(declared.item))
+        item = _declared_kind(declared.item) or _null_kind(declared.item)
+        # The values of an Enum may have several types, which only JSON can have.
+        return _json_kind() if item is _NULL else _list_kind(item)
     if issubclass(cls, Enum):
         kinds = {_kind_of(member.value).type: _kind_of(member.value) for member in cls}
         return kinds.popitem()[1] if len(kinds) == 1 else None
