@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 from sqlalchemy.dialects import mysql, postgresql
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy.orm import Bundle, DeclarativeBase, Mapped, mapped_column
 
 from tgstream import rows
 from tgstream.formats.protocols import ColumnType
@@ -162,6 +162,16 @@ def test_column_type_of_a_union_is_known_if_all_parts_agree() -> None:
     limited = sa.union_all(*(part.limit(1) for part in parts))
     assert types_of(limited) == [ColumnType(int), None]
     assert types_of(sa.union_all(limited, parts[0])) == [ColumnType(int), None]
+
+
+def test_column_types_of_entities_in_a_union_are_those_of_their_columns() -> None:
+    """rows() replaces entities by columns only in a select()."""
+
+    expected = [ColumnType(int), ColumnType(Decimal, 10, 2), ColumnType(int)]
+    entities = sa.select(Order)
+    assert types_of(sa.union_all(entities, entities)) == expected
+    bundle: Any = sa.select(Bundle("bundle", Order.id, Order.price), Order.quantity)
+    assert types_of(sa.union_all(bundle, entities.limit(1))) == expected
 
 
 def test_column_type_of_converted_values_is_not_known() -> None:

@@ -15,6 +15,7 @@ from typing import Any
 from uuid import UUID
 
 import sqlalchemy as sa
+from sqlalchemy.orm import QueryableAttribute
 from sqlalchemy.types import TypeDecorator
 
 from ..formats.protocols import ColumnType
@@ -23,6 +24,8 @@ _VALUE_TYPES = (
     *(bool, int, float, Decimal, str, bytes, Enum),
     *(date, datetime, time, timedelta, UUID),
 )
+
+_COLUMNS = sa.ColumnElement, QueryableAttribute, sa.TextClause
 
 
 def column_types(statement: Any) -> tuple[ColumnType | None, ...]:
@@ -42,7 +45,10 @@ def column_types(statement: Any) -> tuple[ColumnType | None, ...]:
 
 def _selected(statement: Any) -> Sequence[Any]:
     if isinstance(statement, sa.Select):
-        return [column["expr"] for column in statement.column_descriptions]
+        selected = [column["expr"] for column in statement.column_descriptions]
+        if all(isinstance(expr, _COLUMNS) for expr in selected):
+            return selected
+        return list(statement.selected_columns)  # those of entities in a union
     if isinstance(statement, sa.TextualSelect):
         return list(statement.selected_columns)
     return ()
