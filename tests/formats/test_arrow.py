@@ -53,6 +53,11 @@ class Status(enum.Enum):
     OPEN = "open"
 
 
+class Price(Decimal):
+    def __str__(self) -> str:
+        return f"{Decimal(self) * 100:.0f}"  # cents
+
+
 class Level(enum.IntEnum):
     LOW = -1
 
@@ -186,6 +191,7 @@ VALUES: dict[str, tuple[Any, Any, Any]] = {
     "huge": (10**37, pa.decimal128(38, 0), Decimal(10**37)),
     "float": (0.1, pa.float64(), 0.1),
     "decimal": (Decimal("12.50"), pa.decimal128(38, 2), Decimal("12.50")),
+    "price": (Price("12.50"), pa.decimal128(38, 2), Decimal("12.50")),
     "exponent": (Decimal("1E+3"), pa.decimal128(38, 0), Decimal(1000)),
     "text": ("\u00e9\U0001f600", pa.string(), "\u00e9\U0001f600"),
     "date": (NAIVE.date(), pa.date32(), NAIVE.date()),

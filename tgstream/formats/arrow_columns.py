@@ -88,7 +88,8 @@ def _to_decimal(value: Any) -> Any:
         return Decimal(repr(value))
     if isinstance(value, bool) or not isinstance(value, int | Decimal):
         raise ValueError("it is not a number")
-    return value
+    # pyarrow reads the text of a Decimal, and a subclass may have another one.
+    return value if type(value) in (int, Decimal) else Decimal(value)
 
 
 def _to_date(value: Any) -> date:
