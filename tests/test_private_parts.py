@@ -434,7 +434,7 @@ TURBOGEARS = [
     Part(
         "lookup_template_engine",
         "TurboGears2",
-        "turbogears/hooks",
+        "turbogears/decorator",
         "get the content type of @expose before TG sets it",
         "streams have the wrong Content-Type or charset",
         engine_of_a_controller_is_found,

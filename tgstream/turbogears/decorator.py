@@ -157,13 +157,18 @@ def _streaming_caller(
     return call
 
 
+def find_exposed(function: Any, tg_locals: Any) -> Any:
+    """The content type, engine and template that ``@expose`` declares."""
+    decoration = Decoration.get_decoration(function)
+    return decoration.lookup_template_engine(tg_locals)
+
+
 def _check_page(function: Any, options: Options, tg_locals: Any) -> None:
     """Check that TG has a template or an engine for the dict of a controller.
 
     :raises TypeError: when it has none. TG's own error does not name the cause.
     """
-    decoration = Decoration.get_decoration(function)
-    _, engine, template = decoration.lookup_template_engine(tg_locals)[:3]
+    _, engine, template = find_exposed(function, tg_locals)[:3]
     if not (engine or template):
         raise TypeError(
             f"{get_controller_name(function)} returned a dict, which "

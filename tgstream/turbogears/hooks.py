@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 import tg
 from tg.configuration import milestones
-from tg.decorators import Decoration
 from tg.support.converters import asbool
 from webob.exc import HTTPException
 
@@ -37,7 +36,7 @@ from ..core.source import make_missing_stream_error, needs_stream, resolve_proxy
 from ..core.stream import Stream
 from ..database.on_commit import is_tm_enabled
 from ..database.registry import install_registry, scoped_sessions
-from .decorator import get_controller_name
+from .decorator import find_exposed, get_controller_name
 from .files import (
     has_answer,
     remember_answer,
@@ -203,8 +202,7 @@ class _Start:
     # Called by the body, when it needs them.
 
     def _find_exposed(self) -> Any:
-        decoration = Decoration.get_decoration(self._function)
-        return decoration.lookup_template_engine(self._tg_locals)
+        return find_exposed(self._function, self._tg_locals)
 
     def _charset(self) -> str:
         return (
