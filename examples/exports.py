@@ -1,7 +1,8 @@
-"""Exports of a table with 100,000 rows in every format, in constant memory.
+"""Exports of a table with 100,000 rows as CSV, JSON and Excel, in constant memory.
 
 python examples/exports.py                     # then open the address that it prints
 curl http://127.0.0.1:8080/csv | head -3       # or /excel, /lines, /array
+curl -O -J http://127.0.0.1:8080/workbook      # or /resumable
 curl 'http://127.0.0.1:8080/lines?after=99997' # continues after a key
 """
 
@@ -17,7 +18,7 @@ from tg import FullStackApplicationConfigurator, TGController, expose
 from zope.sqlalchemy import register
 
 import tgstream
-from tgstream import CSV, NDJSON, JSONArray, rows, stream
+from tgstream import CSV, NDJSON, XLSX, JSONArray, rows, stream
 
 DBSession = scoped_session(sessionmaker())
 register(DBSession)
@@ -45,7 +46,7 @@ def init_model(engine):  # TG calls it
 class RootController(TGController):
     @expose()
     def index(self):
-        names = "csv", "excel", "lines", "array"
+        names = "csv", "excel", "lines", "array", "workbook", "resumable"
         return "".join(f'<p><a href="{name}">{name}</a>' for name in names)
 
     @expose()
@@ -67,6 +68,16 @@ class RootController(TGController):
     @stream(JSONArray)
     def array(self):
         return rows(sa.select(Order).order_by(Order.id).limit(40))
+
+    @expose()
+    @stream(XLSX, filename="orders")
+    def workbook(self):
+        return rows(sa.select(Order))
+
+    @expose()
+    @stream(CSV, filename="orders", spool=True)
+    def resumable(self):
+        return rows(sa.select(Order).order_by(Order.id))
 
 
 def main():

@@ -35,7 +35,7 @@ ROWS = 100_000
 
 def write_with_xlsxwriter(engine: sa.Engine) -> int:
     """Return the size of the workbook."""
-    import xlsxwriter  # type: ignore[import-untyped]
+    import xlsxwriter
 
     file = io.BytesIO()
     workbook = xlsxwriter.Workbook(file, {"constant_memory": True})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import http.client
+import io
 import json
 import os
 import re
@@ -17,6 +18,7 @@ from pathlib import Path
 from urllib.parse import urlencode
 
 import pytest
+import python_calamine
 
 import tgstream
 from tests.valkey import Valkey
@@ -179,15 +181,21 @@ def test_example_ends_with_ctrl_c(tmp_path: Path) -> None:
 
 
 def test_table_is_exported_in_every_format(exports: Example) -> None:
-    """The standard library's readers read the same 100,000 rows of each format."""
+    """Readers of others read the same 100,000 rows of each format."""
     linked = re.findall(r'href="(\w+)"', exports.read("/").decode())
-    assert linked == ["csv", "excel", "lines", "array"]
+    assert linked == ["csv", "excel", "lines", "array", "workbook", "resumable"]
     table = list(csv.reader(exports.read("/csv").decode().splitlines()))
     assert table[:2] == [["id", "customer", "amount"], ["1", "=Customer 0", "0.0"]]
     documents = list(map(json.loads, exports.read("/lines").splitlines()))
     assert documents.pop() == {"end": True, "items": 100_000}
     assert [list(map(str, document.values())) for document in documents] == table[1:]
     assert json.loads(exports.read("/array")) == documents[:40]
+    file = io.BytesIO(exports.read("/workbook"))
+    workbook = python_calamine.CalamineWorkbook.from_filelike(file)
+    assert workbook.get_sheet_by_index(0).to_python()[1] == [1.0, "=Customer 0", 0.0]
+    with exports.get("/resumable") as response:
+        assert list(csv.reader(response.read().decode().splitlines())) == table
+        assert response.headers["Accept-Ranges"] == "bytes"
 
 
 def test_export_for_excel_has_no_formula(exports: Example) -> None:

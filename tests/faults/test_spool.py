@@ -173,12 +173,8 @@ def test_disconnect_while_spooling_ends_the_generator(
 # Servers that are killed.
 
 
-@pytest.mark.parametrize("server", ["wsgiref", "gunicorn-gthread"])
-def test_killed_worker_leaves_no_file_and_an_incomplete_response(
-    start: Start, server: str, tmp_path: Path
-) -> None:
-    """The client compares the bytes that it got with the ``Content-Length``."""
-    live = start(server)
+def kill_worker_while_sending(live: LiveServer) -> None:
+    """Kill the process of a server, whose client notices that bytes are missing."""
     process = get_state(live)["process"]
     client = Client(live, f"/export?blocks={8 * LARGE}")
     assert client.response.read(10) == make_body(1)[:10]
@@ -186,6 +182,14 @@ def test_killed_worker_leaves_no_file_and_an_incomplete_response(
     with pytest.raises(BROKEN):
         client.response.read()
     client.close()
+
+
+@pytest.mark.parametrize("server", ["wsgiref", "gunicorn-gthread"])
+def test_killed_worker_leaves_no_file_and_an_incomplete_response(
+    start: Start, server: str, tmp_path: Path
+) -> None:
+    """The client compares the bytes that it got with the ``Content-Length``."""
+    kill_worker_while_sending(start(server))
     assert list((tmp_path / "spool").iterdir()) == []
 
 

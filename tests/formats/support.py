@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import codecs
+import io
 import re
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -12,6 +14,7 @@ import duckdb
 import pydantic
 import pydantic.v1 as pydantic_v1
 import sqlalchemy as sa
+from stream_unzip import stream_unzip
 
 from tgstream import SSE
 
@@ -43,6 +46,16 @@ def outcome(encode: Callable[[], Iterable[str | bytes]]) -> str:
         return join(encode())
     except (TypeError, ValueError) as error:
         return repr(error)
+
+
+def read_members(data: bytes) -> dict[str, bytes]:
+    """The members as :mod:`zipfile` and as stream-unzip read them, which agree."""
+    with zipfile.ZipFile(io.BytesIO(data)) as opened:
+        assert opened.testzip() is None
+        members = {info.filename: opened.read(info) for info in opened.infolist()}
+    streamed = stream_unzip([data])
+    assert members == {name.decode(): b"".join(part) for name, _, part in streamed}
+    return members
 
 
 def query_duckdb(query: str) -> tuple[list[str], list[Any]]:

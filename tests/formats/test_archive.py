@@ -13,8 +13,8 @@ from itertools import pairwise
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from stream_unzip import stream_unzip
 
+from tests.formats.support import read_members
 from tgstream.formats.archive import Archive, Member
 
 ROW = b'<row r="%d"><c><v>%d</v></c><c t="inlineStr"><is><t>x</t></is></c></row>'
@@ -24,16 +24,6 @@ quick = settings(deadline=None, database=None, max_examples=100)
 def write(*members: Member) -> bytes:
     """The bytes of an archive."""
     return b"".join(Archive("ZIP").write(members))
-
-
-def read_members(data: bytes) -> dict[str, bytes]:
-    """The members as :mod:`zipfile` and as stream-unzip read them, which agree."""
-    with zipfile.ZipFile(io.BytesIO(data)) as opened:
-        assert opened.testzip() is None
-        members = {info.filename: opened.read(info) for info in opened.infolist()}
-    streamed = stream_unzip([data])
-    assert members == {name.decode(): b"".join(part) for name, _, part in streamed}
-    return members
 
 
 def opens(data: bytes) -> bool:

@@ -27,6 +27,7 @@ from stream_unzip import UnzipError, stream_unzip
 from tg import TGController, expose
 
 from tests.conftest import LiveServer, MakeApp, assert_clean
+from tests.formats.support import read_members
 from tests.live_apps.archives import DATA, LINE
 from tests.model import Model, User
 from tests.test_servers import BROKEN, Client, curl
@@ -71,16 +72,6 @@ class Closable:
 def encode(*items: Any, compress: bool = True) -> bytes:
     """The bytes of an archive."""
     return b"".join(ZIP(compress).encode(items))
-
-
-def read_members(data: bytes) -> dict[str, bytes]:
-    """The members as :mod:`zipfile` and as stream-unzip read them, which agree."""
-    with zipfile.ZipFile(io.BytesIO(data)) as opened:
-        assert opened.testzip() is None
-        members = {info.filename: opened.read(info) for info in opened.infolist()}
-    streamed = stream_unzip([data])
-    assert members == {name.decode(): b"".join(part) for name, _, part in streamed}
-    return members
 
 
 def opens(data: bytes) -> bool:
