@@ -77,6 +77,15 @@ def write_reason(report: Any) -> None:
             file.write(report.reason)
 
 
+def count_contexts(stack: list[Any]) -> int:
+    """The contexts on a thread, without the failed requests that TG's debugger keeps.
+
+    Other requests of the thread find these on it.
+    """
+    names = [locals_.request.environ["SCRIPT_NAME"] for locals_, _ in stack]
+    return sum(not name.startswith("/debugged") for name in names)
+
+
 class Mounted:
     """Applications by the first part of the path, and the state they leave behind."""
 
@@ -91,8 +100,7 @@ class Mounted:
         context._pop_object()
         stack = context.____local__.objects
         _, name, path = environ["PATH_INFO"].split("/", 2)
-        if not name.startswith("debugged"):  # TG's debugger keeps failed requests
-            self.stacks[id(stack)] = stack
+        self.stacks[id(stack)] = stack
         if path == "state":
             return self.state(name, start_response)
         environ["SCRIPT_NAME"], environ["PATH_INFO"] = f"/{name}", f"/{path}"
@@ -102,7 +110,7 @@ class Mounted:
         """Return what streams and requests left behind, on any thread."""
         model = self.models[name]
         state = {
-            "contexts": sum(map(len, self.stacks.values())),
+            "contexts": sum(map(count_contexts, self.stacks.values())),
             "connections": getattr(model.engine.pool, "checkedout", int)(),
             "idle in transaction": model.idle_in_transaction(),
             "process": os.getpid(),
