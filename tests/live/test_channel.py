@@ -213,7 +213,11 @@ def test_listener_can_reconnect_after_events_of_other_channels(
 
 @pytest.mark.parametrize(
     "id",
-    ["", "7", "x", "0" * 10_000, "a\r\nb", "a\0", "1-1", "00000000-1", "٣-٣"],
+    [
+        *("", "7", "x", "0" * 10_000, "a\r\nb", "a\0", "1-1", "00000000-1", "٣-٣"),
+        *("18446744073709551615-18446744073709551615", "18446744073709551615-0"),
+        *("18446744073709551616-0", "0-18446744073709551615"),
+    ],
 )
 def test_foreign_event_id_causes_a_reset(channel: Channel, id: str) -> None:
     """The channel cannot determine which events the client missed."""

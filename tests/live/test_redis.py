@@ -159,6 +159,9 @@ def test_client_can_reconnect_to_a_process_that_is_behind(
         "٣-٣",
         f"{2**64}-0",
         f"{2**63}-0",
+        f"{2**64 - 1}-{2**64 - 1}",  # no id is larger, and XRANGE refuses it
+        f"{2**64 - 1}-0",
+        f"0-{2**64 - 1}",
     ],
     ids=lambda value: repr(value[:20]),
 )
@@ -167,7 +170,10 @@ def test_foreign_event_id_causes_a_reset(
 ) -> None:
     """The server has not assigned this id."""
     make_app(TGController(), tgstream__channels=server.url)
-    assert_reset(Channel(name), id)
+    channel = Channel(name)
+    assert_reset(channel, id)
+    channel.publish("one")
+    assert_reset(channel, id)
 
 
 def test_event_id_that_is_too_old_causes_a_reset(
