@@ -7,6 +7,7 @@ it would report the comment as unused.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
@@ -17,11 +18,14 @@ from tgstream import (
     CSV,
     NDJSON,
     SSE,
+    XLSX,
+    ZIP,
     Batched,
     Channel,
     Event,
     Format,
     JSONArray,
+    Parquet,
     Report,
     Stream,
     commit,
@@ -34,6 +38,7 @@ from tgstream import (
     render,
     rollback,
     rows,
+    send_file,
     stream,
 )
 from tgstream.testing import OpenStream, assert_clean, open_stream
@@ -62,6 +67,21 @@ class RootController(TGController):
     @expose()
     def returned(self, year: int) -> Stream:
         return Stream(self.bare(year), JSONArray(), commit="manual", length=4)
+
+    @expose()
+    @stream([CSV, NDJSON, XLSX(widths={"name": 20})], filename="users", spool=True)
+    def chosen(self) -> Batched:
+        return rows(sa.select(users), convert={int: str, "name": str.title})
+
+    @expose()
+    @stream(ZIP(compress=False), compress=False)
+    def archive(self) -> Iterator[tuple[str, Any]]:
+        yield "users.csv", Stream(sa.select(users), CSV.for_excel("de_DE"))
+        yield "users.parquet", Stream(sa.select(users), Parquet(row_group=10))
+
+    @expose()
+    def file(self) -> Stream:
+        return send_file(Path("report.pdf"), filename="report.pdf", max_age=60)
 
 
 root = RootController()
@@ -123,6 +143,9 @@ Stream([], commit="never")  # type: ignore[arg-type]
 Stream([], chunk_size="5")  # type: ignore[arg-type]
 SSE(heartbeat="15")  # type: ignore[arg-type]
 CSV(headers=False)  # type: ignore[call-arg]
+CSV(delimiter=5)  # type: ignore[arg-type]
+XLSX(widths="wide")  # type: ignore[arg-type]
+stream([CSV], spool="yes")  # type: ignore[call-overload]
 
 
 class Lines:
