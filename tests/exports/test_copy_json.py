@@ -196,6 +196,8 @@ def test_names_of_fields_are_the_labels_of_the_statement(
     session: Session, labels: list[str]
 ) -> None:
     """PostgreSQL itself would truncate a name after 63 bytes."""
+    if session.get_bind().dialect.name == "sqlite":  # SQLAlchemy 2.0.38 replaces it
+        labels = [label.replace("%(x)s", "") for label in labels]
     columns = [sa.literal(f"{n}%").label(label) for n, label in enumerate(labels)]
     statement = sa.select(*columns, sa.null().label("empty"))
     data = encode(copy(statement, session=session))
