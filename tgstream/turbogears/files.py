@@ -172,11 +172,6 @@ def remember_answer(response: Any) -> Iterator[None]:
         response.tganswer = *before, response.status, response.headerlist[:]
 
 
-def has_answer(response: Any) -> bool:
-    """Whether the response has the status and headers of a file."""
-    return "tganswer" in response.__dict__
-
-
 def withdraw_answer(response: Any) -> None:
     """Take back the status and the headers of a file, except those changed since.
 

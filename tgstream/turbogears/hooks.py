@@ -38,7 +38,6 @@ from ..database.on_commit import is_tm_enabled
 from ..database.registry import install_registry, scoped_sessions
 from .decorator import find_exposed, get_controller_name
 from .files import (
-    has_answer,
     remember_answer,
     respond_with_file,
     set_file_headers,
@@ -96,7 +95,7 @@ class _Start:
         tg_locals, options = self._tg_locals, self._options
         request, response = tg_locals.request, tg_locals.response
         context.check_locals()
-        if has_answer(response):
+        if "tganswer" in response.__dict__:  # of an earlier attempt
             withdraw_answer(response)
         stream._prepare(request)
         if self._plan.traits.measure is not None and options.length is None:
@@ -125,7 +124,8 @@ class _Start:
             raise
         try:
             if self._plan.spool is None:
-                self._set_headers()
+                options = self._options  # a file has changed them
+                set_headers(response, self._find_exposed, options, self._plan.traits)
             send_off(response, stream, self._plan, checked)
         except BaseException as error:
             body.fail(error, in_request=True)
