@@ -117,12 +117,27 @@ class StreamTransactionManager(transaction.TransactionManager):  # type: ignore[
             self._txn.join(data_manager)
         return self._txn
 
+    def _rejoin(self) -> None:
+        """Join the sessions that a rollback to a savepoint has removed.
+
+        These were used for the first time after the savepoint was made.
+        """
+        if self._txn is not None:
+            joined = self._txn._resources
+            joined += [each for each in self._data_managers if each not in joined]
+
+    def savepoint(self, optimistic: bool = False) -> Any:
+        self._rejoin()
+        return super().savepoint(optimistic)
+
     def abort(self) -> None:
         self._refuse_over_cursors()
+        self._rejoin()
         super().abort()
 
     def commit(self) -> None:
         self._refuse_over_cursors()
+        self._rejoin()
         try:
             super().commit()
         except BaseException:
