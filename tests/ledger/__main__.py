@@ -3,8 +3,8 @@
     python -m tests.ledger --seconds 60 --seed 1 --backend redis
 
 For each back end of channels it prints how many events were committed, received,
-duplicated, lost and reported by ``reset``. The exit code is 1 if one was sent twice, not in
-order, without its transaction, or is lost without a ``reset``.
+duplicated, lost and reported by ``reset``. The exit code is 1 if one was sent twice,
+not in order or without its transaction, or is lost without a ``reset``.
 """
 
 from __future__ import annotations

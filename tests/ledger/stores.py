@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pwd
 import signal
 import sqlite3
@@ -162,10 +163,9 @@ class Valkey(DurableValkey):
         self.start()
 
     def pause(self, seconds: float) -> None:
-        assert self._process is not None
-        self._process.send_signal(signal.SIGSTOP)
+        os.kill(self.process_id, signal.SIGSTOP)
         time.sleep(seconds)
-        self._process.send_signal(signal.SIGCONT)
+        os.kill(self.process_id, signal.SIGCONT)
 
     def cut(self) -> None:
         for kind in "normal", "pubsub":
