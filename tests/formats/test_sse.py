@@ -32,7 +32,7 @@ from tests.formats.support import (
 from tests.model import Model, User
 from tests.wsgi import Call, get
 from tgstream import CSV, NDJSON, SSE, Event, Report, Stream, stream
-from tgstream.formats.sse import encoded_event
+from tgstream.formats.sse import Message as PublishedMessage
 
 
 def make_event(field: str, value: Any) -> Event:
@@ -59,7 +59,7 @@ def send_data(*items: Any) -> list[str]:
 
 # Events and their bytes.
 
-EVENTS = [Event("x", id="3"), encoded_event("x", None, "3")]
+EVENTS = [Event("x", id="3"), PublishedMessage("channel", "x").with_id("3")]
 
 
 @pytest.mark.parametrize("event", EVENTS, ids=["an item", "of a channel"])

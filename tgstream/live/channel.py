@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache, lru_cache
 from typing import Any
 
 import tg
@@ -20,8 +20,10 @@ from ..core.errors import StreamError
 from ..core.report import log
 from ..core.settings import read_option
 from ..database.on_commit import send_on_commit
-from ..formats.sse import Event, check_event_type, encode_data
-from .backends import Backend, create_backend
+from ..formats.sse import Event, Message, check_event_type, encode_data
+from .backends import create_backend
+from .listener import listen
+from .protocols import Backend, ChannelSettings
 
 MAX_LENGTH = 256
 """Maximum number of characters of a channel's name and of an event id."""
@@ -84,17 +86,14 @@ class Channel:
             ``event`` is not a ``str``.
         :raises ValueError: if an event cannot contain ``data`` or ``event``.
         """
-        encoded_data = encode_data(data, f"data published to {self!r}")
+        encoded = encode_data(data, f"data published to {self!r}")
         check_event_type(event)
-        text = data if type(data) is str else encoded_data.decode()
+        text, is_json = encoded.decode(), not isinstance(data, str)
+        message = Message(self.name, text, event, is_json, encoded)
         _warn_without_application()
-        publish = partial(
-            _running_backend().publish, self.name, text, event, encoded_data
-        )
-        if now:
-            publish()
-        else:
-            send_on_commit(f"an event of {self!r}", publish)
+        backend = _running_backend()
+        if now or not send_on_commit(message, backend):
+            backend.publish([message])
 
     def listen(self, after: str | None = None) -> Iterator[Event]:
         """The events of the channel, for a stream with ``SSE``.
@@ -118,7 +117,7 @@ class Channel:
                 "last_event_id()"
             )
         heartbeat_seconds = read_option(tg.config, "tgstream.heartbeat_seconds")
-        return _running_backend().listen(self.name, after, heartbeat_seconds)
+        return listen(_running_backend(), self.name, after, heartbeat_seconds)
 
 
 def last_event_id() -> str | None:
@@ -153,19 +152,42 @@ def _is_short_line(text: str) -> bool:
     return 0 < len(text) <= MAX_LENGTH and not any(char in text for char in "\r\n\0")
 
 
-_backends: dict[tuple[int, str, int], Backend] = {}
+_backends: dict[tuple[Any, ...], Backend] = {}
+
+_SETTINGS = (
+    "tgstream.channels",
+    "tgstream.channel_history",
+    "tgstream.channel_seconds",
+    "tgstream.channel_backlog",
+    "tgstream.publish_timeout",
+    "tgstream.channel_poll_seconds",
+    "tgstream.channel_listen_url",
+)
+"""The options of channels: the URL, and the fields of ``ChannelSettings``."""
 
 
 def _running_backend() -> Backend:
     """The back end of the running application."""
-    url: str = read_option(tg.config, "tgstream.channels")
-    max_events: int = read_option(tg.config, "tgstream.channel_history")
+    config = tg.config
+    values = tuple([config.get(name) for name in _SETTINGS])
+    try:
+        url, settings = _read_settings(values)
+    except TypeError:  # an invalid value that has no hash
+        url, settings = _read_settings.__wrapped__(values)
     _warn_of_multiple_processes(url)
-    key = os.getpid(), url, max_events  # a forked process needs its own back end
+    key = os.getpid(), url, settings  # a forked process needs its own back end
     # setdefault(), so that two threads get the same back end.
     return _backends.get(key) or _backends.setdefault(
-        key, create_backend(url, max_events)
+        key, create_backend(url, settings)
     )
+
+
+@lru_cache(64)
+def _read_settings(values: tuple[Any, ...]) -> tuple[str, ChannelSettings]:
+    given = zip(_SETTINGS, values, strict=True)
+    config = {name: value for name, value in given if value is not None}
+    url, *settings = [read_option(config, name) for name in _SETTINGS]
+    return url, ChannelSettings(*settings)
 
 
 @cache

@@ -26,7 +26,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator
 from weakref import WeakValueDictionary
 
 from ..core.monitor import on_drain
@@ -34,6 +34,8 @@ from ..formats.sse import Event
 
 Position = tuple[int, int]
 """The position of an event in the order of all events, which only grows."""
+
+Backlog = Generator[Event, None, int | None]
 
 HEARTBEAT = Event()
 """A comment. It keeps connections open in proxies, and reveals dead ones."""
@@ -103,25 +105,32 @@ os.register_at_fork(after_in_child=_replace_change_queue)
 
 
 class Subscription:
-    """The start of a listener.
+    """The start of a listener of one channel.
 
-    :param history: the history of its channel. A listener without a history ends after
-        ``opening_events``.
+    :param history: the history of the channel. None ends the listener: a finaliser
+        listens and reads within a change that it interrupts.
     :param next_number: the number of its next event in the history.
-    :param opening_events: the events that it receives before those of the history.
+    :param id: the place where it starts: the id of the last event before it.
+    :param has_gap: whether events before this place may be missing.
+    :param backlog: events that come before those of the history. It returns the next
+        number, or None to end the listener, which is then too far behind.
     """
 
-    __slots__ = ("history", "next_number", "opening_events")
+    __slots__ = ("backlog", "has_gap", "history", "id", "next_number")
 
     def __init__(
         self,
         history: ChannelHistory | None = None,
         next_number: int = 0,
-        opening_events: Iterable[Event] = (),
+        id: str = "",
+        has_gap: bool = False,
+        backlog: Backlog | None = None,
     ) -> None:
         self.history = history
         self.next_number = next_number
-        self.opening_events = opening_events
+        self.id = id
+        self.has_gap = has_gap
+        self.backlog = backlog
 
 
 class _Signal:
@@ -344,37 +353,6 @@ def wake_all_listeners() -> None:
 
 
 on_drain(wake_all_listeners)
-
-
-def iter_events(
-    subscription: Subscription, heartbeat_seconds: float
-) -> Iterator[Event]:
-    """Yield the events of a listener, until it is too far behind.
-
-    :param subscription: the start of the listener. It is empty, and the listener ends,
-        if a finaliser listens and reads within a change that it interrupts.
-    :param heartbeat_seconds: yield ``HEARTBEAT`` after this time without an event.
-    """
-    yield from subscription.opening_events
-    history, number = subscription.history, subscription.next_number
-    del (
-        subscription
-    )  # a waiting listener must not keep events in memory that it has sent
-    if history is None:
-        return
-    while (event := history.wait_for_event(number, heartbeat_seconds)) is not None:
-        number += event is not HEARTBEAT
-        yield event
-        del event
-
-
-def opening_event(id: str | None) -> Event:
-    """The first event of a listener: a comment that shows the browser it is connected.
-
-    :param id: the position where the listener starts, so that a reconnect misses
-        nothing.
-    """
-    return Event(comment="open", id=id)
 
 
 def reset_event(id: str | None) -> Event:

@@ -13,19 +13,18 @@ from __future__ import annotations
 import re
 import secrets
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Sequence
+from functools import partial
 from weakref import WeakValueDictionary
 
-from ...formats.sse import Event, EventTemplate
+from ...formats.sse import Message
 from ..history import (
     ChannelHistory,
     Position,
     Subscription,
     apply_change,
-    iter_events,
-    opening_event,
-    reset_event,
 )
+from ..protocols import ChannelSettings
 
 MAX_CHANNELS = 10_000
 """Channels to keep although nobody listens. Their names may come from users."""
@@ -34,11 +33,11 @@ MAX_CHANNELS = 10_000
 class MemoryBackend:
     """The channels of this process.
 
-    :param max_events: how many events of a channel to store.
+    :param settings: the other options of the application.
     """
 
-    def __init__(self, max_events: int) -> None:
-        self._max_events = max_events
+    def __init__(self, settings: ChannelSettings) -> None:
+        self._max_events = settings.history
         self._process = secrets.token_hex(4)
         self._last_number = 0
         # The channels with a listener, and those used last.
@@ -47,49 +46,45 @@ class MemoryBackend:
         )
         self._used_last: OrderedDict[str, ChannelHistory] = OrderedDict()
 
-    def publish(
-        self,
-        channel: str,
-        text: str,
-        event: str | None,
-        encoded_text: bytes | None = None,
-    ) -> None:
-        """Send an event to all listeners of this process."""
-        message = EventTemplate(text, event, encoded_text)
-        apply_change(lambda: self._append(channel, message))
+    def publish(self, messages: Sequence[Message]) -> None:
+        """Send events to all listeners of this process."""
+        for message in messages:
+            apply_change(partial(self._append, message))
 
-    def _append(self, channel: str, message: EventTemplate) -> None:
-        history, number = self._history(channel), self._last_number + 1
+    publish_committed = publish
+
+    def _append(self, message: Message) -> None:
+        history, number = self._history(message.channel), self._last_number + 1
         history.append_directly((number, 0), message.with_id(self._format_id(number)))
         self._last_number = number
 
-    def listen(
-        self, channel: str, after: str | None, heartbeat_seconds: float
-    ) -> Iterator[Event]:
-        """The events of a channel from now on, and before them the missed ones."""
+    def subscribe(
+        self, channel: str, after: str | None, since: float | None = None
+    ) -> Subscription:
+        """Start a listener of a channel."""
         subscription = Subscription()
         apply_change(lambda: self._subscribe(subscription, channel, after))
-        return iter_events(subscription, heartbeat_seconds)
+        return subscription
 
     def _subscribe(
         self, subscription: Subscription, channel: str, after: str | None
     ) -> None:
-        history = self._history(channel)
-        subscription.history = history
-        newest_id = self._format_id(self._last_number)
+        subscription.history = history = self._history(channel)
+        subscription.next_number = history.next_number
+        subscription.id = self._format_id(self._last_number)
         if after is None:
-            subscription.next_number = history.next_number
-            subscription.opening_events = [opening_event(newest_id)]
             return
         position = self._parse_id(after)
         # The last event of this channel may be older than events of other channels.
         number = position and history.number_after(min(position, history.last_position))
         if number is None:
-            subscription.next_number = history.next_number
-            subscription.opening_events = [opening_event(None), reset_event(newest_id)]
+            subscription.has_gap = True
         else:
-            subscription.next_number = number
-            subscription.opening_events = [opening_event(after)]
+            subscription.next_number, subscription.id = number, after
+
+    def position(self, channel: str) -> str:
+        """The id of the newest event."""
+        return self._format_id(self._last_number)
 
     def _history(self, channel: str) -> ChannelHistory:
         history = self._histories.get(channel)
