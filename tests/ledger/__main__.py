@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import random
 import sys
+from pathlib import Path
 
 from tests.soak.__main__ import table
 
@@ -62,7 +63,9 @@ def print_details(name: str, result: Result) -> None:
     for fault in result.faults:
         begun, ended = fault.begun - result.begun, fault.ended - result.begun
         print(f"{name} {begun:7.2f} to {ended:.2f} s: {fault.subject} {fault.name}")
-    print(f"{name} requests: {dict(result.outcomes)}")
+    for who, outcomes in result.outcomes.items():
+        for outcome, count in outcomes.most_common():
+            print(f"{name} {who}: {count} x {outcome.splitlines()[0]}")
 
 
 def main() -> int:
@@ -78,12 +81,15 @@ def main() -> int:
     planted = "a fault of the application, to see that it is found"
     parser.add_argument("--plant", choices=plants, default="", help=planted)
     parser.add_argument("--verbose", action="store_true", help="print what happened")
+    parser.add_argument("--log", type=Path, help="a file for the output of processes")
     options = parser.parse_args()
     seed = random.randrange(10**6) if options.seed is None else options.seed
     print(f"seed {seed}", flush=True)
     results = {}
     for name in options.backend or BACKENDS:
         results[name] = result = run(name, seed, options.seconds, options.plant)
+        if options.log:
+            options.log.write_text(result.log)
         if options.verbose or result.wrongs:
             print_details(name, result)
     print(table([HEAD, *(cells(*each) for each in results.items())]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from random import Random
 from typing import NamedTuple
 
@@ -64,17 +65,20 @@ def store_acts(name: str, store: Store) -> dict[tuple[str, str], Act]:
 
 def process_acts(processes: list[Process]) -> dict[tuple[str, str], Act]:
     """Return the faults of the processes."""
-    acts: dict[tuple[str, str], Act] = {}
-    for process in processes:
-        acts |= _acts_of(process)
-    return acts
+    acts: dict[str, Callable[[Process, Random], object]] = {
+        "killed": lambda process, _: process.kill(),
+        "its worker killed": lambda process, _: process.kill(worker=True),
+        "terminated": lambda process, _: process.terminate(),
+        "paused": lambda process, random: process.pause(random.uniform(0.1, 4)),
+    }
 
+    def cause(name: str, process: Process, random: Random) -> None:
+        process.wait()
+        acts[name](process, random)
+        process.wait()
 
-def _acts_of(process: Process) -> dict[tuple[str, str], Act]:
-    name = process.name
     return {
-        (name, "killed"): lambda _: process.kill(),
-        (name, "its worker killed"): lambda _: process.kill(worker=True),
-        (name, "terminated"): lambda _: process.terminate(),
-        (name, "paused"): lambda random: process.pause(random.uniform(0.1, 4)),
+        (process.name, name): partial(cause, name, process)
+        for process in processes
+        for name in acts
     }

@@ -33,7 +33,10 @@ Choose = Callable[[Random], int]
 
 
 class Response:
-    """The response to a request."""
+    """The response to a request.
+
+    :raises HTTPException: if its status is not 200.
+    """
 
     def __init__(self, port: int, path: str, seconds: float, **headers: str) -> None:
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=seconds)
@@ -42,10 +45,11 @@ class Response:
         try:
             connection.request("GET", path, headers={"Connection": "close", **headers})
             self._response = connection.getresponse()
+            if (status := self._response.status) != 200:
+                raise http.client.HTTPException(f"status {status}")
         except BaseException:
             connection.close()
             raise
-        self.status = self._response.status
 
     def read(self) -> str:
         """Return the whole text."""
@@ -79,11 +83,7 @@ def get(port: int, path: str, **words: str) -> Response:
 
     :raises HTTPException: if its status is not 200.
     """
-    response = Response(port, f"{path}?{urlencode(words)}", REQUEST_SECONDS)
-    if response.status != 200:
-        response.close()
-        raise http.client.HTTPException(f"status {response.status}")
-    return response
+    return Response(port, f"{path}?{urlencode(words)}", REQUEST_SECONDS)
 
 
 class Publisher(threading.Thread):
@@ -100,6 +100,7 @@ class Publisher(threading.Thread):
         self.done: set[str] = set()
         """The transactions of which the client knows that they were committed."""
         self.outcomes: Counter[str] = Counter()
+        """How its requests ended."""
 
     def close(self) -> None:
         """End after the current request."""
@@ -154,9 +155,12 @@ class Listener(threading.Thread):
         self._leaves_at = time.monotonic() + self._random.expovariate(0.1)
         if not leaves:
             self._leaves_at = float("inf")
+        self._from_page = self._random.random() < 0.3
         self._id = ""
         self.notes: list[Note] = []
         self.stayed = False
+        self.outcomes: Counter[str] = Counter()
+        """How its connections failed."""
         self._last: Last | None = None
         self._until = float("inf")
 
@@ -167,8 +171,12 @@ class Listener(threading.Thread):
 
     def run(self) -> None:
         while not self._is_over():
-            with suppress(*FAILURES):
+            try:
+                if self._from_page and not self._id:
+                    self._load_page()
                 self._connect()
+            except FAILURES as error:
+                self.outcomes[f"{type(error).__name__}: {error}"] += 1
             time.sleep(min(self._random.expovariate(4), 3.0))
 
     def _is_over(self) -> bool:
@@ -176,6 +184,14 @@ class Listener(threading.Thread):
             arrived = self._last.arrived(self.channels, self.notes)
             return arrived or time.monotonic() > self._until
         return time.monotonic() > self._leaves_at
+
+    def _load_page(self) -> None:
+        """Get the position from a page, and listen after it some time later."""
+        port, channels = self._choose(self._random), " ".join(self.channels)
+        with closing(get(port, "/position", channels=channels)) as page:
+            self._id = page.read()
+        self.notes.append(Note(time.monotonic(), "open", ""))
+        time.sleep(self._random.expovariate(4))
 
     def _connect(self) -> None:
         """Listen until the connection is cut."""

@@ -6,7 +6,7 @@ Each word of a plan is a step:
 - ``m0`` adds a row whose ``after_insert`` listener publishes the event.
 - ``f`` flushes.
 - ``(`` begins a savepoint of SQLAlchemy. ``)`` releases it, and ``<`` rolls it back.
-- ``s`` begins a savepoint of ``transaction``, and ``u`` rolls it back.
+- ``s`` begins a savepoint of ``transaction``. ``k`` keeps it, and ``u`` rolls it back.
 
 The last word ends the transaction:
 
@@ -75,7 +75,7 @@ def _steps(random: Random, savepoints: bool, depth: int) -> list[str]:
         elif kind == "f":
             steps.append(kind)
         else:
-            ends = [")", "<"] if kind == "(" else ["f", "u"]
+            ends = [")", "<"] if kind == "(" else ["k", "u"]
             inner = _steps(random, savepoints, depth - 1)
             steps += [kind, *inner, random.choice(ends)]
     return steps

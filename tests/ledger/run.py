@@ -59,8 +59,10 @@ class Result(NamedTuple):
     unexplained: list[Reset]
     """Resets that no fault and no long absence explains."""
     faults: list[Fault]
-    outcomes: Counter[str]
-    """How the requests of the publishers ended."""
+    outcomes: dict[str, Counter[str]]
+    """How the requests of the publishers and listeners ended."""
+    errors: list[str]
+    """Exceptions of ``listen()``."""
     begun: float
     log: str
     """The output of the processes."""
@@ -78,7 +80,7 @@ class Result(NamedTuple):
             f"{fault}, for {len(listeners)} listeners, such as {listeners[0]}"
             for fault, listeners in self.account.faults.items()
         ]
-        return faults + resets
+        return faults + resets + self.errors
 
 
 def run(name: str, seed: int, seconds: float, plant: str = "") -> Result:
@@ -150,8 +152,8 @@ class World:
 
     def work(self, seconds: float) -> None:
         """Publish, listen and cause faults for so many seconds."""
-        while any(server.port is None for server in self._servers + self._scripts):
-            time.sleep(0.05)
+        for process in self._servers + self._scripts:
+            process.wait()
         acts = [process_acts(self._servers + self._scripts)]
         acts += [store_acts(*store) for store in self._stores.items()]
         all_chaos = [Chaos(f"{self._seed} {n}", act) for n, act in enumerate(acts)]
@@ -283,7 +285,16 @@ class World:
             account,
             [reset for reset in account.resets if not self._explains(reset, died)],
             sorted(self._faults),
-            sum((each.outcomes for each in self._publishers), Counter()),
+            {
+                "publishers": sum((x.outcomes for x in self._publishers), Counter()),
+                "listeners": sum((x.outcomes for x in self._listeners), Counter()),
+            },
+            [
+                f"listen() of {name} raised {note.text}"
+                for (name, _, _), each in notes.items()
+                for note in each
+                if note.kind == "error"
+            ],
             self._begun,
             "".join(chain(*(each.log for each in self._servers + self._scripts))),
         )
@@ -317,19 +328,12 @@ class World:
         )
 
     def _explains(self, reset: Reset, died: dict[int, float]) -> bool:
-        """Whether a reset is due: events were not stored any more, or not in time."""
-        if reset.reported >= HISTORY:
-            return True
+        """Whether a reset is due: its events were not stored, or may be lost."""
+        if reset.reported >= HISTORY or self._in_database:
+            return reset.reported >= HISTORY
         if "valkey" in self._stores:
-            return any(
-                fault.begun < reset.time and fault.ended + GRACE > reset.since
-                for fault in self._faults
-                if fault.subject == "valkey"
-            )
-        # With memory:// the events are lost with their process.
-        return not self._in_database and any(
-            reset.since - 1 < time < reset.time for time in died.values()
-        )
+            return any(self._was_away(time, time) for time in died.values())
+        return any(reset.since - 1 < time < reset.time for time in died.values())
 
 
 def is_alive(pid: int) -> bool:

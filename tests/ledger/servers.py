@@ -17,6 +17,7 @@ from tests.ledger.stores import send_signal
 KINDS = ["gunicorn-gthread", "gunicorn-gevent", "waitress"]
 SCRIPT = "script"
 END_SECONDS = 10.0
+START_SECONDS = 20.0
 
 
 class Process:
@@ -62,9 +63,16 @@ class Process:
                 children = psutil.Process(live.process.pid).children()
                 if not (worker and children):
                     live.process.kill()
+                    live.process.wait()
                 for child in children:
                     with suppress(psutil.NoSuchProcess):
                         child.kill()
+
+    def wait(self) -> None:
+        """Wait until it runs, but not forever."""
+        until = time.monotonic() + START_SECONDS
+        while self.port is None and time.monotonic() < until:
+            time.sleep(0.05)
 
     def pause(self, seconds: float) -> None:
         """Stop it, and let it go on after so many seconds."""

@@ -41,6 +41,8 @@ def execute(plan: str, work: str, client: str) -> None:
             savepoints.append(DBSession.begin_nested())
         elif step == "s":
             savepoints.append(transaction.savepoint())
+        elif step == "k":
+            savepoints.pop()
         elif step == ")":
             savepoints.pop().commit()
         elif step in "<u":

@@ -56,6 +56,11 @@ class RootController(TGController):
         plant = tg.config["ledger.plant"]
         return Stream(listen(channels.split(), last_event_id(), plant), SSE)
 
+    @expose(content_type="text/plain")
+    def position(self, channels: str) -> str:
+        """Return the position of channels, as a page that begins to listen."""
+        return tgstream.position(*channels.split())
+
 
 def steps(plans: Any, work: str, client: str, manual: bool) -> Iterator[str]:
     """Execute the transactions of a stream. Yield the number of each."""

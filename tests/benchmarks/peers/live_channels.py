@@ -25,10 +25,7 @@ class RootController(TGController):
     @expose()
     @stream(SSE)
     def merged(self, names: str) -> Iterator[Event]:
-        events: Iterator[Event] = tgstream.listen(  # type: ignore[attr-defined]
-            *names.split(",")
-        )
-        return events
+        return tgstream.listen(*names.split(","))
 
 
 def make_app(where: str) -> App:
