@@ -12,8 +12,11 @@ from typing import NamedTuple
 from tests.ledger.servers import Process
 from tests.ledger.stores import Store
 
-PAUSE = 2.0
+PAUSE = 1.5
 """The average number of seconds between two faults."""
+PROGRESS = 5
+"""Transactions between two faults. A busy machine needs more time for them."""
+PROGRESS_SECONDS = 10.0
 
 Act = Callable[[Random], object]
 
@@ -33,11 +36,17 @@ class Chaos(threading.Thread):
 
     :param seed: of the random choices.
     :param acts: the faults by subject and name. Each returns after its recovery.
+    :param count_done: returns the number of transactions that were committed.
     """
 
-    def __init__(self, seed: str, acts: dict[tuple[str, str], Act]) -> None:
+    def __init__(
+        self,
+        seed: str,
+        acts: dict[tuple[str, str], Act],
+        count_done: Callable[[], int],
+    ) -> None:
         super().__init__(daemon=True)
-        self._random, self._acts = Random(seed), acts
+        self._random, self._acts, self._count_done = Random(seed), acts, count_done
         self._closing = threading.Event()
         self.faults: list[Fault] = []
 
@@ -48,10 +57,20 @@ class Chaos(threading.Thread):
 
     def run(self) -> None:
         while not self._closing.wait(self._random.expovariate(1 / PAUSE)):
+            self._wait_for_progress()
+            if self._closing.is_set():
+                return
             subject, name = key = self._random.choice(list(self._acts))
             begun = time.monotonic()
             self._acts[key](self._random)
             self.faults.append(Fault(begun, time.monotonic(), subject, name))
+
+    def _wait_for_progress(self) -> None:
+        enough = self._count_done() + PROGRESS
+        until = time.monotonic() + PROGRESS_SECONDS
+        while self._count_done() < enough and time.monotonic() < until:
+            if self._closing.wait(0.05):
+                return
 
 
 def store_acts(name: str, store: Store) -> dict[tuple[str, str], Act]:

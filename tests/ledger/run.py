@@ -156,7 +156,10 @@ class World:
             process.wait()
         acts = [process_acts(self._servers + self._scripts)]
         acts += [store_acts(*store) for store in self._stores.items()]
-        all_chaos = [Chaos(f"{self._seed} {n}", act) for n, act in enumerate(acts)]
+        all_chaos = [
+            Chaos(f"{self._seed} {number}", each, self._count_done)
+            for number, each in enumerate(acts)
+        ]
         savepoints = self._backend.savepoints
         self._publishers = [
             Publisher(self._seed, f"publisher{number}", self._choose, savepoints)
@@ -173,6 +176,9 @@ class World:
             self._faults += chaos.faults
         for publisher in self._publishers:
             publisher.close()
+
+    def _count_done(self) -> int:
+        return sum(len(publisher.done) for publisher in self._publishers)
 
     def _keep_listening(self) -> None:
         """Start a listener for each one that left. Some of them stay."""
