@@ -29,6 +29,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from weakref import WeakValueDictionary
 
+from ..core.context import thread
 from ..core.monitor import on_drain
 from ..formats.sse import Event
 
@@ -366,6 +367,10 @@ def iter_events(
         number += event is not HEARTBEAT
         yield event
         del event
+    if (body := thread.record.body) is not None:
+        # Not "completed": the format must not send the end of a complete stream.
+        body.ask_to_end("lagged")
+        yield HEARTBEAT
 
 
 def opening_event(id: str | None) -> Event:
