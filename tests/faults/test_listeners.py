@@ -228,7 +228,7 @@ def test_client_that_never_reads_is_disconnected(server: LiveServer) -> None:
         publish(server, "never", 400)
         assert reconnected.numbers(1) == reader.numbers(1) == [400]
     wait_until(lambda: get_json(server, "/vitals")["alive"] == 0, "streams are left")
-    assert count_ended(server, "never", "completed") >= 1
+    assert count_ended(server, "never", "lagged") >= 1
 
 
 # Reconnecting with an id.
