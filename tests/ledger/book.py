@@ -79,7 +79,7 @@ class Account:
     reported: int = 0
     resets: list[Reset] = field(default_factory=list)
     faults: dict[str, list[str]] = field(default_factory=dict)
-    """The listeners of each fault, which is a sentence."""
+    """For each fault, which is a sentence, the listeners that saw it."""
 
     def note(self, fault: str, listener: str) -> None:
         """Add a fault."""
@@ -211,7 +211,8 @@ def _count_missing(
         if number is not None:
             reported[number] += 1
         if number == 0:
-            account.note(f"{event.text!r} is lost", record.listener)
+            between = _neighbours(position, seen, due)
+            account.note(f"{event.text!r} is lost", f"{record.listener} {between}")
     account.lost += reported[0]
     account.reported += sum(reported[1:])
     since, counts = record.opened, iter(reported[1:])
@@ -220,6 +221,16 @@ def _count_missing(
             reset = Reset(record.listener, record.channel, since, time, next(counts))
             account.resets.append(reset)
         since = time
+
+
+def _neighbours(position: int, seen: set[int], due: list[Committed]) -> str:
+    """Return the received events before and after a missing event."""
+    before = max((each for each in seen if each < position), default=None)
+    after = min((each for each in seen if each > position), default=None)
+    first, second = (
+        "nothing" if each is None else repr(due[each].text) for each in (before, after)
+    )
+    return f"between {first} and {second}"
 
 
 def _find_reset(
