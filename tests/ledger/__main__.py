@@ -77,7 +77,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=10, help="of each back end")
     parser.add_argument("--seed", type=int, help="of the random choices")
     parser.add_argument("--backend", action="append", choices=BACKENDS)
-    plants = [*filter(None, PLANTS), "aborted"]
+    plants = [*PLANTS, "aborted"]
     planted = "a fault of the application, to see that it is found"
     parser.add_argument("--plant", choices=plants, default="", help=planted)
     parser.add_argument("--verbose", action="store_true", help="print what happened")

@@ -105,7 +105,7 @@ def note_of(event: Event) -> Note:
 
 def listen(channels: list[str], after: str | None, plant: str = "") -> Iterator[Event]:
     """Listen to channels, with a planted fault if one is named."""
-    return PLANTS[plant](tgstream.listen(*channels, after=after))
+    return PLANTS.get(plant, iter)(tgstream.listen(*channels, after=after))
 
 
 def follow(folder: str, name: str, plant: str) -> None:
@@ -146,26 +146,25 @@ def choose_channels(random: Random) -> list[str]:
 
 def _drop(events: Iterator[Event]) -> Iterator[Event]:
     for number, event in enumerate(events):
-        if number % 50 != 49:
+        if number % 10 != 9:
             yield event
 
 
 def _duplicate(events: Iterator[Event]) -> Iterator[Event]:
     for number, event in enumerate(events):
         yield event
-        if number % 50 == 49:
+        if number % 10 == 9:
             yield event
 
 
 def _reorder(events: Iterator[Event]) -> Iterator[Event]:
     for number, event in enumerate(events):
-        if number % 50 == 49:
+        if number % 10 == 4:
             yield next(events)
         yield event
 
 
 PLANTS: dict[str, Callable[[Iterator[Event]], Iterator[Event]]] = {
-    "": lambda events: events,
     "drop": _drop,
     "duplicate": _duplicate,
     "reorder": _reorder,
