@@ -61,8 +61,10 @@ def print_details(name: str, result: Result) -> None:
     for wrong in result.wrongs[:SHOWN]:
         print(f"WRONG {name}: {wrong}")
     for fault in result.faults:
-        begun, ended = fault.begun - result.begun, fault.ended - result.begun
-        print(f"{name} {begun:7.2f} to {ended:.2f} s: {fault.subject} {fault.name}")
+        times = f"{fault.begun:7.2f} to {fault.ended:.2f} s"
+        print(f"{name} {times}: {fault.subject} {fault.name}")
+    for process, time in sorted(result.died.items(), key=lambda item: item[1]):
+        print(f"{name} {time:7.2f} s: process {process} ended")
     for who, outcomes in result.outcomes.items():
         for outcome, count in outcomes.most_common():
             print(f"{name} {who}: {count} x {outcome.splitlines()[0]}")

@@ -32,7 +32,7 @@ class Committed(NamedTuple):
     publisher: str
     """Publishes one event after the other, in one process."""
     published: float
-    """When it was published, in seconds of ``time.monotonic()``."""
+    """When it was published, in seconds of the run, as all times here."""
     doubtful: bool = False
     """The process died, or lost the database, before it could send the event."""
 
@@ -44,7 +44,7 @@ class Record:
     listener: str
     channel: str
     opened: float
-    """When the listener knew that it listens, in seconds of ``time.monotonic()``."""
+    """When the listener knew that it listens."""
     entries: list[tuple[float, str | None]]
     """The time and the text of each event. A ``reset`` has no text."""
     stayed: bool
@@ -212,7 +212,11 @@ def _count_missing(
             reported[number] += 1
         if number == 0:
             between = _neighbours(position, seen, due)
-            account.note(f"{event.text!r} is lost", f"{record.listener} {between}")
+            lost = f"{event.text!r} of {event.publisher} is lost"
+            account.note(
+                f"{lost}, published at {event.published:.2f} s",
+                f"{record.listener} {between}",
+            )
     account.lost += reported[0]
     account.reported += sum(reported[1:])
     since, counts = record.opened, iter(reported[1:])

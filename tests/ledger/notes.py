@@ -63,17 +63,24 @@ class Last(NamedTuple):
 
 
 def records(
-    listener: str, channels: list[str], notes: list[Note], stayed: bool
+    listener: str,
+    channels: list[str],
+    notes: list[Note],
+    stayed: bool,
+    begun: float = 0.0,
 ) -> list[Record]:
-    """Return what a listener received, for each of its channels."""
+    """Return what a listener received, for each of its channels.
+
+    :param begun: when the run began.
+    """
     opened = next((note.time for note in notes if note.kind == "open"), float("inf"))
     return [
         Record(
             listener,
             channel,
-            opened,
+            opened - begun,
             [
-                (note.time, None if note.kind == "reset" else note.text)
+                (note.time - begun, None if note.kind == "reset" else note.text)
                 for note in notes
                 if _concerns(note, channel)
             ],

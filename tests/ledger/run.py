@@ -63,7 +63,8 @@ class Result(NamedTuple):
     """How the requests of the publishers and listeners ended."""
     errors: list[str]
     """Exceptions of ``listen()``."""
-    begun: float
+    died: dict[int, float]
+    """The processes that ended, and when they were last seen."""
     log: str
     """The output of the processes."""
 
@@ -72,8 +73,7 @@ class Result(NamedTuple):
         """The faults of the back end, a sentence each."""
         resets = [
             f"{reset.listener}: unexplained reset of channel {reset.channel} at "
-            f"{reset.time - self.begun:.2f} s, for {reset.reported} events since "
-            f"{reset.since - self.begun:.2f} s"
+            f"{reset.time:.2f} s, for {reset.reported} events since {reset.since:.2f} s"
             for reset in self.unexplained
         ]
         faults = [
@@ -173,7 +173,12 @@ class World:
             time.sleep(0.05)
         for chaos in all_chaos:
             chaos.close()
-            self._faults += chaos.faults
+            self._faults += [
+                fault._replace(
+                    begun=fault.begun - self._begun, ended=fault.ended - self._begun
+                )
+                for fault in chaos.faults
+            ]
         for publisher in self._publishers:
             publisher.close()
 
@@ -274,15 +279,23 @@ class World:
             record
             for (name, pid, channels), each in notes.items()
             for record in records(
-                f"{name} {pid}", channels.split("+"), each, pid in self._alive
+                f"{name} {pid}",
+                channels.split("+"),
+                each,
+                pid in self._alive,
+                self._begun,
             )
         ]
         for listener in self._listeners:
             heard += records(
-                listener.name, listener.channels, listener.notes, listener.stayed
+                listener.name,
+                listener.channels,
+                listener.notes,
+                listener.stayed,
+                self._begun,
             )
         died = {
-            pid: each[-1].time
+            pid: each[-1].time - self._begun
             for (_, pid, _), each in notes.items()
             if each and pid not in self._alive
         }
@@ -301,7 +314,7 @@ class World:
                 for note in each
                 if note.kind == "error"
             ],
-            self._begun,
+            died,
             "".join(chain(*(each.log for each in self._servers + self._scripts))),
         )
 
@@ -314,7 +327,7 @@ class World:
         committed = []
         for entry in model.read(self._database.url):
             pid = int(entry.publisher.split()[0])
-            published = entry.published or 0.0
+            published = (entry.published or 0.0) - self._begun
             doubtful = not self._in_database and (
                 entry.work not in done or self._was_away(published, died.get(pid, 0.0))
             )
