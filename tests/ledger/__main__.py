@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import random
+import re
 import sys
 from pathlib import Path
 
@@ -60,6 +61,9 @@ def print_details(name: str, result: Result) -> None:
     """Print the faults of the back end, and those that the run caused."""
     for wrong in result.wrongs[:SHOWN]:
         print(f"WRONG {name}: {wrong}")
+        for work, plan in result.plans.items():
+            if re.search(rf" {work}[. ]", wrong):
+                print(f"      {plan}")
     for fault in result.faults:
         times = f"{fault.begun:7.2f} to {fault.ended:.2f} s"
         print(f"{name} {times}: {fault.subject} {fault.name}")

@@ -101,6 +101,8 @@ class Publisher(threading.Thread):
         """The transactions of which the client knows that they were committed."""
         self.outcomes: Counter[str] = Counter()
         """How its requests ended."""
+        self.plans: dict[str, plans.Plan] = {}
+        """By the names of their transactions."""
 
     def close(self) -> None:
         """End after the current request."""
@@ -112,9 +114,10 @@ class Publisher(threading.Thread):
             if self._closing.wait(self._random.expovariate(30)):
                 return
             plan = plans.plan(self._random, self._savepoints)
+            work = f"{plan.kind}-{self.name}-{number}"
+            self.plans[work] = plan
             try:
                 # After a timeout its request may go on, so it becomes another client.
-                work = f"{plan.kind}-{self.name}-{number}"
                 self._execute(plan, work, f"{self.name}.{timeouts}")
                 self.outcomes["done"] += 1
             except TimeoutError:

@@ -21,7 +21,7 @@ from tests.ledger.book import Account, Committed, Reset, balance
 from tests.ledger.chaos import Chaos, Fault, process_acts, store_acts
 from tests.ledger.clients import FAILURES, Listener, Publisher, get
 from tests.ledger.notes import Last, Note, read_notes, records
-from tests.ledger.plans import CHANNELS, LAST
+from tests.ledger.plans import CHANNELS, LAST, Plan
 from tests.ledger.servers import KINDS, SCRIPT, Process
 from tests.ledger.stores import PostgreSQL, SQLite, Store, Valkey
 from tests.live_apps.ledger_app import HISTORY
@@ -63,6 +63,8 @@ class Result(NamedTuple):
     """How the requests of the publishers and listeners ended."""
     errors: list[str]
     """Exceptions of ``listen()``."""
+    plans: dict[str, Plan]
+    """The plans of the publishers, by the names of their transactions."""
     died: dict[int, float]
     """The processes that ended, and when they were last seen."""
     log: str
@@ -314,6 +316,7 @@ class World:
                 for note in each
                 if note.kind == "error"
             ],
+            {work: plan for x in self._publishers for work, plan in x.plans.items()},
             died,
             "".join(chain(*(each.log for each in self._servers + self._scripts))),
         )
