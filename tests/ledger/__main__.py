@@ -87,15 +87,17 @@ def main() -> int:
     planted = "a fault of the application, to see that it is found"
     parser.add_argument("--plant", choices=plants, default="", help=planted)
     parser.add_argument("--verbose", action="store_true", help="print what happened")
-    parser.add_argument("--log", type=Path, help="a file for the output of processes")
+    parser.add_argument("--folder", type=Path, help="a new folder for notes and logs")
     options = parser.parse_args()
     seed = random.randrange(10**6) if options.seed is None else options.seed
     print(f"seed {seed}", flush=True)
     results = {}
     for name in options.backend or BACKENDS:
-        results[name] = result = run(name, seed, options.seconds, options.plant)
-        if options.log:
-            options.log.write_text(result.log)
+        with TemporaryDirectory() as temporary:
+            folder = Path(options.folder or temporary, name)
+            folder.mkdir(parents=True)
+            result = run(name, seed, options.seconds, folder, options.plant)
+        results[name] = result
         if options.verbose or result.wrongs:
             print_details(name, result)
     print(table([HEAD, *(cells(*each) for each in results.items())]))

@@ -28,6 +28,9 @@ class Note(NamedTuple):
     """``open``, ``event``, ``reset``, ``error``, or ``beat`` for a heartbeat."""
     text: str
 
+    def line(self) -> str:
+        return f"{self.time} {self.kind} {self.text}\n"
+
 
 def read_notes(path: Path) -> list[Note]:
     """Return the notes of a file. A process may have died while it wrote a line."""
@@ -127,7 +130,7 @@ def follow(folder: str, name: str, plant: str) -> None:
     after = None
 
     def write(note: Note) -> None:
-        os.write(file, f"{note.time} {note.kind} {note.text}\n".encode())
+        os.write(file, note.line().encode())
 
     while True:
         until = time.monotonic() + random.expovariate(0.3)

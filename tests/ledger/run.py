@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, suppress
-from itertools import chain, count
+from itertools import count
 from pathlib import Path
 from random import Random
 from typing import NamedTuple
@@ -67,8 +66,6 @@ class Result(NamedTuple):
     """The plans of the publishers, by the names of their transactions."""
     died: dict[int, float]
     """The processes that ended, and when they were last seen."""
-    log: str
-    """The output of the processes."""
 
     @property
     def wrongs(self) -> list[str]:
@@ -85,15 +82,15 @@ class Result(NamedTuple):
         return faults + resets + self.errors
 
 
-def run(name: str, seed: int, seconds: float, plant: str = "") -> Result:
+def run(name: str, seed: int, seconds: float, folder: Path, plant: str = "") -> Result:
     """Publish and listen under faults, and compare what was received.
 
     :param name: of the back end, one of ``BACKENDS``.
     :param seed: of all random choices.
+    :param folder: an empty folder. It will have the notes and logs of the run.
     :param plant: a fault that the application has on purpose.
     """
     with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         world = World(BACKENDS[name], f"{seed}-{name}", folder, plant, stack)
         world.work(seconds)
         world.settle()
@@ -275,7 +272,12 @@ class World:
     # The account.
 
     def result(self) -> Result:
-        """Return the account."""
+        """Return the account, and write what led to it into the folder."""
+        for process in self._servers + self._scripts:
+            (self._folder / f"{process.name}.log").write_text("".join(process.log))
+        for listener in self._listeners:
+            text = "".join(map(Note.line, listener.notes))
+            (self._folder / f"{listener.name}.txt").write_text(text)
         notes = self._notes()
         heard = [
             record
@@ -318,7 +320,6 @@ class World:
             ],
             {work: plan for x in self._publishers for work, plan in x.plans.items()},
             died,
-            "".join(chain(*(each.log for each in self._servers + self._scripts))),
         )
 
     def _committed(self, died: dict[int, float]) -> list[Committed]:
