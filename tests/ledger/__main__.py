@@ -14,6 +14,7 @@ import random
 import re
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from tests.soak.__main__ import table
 
