@@ -97,8 +97,10 @@ class Filters(TGController):
 
 
 @pytest.fixture
-def filters(make_app: MakeApp, name: str) -> Filters:
-    return Filters(name)
+def filters(make_app: MakeApp, name: str) -> Iterator[Filters]:
+    """The controller. Its streams have ended after the test."""
+    yield Filters(name)
+    assert drain(timeout=10)
 
 
 def next_chunk(call: Any) -> bytes:
@@ -109,7 +111,7 @@ def next_chunk(call: Any) -> bytes:
     return chunk
 
 
-def test_filter_receives_no_comments_and_its_stream_opens_and_beats(
+def test_filter_receives_no_comments_and_its_stream_opens(
     make_app: MakeApp, filters: Filters, next_report: Callable[[], Report]
 ) -> None:
     """The opening comment has the id of the place, so a reconnect misses nothing."""
