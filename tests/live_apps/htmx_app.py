@@ -60,8 +60,9 @@ def make_app(url: str, folder: str, npm: str) -> Any:
     provide("myapp.lib.base", BaseController=TGController)
     provide("myapp.model", **vars(page_app))
     names = run_blocks(page, __name__="myapp.page")
+    htmx: Any = names["Htmx"]
 
-    class Htmx4(names["Htmx"]):  # type: ignore[misc]
+    class Htmx4(htmx):
         @expose("myapp.templates.htmx4")
         def index(self) -> Any:
             return self.make_page()
