@@ -44,18 +44,19 @@ def write_templates(page: str, folder: Path) -> None:
     import myapp.templates  # noqa: F401  # before page_app provides other modules
 
 
-def make_app(url: str, folder: str, npm: str) -> Any:
+def make_app(url: str, folder: str, npm: str = "") -> Any:
     """Return the application.
 
     :param url: of the database. Its tables are created again.
     :param folder: an empty folder, for the templates and the scripts.
-    :param npm: the folder ``node_modules``, with the packages.
+    :param npm: the folder ``node_modules`` with the packages. Without it the pages have
+        no scripts.
     """
     page = (DOCS / "htmx.rst").read_text()
     write_templates(page, Path(folder))
     public = Path(folder) / "public"
     (public / "javascript").mkdir(parents=True)
-    for name, path in SCRIPTS.items():
+    for name, path in SCRIPTS.items() if npm else ():
         shutil.copy(Path(npm) / path, public / "javascript" / name)
     provide("myapp.lib.base", BaseController=TGController)
     provide("myapp.model", **vars(page_app))
