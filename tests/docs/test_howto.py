@@ -547,7 +547,7 @@ def test_htmx_page_publishes_fragments(tmp_path: Path) -> None:
                     assert (event.event, event.data) == (type, expected)
             with httpx.stream("GET", f"{address}/feed?lastEventId=x") as response:
                 event = next(e for e in parse_events(response.iter_text()) if e.data)
-                type, data = RESET[library]
-                assert (event.event, data or event.data) == (type, event.data)
+                reset, script = RESET[library]
+                assert (event.event, script or event.data) == (reset, event.data)
     finally:
         live.kill()

@@ -51,7 +51,6 @@ def iter_events(
         return
     yield opening_event(None if subscription.has_gap else subscription.id)
     yield from iter_started(subscription, heartbeat_seconds, channel)
-    yield from end_too_far_behind()
 
 
 def iter_started(
@@ -64,21 +63,20 @@ def iter_started(
     number: int | None = subscription.next_number
     if subscription.backlog is not None:
         number = yield from subscription.backlog
-    if history is None or number is None:
-        return
-    while (event := history.wait_for_event(number, heartbeat_seconds)) is not None:
-        number += event is not HEARTBEAT
-        yield event
-        del event
+    if history is not None and number is not None:
+        while (event := history.wait_for_event(number, heartbeat_seconds)) is not None:
+            number += event is not HEARTBEAT
+            yield event
+            del event
+    yield from end_lagging()
 
 
-def end_too_far_behind() -> Iterator[Event]:
-    """End the stream of a listener that is too far behind, at the next item.
+def end_lagging() -> Iterator[Event]:
+    """End the stream of a listener that is too far behind.
 
-    If the listener only returned, the format could send the end of a complete stream.
+    It must not count as complete: the format must not send the end of a complete one.
     """
-    body = thread.record.body
-    if body is not None:
+    if (body := thread.record.body) is not None:
         body.ask_to_end("lagged")
         yield HEARTBEAT
 
@@ -108,7 +106,6 @@ def _listen_when_connected(
     if not subscription.has_gap:
         yield opening_event(subscription.id)
     yield from iter_started(subscription, heartbeat_seconds, channel)
-    yield from end_too_far_behind()
 
 
 def wait_until_connected(

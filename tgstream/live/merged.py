@@ -12,7 +12,7 @@ from typing import Final
 from ..core.options import clock
 from ..formats.sse import Event, replace_id
 from .history import HEARTBEAT, Backlog, Subscription, Waiter, reset_event
-from .listener import end_too_far_behind, opening_event, wait_until_connected
+from .listener import end_lagging, opening_event, wait_until_connected
 from .places import UNKNOWN, Places
 from .protocols import Backend, ConnectionLost
 
@@ -97,7 +97,6 @@ def _iter_events(start: _Start, heartbeat_seconds: float) -> Iterator[Event]:
         id = places.move(index, subscriptions[index].id)
         yield reset_event(id, places.channels[index])
     yield from _iter_started(places, subscriptions, heartbeat_seconds)
-    yield from end_too_far_behind()
 
 
 def _iter_started(
@@ -110,6 +109,7 @@ def _iter_started(
             number = yield from _iter_backlog(places, index, subscription.backlog)
         history = subscription.history
         if history is None or number is None:
+            yield from end_lagging()
             return
         history.add_waiter(waiter)
         histories.append(history)
@@ -121,7 +121,8 @@ def _iter_started(
             while numbers[index] < last:
                 event = history.wait_for_event(numbers[index], 0.0)
                 if event is None:
-                    return  # too far behind
+                    yield from end_lagging()
+                    return
                 numbers[index] += 1
                 yield _place_event(places, index, event)
                 del event
