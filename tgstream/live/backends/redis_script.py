@@ -1,0 +1,116 @@
+"""The script that appends an event to a channel and reports it to the listeners.
+
+Redis runs a script without interruption. So the processes that subscribe to a channel
+receive the events of its stream in the order of the stream. Each message has the id of
+the event before it: a process that knows another id has missed an event.
+
+An entry of the stream has the field ``data``, the field ``event`` if the event has a
+type, and the field ``json`` if the data is JSON. A message is one line and the data:
+``{id before} {id} {flags} {type}\\n{data}``. The flags are ``j`` if the data is JSON,
+and ``e`` if there is a type, or ``-``.
+"""
+
+from __future__ import annotations
+
+from hashlib import sha1
+from typing import Any
+
+from ...formats.sse import Message
+from ..protocols import ChannelSettings
+
+try:
+    from redis.exceptions import NoScriptError
+except ImportError as error:
+    raise ImportError(
+        "tgstream.channels uses Redis or Valkey, but the package redis is not "
+        "installed. Run: pip install 'tgstream[redis]'"
+    ) from error
+
+KEY_PREFIX = "tgstream:"
+
+_FIND_NEWEST = """
+local newest = redis.call('XREVRANGE', KEYS[1], '+', '-', 'COUNT', 1)[1]
+"""
+
+PUBLISH = (
+    _FIND_NEWEST
+    + """
+local publish, channel, max_events, milliseconds = unpack(ARGV, 1, 4)
+local flags, type, data = unpack(ARGV, 5)
+local fields = {'data', data}
+if flags:find('e') then
+  fields[#fields + 1] = 'event'
+  fields[#fields + 1] = type
+end
+if flags:find('j') then
+  fields[#fields + 1] = 'json'
+  fields[#fields + 1] = '1'
+end
+local id = redis.call('XADD', KEYS[1], 'MAXLEN', '~', max_events, '*', unpack(fields))
+redis.call('PEXPIRE', KEYS[1], milliseconds)
+local before = newest and newest[1] or '0-0'
+local line = before .. ' ' .. id .. ' ' .. flags .. ' ' .. type
+redis.call(publish, channel, line .. '\\n' .. data)
+return id
+"""
+)
+"""Append an event, let the server remove the oldest ones, and report the event.
+
+:returns: the id of the event.
+"""
+
+
+def channel_key(channel: str) -> str:
+    """The key of the stream of a channel."""
+    return f"{KEY_PREFIX}{channel}"
+
+
+def message_channel(channel: str, database: int) -> str:
+    """The channel of Redis to which the messages of a channel are sent.
+
+    It has the same name as the key, so that both are in one slot of a cluster. The
+    databases of a server share their channels of Redis. So its number is appended,
+    after a character that no name contains.
+    """
+    key = channel_key(channel)
+    return f"{key}\n{database}" if database else key
+
+
+def publish_arguments(
+    message: Message, settings: ChannelSettings, database: int, is_cluster: bool
+) -> list[Any]:
+    """The key and the arguments of the script ``PUBLISH`` for an event."""
+    flags = "j" * message.is_json + "e" * (message.event is not None)
+    return [
+        channel_key(message.channel),
+        "SPUBLISH" if is_cluster else "PUBLISH",
+        message_channel(message.channel, database),
+        # The server keeps one more: its position proves that the oldest is the next.
+        settings.history + 1,
+        milliseconds(settings),
+        flags or "-",
+        message.event or "",
+        message.text if message.data is None else message.data,
+    ]
+
+
+def milliseconds(settings: ChannelSettings) -> int:
+    """The time after which the server removes a channel without new events."""
+    return max(1, int(settings.seconds * 1000))
+
+
+def run_script(client: Any, script: str, arguments: list[Any]) -> Any:
+    """Run a script with one key. The server receives its text only once.
+
+    :param client: a client of the package redis.
+    :param arguments: the key, and the arguments of the script.
+    """
+    try:
+        return client.evalsha(script_digest(script), 1, *arguments)
+    except NoScriptError:
+        return client.eval(script, 1, *arguments)
+
+
+def script_digest(script: str) -> str:
+    """The name of a script for ``EVALSHA``."""
+    return sha1(script.encode(), usedforsecurity=False).hexdigest()
