@@ -18,6 +18,7 @@ from urllib.parse import parse_qsl, unquote, urlencode, urlsplit
 try:
     import redis
     from redis.backoff import NoBackoff
+    from redis.exceptions import ClusterDownError
     from redis.retry import Retry
     from redis.sentinel import Sentinel
 except ImportError as error:
@@ -72,7 +73,7 @@ def is_outage(error: Exception) -> bool:
     """
     if not isinstance(error, redis.ResponseError):
         return True
-    outages = redis.ReadOnlyError, redis.OutOfMemoryError, redis.ClusterDownError
+    outages = redis.ReadOnlyError, redis.OutOfMemoryError, ClusterDownError
     return isinstance(error, outages) or bool(_find_outage(str(error)))
 
 
