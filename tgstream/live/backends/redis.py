@@ -81,6 +81,7 @@ class RedisBackend:
         except CONNECTION_ERRORS as error:
             if not is_outage(error):
                 raise refusal(channel, error) from error
+            self._streams.close_after(error)
             self._outage.log_start(error)
             raise ConnectionLost from error
 

@@ -63,6 +63,14 @@ class RedisStreams:
         """Close the connections. The next command opens a connection again."""
         self._pool.disconnect()
 
+    def close_after(self, error: Exception) -> None:
+        """Close the connections if the server has answered that it is unusable.
+
+        It may be a replica now. A new connection may lead to the new primary.
+        """
+        if isinstance(error, redis.ResponseError):
+            self.close()
+
     def newest(self, channel: str) -> Position:
         """The position of the newest event. Create the stream if there is none."""
         arguments = [channel_key(channel), self._milliseconds]
