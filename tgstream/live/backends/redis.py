@@ -31,6 +31,7 @@ from ..history import (
     reset_event,
 )
 from ..protocols import ChannelSettings, ConnectionLost
+from .redis_publisher import RedisPublisher
 
 try:
     import redis
@@ -74,6 +75,7 @@ class RedisBackend:
     def __init__(self, url: str, settings: ChannelSettings) -> None:
         self._url = url
         self._max_events = settings.history
+        self._publisher = RedisPublisher(url, settings)
         pool = redis.BlockingConnectionPool.from_url(
             url,
             max_connections=MAX_CONNECTIONS,
@@ -92,20 +94,11 @@ class RedisBackend:
 
     def publish(self, messages: Sequence[Message]) -> None:
         """Send events to all listeners of all processes."""
-        for message in messages:
-            self._streams.add(message, self._max_events)
+        self._publisher.publish(messages)
 
     def publish_committed(self, messages: Sequence[Message]) -> None:
         """Send the events of a transaction that has committed."""
-        for message in messages:
-            try:
-                self._streams.add(message, self._max_events)
-            except CONNECTION_ERRORS:
-                log.exception(
-                    "an event of Channel(%r) is lost: it could not be sent after the "
-                    "commit",
-                    message.channel,
-                )
+        self._publisher.publish_committed(messages)
 
     def position(self, channel: str) -> str:
         """The id of the newest event of a channel."""

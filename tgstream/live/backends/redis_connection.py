@@ -17,6 +17,7 @@ from urllib.parse import parse_qsl, unquote, urlencode, urlsplit
 
 try:
     import redis
+    from redis import exceptions
     from redis.backoff import NoBackoff
     from redis.retry import Retry
     from redis.sentinel import Sentinel
@@ -38,7 +39,9 @@ _find_outage = re.compile(
     # The server cannot write now: no memory, no disk, or a script that does not end.
     r"|OOM|MISCONF|BUSY|UNKILLABLE"
     # The password was changed.
-    r"|NOAUTH|WRONGPASS)\b"
+    r"|NOAUTH|WRONGPASS"
+    # The package redis has classes for some of them, without the code in the text.
+    r"|(ReadOnly|MasterDown|ClusterDown|TryAgain|OutOfMemory)Error)\b"
 ).search
 
 
@@ -70,10 +73,9 @@ def is_outage(error: Exception) -> bool:
     :param error: an error of the package redis. Redis 6 has the code of an error of a
         script in the middle of its text.
     """
-    if not isinstance(error, redis.ResponseError):
+    if not isinstance(error, exceptions.ResponseError):
         return True
-    outages = redis.ReadOnlyError, redis.OutOfMemoryError, redis.ClusterDownError
-    return isinstance(error, outages) or bool(_find_outage(str(error)))
+    return _find_outage(f"{type(error).__name__} {error}") is not None
 
 
 def explain_refusal(error: Exception, key: str) -> str:
@@ -104,7 +106,7 @@ class _SentinelConnection(redis.Connection):
     def __init__(
         self, sentinels: Any, service: str, sentinel_options: Any, **options: Any
     ) -> None:
-        super().__init__(**options)
+        super().__init__(**options)  # type: ignore[no-untyped-call]
         self._sentinels = sentinels
         self._service = service
         self._sentinel_options = sentinel_options
@@ -116,7 +118,7 @@ class _SentinelConnection(redis.Connection):
             "socket_timeout": self.socket_timeout,
             "retry": Retry(NoBackoff(), 0),
         }
-        sentinel = Sentinel(
+        sentinel: Any = Sentinel(  # type: ignore[no-untyped-call]
             self._sentinels, sentinel_kwargs=options | self._sentinel_options
         )
         try:
@@ -124,7 +126,7 @@ class _SentinelConnection(redis.Connection):
         finally:
             for client in sentinel.sentinels:
                 client.close()
-        super().connect()
+        super().connect()  # type: ignore[no-untyped-call]
 
 
 def _parse_sentinel_url(url: str) -> tuple[str, dict[str, Any]]:
