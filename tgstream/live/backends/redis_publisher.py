@@ -169,7 +169,7 @@ class RedisPublisher:
             if not is_passed:
                 self._lock.release()
         if is_passed:
-            self._start_sender()
+            self._start_sender(deadline)
 
     def _try_to_send(self, deadline: float) -> bool:
         try:
@@ -275,12 +275,15 @@ class RedisPublisher:
             if self._sender_runs:
                 self._lock.release()
             else:
-                self._start_sender()
+                self._start_sender(clock() + self._seconds)
 
-    def _start_sender(self) -> None:
-        """Start the sender, which gets the lock of this thread."""
+    def _start_sender(self, deadline: float) -> None:
+        """Start the sender, which gets the lock of this thread.
+
+        :param deadline: when the server counts as lost, unless the sender reaches it.
+        """
         self._sender_runs = True
-        self._give_up_at = min(self._give_up_at, clock() + self._seconds)
+        self._give_up_at = min(self._give_up_at, deadline)
         try:
             # threading.Thread has locks inside, which a finaliser must not wait for.
             _thread.start_new_thread(self._run_sender, ())
