@@ -16,16 +16,10 @@ from __future__ import annotations
 from hashlib import sha1
 from typing import Any
 
+from redis.exceptions import NoScriptError
+
 from ...formats.sse import Message
 from ..protocols import ChannelSettings
-
-try:
-    from redis.exceptions import NoScriptError
-except ImportError as error:
-    raise ImportError(
-        "tgstream.channels uses Redis or Valkey, but the package redis is not "
-        "installed. Run: pip install 'tgstream[redis]'"
-    ) from error
 
 KEY_PREFIX = "tgstream:"
 
@@ -62,6 +56,38 @@ return id
 """Append an event, let the server remove the oldest ones, and report the event.
 
 :returns: the id of the event.
+"""
+
+OPEN = (
+    _FIND_NEWEST
+    + """
+if newest then
+  return newest[1]
+end
+local id = redis.pcall('XADD', KEYS[1], '*', 'opened', '1')
+if type(id) == 'table' then
+  return id.err:find('READONLY') and id or '0-0'
+end
+redis.call('PEXPIRE', KEYS[1], ARGV[1])
+return id
+"""
+)
+"""Create the stream of a channel if there is none, with an entry that is not an event.
+
+:returns: the id of the newest entry. ``0-0`` if the server cannot add an entry now.
+"""
+
+CHECK = """
+local answer = redis.pcall('PEXPIRE', KEYS[1], 1)
+redis.call(ARGV[1], KEYS[1], '')
+if type(answer) == 'table' and answer.err:find('READONLY') then
+  return answer
+end
+return redis.call('TIME')
+"""
+"""Send a message to a process, and check that the server accepts changes.
+
+:returns: the time of the server, in seconds and microseconds.
 """
 
 

@@ -1,0 +1,227 @@
+"""Reads the streams of the channels.
+
+The position of an event is the id that the server gave it. The server removes the
+oldest events of a stream first. So if the event at a position is still in the stream,
+no event after it is missing. A stream begins with an entry that marks its beginning if
+a listener created it. So a listener always has a position whose absence proves a loss.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import redis
+from redis.exceptions import NoScriptError
+
+from ...formats.sse import Event, Message
+from ..history import Position, reset_event
+from ..protocols import ChannelSettings
+from .redis_connection import create_pool, is_outage
+from .redis_script import OPEN, channel_key, milliseconds, run_script, script_digest
+
+TIMEOUT_SECONDS = 5.0
+"""Seconds without an answer after which a connection is given up."""
+MAX_CONNECTIONS = 8
+"""Connections for reading. If all are in use, others wait."""
+MAX_PAGE = 20
+"""Maximum events of one read for a single listener."""
+MAX_COMMANDS = 500
+"""Maximum commands that are sent together."""
+
+Entry = tuple[Position, Event]
+
+START: Position = (0, 0)
+"""The position before the first event of a stream."""
+
+
+class RedisStreams:
+    """Reads the streams of the channels.
+
+    :param url: the URL of the server.
+    :param settings: the options of the application.
+    """
+
+    def __init__(self, url: str, settings: ChannelSettings) -> None:
+        self._pool = create_pool(
+            url,
+            TIMEOUT_SECONDS,
+            redis.BlockingConnectionPool,
+            max_connections=MAX_CONNECTIONS,
+            timeout=TIMEOUT_SECONDS,
+        )
+        self.client: Any = redis.Redis(connection_pool=self._pool)
+        self.database = int(self._pool.connection_kwargs.get("db") or 0)
+        self._milliseconds = milliseconds(settings)
+
+    def create_connection(self) -> Any:
+        """Create a connection to the same server."""
+        return self._pool.connection_class(**self._pool.connection_kwargs)
+
+    def close(self) -> None:
+        """Close the connections. The next command opens a connection again."""
+        self._pool.disconnect()
+
+    def newest(self, channel: str) -> Position:
+        """The position of the newest event. Create the stream if there is none."""
+        arguments = [channel_key(channel), self._milliseconds]
+        return to_position(run_script(self.client, OPEN, arguments))
+
+    def newest_of(self, channels: Sequence[str]) -> list[Position | Exception]:
+        """The newest position of each channel, or the error that the server returned.
+
+        :raises Exception: if the server cannot be reached.
+        """
+        digest = script_digest(OPEN)
+        commands = [
+            ("EVALSHA", digest, 1, channel_key(channel), self._milliseconds)
+            for channel in channels
+        ]
+        newest: list[Position | Exception] = []
+        for channel, answer in zip(channels, self._execute(commands), strict=True):
+            try:
+                if isinstance(answer, NoScriptError):
+                    newest.append(self.newest(channel))
+                else:
+                    newest.append(to_position(_raise_error(answer)))
+            except redis.ResponseError as error:
+                if is_outage(error):
+                    raise
+                newest.append(error)
+        return newest
+
+    def after_each(
+        self, positions: Sequence[tuple[str, Position]]
+    ) -> list[list[Entry] | Exception | None]:
+        """The events after the position of each channel.
+
+        :returns: for each channel None if an event after the position may be missing,
+            or the error that the server returned.
+        """
+        commands = [
+            ("XRANGE", channel_key(channel), format_id(position), "+")
+            for channel, position in positions
+        ]
+        return [
+            answer
+            if isinstance(answer, Exception)
+            else _entries_after(position, answer)
+            for (_, position), answer in zip(
+                positions, self._execute(commands), strict=True
+            )
+        ]
+
+    def _execute(self, commands: Sequence[tuple[Any, ...]]) -> Iterable[Any]:
+        for at in range(0, len(commands), MAX_COMMANDS):
+            with self.client.pipeline(transaction=False) as pipeline:
+                for command in commands[at : at + MAX_COMMANDS]:
+                    pipeline.execute_command(*command)
+                for answer in pipeline.execute(raise_on_error=False):
+                    if isinstance(answer, Exception) and is_outage(answer):
+                        raise answer
+                    yield answer
+
+    def after(self, channel: str, position: Position) -> list[Entry] | None:
+        """The events after a position. None if one of them may be missing."""
+        answer = self.client.xrange(channel_key(channel), format_id(position))
+        return _entries_after(position, answer)
+
+    def all(self, channel: str) -> tuple[Position, list[Entry]]:
+        """The position where a stream begins, and all its events."""
+        answer = self.client.xrange(channel_key(channel))
+        return to_position(answer[0][0]) if answer else START, _entries(answer)
+
+    def has_all_after(self, channel: str, position: Position) -> bool:
+        """True if it is certain that no event after a position is missing."""
+        if position == START:
+            return self._is_complete(channel)
+        id = format_id(position)
+        return bool(self.client.xrange(channel_key(channel), id, id))
+
+    def _is_complete(self, channel: str) -> bool:
+        """True if it is certain that no event was ever removed."""
+        info = self.client.xinfo_stream(channel_key(channel))
+        # Only Redis 7 and Valkey count the added events. Without it there is no proof.
+        return bool(info.get("entries-added") == info["length"])
+
+    def has_event_between(self, channel: str, after: Position, until: int) -> bool:
+        """True if there is an event between a position and a time in milliseconds."""
+        first, last = f"({format_id(after)}", f"({until}-0"
+        return bool(_entries(self.client.xrange(channel_key(channel), first, last, 2)))
+
+    def newest_between(
+        self, channel: str, after: Position, until: Position, count: int
+    ) -> list[Entry]:
+        """The newest events after one position, up to and including another."""
+        first, last = f"({format_id(after)}", format_id(until)
+        answer = self.client.xrevrange(channel_key(channel), last, first, count)
+        return _entries(reversed(answer))
+
+    def page(self, channel: str, after: Position) -> list[Entry]:
+        """The next few events after a position."""
+        first = f"({format_id(after)}"
+        return _entries(self.client.xrange(channel_key(channel), first, "+", MAX_PAGE))
+
+
+def format_id(position: Position) -> str:
+    """The id of a position, as the server writes it."""
+    return f"{position[0]}-{position[1]}"
+
+
+def to_position(id: bytes) -> Position:
+    """The position of an id that the server wrote.
+
+    :raises ValueError: if the id has another form.
+    """
+    milliseconds, number = id.split(b"-")
+    return int(milliseconds), int(number)
+
+
+def parse_id(id: str) -> Position | None:
+    """The position of an id. None if no server can have written the id."""
+    match = re.fullmatch(r"(0|[1-9][0-9]{0,19})-(0|[1-9][0-9]{0,19})", id, re.ASCII)
+    if match is None:
+        return None
+    position = int(match[1]), int(match[2])
+    return position if max(position) < 2**64 else None
+
+
+def parse_message(payload: bytes) -> tuple[Position, Position, Event]:
+    """The position before an event, its own, and the event, from a message.
+
+    :raises ValueError: if another program sent it.
+    """
+    line, _, data = payload.partition(b"\n")
+    before, id, flags, type = line.split(b" ", 3)
+    event = type.decode() if b"e" in flags else None
+    message = Message("", data.decode(), event, b"j" in flags, data)
+    return to_position(before), to_position(id), message.with_id(id.decode())
+
+
+def _entries_after(position: Position, answer: Any) -> list[Entry] | None:
+    """The events of an answer that begins at a position. None if it does not."""
+    if not answer or to_position(answer[0][0]) != position:
+        return None
+    return _entries(answer[1:])
+
+
+def _entries(answer: Any) -> list[Entry]:
+    return [_entry(id, fields) for id, fields in answer if b"opened" not in fields]
+
+
+def _entry(id: bytes, fields: Mapping[bytes, bytes]) -> Entry:
+    """An event. If another program wrote an invalid one, it is a reset."""
+    position, type = to_position(id), fields.get(b"event")
+    try:
+        event, data = None if type is None else type.decode(), fields[b"data"]
+        message = Message("", data.decode(), event, b"json" in fields, data)
+        return position, message.with_id(id.decode())
+    except (KeyError, ValueError):
+        return position, reset_event(id.decode())
+
+
+def _raise_error(answer: Any) -> Any:
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
