@@ -78,7 +78,10 @@ def commit(publisher: RedisPublisher, name: str, *texts: str) -> float:
 def commit_last(publisher: RedisPublisher, server: Valkey, name: str) -> list[str]:
     """Publish one more event, and return all, when all have arrived."""
     commit(publisher, name, "last")
-    return wait_for(server, name, "last")[:-1]
+    received = wait_for(server, name, "last")[:-1]
+    commit(publisher, name, "end")  # so that the thread of an outage has gone on
+    wait_for(server, name, "end")
+    return received
 
 
 def logged(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -271,9 +274,12 @@ def test_event_that_the_server_may_have_removed_is_a_reset(
 
     def interfere() -> bool:
         if is_cut := answers():
-            for number in range(80):
-                server.execute("XADD", f"tgstream:{name}", "*", "data", f"o{number}")
-            server.execute("XTRIM", f"tgstream:{name}", "MAXLEN", "30")
+            with redis.Redis.from_url(server.url) as client:
+                pipeline = client.pipeline()
+                for number in range(80):
+                    pipeline.xadd(f"tgstream:{name}", {"data": f"o{number}"})
+                pipeline.xtrim(f"tgstream:{name}", 30, approximate=False)
+                pipeline.execute()
         return is_cut
 
     commit(publisher, name, "first")
