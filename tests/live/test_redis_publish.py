@@ -115,7 +115,7 @@ def test_script_that_the_server_has_forgotten_is_sent_again(
     caplog: pytest.LogCaptureFixture,
     name: str,
 ) -> None:
-    """This is no outage."""
+    """It does not count as an outage."""
     publisher = make_publisher(server.url)
     for number in range(3):
         commit(publisher, name, f"{number}.0", f"{number}.1", f"{number}.2")

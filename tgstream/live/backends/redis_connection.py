@@ -2,8 +2,8 @@
 
 A connection belongs to the server to which the address of the URL leads when it
 connects. So a connection to a server that is not the primary any more is closed, and
-the next one asks for the address again: DNS for ``redis://``, and the sentinels for
-``redis+sentinel://``.
+the next connection looks the address up again: in DNS for ``redis://``, and with the
+sentinels for ``redis+sentinel://``.
 
 An error is an outage, or the server refuses one command. After an outage the same
 command may succeed. A refused command is refused again, but other commands succeed.
@@ -48,7 +48,7 @@ _find_outage = re.compile(
 def create_pool(
     url: str, seconds: float, pool_class: Any = redis.ConnectionPool, **options: Any
 ) -> Any:
-    """Create a pool of connections. A new connection asks for the address again.
+    """Create a pool of connections. A new connection looks the address up again.
 
     :param url: the URL of the server, or of its sentinels.
     :param seconds: maximum time to connect, and to wait for an answer.
@@ -88,6 +88,8 @@ def explain_refusal(error: Exception, key: str) -> str:
         return f"{text}. {NEEDED_PERMISSIONS}"
     if "WRONGTYPE" in text:
         return f"{text}. Delete or rename the key {key!r}, which must be a stream"
+    if "MovedError" in text:
+        return f"{text}. The server is part of a cluster, which is not supported"
     return text
 
 

@@ -53,7 +53,7 @@ ATTEMPT_SECONDS = 5.0
 MIN_PAUSE = 0.05
 MAX_PAUSE = 0.5
 """Seconds between two attempts of the sender. They double from the minimum on."""
-MAX_EVENTS = 100
+MAX_EVENTS = 1000
 MAX_BYTES = 262_144
 """The number and the size of events that are sent at once."""
 MAX_NAMES = 20
@@ -227,6 +227,7 @@ class RedisPublisher:
                 "Cannot send events to Redis (tgstream.channels): %s. They are kept, "
                 "and sent when it is back",
                 str(error).rstrip("."),
+                exc_info=not isinstance(error, CONNECTION_ERRORS),  # a fault of ours
             )
             atexit.unregister(self.close)
             atexit.register(self.close)
@@ -261,7 +262,7 @@ class RedisPublisher:
 
     def _queue_resets(self) -> None:
         for channel in list(self._resets):
-            message = Message(channel, "", "reset")
+            message = Message(channel, channel, "reset")  # as reset_event() has it
             self._queue.append(OutgoingEvent(message, is_kept=True))
             # After this, events of the channel are newer than its reset.
             self._resets.pop(channel, None)
@@ -290,6 +291,7 @@ class RedisPublisher:
         except RuntimeError:  # no more threads, because the process ends
             self._attempt(self._seconds)
             self._sender_runs = False
+            self._give_up_at = float("inf")  # the next publisher tries again
             self._lock.release()
 
     def _run_sender(self) -> None:
@@ -325,7 +327,7 @@ class RedisPublisher:
         except Exception as error:  # all events depend on this thread
             self._note_outage(error)
             return False
-        self._note_recovery()
+        self._give_up_at = float("inf")
         return True
 
     def _connect(self, seconds: float) -> EventSender:

@@ -130,7 +130,7 @@ class EventSender:
         :raises Exception: if the connection must be closed.
         """
         connection, outage = self._connection, None
-        remaining = set()  # the channels of the events that were not sent
+        unsent = set()  # the channels of the events that were not appended
         try:
             self._limit_wait(deadline)
             commands = connection.pack_commands(self._commands(events))
@@ -140,13 +140,13 @@ class EventSender:
                 channel, answer = event.message.channel, self._read_answer()
                 if isinstance(answer, NoScriptError):
                     self._has_script = False
-                    remaining.add(channel)
+                    unsent.add(channel)
                 elif isinstance(answer, Exception) and is_outage(answer):
                     outage = answer
-                    remaining.add(channel)
+                    unsent.add(channel)
                 else:
                     self._finish(event, answer)
-                    if channel in remaining:  # an earlier event was overtaken
+                    if channel in unsent:  # an earlier event was overtaken
                         self._send_reset(channel)
         except BaseException:
             for event in events:
