@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import redis
 from tg import TGController
 
 from tests.conftest import MakeApp
@@ -223,7 +222,7 @@ def test_event_id_that_is_too_old_causes_a_reset(
         for old_id in ids[0], ids[10]:
             opening, reset = islice(reconnect(process, name, old_id), 2)
             assert opening == Event(comment="open")
-            assert reset == Event("", event="reset", id=ids[60])
+            assert reset == Event(name, event="reset", id=ids[60], channel=name)
         assert receive(reconnect(process, name, ids[60]), 1) == ["open"]
 
 
@@ -577,21 +576,3 @@ def test_listener_that_starts_while_redis_is_down_waits(
     assert lost[1].startswith("Lost the connection to Redis (tgstream.channels): ")
     assert lost[1].endswith("d. Listeners wait until it reconnects")
     assert rest == [("INFO", "Reconnected to Redis (tgstream.channels)")]
-
-
-def test_publish_fails_while_redis_is_down(
-    make_app: MakeApp,
-    failing_server: DurableValkey,
-    caplog: pytest.LogCaptureFixture,
-    name: str,
-) -> None:
-    """publish(now=True) raises. After a commit the failure is logged."""
-    root = LiveController(Channel(name))
-    app = make_app(root, tgstream__channels=failing_server.url, tm__enabled=True)
-    failing_server.terminate()
-    assert get(app, "/post?text=lost").text == "posted"
-    assert logged(caplog) == [
-        f"an event of Channel('{name}') is lost: it could not be sent after the commit"
-    ]
-    with pytest.raises(redis.ConnectionError):
-        Channel(name).publish("lost", now=True)

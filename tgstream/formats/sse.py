@@ -7,13 +7,23 @@ value can add a field or an event to the stream.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from threading import TIMEOUT_MAX
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .json_encoder import Encoder, to_document
+
+
+class JSONText(str):
+    """The ``data`` of an event that was published as an object, a list or a number.
+
+    It is a type of text, so that copies of an event keep it.
+    """
+
+    __slots__ = ()
 
 
 class _EventBytes:
@@ -44,6 +54,8 @@ class Event(_EventBytes):
         the last ID. A whole number is sent as its digits.
     :param retry: whole milliseconds to wait before reconnecting.
     :param comment: a line that clients ignore.
+    :param channel: the name of the channel of an event that was published. It is not
+        sent by ``SSE``.
     :raises TypeError: when ``event``, ``id`` or ``comment`` is not text, or ``data`` is
         bytes.
     :raises ValueError: when ``event`` or ``id`` contains CR, LF or NUL, ``comment``
@@ -56,6 +68,7 @@ class Event(_EventBytes):
     id: str | int | None = None
     retry: int | None = None
     comment: str | None = None
+    channel: str | None = None
 
     def __post_init__(self) -> None:
         id: Any = self.id
@@ -83,6 +96,17 @@ class Event(_EventBytes):
                 raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
             self.__post_init__()  # copy and pickle copy only the dataclass fields
             return getattr(self, name)
+
+    def json(self) -> Any:
+        """Return the value that was published: an object, a list, a number or a text.
+
+        :returns: the value that JSON has of it, so a date is text. A published ``str``
+            is returned unchanged, also if it contains JSON. ``data`` of any other event
+            is returned unchanged: the name of the channel for ``reset``, and None for a
+            comment.
+        :raises ValueError: when another program has published invalid JSON.
+        """
+        return json.loads(self.data) if isinstance(self.data, JSONText) else self.data
 
 
 class SSE:
@@ -227,20 +251,39 @@ class Message(NamedTuple):
         :raises ValueError: when the type or the data cannot be sent in an event. A back
             end may have them from another program.
         """
-        event, set_field = object.__new__(Event), object.__setattr__
-        type_line = _encode_line("event", b"event: ", self.event, b"\r\n\0")
-        lines = b"%bid: %b\n" % (type_line, id.encode())
         data = self.data
         if data is None:
             data = _encode_utf8("Event: data", self.text)
-        set_field(event, "data", self.text)
-        set_field(event, "event", self.event)
-        set_field(event, "id", id)
-        set_field(event, "retry", None)
-        set_field(event, "comment", None)
-        set_field(event, "_field_lines", lines)
-        set_field(event, "_bytes", b"%b%b\n" % (lines, _split_data(data)))
-        return event
+        text = JSONText(self.text) if self.is_json else self.text
+        return _make_event(text, self.event, id, self.channel, _split_data(data))
+
+
+def replace_id(event: Event, id: str, channel: str) -> Event:
+    """Return an event of a channel with another id. The bytes of its data are kept.
+
+    :param id: one line of text, which is not checked.
+    """
+    if event._bytes is None:
+        return replace(event, id=id, channel=channel)
+    data_lines = event._bytes[len(event._field_lines) : -1]
+    return _make_event(event.data, event.event, id, channel, data_lines)
+
+
+def _make_event(
+    text: str, type: str | None, id: str, channel: str | None, data_lines: bytes
+) -> Event:
+    event, set_field = object.__new__(Event), object.__setattr__
+    type_line = _encode_line("event", b"event: ", type, b"\r\n\0")
+    lines = b"%bid: %b\n" % (type_line, id.encode())
+    set_field(event, "data", text)
+    set_field(event, "event", type)
+    set_field(event, "id", id)
+    set_field(event, "retry", None)
+    set_field(event, "comment", None)
+    set_field(event, "channel", channel)
+    set_field(event, "_field_lines", lines)
+    set_field(event, "_bytes", b"%b%b\n" % (lines, data_lines))
+    return event
 
 
 # The lines of an event.

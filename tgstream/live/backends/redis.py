@@ -13,13 +13,12 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from ...core.report import log
 from ...formats.sse import Message
 from ..history import Backlog, ChannelHistory, Position, Subscription
 from ..protocols import ChannelSettings, ConnectionLost
 from .redis_connection import CONNECTION_ERRORS, is_outage
+from .redis_publisher import RedisPublisher
 from .redis_reader import Outage, RedisReader, refusal
-from .redis_script import PUBLISH, publish_arguments, run_script
 from .redis_streams import TIMEOUT_SECONDS, RedisStreams, format_id, parse_id
 
 Result = TypeVar("Result")
@@ -33,6 +32,7 @@ class RedisBackend:
     """
 
     def __init__(self, url: str, settings: ChannelSettings) -> None:
+        self._publisher = RedisPublisher(url, settings)
         self._settings = settings
         self._streams = RedisStreams(url, settings)
         self._outage = Outage()
@@ -41,23 +41,11 @@ class RedisBackend:
 
     def publish(self, messages: Sequence[Message]) -> None:
         """Send events to all listeners of all processes."""
-        for message in messages:
-            arguments = publish_arguments(
-                message, self._settings, self._streams.database, is_cluster=False
-            )
-            run_script(self._streams.client, PUBLISH, arguments)
+        self._publisher.publish(messages)
 
     def publish_committed(self, messages: Sequence[Message]) -> None:
         """Send the events of a transaction that has committed."""
-        for message in messages:
-            try:
-                self.publish([message])
-            except CONNECTION_ERRORS:
-                log.exception(
-                    "an event of Channel(%r) is lost: it could not be sent after the "
-                    "commit",
-                    message.channel,
-                )
+        self._publisher.publish_committed(messages)
 
     def position(self, channel: str) -> str:
         """The id of the newest event of a channel."""

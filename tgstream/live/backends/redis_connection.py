@@ -2,8 +2,8 @@
 
 A connection belongs to the server to which the address of the URL leads when it
 connects. So a connection to a server that is not the primary any more is closed, and
-the next one asks for the address again: DNS for ``redis://``, and the sentinels for
-``redis+sentinel://``.
+the next connection looks the address up again: in DNS for ``redis://``, and with the
+sentinels for ``redis+sentinel://``.
 
 An error is an outage, or the server refuses one command. After an outage the same
 command may succeed. A refused command is refused again, but other commands succeed.
@@ -17,8 +17,8 @@ from urllib.parse import parse_qsl, unquote, urlencode, urlsplit
 
 try:
     import redis
+    from redis import exceptions
     from redis.backoff import NoBackoff
-    from redis.exceptions import ClusterDownError
     from redis.retry import Retry
     from redis.sentinel import Sentinel
 except ImportError as error:
@@ -39,14 +39,16 @@ _find_outage = re.compile(
     # The server cannot write now: no memory, no disk, or a script that does not end.
     r"|OOM|MISCONF|BUSY|UNKILLABLE"
     # The password was changed.
-    r"|NOAUTH|WRONGPASS)\b"
+    r"|NOAUTH|WRONGPASS"
+    # The package redis has classes for some of them, without the code in the text.
+    r"|(ReadOnly|MasterDown|ClusterDown|TryAgain|OutOfMemory)Error)\b"
 ).search
 
 
 def create_pool(
     url: str, seconds: float, pool_class: Any = redis.ConnectionPool, **options: Any
 ) -> Any:
-    """Create a pool of connections. A new connection asks for the address again.
+    """Create a pool of connections. A new connection looks the address up again.
 
     :param url: the URL of the server, or of its sentinels.
     :param seconds: maximum time to connect, and to wait for an answer.
@@ -71,10 +73,9 @@ def is_outage(error: Exception) -> bool:
     :param error: an error of the package redis. Redis 6 has the code of an error of a
         script in the middle of its text.
     """
-    if not isinstance(error, redis.ResponseError):
+    if not isinstance(error, exceptions.ResponseError):
         return True
-    outages = redis.ReadOnlyError, redis.OutOfMemoryError, ClusterDownError
-    return isinstance(error, outages) or bool(_find_outage(str(error)))
+    return _find_outage(f"{type(error).__name__} {error}") is not None
 
 
 def explain_refusal(error: Exception, key: str) -> str:
@@ -87,6 +88,8 @@ def explain_refusal(error: Exception, key: str) -> str:
         return f"{text}. {NEEDED_PERMISSIONS}"
     if "WRONGTYPE" in text:
         return f"{text}. Delete or rename the key {key!r}, which must be a stream"
+    if "MovedError" in text:
+        return f"{text}. The server is part of a cluster, which is not supported"
     return text
 
 
@@ -105,7 +108,7 @@ class _SentinelConnection(redis.Connection):
     def __init__(
         self, sentinels: Any, service: str, sentinel_options: Any, **options: Any
     ) -> None:
-        super().__init__(**options)
+        super().__init__(**options)  # type: ignore[no-untyped-call]
         self._sentinels = sentinels
         self._service = service
         self._sentinel_options = sentinel_options
@@ -117,7 +120,7 @@ class _SentinelConnection(redis.Connection):
             "socket_timeout": self.socket_timeout,
             "retry": Retry(NoBackoff(), 0),
         }
-        sentinel = Sentinel(
+        sentinel: Any = Sentinel(  # type: ignore[no-untyped-call]
             self._sentinels, sentinel_kwargs=options | self._sentinel_options
         )
         try:
@@ -125,7 +128,7 @@ class _SentinelConnection(redis.Connection):
         finally:
             for client in sentinel.sentinels:
                 client.close()
-        super().connect()
+        super().connect()  # type: ignore[no-untyped-call]
 
 
 def _parse_sentinel_url(url: str) -> tuple[str, dict[str, Any]]:

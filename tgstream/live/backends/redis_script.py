@@ -5,7 +5,8 @@ receive the events of its stream in the order of the stream. Each message has th
 the event before it: a process that knows another id has missed an event.
 
 An entry of the stream has the field ``data``, the field ``event`` if the event has a
-type, and the field ``json`` if the data is JSON. A message is one line and the data:
+type, the field ``json`` if the data is JSON, and the field ``by`` if the publisher gave
+the event a name, by which it finds the event again. A message is one line and the data:
 ``{id before} {id} {flags} {type}\\n{data}``. The flags are ``j`` if the data is JSON,
 and ``e`` if there is a type, or ``-``.
 """
@@ -30,7 +31,7 @@ PUBLISH = (
     _FIND_NEWEST
     + """
 local publish, channel, max_events, milliseconds = unpack(ARGV, 1, 4)
-local flags, type, data = unpack(ARGV, 5)
+local flags, type, data, by = unpack(ARGV, 5, 8)
 local fields = {'data', data}
 if flags:find('e') then
   fields[#fields + 1] = 'event'
@@ -39,6 +40,10 @@ end
 if flags:find('j') then
   fields[#fields + 1] = 'json'
   fields[#fields + 1] = '1'
+end
+if by then
+  fields[#fields + 1] = 'by'
+  fields[#fields + 1] = by
 end
 local id = redis.call('XADD', KEYS[1], 'MAXLEN', '~', max_events, '*', unpack(fields))
 redis.call('PEXPIRE', KEYS[1], milliseconds)
