@@ -32,6 +32,7 @@ from tgstream.doctor.settings_checks import check_settings
 from tgstream.formats.sse import Message
 from tgstream.live.backends.redis import RedisBackend
 from tgstream.live.backends.redis_reader import RedisReader
+from tgstream.live.history import reset_event
 from tgstream.live.listener import listen
 from tgstream.live.protocols import ChannelSettings
 from tgstream.testing import open_stream
@@ -304,7 +305,7 @@ def test_invalid_entry_of_a_stream_causes_a_reset(
     events = open_listener(backend, name)
     id = server.execute("XADD", f"tgstream:{name}", "*", *fields).decode()
     publish(backend, name, "next")
-    assert next(events) == Event("", event="reset", id=id)
+    assert next(events) == reset_event(id, name)
     assert receive(events, 1) == ["next"]
 
 
@@ -495,7 +496,7 @@ def test_server_that_restarts_without_its_data_causes_a_reset(
     server.terminate()
     server.start()
     reset = next(events)
-    assert reset == Event("", event="reset", id=reset.id)
+    assert reset == reset_event(id_of(reset), name)
     publish(backend, name, "after")
     publish(backend, f"{name}?", "the first")
     assert receive(events, 1) == ["after"]

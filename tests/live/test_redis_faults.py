@@ -17,7 +17,7 @@ import pytest
 import redis
 
 from tests.live.listeners import id_of, receive, types_of_first_two
-from tests.live.redis_proxy import RedisProxy
+from tests.live.redis_servers import RedisProxy
 from tests.pages import DOCS
 from tests.valkey import DurableValkey, Valkey
 from tgstream import Event
@@ -211,15 +211,34 @@ def test_process_that_is_disconnected_in_a_burst_reports_one_reset(
     assert sum(event.event == "reset" for event in received) <= 3
 
 
+def test_events_and_resets_name_their_channel(
+    server: Valkey, make_backend: MakeBackend, name: str
+) -> None:
+    """This holds for messages and for events that are read from the stream."""
+    backend, other = make_backend(), make_backend()
+    events, id = open_listener(backend, name), backend.position(name)
+    backend.publish([Message(name, "{}", "type", True), Message(name, "", "reset")])
+    resumed = islice(listen(other, name, id, 60.0), 1, None)
+    for received in events, resumed:
+        event, reset = next(received), next(received)
+        assert (event.channel, event.event, event.json()) == (name, "type", {})
+        assert (reset.channel, reset.event, reset.data) == (name, "reset", name)
+    server.execute("DEL", f"tgstream:{name}")
+    publish(backend, name, "x")
+    reset = next(events)
+    assert (reset.channel, reset.event, reset.data) == (name, "reset", name)
+
+
 def test_event_that_another_program_added_without_a_message_is_received(
     server: Valkey, make_backend: MakeBackend, name: str
 ) -> None:
-    """The next message shows that there is one more. Events have their data as JSON."""
+    """The next message shows it."""
     backend = make_backend()
     events = open_listener(backend, name)
-    server.execute("XADD", f"tgstream:{name}", "*", "data", "added", "json", "1")
+    server.execute("XADD", f"tgstream:{name}", "*", "data", "[1]", "json", "1")
     server.execute("PUBLISH", f"tgstream:{name}", "not a message")
-    assert receive(events, 1) == ["added"]
+    event = next(events)
+    assert (event.channel, event.json()) == (name, [1])
     server.execute("XADD", f"tgstream:{name}", "*", "data", "again")
     publish(backend, name, "next")
     assert receive(events, 2) == ["again", "next"]
@@ -252,8 +271,8 @@ def test_listener_of_a_channel_that_disappeared_receives_the_next_event(
     publish(other, name, "first")
     assert receive(events, 1) == ["first"]
     for channel in name, f"{name}?":
-        key = f"tgstream:{channel}"
-        wait_until(lambda key=key: not server.execute("EXISTS", key))
+        while server.execute("EXISTS", f"tgstream:{channel}"):
+            threading.Event().wait(0.01)
         if is_opened:
             other.position(channel)
     publish(other, name, "second")

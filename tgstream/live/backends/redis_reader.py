@@ -317,7 +317,7 @@ class RedisReader:
     ) -> None:
         newest = history.last_position
         try:
-            before, position, event = parse_message(payload)
+            before, position, event = parse_message(channel.name, payload)
         except ValueError:
             self._read_gap(channel, history)
             return
@@ -336,7 +336,7 @@ class RedisReader:
                 first, entries = self._streams.all(channel.name)
                 # If the server removed the unused channel, no event is missing.
                 if first[0] < newest[0] + self._settings.seconds * 1000:
-                    _report_loss(history, self._streams.newest(channel.name))
+                    _report_loss(channel, history, self._streams.newest(channel.name))
                     return
         except redis.ResponseError as error:
             if is_outage(error):
@@ -368,7 +368,7 @@ class RedisReader:
             if isinstance(entries, Exception):
                 self._refuse(channel, entries)
             elif entries is None:
-                _report_loss(history, position)
+                _report_loss(channel, history, position)
             else:
                 _append_all(history, entries)
 
@@ -500,8 +500,8 @@ def _append_all(history: ChannelHistory, entries: Iterable[Entry]) -> None:
         history.append(position, event)
 
 
-def _report_loss(history: ChannelHistory, newest: Position) -> None:
-    history.restart(newest, reset_event(format_id(newest)))
+def _report_loss(channel: _Channel, history: ChannelHistory, newest: Position) -> None:
+    history.restart(newest, reset_event(format_id(newest), channel.name))
 
 
 def refusal(channel: str, error: Exception) -> StreamError:

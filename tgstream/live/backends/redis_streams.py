@@ -114,8 +114,8 @@ class RedisStreams:
         return [
             answer
             if isinstance(answer, Exception)
-            else _entries_after(position, answer)
-            for (_, position), answer in zip(
+            else _entries_after(channel, position, answer)
+            for (channel, position), answer in zip(
                 positions, self._execute(commands), strict=True
             )
         ]
@@ -133,12 +133,12 @@ class RedisStreams:
     def after(self, channel: str, position: Position) -> list[Entry] | None:
         """The events after a position. None if one of them may be missing."""
         answer = self.client.xrange(channel_key(channel), format_id(position))
-        return _entries_after(position, answer)
+        return _entries_after(channel, position, answer)
 
     def all(self, channel: str) -> tuple[Position, list[Entry]]:
         """The position where a stream begins, and all its events."""
         answer = self.client.xrange(channel_key(channel))
-        return to_position(answer[0][0]) if answer else START, _entries(answer)
+        return to_position(answer[0][0]) if answer else START, _entries(channel, answer)
 
     def has_all_after(self, channel: str, position: Position) -> bool:
         """True if it is certain that no event after a position is missing."""
@@ -156,7 +156,9 @@ class RedisStreams:
     def has_event_between(self, channel: str, after: Position, until: int) -> bool:
         """True if there is an event between a position and a time in milliseconds."""
         first, last = f"({format_id(after)}", f"({until}-0"
-        return bool(_entries(self.client.xrange(channel_key(channel), first, last, 2)))
+        return bool(
+            _entries(channel, self.client.xrange(channel_key(channel), first, last, 2))
+        )
 
     def newest_between(
         self, channel: str, after: Position, until: Position, count: int
@@ -164,12 +166,13 @@ class RedisStreams:
         """The newest events after one position, up to and including another."""
         first, last = f"({format_id(after)}", format_id(until)
         answer = self.client.xrevrange(channel_key(channel), last, first, count)
-        return _entries(reversed(answer))
+        return _entries(channel, reversed(answer))
 
     def page(self, channel: str, after: Position) -> list[Entry]:
         """The next few events after a position."""
         first = f"({format_id(after)}"
-        return _entries(self.client.xrange(channel_key(channel), first, "+", MAX_PAGE))
+        answer = self.client.xrange(channel_key(channel), first, "+", MAX_PAGE)
+        return _entries(channel, answer)
 
 
 def format_id(position: Position) -> str:
@@ -195,38 +198,50 @@ def parse_id(id: str) -> Position | None:
     return position if max(position) < 2**64 else None
 
 
-def parse_message(payload: bytes) -> tuple[Position, Position, Event]:
+def parse_message(channel: str, payload: bytes) -> tuple[Position, Position, Event]:
     """The position before an event, its own, and the event, from a message.
 
     :raises ValueError: if another program sent it.
     """
     line, _, data = payload.partition(b"\n")
     before, id, flags, type = line.split(b" ", 3)
-    event = type.decode() if b"e" in flags else None
-    message = Message("", data.decode(), event, b"j" in flags, data)
-    return to_position(before), to_position(id), message.with_id(id.decode())
+    event = _create_event(
+        channel, id, data, type if b"e" in flags else None, b"j" in flags
+    )
+    return to_position(before), to_position(id), event
 
 
-def _entries_after(position: Position, answer: Any) -> list[Entry] | None:
+def _create_event(
+    channel: str, id: bytes, data: bytes, type: bytes | None, is_json: bool
+) -> Event:
+    if type == b"reset":  # a publisher could not send all events
+        return reset_event(id.decode(), channel)
+    event = None if type is None else type.decode()
+    return Message(channel, data.decode(), event, is_json, data).with_id(id.decode())
+
+
+def _entries_after(channel: str, position: Position, answer: Any) -> list[Entry] | None:
     """The events of an answer that begins at a position. None if it does not."""
     if not answer or to_position(answer[0][0]) != position:
         return None
-    return _entries(answer[1:])
+    return _entries(channel, answer[1:])
 
 
-def _entries(answer: Any) -> list[Entry]:
-    return [_entry(id, fields) for id, fields in answer if b"opened" not in fields]
+def _entries(channel: str, answer: Any) -> list[Entry]:
+    return [
+        _entry(channel, id, fields) for id, fields in answer if b"opened" not in fields
+    ]
 
 
-def _entry(id: bytes, fields: Mapping[bytes, bytes]) -> Entry:
+def _entry(channel: str, id: bytes, fields: Mapping[bytes, bytes]) -> Entry:
     """An event. If another program wrote an invalid one, it is a reset."""
-    position, type = to_position(id), fields.get(b"event")
     try:
-        event, data = None if type is None else type.decode(), fields[b"data"]
-        message = Message("", data.decode(), event, b"json" in fields, data)
-        return position, message.with_id(id.decode())
+        event = _create_event(
+            channel, id, fields[b"data"], fields.get(b"event"), b"json" in fields
+        )
     except (KeyError, ValueError):
-        return position, reset_event(id.decode())
+        event = reset_event(id.decode(), channel)
+    return to_position(id), event
 
 
 def _raise_error(answer: Any) -> Any:
