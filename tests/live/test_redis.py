@@ -555,7 +555,7 @@ def test_listener_that_starts_while_redis_is_down_waits(
     caplog.set_level("INFO", "tgstream")
     backend = make_backend(failing_server.url)
     publish(backend, name, "before")
-    known_id = id_of(next(listen(backend, name, None, 60.0)))
+    known_id = backend.position(name)
     failing_server.terminate()
     events = listen(
         make_backend(failing_server.url), name, known_id if resumes else None, 0.01

@@ -23,9 +23,10 @@ from tests.valkey import DurableValkey, Valkey
 from tgstream import Event
 from tgstream.core.errors import StreamError
 from tgstream.formats.sse import Message
-from tgstream.live.backends import redis_reader
+from tgstream.live.backends import redis_reader, redis_streams
 from tgstream.live.backends.redis import RedisBackend
 from tgstream.live.backends.redis_script import PUBLISH, publish_arguments, run_script
+from tgstream.live.history import Subscription
 from tgstream.live.listener import listen
 from tgstream.live.protocols import ChannelSettings, ConnectionLost
 
@@ -59,7 +60,8 @@ def quick_checks(monkeypatch: pytest.MonkeyPatch) -> None:
     """The reader notices a server that hangs after about a second."""
     monkeypatch.setattr(redis_reader, "CHECK_SECONDS", 0.05)
     monkeypatch.setattr(redis_reader, "READ_SECONDS", 0.05)
-    monkeypatch.setattr(redis_reader, "TIMEOUT_SECONDS", 1.0)
+    for module in redis_reader, redis_streams:
+        monkeypatch.setattr(module, "TIMEOUT_SECONDS", 1.0)
 
 
 def publish(backend: RedisBackend, name: str, *texts: str) -> None:
@@ -244,6 +246,29 @@ def test_event_that_another_program_added_without_a_message_is_received(
     assert receive(events, 2) == ["again", "next"]
 
 
+@pytest.mark.parametrize("is_known", [True, False], ids=["known", "new"])
+def test_finaliser_that_interrupts_the_reader_can_listen(
+    make_backend: MakeBackend, name: str, is_known: bool
+) -> None:
+    """It does not wait for the thread that it interrupts."""
+
+    class Cycle:
+        def __del__(self) -> None:
+            subscriptions.append(backend.subscribe(name if is_known else "new", None))
+
+    def receive_and_collect(response: Any) -> None:
+        del reader._receive
+        Cycle()
+        reader._receive(response)
+
+    backend, subscriptions = make_backend(), list[Subscription]()
+    events, reader = open_listener(backend, name), backend._reader
+    reader._receive = receive_and_collect  # type: ignore[method-assign]
+    publish(backend, name, "x")
+    assert receive(events, 1) == ["x"]
+    assert [each.history is not None for each in subscriptions] == [is_known]
+
+
 # Unused channels.
 
 
@@ -413,7 +438,6 @@ def test_server_that_hangs_is_noticed(
         assert server._process is not None
         with RedisProxy(server.port) as proxy:
             backend = make_backend(proxy.url)
-            backend._streams._pool.connection_kwargs["socket_timeout"] = 1.0
             events = open_listener(backend, name)
             os.kill(server._process.pid, signal.SIGSTOP)
             try:

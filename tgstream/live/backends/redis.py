@@ -185,6 +185,6 @@ def ping(url: str) -> None:
     """
     streams = RedisStreams(url, ChannelSettings())
     try:
-        streams.client.ping()
+        streams.ping()
     finally:
         streams.close()

@@ -38,11 +38,9 @@ from ..history import ChannelHistory, Position, reset_event
 from ..protocols import ChannelSettings, ConnectionLost
 from .redis_connection import CONNECTION_ERRORS, explain_refusal, is_outage
 from .redis_script import (
-    CHECK,
     KEY_PREFIX,
     channel_key,
     message_channel,
-    run_script,
 )
 from .redis_streams import (
     TIMEOUT_SECONDS,
@@ -204,9 +202,7 @@ class RedisReader:
     def _wake(self) -> None:
         """Send a message to the thread."""
         self._is_woken = True
-        arguments = [self._own_channel, "PUBLISH"]
-        seconds, microseconds = run_script(self._streams.client, CHECK, arguments)
-        self._clock_offset = int(seconds) + int(microseconds) / 1e6 - clock()
+        self._clock_offset = self._streams.check(self._own_channel) - clock()
 
     # The thread.
 

@@ -9,7 +9,10 @@ a listener created it. So a listener always has a position whose absence proves 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from random import choice
 from typing import Any
 
 import redis
@@ -19,7 +22,14 @@ from ...formats.sse import Event, Message
 from ..history import Position, reset_event
 from ..protocols import ChannelSettings
 from .redis_connection import create_pool, is_outage
-from .redis_script import OPEN, channel_key, milliseconds, run_script, script_digest
+from .redis_script import (
+    CHECK,
+    OPEN,
+    channel_key,
+    milliseconds,
+    run_script,
+    script_digest,
+)
 
 TIMEOUT_SECONDS = 5.0
 """Seconds without an answer after which a connection is given up."""
@@ -44,24 +54,49 @@ class RedisStreams:
     """
 
     def __init__(self, url: str, settings: ChannelSettings) -> None:
-        self._pool = create_pool(
-            url,
-            TIMEOUT_SECONDS,
-            redis.BlockingConnectionPool,
-            max_connections=MAX_CONNECTIONS,
-            timeout=TIMEOUT_SECONDS,
-        )
-        self.client: Any = redis.Redis(connection_pool=self._pool)
+        self._pool = create_pool(url, TIMEOUT_SECONDS)
         self.database = int(self._pool.connection_kwargs.get("db") or 0)
+        # A lock for each client. A finaliser that interrupts a thread which has a
+        # client finds another one, or waits for it only for a time.
+        self._clients = [
+            (
+                threading.Lock(),
+                redis.Redis(connection_pool=create_pool(url, TIMEOUT_SECONDS)),
+            )
+            for _ in range(MAX_CONNECTIONS)
+        ]
         self._milliseconds = milliseconds(settings)
 
     def create_connection(self) -> Any:
         """Create a connection to the same server."""
         return self._pool.connection_class(**self._pool.connection_kwargs)
 
+    @contextmanager
+    def _client(self) -> Iterator[Any]:
+        """A client that no other thread uses."""
+        lock, client = self._acquire_client()
+        try:
+            yield client
+        finally:
+            lock.release()
+
+    def _acquire_client(self) -> tuple[threading.Lock, Any]:
+        for pair in self._clients:
+            if pair[0].acquire(blocking=False):
+                return pair
+        pair = choice(self._clients)
+        if pair[0].acquire(timeout=TIMEOUT_SECONDS):
+            return pair
+        raise redis.ConnectionError("all connections are in use")
+
     def close(self) -> None:
-        """Close the connections. The next command opens a connection again."""
-        self._pool.disconnect()
+        """Close the connections that are not in use. The next command opens them."""
+        for lock, client in self._clients:
+            if lock.acquire(blocking=False):
+                try:
+                    client.connection_pool.disconnect()
+                finally:
+                    lock.release()
 
     def close_after(self, error: Exception) -> None:
         """Close the connections if the server has answered that it is unusable.
@@ -71,10 +106,25 @@ class RedisStreams:
         if isinstance(error, redis.ResponseError):
             self.close()
 
+    def ping(self) -> None:
+        """Check that the server answers."""
+        with self._client() as client:
+            client.ping()
+
+    def check(self, own_channel: str) -> float:
+        """Send a message to this process, and check that the server is the primary.
+
+        :returns: the time of the server, in seconds.
+        """
+        with self._client() as client:
+            seconds, microseconds = run_script(client, CHECK, [own_channel, "PUBLISH"])
+        return int(seconds) + int(microseconds) / 1e6
+
     def newest(self, channel: str) -> Position:
         """The position of the newest event. Create the stream if there is none."""
         arguments = [channel_key(channel), self._milliseconds]
-        return to_position(run_script(self.client, OPEN, arguments))
+        with self._client() as client:
+            return to_position(run_script(client, OPEN, arguments))
 
     def newest_of(self, channels: Sequence[str]) -> list[Position | Exception]:
         """The newest position of each channel, or the error that the server returned.
@@ -120,58 +170,72 @@ class RedisStreams:
             )
         ]
 
-    def _execute(self, commands: Sequence[tuple[Any, ...]]) -> Iterable[Any]:
-        for at in range(0, len(commands), MAX_COMMANDS):
-            with self.client.pipeline(transaction=False) as pipeline:
-                for command in commands[at : at + MAX_COMMANDS]:
-                    pipeline.execute_command(*command)
-                for answer in pipeline.execute(raise_on_error=False):
-                    if isinstance(answer, Exception) and is_outage(answer):
-                        raise answer
-                    yield answer
+    def _execute(self, commands: Sequence[tuple[Any, ...]]) -> list[Any]:
+        """Execute commands together. Return the answer of each, or its error."""
+        answers: list[Any] = []
+        with self._client() as client:
+            for at in range(0, len(commands), MAX_COMMANDS):
+                with client.pipeline(transaction=False) as pipeline:
+                    for command in commands[at : at + MAX_COMMANDS]:
+                        pipeline.execute_command(*command)
+                    answers += pipeline.execute(raise_on_error=False)
+        for answer in answers:
+            if isinstance(answer, Exception) and is_outage(answer):
+                raise answer
+        return answers
+
+    def _range(
+        self,
+        channel: str,
+        first: str = "-",
+        last: str = "+",
+        count: int | None = None,
+    ) -> Any:
+        with self._client() as client:
+            return client.xrange(channel_key(channel), first, last, count)
 
     def after(self, channel: str, position: Position) -> list[Entry] | None:
         """The events after a position. None if one of them may be missing."""
-        answer = self.client.xrange(channel_key(channel), format_id(position))
+        answer = self._range(channel, format_id(position))
         return _entries_after(channel, position, answer)
 
     def all(self, channel: str) -> tuple[Position, list[Entry]]:
         """The position where a stream begins, and all its events."""
-        answer = self.client.xrange(channel_key(channel))
-        return to_position(answer[0][0]) if answer else START, _entries(channel, answer)
+        answer = self._range(channel)
+        first = to_position(answer[0][0]) if answer else START
+        return first, _entries(channel, answer)
 
     def has_all_after(self, channel: str, position: Position) -> bool:
         """True if it is certain that no event after a position is missing."""
         if position == START:
             return self._is_complete(channel)
         id = format_id(position)
-        return bool(self.client.xrange(channel_key(channel), id, id))
+        return bool(self._range(channel, id, id))
 
     def _is_complete(self, channel: str) -> bool:
         """True if it is certain that no event was ever removed."""
-        info = self.client.xinfo_stream(channel_key(channel))
+        with self._client() as client:
+            info = client.xinfo_stream(channel_key(channel))
         # Only Redis 7 and Valkey count the added events. Without it there is no proof.
         return bool(info.get("entries-added") == info["length"])
 
     def has_event_between(self, channel: str, after: Position, until: int) -> bool:
         """True if there is an event between a position and a time in milliseconds."""
-        first, last = f"({format_id(after)}", f"({until}-0"
-        return bool(
-            _entries(channel, self.client.xrange(channel_key(channel), first, last, 2))
-        )
+        answer = self._range(channel, f"({format_id(after)}", f"({until}-0", 2)
+        return bool(_entries(channel, answer))
 
     def newest_between(
         self, channel: str, after: Position, until: Position, count: int
     ) -> list[Entry]:
         """The newest events after one position, up to and including another."""
         first, last = f"({format_id(after)}", format_id(until)
-        answer = self.client.xrevrange(channel_key(channel), last, first, count)
+        with self._client() as client:
+            answer = client.xrevrange(channel_key(channel), last, first, count)
         return _entries(channel, reversed(answer))
 
     def page(self, channel: str, after: Position) -> list[Entry]:
         """The next few events after a position."""
-        first = f"({format_id(after)}"
-        answer = self.client.xrange(channel_key(channel), first, "+", MAX_PAGE)
+        answer = self._range(channel, f"({format_id(after)}", count=MAX_PAGE)
         return _entries(channel, answer)
 
 
