@@ -465,7 +465,11 @@ class RedisReader:
     def _refuse(self, channel: _Channel, error: Exception) -> None:
         """End the listeners of a channel that the server refuses."""
         if channel.history() is not None:
-            log.error("%s Its listeners end", refusal(channel.name, error))
+            log.error(
+                "Redis refuses Channel(%r): %s. Its listeners end",
+                channel.name,
+                explain_refusal(error, channel_key(channel.name)),
+            )
         self._end(channel)
 
     def _refuse_all(self, error: Exception) -> None:
@@ -473,8 +477,9 @@ class RedisReader:
         channels = list(self._channels.values())
         if channels:
             log.error(
-                "%s The listeners of all %d channels end",
-                refusal(channels[0].name, error),
+                "Redis refuses a command for all channels: %s. The listeners of %d "
+                "channels end",
+                explain_refusal(error, KEY_PREFIX),
                 len(channels),
             )
         for channel in channels:
