@@ -461,6 +461,56 @@ def test_event_has_a_repr_and_equality_by_its_fields() -> None:
     assert not hasattr(event, "__dict__")
 
 
+# The last event.
+
+
+def test_sse_done_event_is_the_last_one() -> None:
+    """Its data is the number of items, comments included."""
+    encode = SSE(done="all done").encode
+    assert [*encode(["a", Event(comment="c")])] == [
+        b"data: a\n\n",
+        b": c\n\n",
+        b"event: all done\ndata: 2\n\n",
+    ]
+    assert [*encode([])] == [b"event: all done\ndata: 0\n\n"]
+    assert [*SSE().encode([])] == []
+
+
+def test_sse_retry_is_sent_with_a_done_event_that_is_the_first() -> None:
+    """An event stream without items has one event."""
+    [event] = SSE(retry=5, done="done").encode([])
+    assert event == b"retry: 5\n\nevent: done\ndata: 0\n\n"
+
+
+def test_sse_done_in_the_form_of_openai_is_a_line_of_data() -> None:
+    """Clients of OpenAI's API stop at this line."""
+    assert b"".join(SSE(done="[DONE]").encode(["a"])) == b"data: a\n\ndata: [DONE]\n\n"
+
+
+def test_sse_failed_event_has_the_incident() -> None:
+    """Without the option there is no event."""
+    assert SSE(failed="failed").encode_failure("1f") == b"event: failed\ndata: 1f\n\n"
+    assert SSE().encode_failure("1f") == b""
+
+
+@pytest.mark.parametrize("option", ["done", "failed"])
+@pytest.mark.parametrize("value", ["", "a\nb", "a\rb", "a\0b", 5, b"done", True])
+def test_sse_invalid_type_of_a_last_event_is_rejected(option: str, value: Any) -> None:
+    """It must be one line of text, so that no value can add a field."""
+    expected = re.escape(f"SSE: {option} must be the type of an event, one line of ")
+    options: dict[str, Any] = {option: value}
+    with pytest.raises(
+        ValueError, match=f"^{expected}.*, got {re.escape(repr(value))}"
+    ):
+        SSE(**options)
+
+
+def test_sse_lone_surrogate_in_the_type_of_a_last_event_is_rejected() -> None:
+    """UTF-8 cannot encode it."""
+    with pytest.raises(ValueError, match=r"^SSE: done contains a lone surrogate"):
+        SSE(done="\ud800")
+
+
 # Any text.
 
 TRICKY = "\r\n\0 :\ufeff\u2028\u2029\x85\x0b\x0c\x1e\ud800\U0001f600ad"

@@ -32,6 +32,7 @@ from tgstream.doctor.settings_checks import check_settings
 from tgstream.formats.sse import Message
 from tgstream.live.backends.redis import RedisBackend
 from tgstream.live.backends.redis_reader import RedisReader
+from tgstream.live.history import reset_event
 from tgstream.live.listener import listen
 from tgstream.live.protocols import ChannelSettings
 from tgstream.testing import open_stream
@@ -304,7 +305,7 @@ def test_invalid_entry_of_a_stream_causes_a_reset(
     events = open_listener(backend, name)
     id = server.execute("XADD", f"tgstream:{name}", "*", *fields).decode()
     publish(backend, name, "next")
-    assert next(events) == Event("", event="reset", id=id)
+    assert next(events) == reset_event(id, name)
     assert receive(events, 1) == ["next"]
 
 
@@ -495,7 +496,7 @@ def test_server_that_restarts_without_its_data_causes_a_reset(
     server.terminate()
     server.start()
     reset = next(events)
-    assert reset == Event("", event="reset", id=reset.id)
+    assert reset == reset_event(id_of(reset), name)
     publish(backend, name, "after")
     publish(backend, f"{name}?", "the first")
     assert receive(events, 1) == ["after"]
@@ -554,7 +555,7 @@ def test_listener_that_starts_while_redis_is_down_waits(
     caplog.set_level("INFO", "tgstream")
     backend = make_backend(failing_server.url)
     publish(backend, name, "before")
-    known_id = id_of(next(listen(backend, name, None, 60.0)))
+    known_id = backend.position(name)
     failing_server.terminate()
     events = listen(
         make_backend(failing_server.url), name, known_id if resumes else None, 0.01

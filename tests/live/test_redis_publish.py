@@ -689,7 +689,7 @@ def test_permission_that_is_missing_for_a_channel_is_logged(
     assert line.startswith(f"Redis refused an event of Channel({name!r}): ")
     assert line.endswith(
         ". Give the user of tgstream.channels the permissions ~tgstream:* &tgstream:* "
-        "+@stream +@pubsub +@scripting +@connection +pexpire"
+        "+@stream +@pubsub +@scripting +@connection +pexpire +time"
     )
 
 

@@ -129,7 +129,16 @@ class SSE:
         heartbeats itself and needs no thread.
     :param retry: whole milliseconds that a browser waits before reconnecting, sent with
         the first event. None for the browser's default.
-    :raises ValueError: when ``heartbeat`` or ``retry`` is invalid.
+    :param done: the type of a last event of a complete stream, such as ``'done'``. Its
+        data is the number of items. It is sent after the final commit. ``'[DONE]'``
+        sends the line ``data: [DONE]`` without a type, like OpenAI. A stream that ends
+        by ``max_seconds``, by :func:`drain` or because its listener is too far behind
+        has no such event, because the browser must reconnect. None for no event.
+    :param failed: the type of a last event of a failed stream, such as ``'failed'``.
+        Its data is an incident id that the log line and the :class:`Report` of the
+        failure have too. The transfer is aborted after it. A failure before the first
+        chunk is an ordinary error page. None for no event.
+    :raises ValueError: when an option is invalid.
     """
 
     content_type = "text/event-stream"
@@ -143,7 +152,12 @@ class SSE:
     chunk_size = 0
 
     def __init__(
-        self, heartbeat: float | None = None, retry: int | None = None
+        self,
+        heartbeat: float | None = None,
+        retry: int | None = None,
+        *,
+        done: str | None = None,
+        failed: str | None = None,
     ) -> None:
         if heartbeat is not None and not (
             isinstance(heartbeat, int | float) and 0 < heartbeat <= TIMEOUT_MAX
@@ -154,6 +168,8 @@ class SSE:
             )
         self.heartbeat = heartbeat
         self._retry_line = b"" if retry is None else _encode_retry(retry, "SSE") + b"\n"
+        self._done_line = None if done is None else _encode_type("done", done)
+        self._failed_line = None if failed is None else _encode_type("failed", failed)
 
     def encode(self, items: Iterable[Any]) -> Iterator[bytes]:
         """Yield the bytes of an event for each item.
@@ -170,6 +186,15 @@ class SSE:
             yield self._retry_line + event
             break
         yield from events
+
+    def encode_failure(self, incident: str) -> bytes:
+        """Return the event of a failed stream, empty without ``failed``.
+
+        :param incident: the id of the failure.
+        """
+        if self._failed_line is None:
+            return b""
+        return b"%bdata: %b\n\n" % (self._failed_line, incident.encode())
 
     def _encode_items(self, items: Iterable[Any]) -> Iterator[bytes]:
         number, encoder = 0, None
@@ -188,6 +213,10 @@ class SSE:
                 encoder = Encoder()
             text = _encode_item_data(data, number, encoder)
             yield b"%b%b\n" % (lines, _split_data(text))
+        if self._done_line == b"event: [DONE]\n":
+            yield b"data: [DONE]\n\n"
+        elif self._done_line is not None:
+            yield b"%bdata: %d\n\n" % (self._done_line, number)
 
 
 def _encode_item_data(data: Any, number: int, encoder: Encoder) -> bytes:
@@ -312,6 +341,20 @@ def _encode_line(name: str, start: bytes, value: Any, forbidden: bytes) -> bytes
             "Remove these characters, or send the text as data"
         )
     return start + text + b"\n"
+
+
+def _encode_type(option: str, value: Any) -> bytes:
+    """Return the line of an event's type, which is an option of ``SSE``."""
+    if (
+        not isinstance(value, str)
+        or not value
+        or any(char in value for char in "\r\n\0")
+    ):
+        raise ValueError(
+            f"SSE: {option} must be the type of an event, one line of text such as "
+            f"{option!r}, or None, got {value!r:.80}"
+        )
+    return b"event: %b\n" % _encode_utf8(f"SSE: {option}", value)
 
 
 def _encode_retry(retry: Any, where: str = "Event") -> bytes:

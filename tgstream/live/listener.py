@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 
+from ..core.context import thread
 from ..core.options import clock
 from ..formats.sse import Event
 from .history import HEARTBEAT, Subscription, reset_event
@@ -62,12 +63,22 @@ def iter_started(
     number: int | None = subscription.next_number
     if subscription.backlog is not None:
         number = yield from subscription.backlog
-    if history is None or number is None:
-        return
-    while (event := history.wait_for_event(number, heartbeat_seconds)) is not None:
-        number += event is not HEARTBEAT
-        yield event
-        del event
+    if history is not None and number is not None:
+        while (event := history.wait_for_event(number, heartbeat_seconds)) is not None:
+            number += event is not HEARTBEAT
+            yield event
+            del event
+    yield from end_lagging()
+
+
+def end_lagging() -> Iterator[Event]:
+    """End the stream of a listener that is too far behind.
+
+    It must not count as complete: the format must not send the end of a complete one.
+    """
+    if (body := thread.record.body) is not None:
+        body.ask_to_end("lagged")
+        yield HEARTBEAT
 
 
 def _listen_when_connected(

@@ -12,7 +12,7 @@ from typing import Final
 from ..core.options import clock
 from ..formats.sse import Event, replace_id
 from .history import HEARTBEAT, Backlog, Subscription, Waiter, reset_event
-from .listener import opening_event, wait_until_connected
+from .listener import end_lagging, opening_event, wait_until_connected
 from .places import UNKNOWN, Places
 from .protocols import Backend, ConnectionLost
 
@@ -109,6 +109,7 @@ def _iter_started(
             number = yield from _iter_backlog(places, index, subscription.backlog)
         history = subscription.history
         if history is None or number is None:
+            yield from end_lagging()
             return
         history.add_waiter(waiter)
         histories.append(history)
@@ -120,7 +121,8 @@ def _iter_started(
             while numbers[index] < last:
                 event = history.wait_for_event(numbers[index], 0.0)
                 if event is None:
-                    return  # too far behind
+                    yield from end_lagging()
+                    return
                 numbers[index] += 1
                 yield _place_event(places, index, event)
                 del event

@@ -69,6 +69,7 @@ class RedisBackend:
         except CONNECTION_ERRORS as error:
             if not is_outage(error):
                 raise refusal(channel, error) from error
+            self._streams.close_after(error)
             self._outage.log_start(error)
             raise ConnectionLost from error
 
@@ -184,6 +185,6 @@ def ping(url: str) -> None:
     """
     streams = RedisStreams(url, ChannelSettings())
     try:
-        streams.client.ping()
+        streams.ping()
     finally:
         streams.close()

@@ -95,7 +95,7 @@ def explain_refusal(error: Exception, key: str) -> str:
 
 NEEDED_PERMISSIONS = (
     "Give the user of tgstream.channels the permissions ~tgstream:* &tgstream:* "
-    "+@stream +@pubsub +@scripting +@connection +pexpire"
+    "+@stream +@pubsub +@scripting +@connection +pexpire +time"
 )
 
 

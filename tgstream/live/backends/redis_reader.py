@@ -38,11 +38,9 @@ from ..history import ChannelHistory, Position, reset_event
 from ..protocols import ChannelSettings, ConnectionLost
 from .redis_connection import CONNECTION_ERRORS, explain_refusal, is_outage
 from .redis_script import (
-    CHECK,
     KEY_PREFIX,
     channel_key,
     message_channel,
-    run_script,
 )
 from .redis_streams import (
     TIMEOUT_SECONDS,
@@ -53,7 +51,7 @@ from .redis_streams import (
 )
 
 READ_SECONDS = 0.5
-"""Maximum seconds until the thread notices that listeners have left."""
+"""Maximum seconds until the thread notices that a channel has no listeners."""
 CHECK_SECONDS = 2.0
 """Seconds between two checks of the connection."""
 MIN_RECONNECT_SECONDS = 0.05
@@ -115,7 +113,7 @@ class _Channel:
     """A channel that the thread has subscribed to.
 
     :param key: the channel of Redis.
-    :param unused: receives the key when the last listener has left.
+    :param unused: receives the key when the last listener disconnects.
     """
 
     __slots__ = "history", "key", "name", "previous"
@@ -147,8 +145,7 @@ class RedisReader:
         self._streams = streams
         self._settings = settings
         self._outage = outage
-        # A name that no channel has. It belongs to this process.
-        self._own_channel = f"{KEY_PREFIX}\n{token_hex(8)}"
+        self._own_channel = f"{KEY_PREFIX}process:{token_hex(8)}"
         # By the channel of Redis. Only the thread changes it.
         self._channels: dict[bytes, _Channel] = {}
         self._requests: deque[_Request] = deque()
@@ -205,9 +202,7 @@ class RedisReader:
     def _wake(self) -> None:
         """Send a message to the thread."""
         self._is_woken = True
-        arguments = [self._own_channel, "PUBLISH"]
-        seconds, microseconds = run_script(self._streams.client, CHECK, arguments)
-        self._clock_offset = int(seconds) + int(microseconds) / 1e6 - clock()
+        self._clock_offset = self._streams.check(self._own_channel) - clock()
 
     # The thread.
 
@@ -237,6 +232,7 @@ class RedisReader:
                 if not is_outage(error):
                     self._refuse_all(error)
                     continue
+                self._streams.close_after(error)
                 self._pop_unused()
                 if not self._channels and not self._requests:
                     return
@@ -317,7 +313,7 @@ class RedisReader:
     ) -> None:
         newest = history.last_position
         try:
-            before, position, event = parse_message(payload)
+            before, position, event = parse_message(channel.name, payload)
         except ValueError:
             self._read_gap(channel, history)
             return
@@ -336,7 +332,7 @@ class RedisReader:
                 first, entries = self._streams.all(channel.name)
                 # If the server removed the unused channel, no event is missing.
                 if first[0] < newest[0] + self._settings.seconds * 1000:
-                    _report_loss(history, self._streams.newest(channel.name))
+                    _report_loss(channel, history, self._streams.newest(channel.name))
                     return
         except redis.ResponseError as error:
             if is_outage(error):
@@ -368,7 +364,7 @@ class RedisReader:
             if isinstance(entries, Exception):
                 self._refuse(channel, entries)
             elif entries is None:
-                _report_loss(history, position)
+                _report_loss(channel, history, position)
             else:
                 _append_all(history, entries)
 
@@ -468,35 +464,31 @@ class RedisReader:
 
     def _refuse(self, channel: _Channel, error: Exception) -> None:
         """End the listeners of a channel that the server refuses."""
-        if self._end(channel):
+        if channel.history() is not None:
             log.error("%s Its listeners end", refusal(channel.name, error))
+        self._end(channel)
 
     def _refuse_all(self, error: Exception) -> None:
         """End all listeners, because the server refuses a command without a channel."""
-        channels = [
-            channel for channel in list(self._channels.values()) if self._end(channel)
-        ]
+        channels = list(self._channels.values())
         if channels:
             log.error(
                 "%s The listeners of all %d channels end",
                 refusal(channels[0].name, error),
                 len(channels),
             )
+        for channel in channels:
+            self._end(channel)
         while self._requests:
             request = self._requests.popleft()
             request.finish(refusal(request.channel, error))
 
-    def _end(self, channel: _Channel) -> bool:
-        """End the listeners of a channel.
-
-        :returns: False if it has no listeners.
-        """
+    def _end(self, channel: _Channel) -> None:
         self._channels.pop(channel.key, None)
         self._unused.append(channel.key)
         history = channel.history()
         if history is not None:
             history.end()
-        return history is not None
 
 
 def _append_all(history: ChannelHistory, entries: Iterable[Entry]) -> None:
@@ -504,8 +496,8 @@ def _append_all(history: ChannelHistory, entries: Iterable[Entry]) -> None:
         history.append(position, event)
 
 
-def _report_loss(history: ChannelHistory, newest: Position) -> None:
-    history.restart(newest, reset_event(format_id(newest)))
+def _report_loss(channel: _Channel, history: ChannelHistory, newest: Position) -> None:
+    history.restart(newest, reset_event(format_id(newest), channel.name))
 
 
 def refusal(channel: str, error: Exception) -> StreamError:

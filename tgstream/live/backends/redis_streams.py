@@ -9,7 +9,10 @@ a listener created it. So a listener always has a position whose absence proves 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from random import choice
 from typing import Any
 
 import redis
@@ -19,7 +22,14 @@ from ...formats.sse import Event, Message
 from ..history import Position, reset_event
 from ..protocols import ChannelSettings
 from .redis_connection import create_pool, is_outage
-from .redis_script import OPEN, channel_key, milliseconds, run_script, script_digest
+from .redis_script import (
+    CHECK,
+    OPEN,
+    channel_key,
+    milliseconds,
+    run_script,
+    script_digest,
+)
 
 TIMEOUT_SECONDS = 5.0
 """Seconds without an answer after which a connection is given up."""
@@ -44,29 +54,77 @@ class RedisStreams:
     """
 
     def __init__(self, url: str, settings: ChannelSettings) -> None:
-        self._pool = create_pool(
-            url,
-            TIMEOUT_SECONDS,
-            redis.BlockingConnectionPool,
-            max_connections=MAX_CONNECTIONS,
-            timeout=TIMEOUT_SECONDS,
-        )
-        self.client: Any = redis.Redis(connection_pool=self._pool)
+        self._pool = create_pool(url, TIMEOUT_SECONDS)
         self.database = int(self._pool.connection_kwargs.get("db") or 0)
+        # A lock for each client. A finaliser that interrupts a thread which has a
+        # client finds another one, or waits for it only for a time.
+        self._clients = [
+            (
+                threading.Lock(),
+                redis.Redis(connection_pool=create_pool(url, TIMEOUT_SECONDS)),
+            )
+            for _ in range(MAX_CONNECTIONS)
+        ]
         self._milliseconds = milliseconds(settings)
 
     def create_connection(self) -> Any:
         """Create a connection to the same server."""
         return self._pool.connection_class(**self._pool.connection_kwargs)
 
+    @contextmanager
+    def _client(self) -> Iterator[Any]:
+        """A client that no other thread uses."""
+        lock, client = self._acquire_client()
+        try:
+            yield client
+        finally:
+            lock.release()
+
+    def _acquire_client(self) -> tuple[threading.Lock, Any]:
+        for pair in self._clients:
+            if pair[0].acquire(blocking=False):
+                return pair
+        pair = choice(self._clients)
+        if pair[0].acquire(timeout=TIMEOUT_SECONDS):
+            return pair
+        raise redis.ConnectionError("all connections are in use")
+
     def close(self) -> None:
-        """Close the connections. The next command opens a connection again."""
-        self._pool.disconnect()
+        """Close the connections that are not in use. The next command opens them."""
+        for lock, client in self._clients:
+            if lock.acquire(blocking=False):
+                try:
+                    client.connection_pool.disconnect()
+                finally:
+                    lock.release()
+
+    def close_after(self, error: Exception) -> None:
+        """Close the connections if the server has answered that it is unusable.
+
+        It may be a replica now. A new connection may lead to the new primary.
+        """
+        if isinstance(error, redis.ResponseError):
+            self.close()
+
+    def ping(self) -> None:
+        """Check that the server answers."""
+        with self._client() as client:
+            client.ping()
+
+    def check(self, own_channel: str) -> float:
+        """Send a message to this process, and check that the server is the primary.
+
+        :returns: the time of the server, in seconds.
+        """
+        with self._client() as client:
+            seconds, microseconds = run_script(client, CHECK, [own_channel, "PUBLISH"])
+        return int(seconds) + int(microseconds) / 1e6
 
     def newest(self, channel: str) -> Position:
         """The position of the newest event. Create the stream if there is none."""
         arguments = [channel_key(channel), self._milliseconds]
-        return to_position(run_script(self.client, OPEN, arguments))
+        with self._client() as client:
+            return to_position(run_script(client, OPEN, arguments))
 
     def newest_of(self, channels: Sequence[str]) -> list[Position | Exception]:
         """The newest position of each channel, or the error that the server returned.
@@ -106,62 +164,79 @@ class RedisStreams:
         return [
             answer
             if isinstance(answer, Exception)
-            else _entries_after(position, answer)
-            for (_, position), answer in zip(
+            else _entries_after(channel, position, answer)
+            for (channel, position), answer in zip(
                 positions, self._execute(commands), strict=True
             )
         ]
 
-    def _execute(self, commands: Sequence[tuple[Any, ...]]) -> Iterable[Any]:
-        for at in range(0, len(commands), MAX_COMMANDS):
-            with self.client.pipeline(transaction=False) as pipeline:
-                for command in commands[at : at + MAX_COMMANDS]:
-                    pipeline.execute_command(*command)
-                for answer in pipeline.execute(raise_on_error=False):
-                    if isinstance(answer, Exception) and is_outage(answer):
-                        raise answer
-                    yield answer
+    def _execute(self, commands: Sequence[tuple[Any, ...]]) -> list[Any]:
+        """Execute commands together. Return the answer of each, or its error."""
+        answers: list[Any] = []
+        with self._client() as client:
+            for at in range(0, len(commands), MAX_COMMANDS):
+                with client.pipeline(transaction=False) as pipeline:
+                    for command in commands[at : at + MAX_COMMANDS]:
+                        pipeline.execute_command(*command)
+                    answers += pipeline.execute(raise_on_error=False)
+        for answer in answers:
+            if isinstance(answer, Exception) and is_outage(answer):
+                raise answer
+        return answers
+
+    def _range(
+        self,
+        channel: str,
+        first: str = "-",
+        last: str = "+",
+        count: int | None = None,
+    ) -> Any:
+        with self._client() as client:
+            return client.xrange(channel_key(channel), first, last, count)
 
     def after(self, channel: str, position: Position) -> list[Entry] | None:
         """The events after a position. None if one of them may be missing."""
-        answer = self.client.xrange(channel_key(channel), format_id(position))
-        return _entries_after(position, answer)
+        answer = self._range(channel, format_id(position))
+        return _entries_after(channel, position, answer)
 
     def all(self, channel: str) -> tuple[Position, list[Entry]]:
         """The position where a stream begins, and all its events."""
-        answer = self.client.xrange(channel_key(channel))
-        return to_position(answer[0][0]) if answer else START, _entries(answer)
+        answer = self._range(channel)
+        first = to_position(answer[0][0]) if answer else START
+        return first, _entries(channel, answer)
 
     def has_all_after(self, channel: str, position: Position) -> bool:
         """True if it is certain that no event after a position is missing."""
         if position == START:
             return self._is_complete(channel)
         id = format_id(position)
-        return bool(self.client.xrange(channel_key(channel), id, id))
+        return bool(self._range(channel, id, id))
 
     def _is_complete(self, channel: str) -> bool:
         """True if it is certain that no event was ever removed."""
-        info = self.client.xinfo_stream(channel_key(channel))
+        with self._client() as client:
+            info = client.xinfo_stream(channel_key(channel))
         # Only Redis 7 and Valkey count the added events. Without it there is no proof.
         return bool(info.get("entries-added") == info["length"])
 
     def has_event_between(self, channel: str, after: Position, until: int) -> bool:
         """True if there is an event between a position and a time in milliseconds."""
-        first, last = f"({format_id(after)}", f"({until}-0"
-        return bool(_entries(self.client.xrange(channel_key(channel), first, last, 2)))
+        answer = self._range(channel, f"({format_id(after)}", f"({until}-0", 2)
+        return bool(_entries(channel, answer))
 
     def newest_between(
         self, channel: str, after: Position, until: Position, count: int
     ) -> list[Entry]:
         """The newest events after one position, up to and including another."""
         first, last = f"({format_id(after)}", format_id(until)
-        answer = self.client.xrevrange(channel_key(channel), last, first, count)
-        return _entries(reversed(answer))
+        with self._client() as client:
+            answer = client.xrevrange(channel_key(channel), last, first, count)
+        return _entries(channel, reversed(answer))
 
     def page(self, channel: str, after: Position) -> list[Entry]:
         """The next few events after a position."""
-        first = f"({format_id(after)}"
-        return _entries(self.client.xrange(channel_key(channel), first, "+", MAX_PAGE))
+        answer = self._range(channel, f"({format_id(after)}", count=MAX_PAGE)
+        return _entries(channel, answer)
 
 
 def format_id(position: Position) -> str:
@@ -187,38 +262,50 @@ def parse_id(id: str) -> Position | None:
     return position if max(position) < 2**64 else None
 
 
-def parse_message(payload: bytes) -> tuple[Position, Position, Event]:
+def parse_message(channel: str, payload: bytes) -> tuple[Position, Position, Event]:
     """The position before an event, its own, and the event, from a message.
 
     :raises ValueError: if another program sent it.
     """
     line, _, data = payload.partition(b"\n")
     before, id, flags, type = line.split(b" ", 3)
-    event = type.decode() if b"e" in flags else None
-    message = Message("", data.decode(), event, b"j" in flags, data)
-    return to_position(before), to_position(id), message.with_id(id.decode())
+    event = _create_event(
+        channel, id, data, type if b"e" in flags else None, b"j" in flags
+    )
+    return to_position(before), to_position(id), event
 
 
-def _entries_after(position: Position, answer: Any) -> list[Entry] | None:
+def _create_event(
+    channel: str, id: bytes, data: bytes, type: bytes | None, is_json: bool
+) -> Event:
+    if type == b"reset":  # a publisher could not send all events
+        return reset_event(id.decode(), channel)
+    event = None if type is None else type.decode()
+    return Message(channel, data.decode(), event, is_json, data).with_id(id.decode())
+
+
+def _entries_after(channel: str, position: Position, answer: Any) -> list[Entry] | None:
     """The events of an answer that begins at a position. None if it does not."""
     if not answer or to_position(answer[0][0]) != position:
         return None
-    return _entries(answer[1:])
+    return _entries(channel, answer[1:])
 
 
-def _entries(answer: Any) -> list[Entry]:
-    return [_entry(id, fields) for id, fields in answer if b"opened" not in fields]
+def _entries(channel: str, answer: Any) -> list[Entry]:
+    return [
+        _entry(channel, id, fields) for id, fields in answer if b"opened" not in fields
+    ]
 
 
-def _entry(id: bytes, fields: Mapping[bytes, bytes]) -> Entry:
+def _entry(channel: str, id: bytes, fields: Mapping[bytes, bytes]) -> Entry:
     """An event. If another program wrote an invalid one, it is a reset."""
-    position, type = to_position(id), fields.get(b"event")
     try:
-        event, data = None if type is None else type.decode(), fields[b"data"]
-        message = Message("", data.decode(), event, b"json" in fields, data)
-        return position, message.with_id(id.decode())
+        event = _create_event(
+            channel, id, fields[b"data"], fields.get(b"event"), b"json" in fields
+        )
     except (KeyError, ValueError):
-        return position, reset_event(id.decode())
+        event = reset_event(id.decode(), channel)
+    return to_position(id), event
 
 
 def _raise_error(answer: Any) -> Any:
