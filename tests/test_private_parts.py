@@ -1214,7 +1214,8 @@ ZIPSTREAM = [
 def connection_has_the_timeout_of_its_socket() -> bool:
     with socket.create_server(("127.0.0.1", 0)) as server:
         host, port = server.getsockname()
-        connection = redis.Connection(host, port, redis_connect_func=lambda _: None)
+        create: Any = redis.Connection
+        connection = create(host, port, redis_connect_func=lambda _: None)
         try:
             connection.connect()
             connection._sock.settimeout(0.01)  # the default is longer, or endless

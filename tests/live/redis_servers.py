@@ -28,6 +28,10 @@ class RedisProxy:
         """Whether to close a connection before a call of a script is forwarded."""
         self.cuts_answer: Callable[[], bool] = lambda: False
         """Whether to close a connection when the answer of a script arrives."""
+        self.delays_request: Callable[[], bool] = lambda: False
+        """Whether to close a connection, but forward its call of a script later."""
+        self.forward_delayed = threading.Event()
+        self.delayed_is_done = threading.Event()
         self.turns = 0
         """How often a client has sent calls of scripts, and then received answers."""
         self._listener = socket.create_server(("127.0.0.1", 0))
@@ -81,8 +85,20 @@ class RedisProxy:
                         has_script = b"EVAL" in data
                         if not data or (has_script and self.cuts_request()):
                             return
+                        if has_script and self.delays_request():
+                            client.close()
+                            self._forward_later(server, data)
+                            return
                         is_script |= has_script
                         server.sendall(data)
+
+    def _forward_later(self, server: socket.socket, data: bytes) -> None:
+        try:
+            self.forward_delayed.wait(10)
+            server.sendall(data)
+            server.recv(65536)
+        finally:
+            self.delayed_is_done.set()
 
 
 def once() -> Callable[[], bool]:

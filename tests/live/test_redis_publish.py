@@ -102,6 +102,7 @@ def test_events_of_a_transaction_are_sent_in_one_round_trip(
 ) -> None:
     """Their order stays."""
     publisher, texts = make_publisher(proxy.url), [str(number) for number in range(50)]
+    commit(publisher, f"{name}?", "the first of the connection")
     for first in range(0, 50, 10):
         turns = proxy.turns
         commit(publisher, name, *texts[first : first + 10])
@@ -288,6 +289,20 @@ def test_event_that_the_server_may_have_removed_is_a_reset(
     wait_for(server, name, "reset")
     commit(other, name, "next")
     assert commit_last(publisher, server, name)[-3:] == ["o79", "reset", "next"]
+
+
+def test_event_that_reaches_the_server_late_is_not_sent_twice(
+    server: Valkey, proxy: RedisProxy, make_publisher: MakePublisher, name: str
+) -> None:
+    """The server receives the events of a lost connection after those sent again."""
+    publisher = make_publisher(proxy.url)
+    commit(publisher, name, "first")
+    proxy.delays_request = once()
+    commit(publisher, name, "0", "1", "2")
+    wait_for(server, name, "2")
+    proxy.forward_delayed.set()
+    assert proxy.delayed_is_done.wait(10)
+    assert commit_last(publisher, server, name) == ["first", *"012"]
 
 
 def test_threads_publish_each_event_once_while_connections_fail(

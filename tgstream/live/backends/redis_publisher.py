@@ -80,6 +80,7 @@ class RedisPublisher:
         self._queue: deque[OutgoingEvent] = deque()
         self._resets: dict[str, None] = {}  # the channels that must receive a reset
         self._connection: EventSender | None = None
+        self._lost_connection: EventSender | None = None
         self._lock = threading.Lock()
         # The threads (with gevent, the greenlets) that hold the lock or wait for it.
         self._threads: set[int] = set()
@@ -218,6 +219,7 @@ class RedisPublisher:
     def _disconnect(self) -> None:
         connection, self._connection = self._connection, None
         if connection is not None:
+            self._lost_connection = connection
             with suppress(*CONNECTION_ERRORS):
                 connection.close()
 
@@ -331,12 +333,15 @@ class RedisPublisher:
         return True
 
     def _connect(self, seconds: float) -> EventSender:
-        return EventSender(
+        connection = EventSender(
             create_pool(self._url, seconds),
             self._settings,
             self._known_ids,
             self._send_reset,
+            self._lost_connection,
         )
+        self._lost_connection = None
+        return connection
 
     # The end of the process.
 

@@ -1,13 +1,17 @@
 """One connection to Redis that sends events, each by one call of a script.
 
 All events of a call are sent before the first answer is read. The server runs the
-scripts in their order.
+scripts in their order. If it refuses an event only for a moment, it may have appended
+later events of the channel. The listeners then receive a reset. A server that is
+starting does this, and a server that has forgotten the script. So the first event of a
+connection is sent alone, and the first of several events has the text of the script.
 
 If the connection fails before an answer is read, the server may have run the script, or
-not. So each event has a name, which its entry in the stream has too. The event is sent
-again by the script ``_RETRY``, which looks for the name first. If the server has
-removed so many events since then that the search proves nothing, the listeners of the
-channel receive a reset instead.
+not, or it will run the script when it reads its buffers. So the next connection first
+closes the lost one on the server. Then it sends the events by the script ``_RETRY``.
+Each event has a name, which its entry in the stream has too, and the script looks for
+the name first. If the server has removed so many events since then that the search
+proves nothing, the listeners of the channel receive a reset instead.
 """
 
 from __future__ import annotations
@@ -17,7 +21,13 @@ from collections.abc import Callable, Sequence
 from itertools import count
 from typing import Any
 
-from redis.exceptions import NoScriptError, ResponseError, TimeoutError
+from redis.exceptions import (
+    AuthenticationError,
+    BusyLoadingError,
+    NoScriptError,
+    ResponseError,
+    TimeoutError,
+)
 
 from ...core.options import clock
 from ...formats.sse import Message
@@ -99,6 +109,7 @@ class EventSender:
     :param settings: the options of the application.
     :param known_ids: the id of the newest known event of a channel. It is updated.
     :param send_reset: called with a channel that must receive a reset.
+    :param lost: the connection before, which has failed.
     :raises Exception: if the server cannot be reached.
     """
 
@@ -108,50 +119,80 @@ class EventSender:
         settings: ChannelSettings,
         known_ids: dict[str, bytes],
         send_reset: Callable[[str], None],
+        lost: EventSender | None = None,
     ) -> None:
         self._settings = settings
         self._database = int(pool.connection_kwargs.get("db") or 0)
         self._known_ids = known_ids
         self._send_reset = send_reset
+        self._has_sent = False
         self._has_script = False
+        self._name = f"tgstream-{os.urandom(6).hex()}"
         self._connection = pool.connection_class(**pool.connection_kwargs)
         self._connection.connect()
+        try:
+            self._execute("CLIENT", "SETNAME", self._name)
+            id = self._execute("CLIENT", "ID")
+            self._id = id if isinstance(id, int) else 0  # the user lacks a permission
+            if lost is not None:
+                self._close_on_server(lost)
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
         """Close the connection."""
         self._connection.disconnect()
 
-    def send(self, events: Sequence[OutgoingEvent], deadline: float) -> None:
-        """Send events, and set their results.
+    def _close_on_server(self, lost: EventSender) -> None:
+        """Close a lost connection, so that its server runs no more scripts of it.
 
-        An event may remain, and must then be sent by another call.
+        Another server has another connection of this number, with another name. If the
+        user lacks a permission, the connection remains.
+        """
+        clients = self._execute("CLIENT", "LIST", "ID", lost._id)
+        if isinstance(clients, bytes) and f"name={lost._name} ".encode() in clients:
+            self._execute("CLIENT", "KILL", "ID", lost._id)
+
+    def _execute(self, *command: Any) -> Any:
+        self._connection.send_command(*command, check_health=False)
+        return self._read_answer()
+
+    def send(self, events: Sequence[OutgoingEvent], deadline: float) -> None:
+        """Send some of the first events, and set their results.
 
         :param deadline: the time by which all answers must have been read.
         :raises Exception: if the connection must be closed.
         """
-        connection, outage = self._connection, None
-        unsent = set()  # the channels of the events that were not appended
+        if not self._has_sent:
+            events = events[:1]
         try:
             self._limit_wait(deadline)
-            commands = connection.pack_commands(self._commands(events))
-            connection.send_packed_command(commands, check_health=False)
-            for event in events:
-                self._limit_wait(deadline)
-                channel, answer = event.message.channel, self._read_answer()
-                if isinstance(answer, NoScriptError):
-                    self._has_script = False
-                    unsent.add(channel)
-                elif isinstance(answer, Exception) and is_outage(answer):
-                    outage = answer
-                    unsent.add(channel)
-                else:
-                    self._finish(event, answer)
-                    if channel in unsent:  # an earlier event was overtaken
-                        self._send_reset(channel)
+            commands = self._connection.pack_commands(self._commands(events))
+            self._connection.send_packed_command(commands, check_health=False)
+            self._read_answers(events, deadline)
+            self._has_sent = True
         except BaseException:
             for event in events:
                 event.is_uncertain = not event.is_done
             raise
+
+    def _read_answers(self, events: Sequence[OutgoingEvent], deadline: float) -> None:
+        outage = None
+        unsent = set()  # the channels of the events that were not appended
+        for event in events:
+            self._limit_wait(deadline)
+            channel, answer = event.message.channel, self._read_answer()
+            if isinstance(answer, NoScriptError):
+                self._has_script = False
+                unsent.add(channel)
+            elif isinstance(answer, Exception) and is_outage(answer):
+                outage = answer
+                unsent.add(channel)
+            else:
+                self._finish(event, answer)
+                if channel in unsent:  # an earlier event was overtaken
+                    self._send_reset(channel)
         if outage is not None:
             raise outage
 
@@ -170,7 +211,7 @@ class EventSender:
             if event.is_uncertain:
                 known = self._known_ids.get(event.message.channel, b"")
                 commands.append(("EVAL", _RETRY, 1, *arguments, event.name, known))
-            elif self._has_script:
+            elif self._has_script and (commands or len(events) == 1):
                 commands.append(("EVALSHA", _DIGEST, 1, *arguments, event.name))
             else:
                 commands.append(("EVAL", PUBLISH, 1, *arguments, event.name))
@@ -179,8 +220,8 @@ class EventSender:
 
     def _read_answer(self) -> Any:
         try:
-            return self._connection.read_response()
-        except ResponseError as error:
+            return self._connection.read_response(disconnect_on_error=False)
+        except (ResponseError, BusyLoadingError, AuthenticationError) as error:
             return error
 
     def _finish(self, event: OutgoingEvent, answer: Any) -> None:
