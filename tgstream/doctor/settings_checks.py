@@ -103,7 +103,8 @@ def _check_channels(config: Config) -> Finding:
             FAIL,
             "channels",
             f"unsupported URL in tgstream.channels: {shown}",
-            "Use memory://, redis://, rediss:// or unix://.",
+            "Use memory://, redis://, rediss://, unix://, redis+sentinel:// or "
+            "redis+cluster://.",
         )
     if shown.endswith("..."):
         return _report_invalid_url(shown)
