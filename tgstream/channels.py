@@ -5,12 +5,12 @@
 
 from typing import TYPE_CHECKING, Any
 
-from .live.channel import Channel
+from .live.channel import Channel, listen, position
 
 if TYPE_CHECKING:
     from .live.backends.database_tables import metadata
 
-__all__ = ["Channel", "metadata"]
+__all__ = ["Channel", "listen", "metadata", "position"]
 
 
 def __getattr__(name: str) -> Any:

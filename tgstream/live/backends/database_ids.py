@@ -1,7 +1,7 @@
 """The event ids of ``database://``.
 
 - ``<channel id>-<number>``, the first in hexadecimal digits: an event.
-- ``<signature>.<seconds>``, both in hexadecimal digits: the place before the first
+- ``<signature>_<seconds>``, both in hexadecimal digits: the place before the first
   event of a channel that did not exist then. The database signs it with its secret, so
   that clients cannot make one, and ids from other databases are recognised.
 """
@@ -12,7 +12,7 @@ import re
 from hashlib import blake2b
 
 _parse_event = re.compile(r"([1-9a-f][0-9a-f]{0,15})-([1-9][0-9]{0,17})", re.A)
-_parse_start = re.compile(r"([0-9a-f]{16})\.([1-9a-f][0-9a-f]{0,11})", re.A)
+_parse_start = re.compile(r"([0-9a-f]{16})_([1-9a-f][0-9a-f]{0,11})", re.A)
 
 
 def format_id(channel_id: int, number: int) -> str:
@@ -32,7 +32,7 @@ def format_start(secret: int, name: bytes, seconds: float) -> str:
     :param seconds: the time of the database at which the channel did not exist.
     """
     time = f"{int(seconds):x}"
-    return f"{_sign(secret, name, time)}.{time}"
+    return f"{_sign(secret, name, time)}_{time}"
 
 
 def parse_start(id: str, secret: int, name: bytes) -> int | None:
