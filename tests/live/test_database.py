@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -277,6 +278,7 @@ def count_statements(engine: sa.Engine) -> list[str]:
     return statements
 
 
+@pytest.mark.parametrize("url", ["postgresql"], indirect=True)
 def test_missed_events_are_read_once_for_all_listeners(
     make_backend: MakeBackend, name: str
 ) -> None:
@@ -302,6 +304,7 @@ def test_missed_events_are_read_once_for_all_listeners(
     assert [next(events).data for events in listeners] == ["next"] * 200
 
 
+@pytest.mark.parametrize("url", ["sqlite"], indirect=True)
 def test_long_backlog_is_read_page_by_page(
     make_backend: MakeBackend, name: str
 ) -> None:
@@ -453,6 +456,43 @@ def test_other_database_is_not_that_of_the_channels(
     with Session(engine) as session:
         assert not make_backend().owns(session)
     assert not make_backend().owns(Session())
+
+
+KILLED = """
+import os, signal, sys
+import sqlalchemy as sa
+from sqlalchemy.orm import Session, scoped_session, sessionmaker
+from tests.model import User
+from tgstream.formats.sse import Message
+from tgstream.live.backends.database import DatabaseBackend
+from tgstream.live.protocols import ChannelSettings
+
+url, name, end = sys.argv[1:]
+engine = sa.create_engine(url)
+scoped = scoped_session(sessionmaker())
+backend = DatabaseBackend(scoped, engine, ChannelSettings())
+with Session(engine) as session:
+    session.add(User(name=end))
+    session.flush()
+    backend.insert(session.connection(), [Message(name, end)])
+    if end == "committed":
+        session.commit()
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_killed_publisher_loses_no_event_and_sends_none_without_its_row(
+    make_backend: MakeBackend, model: Model, name: str, url: str
+) -> None:
+    """It is killed before its commit, and between the commit and the notification."""
+    events = open_listener(make_backend(), name)
+    for end in "open", "committed":
+        command = [sys.executable, "-W", "ignore", "-c", KILLED, url, name, end]
+        environ = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+        process = subprocess.run(command, env=environ, timeout=60)
+        assert process.returncode == -signal.SIGKILL
+    assert receive(events, 1) == ["committed"]
+    assert model.names() == ["committed"]
 
 
 @pytest.mark.parametrize("url", ["postgresql"], indirect=True)
@@ -769,7 +809,7 @@ def empty_app(make_app: MakeApp, model: Model) -> Any:
 def test_missing_tables_are_one_clear_error(
     empty_app: Any, model: Model, name: str
 ) -> None:
-    """To publish and to listen. The error tells how to create them."""
+    """To publish and to listen. The error contains the command that creates them."""
     message = (
         r"tgstream.channels is database://, but .* has no table tgstream_channels and "
         r"tgstream_events. Run python -m tgstream create-tables config.ini, or migrate"
@@ -876,9 +916,10 @@ def test_restarted_postgresql_loses_no_event(
     wait_until(lambda: len(logged(caplog)) == 2)
     publish(backend, name, "after")
     for events in [*listeners, new]:
-        texts = [event.data or event.event for event in islice(events, 200)]
-        received = [text for text in texts if text is not None]
-        assert received == ["before", "after"]
+        received: list[Any] = []
+        while received[-1:] != ["after"]:
+            received += [event.data or event.event for event in islice(events, 1)]
+        assert [text for text in received if text] == ["before", "after"]
     lost, back = logged(caplog)
     assert lost.startswith("Lost the connection to the database (tgstream.channels): ")
     assert lost.endswith("Listeners wait until it reconnects")

@@ -123,7 +123,7 @@ class PostgresqlChanges(Changes):
 
 
 def watch_changes(connection: sa.Connection, wakeup: Wakeup) -> Changes:
-    """What waits for changes in the database of a connection."""
+    """Watch the database of a connection for changes."""
     if connection.dialect.name == "sqlite":
         return SqliteChanges(connection, wakeup)
     if connection.dialect.driver in ("psycopg", "psycopg2") and is_direct(connection):

@@ -94,7 +94,7 @@ class DatabaseHistory(ChannelHistory):
         return len(self._channel_ids) - 1, 0
 
     def database_time(self) -> float:
-        """The time of the database in seconds, without asking it."""
+        """The time of the database in seconds, without a statement."""
         return clock() + self._clock_offset
 
     @property

@@ -48,7 +48,7 @@ class EventReader:
     """Reads new events into the histories of their channels.
 
     :param connection: commits each statement.
-    :param changes: what waits for new events.
+    :param changes: reports that there may be new events.
     :param histories: the channels with listeners, by name.
     """
 
@@ -79,15 +79,23 @@ class EventReader:
             rows = [*self._connection.execute(_SELECT_NEW, values)]
             is_full = len(rows) == MAX_READ
             if self._newest is not None:
-                if not rows or rows[0] != self._newest:
+                if not self._has_continued(rows):
                     self._newest = None
                     self._check_all()
                     return
-                del rows[0]
+                if rows[0] == self._newest:
+                    del rows[0]
             self._note_ids(rows)
             self._append(rows)
             if not is_full:
                 return
+
+    def _has_continued(self, rows: Sequence[Any]) -> bool:
+        """Whether the table is still the one in which the newest event was seen.
+
+        Its row may have been removed, if later ones exist.
+        """
+        return bool(rows) and (rows[0] == self._newest or rows[0].id > self._newest_id)
 
     def close(self) -> None:
         """Close the connection."""
