@@ -21,7 +21,7 @@ from ..core.report import log
 from ..core.settings import read_option
 from ..database.on_commit import send_on_commit
 from ..formats.sse import Event, Message, check_event_type, encode_data
-from .backends import create_backend
+from .backends import DATABASE, create_backend
 from .listener import listen as listen_to_one
 from .listener import without_comments
 from .merged import listen_to_all
@@ -266,6 +266,11 @@ def _running_backend() -> Backend:
         url, settings = _read_settings(values)
     except TypeError:  # an invalid value that has no hash
         url, settings = _read_settings.__wrapped__(values)
+    if url == DATABASE:
+        # Imported only when used: it needs SQLAlchemy.
+        from .backends.database import find_backend
+
+        return find_backend(config, settings)
     _warn_of_multiple_processes(url)
     key = os.getpid(), url, settings  # a forked process needs its own back end
     # setdefault(), so that two threads get the same back end.
