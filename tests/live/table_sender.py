@@ -27,6 +27,8 @@ class TableSender:
 
     def __init__(self, model: Model) -> None:
         self.model = model
+        self.checks = True
+        """Whether committed messages must be visible from outside."""
         self.insertions: list[list[str]] = []
         """The messages of each call of ``insert``."""
         self.committed: list[list[str]] = []
@@ -40,7 +42,7 @@ class TableSender:
         connection.execute(sa.insert(MESSAGES), rows)
 
     def publish_committed(self, messages: Sequence[str]) -> None:
-        assert {*messages} <= {*self.stored()}
+        assert not self.checks or {*messages} <= {*self.stored()}
         self.committed.append([*messages])
 
     def publish(self, messages: Sequence[str]) -> None:

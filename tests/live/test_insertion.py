@@ -18,6 +18,7 @@ import tg
 import transaction
 from tg import TGController
 from zope.sqlalchemy import register
+from zope.sqlalchemy.datamanager import STATUS_READONLY
 
 from tests.conftest import MakeApp, Root, assert_clean, pool
 from tests.live.table_sender import MESSAGES, TableSender, metadata
@@ -42,8 +43,26 @@ def make_sender(model: Model) -> TableSender:
 
 
 @pytest.fixture
+def model(make_model: MakeModel, tmp_path: Path) -> Model:
+    """A model on an SQLite file. Tests that need PostgreSQL make their own."""
+    return make_model(f"sqlite:///{tmp_path}/test.db")
+
+
+@pytest.fixture
+def plain_model(make_model: MakeModel, tmp_path: Path) -> Model:
+    """A model whose session is not registered with zope.sqlalchemy."""
+    return make_model(f"sqlite:///{tmp_path}/test.db", zope=False)
+
+
+@pytest.fixture
 def sender(model: Model) -> TableSender:
     return make_sender(model)
+
+
+@pytest.fixture
+def plain_sender(plain_model: Model) -> TableSender:
+    """A sender of an application whose session commits by itself."""
+    return make_sender(plain_model)
 
 
 def add(model: Model, sender: TableSender, name: str) -> None:
@@ -385,11 +404,10 @@ def test_messages_of_a_stream_follow_commit_and_rollback(
 
 
 def test_message_of_a_stream_without_zope_is_inserted(
-    make_app: MakeApp, make_model: MakeModel, url: str
+    make_app: MakeApp, plain_model: Model, plain_sender: TableSender
 ) -> None:
     """This holds with ``tm.enabled`` off, too."""
-    model = make_model(url, zope=False)
-    sender = make_sender(model)
+    model, sender = plain_model, plain_sender
     root = ActionController(lambda: add(model, sender, "ada"))
     app = make_app(root, model, tm__enabled=False)
     assert get(app, "/items?commit=end").text == "done"
@@ -441,11 +459,10 @@ def test_message_of_a_job_is_inserted_by_its_transaction(
 
 
 def test_message_of_a_read_only_manager_is_inserted(
-    make_app: MakeApp, make_model: MakeModel, url: str
+    make_app: MakeApp, plain_model: Model, plain_sender: TableSender
 ) -> None:
     """The session has joined a transaction that is not that of the thread."""
-    model = make_model(url, zope=False)
-    sender = make_sender(model)
+    model, sender = plain_model, plain_sender
     manager = transaction.TransactionManager(explicit=True)
     register(model.DBSession, transaction_manager=manager)
     make_app(TGController(), model)
@@ -460,11 +477,10 @@ def test_message_of_a_read_only_manager_is_inserted(
 
 @pytest.mark.parametrize("tm", [True, False, None])
 def test_message_of_a_session_that_commits_by_itself_is_inserted(
-    make_app: MakeApp, make_model: MakeModel, url: str, tm: bool | None
+    make_app: MakeApp, plain_model: Model, plain_sender: TableSender, tm: bool | None
 ) -> None:
     """This holds in requests, with ``tm.enabled`` on and off, and in jobs."""
-    model = make_model(url, zope=False)
-    sender = make_sender(model)
+    model, sender = plain_model, plain_sender
     session = model.DBSession
 
     def act() -> None:
@@ -488,13 +504,24 @@ def test_message_of_a_session_that_commits_by_itself_is_inserted(
     assert_stored(sender, ["ada", "bob"])
 
 
+def test_message_of_a_job_without_zope_is_published_after_its_transaction(
+    make_app: MakeApp, plain_model: Model, plain_sender: TableSender
+) -> None:
+    """Nothing would commit the session, so it is not used."""
+    make_app(TGController(), plain_model)
+    with transaction.manager:
+        plain_sender.send("ada")
+        assert pool(plain_model).checkedout() == 0
+        assert plain_sender.stored() == []
+    assert plain_sender.published == [["ada"]]
+
+
 @pytest.mark.parametrize("tm", [True, False])
 def test_message_after_the_commit_of_a_plain_session_is_published(
-    make_app: MakeApp, make_model: MakeModel, url: str, tm: bool
+    make_app: MakeApp, plain_model: Model, plain_sender: TableSender, tm: bool
 ) -> None:
     """Reading an attribute begins a transaction, which nothing commits."""
-    model = make_model(url, zope=False)
-    sender = make_sender(model)
+    model, sender = plain_model, plain_sender
     session = model.DBSession
 
     def act() -> None:
@@ -508,6 +535,41 @@ def test_message_after_the_commit_of_a_plain_session_is_published(
     assert sender.stored() == model.names() == ["ada"]
     assert sender.published == [["ada"]]
     assert_clean(model)
+
+
+def test_message_of_a_read_only_session_is_published_after_the_commit(
+    make_app: MakeApp, plain_model: Model, plain_sender: TableSender
+) -> None:
+    """zope.sqlalchemy does not commit a session with this state."""
+    model, sender = plain_model, plain_sender
+    register(model.DBSession, initial_state=STATUS_READONLY)
+
+    def act() -> None:
+        model.DBSession.query(User).all()
+        sender.send("ada")
+
+    app = make_app(ActionController(act), model, tm__enabled=True)
+    assert get(app, "/request").text == "done"
+    assert sender.published == [["ada"]]
+    assert_clean(model)
+
+
+def test_message_is_inserted_in_a_transaction_of_the_connection(
+    make_app: MakeApp, model: Model, sender: TableSender
+) -> None:
+    """A test has begun it, and rolls back all that the application commits."""
+    session = model.DBSession
+    app = make_app(ActionController(lambda: add(model, sender, "ada")), model)
+    with model.engine.connect() as connection:
+        outer = connection.begin()
+        session.configure(bind=connection)
+        sender.checks = False
+        assert get(app, "/request").text == "done"
+        stored = connection.execute(sa.select(MESSAGES.c.text)).scalars().all()
+        outer.rollback()
+    assert stored == ["ada"]
+    assert sender.published == []
+    assert sender.stored() == model.names() == []
 
 
 def test_message_without_an_application_session_is_published_after_the_commit(

@@ -31,9 +31,15 @@ Publish = Callable[[], None]
 
 
 @pytest.fixture
-def plain_model(make_model: MakeModel, url: str) -> Model:
+def model(make_model: MakeModel, tmp_path: Path) -> Model:
+    """A model on an SQLite file. Tests that need PostgreSQL make their own."""
+    return make_model(f"sqlite:///{tmp_path}/test.db")
+
+
+@pytest.fixture
+def plain_model(make_model: MakeModel, tmp_path: Path) -> Model:
     """A model whose session is not registered with zope.sqlalchemy."""
-    return make_model(url, zope=False)
+    return make_model(f"sqlite:///{tmp_path}/test.db", zope=False)
 
 
 @pytest.fixture
@@ -317,40 +323,46 @@ def read_and_insert(model: Model, name: str, publish: Publish) -> None:
     model.DBSession.execute(sa.insert(User).values(name=name))
 
 
-WRITES = pytest.mark.parametrize(
-    "write",
-    [
-        add_user,
-        add_flushed,
-        insert_user,
-        insert_on_connection,
-        read_and_add,
-        read_and_insert,
-    ],
-    ids=lambda write: write.__name__,
+WRITES = [
+    add_user,
+    add_flushed,
+    insert_user,
+    insert_on_connection,
+    read_and_add,
+    read_and_insert,
+]
+
+
+@pytest.mark.parametrize("write", WRITES, ids=lambda write: write.__name__)
+@pytest.mark.parametrize(
+    ("database", "undo"),
+    [("sqlite", "rollback"), ("sqlite", "remove"), ("postgresql", "close")],
 )
-
-
-@WRITES
-@pytest.mark.parametrize("undo", ["rollback", "close", "remove"])
 def test_event_of_a_session_follows_its_own_commit(
     make_app: MakeApp,
     channel: Channel,
-    plain_model: Model,
+    make_model: MakeModel,
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
     write: Callable[[Model, str, Publish], None],
+    database: str,
     undo: str,
 ) -> None:
     """If the session rolls back what it has written, the event is not sent."""
-    make_app(TGController(), plain_model)
-    events, session = open_listener(channel), plain_model.DBSession
-    write(plain_model, "undone", lambda: channel.publish("undone"))
+    url = f"sqlite:///{tmp_path}/test.db"
+    if database == "postgresql":
+        url = request.getfixturevalue(database)
+    model = make_model(url, zope=False)
+    make_app(TGController(), model)
+    events, session = open_listener(channel), model.DBSession
+    write(model, "undone", lambda: channel.publish("undone"))
     getattr(session, undo)()
-    write(plain_model, "ada", lambda: channel.publish("ada"))
+    write(model, "ada", lambda: channel.publish("ada"))
     channel.publish("now", now=True)
     session.commit()
     channel.publish("at once")
     assert_received(channel, events, ["now", "ada", "at once"])
-    assert plain_model.names() == ["ada"]
+    assert model.names() == ["ada"]
 
 
 def test_event_of_a_listener_follows_the_commit_of_the_session(

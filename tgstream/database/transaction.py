@@ -227,11 +227,12 @@ def get_resources(manager: Any) -> list[Any]:
 def ensure_zope_commits(session: Session) -> bool:
     """Let zope.sqlalchemy commit a session that has written nothing that it has seen.
 
-    :returns: False if the session has not joined a transaction.
+    :returns: False if the session has not joined a transaction, or as read-only.
     """
     from zope.sqlalchemy import datamanager
 
-    if session not in datamanager._SESSION_STATE:
+    state = datamanager._SESSION_STATE.get(session)
+    if state is None or state is datamanager.STATUS_READONLY:
         return False
     datamanager.mark_changed(session)
     return True
