@@ -209,7 +209,7 @@ rounds = [event.data for event in first if "round" in event.data]
 assert rounds == [f"round {number}" for number in range(ROUNDS)]
 assert len(listeners) == 3 + ROUNDS
 assert all(next(events).comment == "open" for events in listeners[3:])
-print(max(numbers) >= 3 * ROUNDS - 1)
+print(max(numbers) == 2 * ROUNDS)
 """
 
 

@@ -200,7 +200,7 @@ def test_event_id_that_is_too_old_causes_a_reset(
         for old_id in ids[0], ids[10]:
             opening, reset = islice(reconnect(process, name, old_id), 2)
             assert opening == Event(comment="open")
-            assert reset == Event("", event="reset", id=ids[60])
+            assert reset == Event(name, event="reset", id=ids[60], channel=name)
         assert receive(reconnect(process, name, ids[60]), 1) == ["open"]
 
 

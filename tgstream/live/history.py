@@ -166,12 +166,46 @@ class _Signal:
         return True
 
 
+class Waiter:
+    """Wakes a listener of several channels for an event of any of them."""
+
+    __slots__ = ("__weakref__", "_lock", "_woken")
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # held while there is nothing new
+        self._lock.acquire()
+        self._woken = False
+
+    def wait(self, seconds: float) -> bool:
+        """Wait for a new event. It may be an event that the listener has received.
+
+        :param seconds: the maximum time to wait.
+        :returns: False if the time has passed, or if the listeners are woken without an
+            event.
+        """
+        has_event = self._lock.acquire(timeout=max(0.0, min(seconds, MAX_WAIT)))
+        woken, self._woken = self._woken, False
+        return has_event and not woken
+
+    def notify(self, woken: bool = False) -> None:
+        """End the wait, within a change.
+
+        :param woken: whether it ends without an event.
+        """
+        self._woken = self._woken or woken
+        if self._lock.locked():  # changes are applied one at a time
+            self._lock.release()
+
+
 class ChannelHistory:
     """The newest events of one channel.
 
     :param first_position: no event after this position is missing here.
     :param max_events: how many events to store.
     """
+
+    _waiters: WeakValueDictionary[int, Waiter] | None = None
+    """The listeners of several channels."""
 
     def __init__(self, first_position: Position, max_events: int) -> None:
         self._max_events = max_events
@@ -212,6 +246,15 @@ class ChannelHistory:
             del self._events[oldest]
         else:
             self._store(position, event, signal.first_position)
+
+    def forget_directly(self) -> None:
+        """Remove all events, within a change. Listeners without a backlog go on."""
+        signal, older = self._signal, list(self._events)
+        self._replace_signal(
+            _Signal(signal.next_number, signal.last_position, signal.last_position)
+        )
+        for number in older:
+            del self._events[number]
 
     def restart(self, position: Position, event: Event) -> None:
         """Continue from another position, with the event that reports the gap."""
@@ -262,10 +305,35 @@ class ChannelHistory:
         number = self._signal.next_number
         self._events[number] = position, event
         self._replace_signal(_Signal(number + 1, first_position, position))
+        if self._waiters is not None:
+            self._notify_waiters(self._waiters)
+
+    def _notify_waiters(
+        self, waiters: WeakValueDictionary[int, Waiter], woken: bool = False
+    ) -> None:
+        for reference in waiters.valuerefs():  # a list, as below
+            if (waiter := reference()) is not None:
+                waiter.notify(woken)
+
+    def add_waiter(self, waiter: Waiter) -> None:
+        """Notify a listener of several channels, as long as it keeps ``waiter``."""
+
+        def change() -> None:
+            if self._waiters is None:
+                self._waiters = WeakValueDictionary()
+            self._waiters[id(waiter)] = waiter
+
+        apply_change(change)
 
     def wake_listeners(self) -> None:
         """Wake all listeners that wait. Without an event they receive a heartbeat."""
-        apply_change(self._wake)
+
+        def change() -> None:
+            self._wake()
+            if self._waiters is not None:
+                self._notify_waiters(self._waiters, woken=True)
+
+        apply_change(change)
 
     def _wake(self) -> None:
         signal = self._signal
@@ -355,9 +423,10 @@ def wake_all_listeners() -> None:
 on_drain(wake_all_listeners)
 
 
-def reset_event(id: str | None) -> Event:
+def reset_event(id: str | None, channel: str = "") -> Event:
     """The event that reports missing events.
 
     :param id: the position where the listener continues.
+    :param channel: the name of the channel that misses them.
     """
-    return Event("", event="reset", id=id)
+    return Event(channel, event="reset", id=id, channel=channel or None)

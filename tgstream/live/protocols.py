@@ -33,7 +33,12 @@ class ConnectionLost(Exception):
 
 
 class Backend(Protocol):
-    """The channels of one application, in this process."""
+    """The channels of one application, in this process.
+
+    Its ids consist of letters, digits, ``-`` and ``_``, because the id of a listener of
+    several channels is made of them. Any other text is accepted as an id from a client,
+    and causes a reset.
+    """
 
     def publish(self, messages: Sequence[Message]) -> None:
         """Send events to all listeners at once, in order.
