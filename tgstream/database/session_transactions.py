@@ -14,6 +14,7 @@ from weakref import WeakSet
 
 import tg
 
+from ..core import context as _context
 from ..core.context import thread
 from .registry import scoped_sessions
 
@@ -38,12 +39,24 @@ def find_sessions() -> list[Session]:
     if stream is not None:
         return [data_manager.session for data_manager in stream.current.values()]
     sessions: list[Session] = []
-    for scoped in scoped_sessions(tg.config):
-        with suppress(Exception):  # a scopefunc may need a request
+    for scoped in scoped_sessions(_find_config()):
+        try:
             if scoped.registry.has():
                 sessions.append(scoped())
-    sessions += [each for each in find_joined_sessions() if each not in sessions]
+        except Exception:  # a scopefunc may need a request
+            continue
+    for session in find_joined_sessions():
+        if session not in sessions:
+            sessions.append(session)
     return sessions
+
+
+def _find_config() -> Any:
+    """The configuration of the request, or of the process."""
+    try:
+        return _context.current().config
+    except TypeError:  # no request
+        return tg.config
 
 
 def find_joined_sessions() -> list[Session]:
@@ -53,9 +66,11 @@ def find_joined_sessions() -> list[Session]:
         return []
     from .transaction import get_resources
 
-    resources = get_resources(manager)
-    sessions = [getattr(resource, "session", None) for resource in resources]
-    return [session for session in sessions if isinstance(session, orm.Session)]
+    return [
+        resource.session
+        for resource in get_resources(manager)
+        if isinstance(getattr(resource, "session", None), orm.Session)
+    ]
 
 
 def find_begun_transaction() -> Any:
@@ -76,7 +91,7 @@ def find_manager() -> Any:
 
 def find_main_session() -> Session | None:
     """The application's first session. It is made on first use."""
-    scoped = next(iter(scoped_sessions(tg.config)), None)
+    scoped = next(iter(scoped_sessions(_find_config())), None)
     if scoped is not None:
         with suppress(Exception):  # a scopefunc may need a request
             session: Session = scoped()
