@@ -16,6 +16,7 @@ import pytest
 import sqlalchemy as sa
 import tg
 import transaction
+from sqlalchemy.orm.exc import StaleDataError
 from tg import TGController
 from zope.sqlalchemy import register
 from zope.sqlalchemy.datamanager import STATUS_READONLY
@@ -304,13 +305,66 @@ def test_missing_table_fails_the_commit(
     root = ActionController(lambda: add(model, sender, "ada"))
     app = make_app(root, model, tm__enabled=True)
     fails = path == "/items?commit=end"
-    with pytest.raises(sa.exc.DBAPIError) if fails else nullcontext():
+    with pytest.raises(sa.exc.SQLAlchemyError) if fails else nullcontext():
         assert get(app, path).status_int == 500
     assert_clean(model)
     root.action = lambda: model.DBSession.add(User(name="bob"))
     assert get(app, path).text == "done"
     assert sender.committed == sender.published == []
     assert model.names() == ["bob"]
+
+
+@pytest.mark.parametrize("used", [True, False])
+def test_message_of_a_second_session_is_inserted_by_the_first(
+    make_app: MakeApp,
+    make_model: MakeModel,
+    model: Model,
+    sender: TableSender,
+    listener: None,
+    tmp_path: Path,
+    used: bool,
+) -> None:
+    """The flush of the second session publishes, while the transaction commits.
+
+    The first session cannot join any more. If it has not, the message is stored after
+    the commit.
+    """
+    other = make_model(f"sqlite:///{tmp_path}/other.db")
+    other.init_model(other.outside)
+
+    def act() -> None:
+        if used:
+            model.DBSession.query(User).all()
+        other.DBSession.add(User(name="ada"))
+
+    options = {"tm__enabled": True, "tgstream__sessions": [other.DBSession]}
+    app = make_app(ActionController(act), model, **options)
+    assert get(app, "/request").text == "done"
+    assert sender.stored() == other.names() == ["ada"]
+    assert (sender.committed, sender.published) == (
+        ([["ada"]], []) if used else ([], [["ada"]])
+    )
+    assert_clean(model)
+
+
+def test_message_of_a_request_that_is_tried_again_is_inserted_once(
+    make_app: MakeApp, model: Model, sender: TableSender
+) -> None:
+    """The first attempt fails in its flush, with an error that is worth another one."""
+    errors = [StaleDataError()]
+
+    def fail(*_: Any) -> None:
+        if errors:
+            raise errors.pop()
+
+    root = ActionController(lambda: add(model, sender, "ada"))
+    app = make_app(root, model, tm__enabled=True, tm__attempts=2)
+    sa.event.listen(model.DBSession, "after_flush", fail)
+    try:
+        assert get(app, "/request").text == "done"
+    finally:
+        sa.event.remove(model.DBSession, "after_flush", fail)
+    assert_stored(sender, ["ada"])
 
 
 @pytest.mark.parametrize("moment", ["after_commit", "addAfterCommitHook"])
