@@ -121,6 +121,20 @@ def test_event_of_a_session_that_has_joined_follows_the_transaction(
     assert_received(channel, events, ["now", "now", "commit", "at once"])
 
 
+def test_event_of_a_session_that_has_only_begun_follows_the_transaction(
+    make_app: MakeApp, channel: Channel, model: Model
+) -> None:
+    """zope.sqlalchemy lets it join with its first connection, not before."""
+    make_app(TGController(), model)
+    events = open_listener(channel)
+    for end in transaction.abort, transaction.commit:
+        model.DBSession.begin()
+        channel.publish(end.__name__)
+        channel.publish("now", now=True)
+        end()
+    assert_received(channel, events, ["now", "now", "commit"])
+
+
 def test_event_of_a_session_of_the_job_itself_follows_the_transaction(
     make_app: MakeApp, channel: Channel, model: Model, listener: None
 ) -> None:

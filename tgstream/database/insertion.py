@@ -42,16 +42,16 @@ def begin_insertion(
     session = find_main_session()
     if session is None:
         return None
-    root = session.get_transaction()
-    if not may_begin if root is None else not root.is_active:
+    before = session.get_transaction()
+    if not (may_begin if before is None else before.is_active):
         return None
     connection = get_connection(session)  # the session joins as it is registered
-    begun = session.get_transaction()
-    assert begun is not None
-    if not ensure_commit(session) and root is None:
-        begun.close()  # nothing would commit it
+    root = session.get_transaction()
+    assert root is not None
+    if not ensure_commit(session) and before is None:
+        root.close()  # nothing would commit it
         return None
-    return begun, connection
+    return root, connection
 
 
 def ensure_commit(session: Session) -> bool:

@@ -77,12 +77,14 @@ class Entry:
 
     @property
     def send(self) -> Callable[[Sequence[Any]], None]:
-        """The method of the sender that sends the message."""
-        is_sent_later = self.inserted or not hasattr(self.sender, "insert")
-        sender = self.sender
-        send: Callable[[Sequence[Any]], None]
-        send = sender.publish_committed if is_sent_later else sender.publish
-        return send
+        """The method of the sender that sends the message after the commit."""
+        is_stored = self.inserted or not _can_insert(self.sender)
+        name = "publish_committed" if is_stored else "publish"
+        return getattr(self.sender, name)  # type: ignore[no-any-return]
+
+
+def _can_insert(sender: Any) -> bool:
+    return getattr(sender, "insert", None) is not None
 
 
 def is_savepoint(transaction: SessionTransaction) -> bool:
@@ -102,7 +104,7 @@ class PendingMessages:
 
     def add(self, message: Any, sender: Sender) -> None:
         """Register a message."""
-        inserter = self._find_inserter() if hasattr(sender, "insert") else None
+        inserter = self._find_inserter() if _can_insert(sender) else None
         transactions = get_open_transactions(find_sessions())
         self.entries.append(Entry(message, sender, transactions, inserter))
 

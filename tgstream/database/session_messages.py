@@ -36,8 +36,9 @@ class SessionMessages(PendingMessages):
     def __init__(self, session: Session) -> None:
         super().__init__()
         self._transaction = session.get_transaction()
+        has_changes = _has_changes(session)  # it may join a transaction only now
         # A session that is marked as changed is closed without a commit by aborts only.
-        self.changed = ensure_commit(session) or _has_changes(session)
+        self.changed = ensure_commit(session) or has_changes
 
     def _is_undone(self, entry: Entry) -> bool:
         return entry.is_undone(lambda each: each is not self._transaction)

@@ -57,8 +57,8 @@ class TransactionMessages(PendingMessages):
         if not self.entries[-1].transactions:
             _wait_for_transaction(self)
 
-    def _after_commit(self, committed: bool) -> None:
-        if committed:
+    def _after_commit(self, has_committed: bool) -> None:
+        if has_committed:
             self.tpc_finish(None)
         else:
             self.abort(None)
