@@ -452,6 +452,30 @@ def test_event_of_a_request_without_a_transaction_manager_follows_its_session(
     assert_received(channel, events, ["now", *expected])
 
 
+def test_event_of_a_request_that_leaves_its_transaction_open_is_logged(
+    make_app: MakeApp,
+    channel: Channel,
+    model: Model,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The session has joined the transaction of the thread, and nothing ends it."""
+
+    def act() -> None:
+        model.DBSession.query(User).all()
+        channel.publish("event")
+        if ends:
+            transaction.commit()
+
+    app = make_app(ActionController(act), model, tm__enabled=False)
+    events = open_listener(channel)
+    for ends in True, False:
+        assert get(app, "/request").text == "done"
+        gc.collect()
+        assert len(caplog.records) == (0 if ends else 1)
+    transaction.abort()
+    assert_received(channel, events, ["event"])
+
+
 def test_event_of_the_controller_of_a_stream_is_sent_if_its_session_only_read(
     make_app: MakeApp, channel: Channel, plain_model: Model
 ) -> None:

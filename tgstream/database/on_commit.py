@@ -61,24 +61,29 @@ def _find_pending() -> PendingMessages | None:
     if stream is not None:
         if stream.ended:
             return None  # a hook of tgstream.finished: nothing will commit any more
-    elif not _is_managed_request():
-        return _find_pending_of_job()
+    else:
+        tg_locals = _find_request()
+        if tg_locals is None or not is_tm_enabled(tg_locals):
+            return _find_pending_of_job(tg_locals and tg_locals.request)
     import transaction  # an application without transactions may not have it
 
     txn = transaction.manager.get()
     return None if is_over(txn) else join_transaction(txn)
 
 
-def _is_managed_request() -> bool:
+def _find_request() -> Any:
+    """TG's ``RequestLocals`` of the request that runs here, if any."""
     try:
-        tg_locals = _context.current()
-    except TypeError:  # no request
-        return False
-    return is_tm_enabled(tg_locals)
+        return _context.current()
+    except TypeError:
+        return None
 
 
-def _find_pending_of_job() -> PendingMessages | None:
-    """The messages of a transaction that the application has begun itself."""
+def _find_pending_of_job(request: Any) -> PendingMessages | None:
+    """The messages of a transaction that the application has begun itself.
+
+    :param request: the transaction must end before it. None outside of requests.
+    """
     txn = find_begun_transaction()
     if txn is not None and is_over(txn):
         return None
@@ -88,7 +93,9 @@ def _find_pending_of_job() -> PendingMessages | None:
         if (root := session.get_transaction()) is not None and root.is_active
     ]
     if txn is not None and (not active or find_joined_sessions()):
-        return join_transaction(txn, warns=True)
+        messages = join_transaction(txn)
+        messages.warn_if_lost(request)
+        return messages
     if not active:
         return None
     from .session_messages import join_session

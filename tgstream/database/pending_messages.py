@@ -108,9 +108,13 @@ class PendingMessages:
         transactions = get_open_transactions(find_sessions())
         self.entries.append(Entry(message, sender, transactions, inserter))
 
-    def warn_if_lost(self) -> None:
-        """Warn if the transaction never ends. Outside of requests nothing ends it."""
-        self._warning = finalize(self, _warn_lost)
+    def warn_if_lost(self, owner: object = None) -> None:
+        """Warn if the transaction never ends, because only the application ends it.
+
+        :param owner: the transaction must end before it. None for the transaction.
+        """
+        if self._warning is None:
+            self._warning = finalize(self if owner is None else owner, _warn_lost)
 
     def _find_inserter(self) -> SessionTransaction | None:
         found = begin_insertion(self._may_begin)

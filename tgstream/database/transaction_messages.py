@@ -137,17 +137,12 @@ def find_messages(txn: Any) -> TransactionMessages | None:
         return None
 
 
-def join_transaction(txn: Any, warns: bool = False) -> TransactionMessages:
-    """The messages of a transaction that has not ended.
-
-    :param warns: whether to warn if the transaction never ends.
-    """
+def join_transaction(txn: Any) -> TransactionMessages:
+    """The messages of a transaction that has not ended."""
     messages = find_messages(txn)
     if messages is None or messages.closed:
         messages = TransactionMessages(txn)
         txn.set_data(_KEY, messages)
-        if warns:
-            messages.warn_if_lost()
     return messages
 
 
