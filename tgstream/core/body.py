@@ -457,7 +457,7 @@ class Body:
             self.transaction.commit_items()
         elif uncommitted := self.transaction.count_uncommitted():
             reports.warn_uncommitted(self.plan.controller, uncommitted)
-        if self._ends_anywhere(self.closing):
+        if self.closing is not None and self._ends_anywhere(self.closing):
             raise StreamEnding  # clients reconnect, so the format must not end the body
 
     def encode_member(
