@@ -77,9 +77,10 @@ class Channel:
     def publish(self, data: Any, event: str | None = None, now: bool = False) -> None:
         """Send an event to all listeners when the transaction commits.
 
-        This applies to requests of TurboGears with ``tm.enabled``, and to running
-        streams. Elsewhere, and in the hook ``tgstream.finished``, the event is sent at
-        once. The event is encoded in this call, so that invalid data raises here.
+        That is the transaction of the stream, of the request, of the thread, or of the
+        application's session. Without a transaction, and in the hook
+        ``tgstream.finished``, the event is sent at once. The event is encoded in this
+        call, so that invalid data raises here.
 
         :param data: the data of the event: a ``str`` as it is, anything else as JSON.
         :param event: its type, by which browsers choose their handlers. None means
