@@ -197,21 +197,13 @@ def measure_commits(where: str, commits: int) -> tuple[float, float]:
     return without, with_event
 
 
-def has_database() -> bool:
-    """Whether tgstream has the back end of ``database://``, and merged streams."""
-    from tgstream import channels  # not before the questions that need its absence
-
-    return hasattr(channels, "metadata")
-
-
 def create_tables(url: str) -> None:
     """Create the table of rows, and those of the channels."""
     from tgstream import channels  # not before the questions that need its absence
 
     engine = sa.create_engine(url)
     marks.create(engine)
-    if hasattr(channels, "metadata"):
-        channels.metadata.create_all(engine)
+    channels.metadata.create_all(engine)
     engine.dispose()
 
 
@@ -224,9 +216,8 @@ def back_ends(folder: Path, quick: bool) -> list[Result]:
         for url in urls.values():
             create_tables(url)
         ways = {REDIS: f"{valkey.url} {urls['PostgreSQL']}"}
-        if has_database():
-            for name, url in urls.items():
-                ways[f"database:// on {name}"] = f"database:// {url}"
+        for name, url in urls.items():
+            ways[f"database:// on {name}"] = f"database:// {url}"
         events = {way: partial(measure_transport, ways[way], count) for way in ways}
         commits = {way: partial(measure_commits, ways[way], count) for way in ways}
         return [
@@ -334,4 +325,4 @@ def run(folder: Path, quick: bool, most: int) -> list[Result]:
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(FILES, files), files))
     lines = per_user(most, quick)
     lines += back_ends(Path(mkdtemp(dir=folder)), quick)
-    return lines + (merged(quick) if has_database() else [])
+    return lines + merged(quick)

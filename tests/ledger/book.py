@@ -61,6 +61,8 @@ class Reset(NamedTuple):
     time: float
     reported: int
     """How many events it stands for."""
+    is_first: bool
+    """Whether the listener had received nothing of the channel before."""
 
 
 @dataclass
@@ -220,10 +222,10 @@ def _count_missing(
     account.lost += reported[0]
     account.reported += sum(reported[1:])
     since, counts = record.opened, iter(reported[1:])
-    for time, text in record.entries:
+    for index, (time, text) in enumerate(record.entries):
         if text is None:
-            reset = Reset(record.listener, record.channel, since, time, next(counts))
-            account.resets.append(reset)
+            count, names = next(counts), (record.listener, record.channel)
+            account.resets.append(Reset(*names, since, time, count, index == 0))
         since = time
 
 

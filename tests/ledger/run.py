@@ -137,7 +137,7 @@ class World:
         engine = sa.create_engine(self._database.url, poolclass=sa.NullPool)
         model.Base.metadata.create_all(engine)
         if self._in_database:
-            channels.metadata.create_all(engine)  # type: ignore[attr-defined]
+            channels.metadata.create_all(engine)
 
     def _start(self, kinds: Iterable[str]) -> Process:
         kinds = list(kinds)
@@ -352,10 +352,20 @@ class World:
 
     def _explains(self, reset: Reset, died: dict[int, float]) -> bool:
         """Whether a reset is due: its events were not stored, or may be lost."""
-        if reset.reported >= HISTORY or self._in_database:
-            return reset.reported >= HISTORY
-        if "valkey" in self._stores:
-            return any(self._was_away(time, time) for time in died.values())
+        if reset.reported >= HISTORY:
+            return True
+        if "valkey" in self._stores or self._in_database:
+            store = "database" if self._in_database else "valkey"
+            # A listener that begins while the server is away has no place to begin at.
+            began_while_away = reset.is_first and any(
+                fault.begun < reset.time and fault.ended > reset.since - 1
+                for fault in self._faults
+                if fault.subject == store
+            )
+            return began_while_away or (
+                not self._in_database
+                and any(self._was_away(time, time) for time in died.values())
+            )
         return any(reset.since - 1 < time < reset.time for time in died.values())
 
 
