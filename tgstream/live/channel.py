@@ -21,7 +21,7 @@ from ..core.report import log
 from ..core.settings import read_option
 from ..database.on_commit import send_on_commit
 from ..formats.sse import Event, Message, check_event_type, encode_data
-from .backends import create_backend
+from .backends import DATABASE, create_backend
 from .listener import listen as listen_to_one
 from .listener import without_comments
 from .merged import listen_to_all
@@ -77,9 +77,10 @@ class Channel:
     def publish(self, data: Any, event: str | None = None, now: bool = False) -> None:
         """Send an event to all listeners when the transaction commits.
 
-        This applies to requests of TurboGears with ``tm.enabled``, and to running
-        streams. Elsewhere, and in the hook ``tgstream.finished``, the event is sent at
-        once. The event is encoded in this call, so that invalid data raises here.
+        That is the transaction of the stream, of the request, of the thread, or of the
+        application's session. Without a transaction, and in the hook
+        ``tgstream.finished``, the event is sent at once. The event is encoded in this
+        call, so that invalid data raises here.
 
         :param data: the data of the event: a ``str`` as it is, anything else as JSON.
         :param event: its type, by which browsers choose their handlers. None means
@@ -266,6 +267,11 @@ def _running_backend() -> Backend:
         url, settings = _read_settings(values)
     except TypeError:  # an invalid value that has no hash
         url, settings = _read_settings.__wrapped__(values)
+    if url == DATABASE:
+        # Imported only when used: it needs SQLAlchemy.
+        from .backends.database import find_backend
+
+        return find_backend(config, settings)
     _warn_of_multiple_processes(url)
     key = os.getpid(), url, settings  # a forked process needs its own back end
     # setdefault(), so that two threads get the same back end.
