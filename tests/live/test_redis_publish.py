@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import redis
+from redis.exceptions import MovedError
 
 from tests.conftest import MakeApp
 from tests.live.listeners import LiveController, receive
@@ -24,7 +25,10 @@ from tests.valkey import DurableValkey, Valkey
 from tests.wsgi import get
 from tgstream import Channel
 from tgstream.formats.sse import Message
-from tgstream.live.backends.redis_connection import NEEDED_PERMISSIONS
+from tgstream.live.backends.redis_connection import (
+    NEEDED_PERMISSIONS,
+    explain_refusal,
+)
 from tgstream.live.backends.redis_publisher import RedisPublisher
 from tgstream.live.protocols import ChannelSettings
 
@@ -447,7 +451,10 @@ def test_channels_whose_events_do_not_fit_receive_a_reset(
 SCRIPT = """
 import sys
 from tgstream.formats.sse import Message
-from tgstream.live.backends.redis_connection import NEEDED_PERMISSIONS
+from tgstream.live.backends.redis_connection import (
+    NEEDED_PERMISSIONS,
+    explain_refusal,
+)
 from tgstream.live.backends.redis_publisher import RedisPublisher
 from tgstream.live.protocols import ChannelSettings
 
@@ -515,6 +522,7 @@ def test_process_that_ends_while_redis_is_lost_logs_the_channels(
     )
 
 
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
 def test_forked_process_does_not_send_the_events_of_its_parent(
     make_publisher: MakePublisher, failing_server: DurableValkey, name: str
 ) -> None:
@@ -704,6 +712,13 @@ def test_documented_permissions_are_enough(
     proxy.cuts_answer = once()
     commit(publisher, name, "1")
     assert commit_last(publisher, server, name) == ["0", "1"]
+
+
+def test_server_of_a_cluster_is_named_as_the_cause() -> None:
+    """It refuses the channels of other servers."""
+    text = explain_refusal(MovedError("1 127.0.0.1:6379"), "tgstream:x")
+    assert text.startswith("MovedError: ")
+    assert text.endswith(". The server is part of a cluster, which is not supported")
 
 
 # Sentinel.
