@@ -773,15 +773,17 @@ class Sentinel(Valkey):
 # Finalisers.
 
 INTERRUPTED = """
-import faulthandler, sys
+import faulthandler, sys, time
 faulthandler.dump_traceback_later(50, exit=True)
+import redis
 from tgstream.formats.sse import Message
 from tgstream.live.backends import redis_publisher, redis_sender
 from tgstream.live.protocols import ChannelSettings
 
 FILES = redis_publisher.__file__, redis_sender.__file__
 publisher = redis_publisher.RedisPublisher(sys.argv[1], ChannelSettings(100_000))
-sent, at, has_interrupted = [], 0, True
+client = redis.Redis.from_url(sys.argv[1])
+sent, seconds = [], []
 
 
 def publish(text):
@@ -789,28 +791,39 @@ def publish(text):
     publisher.publish_committed([Message(sys.argv[2], text)])
 
 
-publish("first")
-while has_interrupted:
-    byte_codes, has_interrupted = 0, False
+def publish_and_interrupt(text, at):
+    byte_codes, is_interrupted = 0, False
 
     def interrupt(frame, kind, argument):
-        global byte_codes, has_interrupted
+        nonlocal byte_codes, is_interrupted
         if frame.f_code.co_filename not in FILES:
             return None
         frame.f_trace_opcodes = True
         if kind == "opcode":
             if byte_codes == at:
                 sys.settrace(None)
-                has_interrupted = True
-                publish(f"inside {at}")
+                is_interrupted = True
+                publish(f"inside {text}")
             byte_codes += 1
         return interrupt
 
+    start = time.perf_counter()
     sys.settrace(interrupt)
-    publish(f"outside {at}")
+    publish(text)
     sys.settrace(None)
-    at += 1
-assert at > 100, at
+    seconds.append(time.perf_counter() - start)
+    return is_interrupted
+
+
+publish("first")
+for case in "connected", "closed":
+    at = 0
+    while publish_and_interrupt(f"{case} {at}", at):
+        at += 1 if case == "connected" else 3
+        if case == "closed":
+            client.client_kill_filter(_type="normal", skipme=True)
+    assert at > 100, at
+assert max(seconds) < 0.9, max(seconds)  # no call has waited for itself
 publish("last")
 print(*sorted(sent), sep="\\n")
 """
