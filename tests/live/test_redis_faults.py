@@ -25,7 +25,12 @@ from tgstream.core.errors import StreamError
 from tgstream.formats.sse import Message
 from tgstream.live.backends import redis_reader, redis_streams
 from tgstream.live.backends.redis import RedisBackend
-from tgstream.live.backends.redis_script import PUBLISH, publish_arguments, run_script
+from tgstream.live.backends.redis_script import (
+    PUBLISH,
+    Names,
+    publish_arguments,
+    run_script,
+)
 from tgstream.live.history import Subscription
 from tgstream.live.listener import listen
 from tgstream.live.protocols import ChannelSettings, ConnectionLost
@@ -480,7 +485,7 @@ def check_listener(server: Valkey, events: Iterator[Event], name: str) -> None:
     with redis.Redis.from_url(server.url) as client:
         for text in "abc":
             message = Message(name, text)
-            arguments = publish_arguments(message, ChannelSettings(), 0, False)
+            arguments = publish_arguments(message, ChannelSettings(), Names())
             run_script(client, PUBLISH, arguments)
             assert receive(events, 1) == [text]
     assert connections_so_far(server) - before <= 2

@@ -18,7 +18,7 @@ from ..history import Backlog, ChannelHistory, Position, Subscription
 from ..protocols import ChannelSettings, ConnectionLost
 from .redis_connection import CONNECTION_ERRORS, is_outage
 from .redis_publisher import RedisPublisher
-from .redis_reader import Outage, RedisReader, refusal
+from .redis_reader import Outage, RedisReader
 from .redis_streams import TIMEOUT_SECONDS, RedisStreams, format_id, parse_id
 
 Result = TypeVar("Result")
@@ -68,7 +68,7 @@ class RedisBackend:
             return function()
         except CONNECTION_ERRORS as error:
             if not is_outage(error):
-                raise refusal(channel, error) from error
+                raise self._reader.refusal(channel, error) from error
             self._streams.close_after(error)
             self._outage.log_start(error)
             raise ConnectionLost from error

@@ -2,8 +2,8 @@
 
 A connection belongs to the server to which the address of the URL leads when it
 connects. So a connection to a server that is not the primary any more is closed, and
-the next connection looks the address up again: in DNS for ``redis://``, and with the
-sentinels for ``redis+sentinel://``.
+the next connection looks the address up again: in DNS for ``redis://``, with the
+sentinels for ``redis+sentinel://``, and in the cluster for ``redis+cluster://``.
 
 An error is an outage, or the server refuses one command. After an outage the same
 command may succeed. A refused command is refused again, but other commands succeed.
@@ -12,6 +12,7 @@ command may succeed. A refused command is refused again, but other commands succ
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 from urllib.parse import parse_qsl, unquote, urlencode, urlsplit
 
@@ -27,9 +28,16 @@ except ImportError as error:
         "installed. Run: pip install 'tgstream[redis]'"
     ) from error
 
+from .redis_script import CLUSTER_PREFIX
+
 CONNECTION_ERRORS = redis.RedisError, OSError
 """The errors of a connection, and of the answers of a server."""
 SENTINEL_SCHEME = "redis+sentinel://"
+CLUSTER_SCHEME = "redis+cluster://"
+REDIS_PORT = 6379
+"""The port of a server of a cluster whose address has none."""
+MAX_REDIRECTIONS = 5
+"""Maximum servers of a cluster that a connection asks one after the other."""
 SENTINEL_PORT = 26379
 """The port of a sentinel whose address has none."""
 
@@ -58,6 +66,9 @@ def create_pool(
     if url.startswith(SENTINEL_SCHEME):
         url, sentinel_options = _parse_sentinel_url(url)
         options |= sentinel_options
+    elif url.startswith(CLUSTER_SCHEME):
+        url, cluster_options = _parse_cluster_url(url)
+        options |= cluster_options
     defaults = {
         "protocol": 2,
         "socket_connect_timeout": seconds,
@@ -89,7 +100,7 @@ def explain_refusal(error: Exception, key: str) -> str:
     if "WRONGTYPE" in text:
         return f"{text}. Delete or rename the key {key!r}, which must be a stream"
     if "MovedError" in text:
-        return f"{text}. The server is part of a cluster, which is not supported"
+        return f"{text}. The server is part of a cluster: use redis+cluster://"
     return text
 
 
@@ -163,3 +174,63 @@ def _parse_sentinel_url(url: str) -> tuple[str, dict[str, Any]]:
         "sentinel_options": own,
     }
     return f"redis://{user}{at}sentinel/{db}?{urlencode(others)}", options
+
+
+# Cluster.
+
+
+class _ClusterConnection(redis.Connection):
+    """A connection to the server of a cluster that has the slot of all channels."""
+
+    def __init__(
+        self, cluster_nodes: Sequence[tuple[str, int]], **options: Any
+    ) -> None:
+        super().__init__(**options)  # type: ignore[no-untyped-call]
+        self._cluster_nodes = cluster_nodes
+
+    def connect(self) -> None:
+        for host, port in self._cluster_nodes:
+            self.host, self.port = host, port
+            try:
+                self._connect_to_owner()
+            except CONNECTION_ERRORS as error:
+                self.disconnect()  # type: ignore[no-untyped-call]
+                last_error = error
+            else:
+                return
+        raise last_error
+
+    def _connect_to_owner(self) -> None:
+        for _ in range(MAX_REDIRECTIONS):
+            super().connect()  # type: ignore[no-untyped-call]
+            self.send_command("XLEN", CLUSTER_PREFIX)  # type: ignore[no-untyped-call]
+            try:
+                super().read_response()
+            except exceptions.MovedError as moved:
+                self.disconnect()  # type: ignore[no-untyped-call]
+                self.host, self.port = moved.host or self.host, moved.port
+            else:
+                return
+        raise redis.ConnectionError("no server of the cluster has the slot")
+
+    def read_response(self, *args: Any, **options: Any) -> Any:
+        try:
+            return super().read_response(*args, **options)
+        except exceptions.AskError as error:  # or MovedError
+            self.disconnect()  # type: ignore[no-untyped-call]
+            raise redis.ConnectionError(
+                f"the slot belongs to another server now: {error}"
+            ) from error
+
+
+def _parse_cluster_url(url: str) -> tuple[str, dict[str, Any]]:
+    """Read ``redis+cluster://user:password@host:port,host:port?options``.
+
+    :returns: the URL of a server, without its address, and the options of its pool.
+    """
+    parts = urlsplit(url)
+    user, at, hosts = parts.netloc.rpartition("@")
+    addresses = [urlsplit(f"//{host}") for host in hosts.split(",")]
+    nodes = [(each.hostname, each.port or REDIS_PORT) for each in addresses]
+    options = {"connection_class": _ClusterConnection, "cluster_nodes": nodes}
+    return f"redis://{user}{at}cluster/0?{parts.query}", options

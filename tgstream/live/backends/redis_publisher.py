@@ -45,7 +45,7 @@ from ...core.report import log
 from ...formats.sse import Message
 from ..protocols import ChannelSettings
 from .redis_connection import CONNECTION_ERRORS, create_pool, explain_refusal
-from .redis_script import channel_key
+from .redis_script import Names
 from .redis_sender import EventSender, OutgoingEvent
 
 ATTEMPT_SECONDS = 5.0
@@ -71,7 +71,8 @@ class RedisPublisher:
         self._url = url
         self._settings = settings
         self._seconds = min(settings.publish_timeout, threading.TIMEOUT_MAX)
-        create_pool(url, ATTEMPT_SECONDS)  # raises if the URL is not valid
+        # It raises if the URL is not valid.
+        self._names = Names.of(create_pool(url, ATTEMPT_SECONDS))
         self._known_ids: dict[str, bytes] = {}
         self._clear()
         _publishers.add(self)
@@ -203,7 +204,7 @@ class RedisPublisher:
                     log.error(
                         "Redis refused an event of Channel(%r): %s",
                         channel,
-                        explain_refusal(event.error, channel_key(channel)),
+                        explain_refusal(event.error, self._names.key(channel)),
                     )
 
     def _first_events(self) -> list[OutgoingEvent]:

@@ -37,11 +37,7 @@ from ...core.report import log
 from ..history import ChannelHistory, Position, reset_event
 from ..protocols import ChannelSettings, ConnectionLost
 from .redis_connection import CONNECTION_ERRORS, explain_refusal, is_outage
-from .redis_script import (
-    KEY_PREFIX,
-    channel_key,
-    message_channel,
-)
+from .redis_script import KEY_PREFIX
 from .redis_streams import (
     TIMEOUT_SECONDS,
     Entry,
@@ -145,7 +141,7 @@ class RedisReader:
         self._streams = streams
         self._settings = settings
         self._outage = outage
-        self._own_channel = f"{KEY_PREFIX}process:{token_hex(8)}"
+        self._own_channel = streams.names.key(f"process:{token_hex(8)}")
         # By the channel of Redis. Only the thread changes it.
         self._channels: dict[bytes, _Channel] = {}
         self._requests: deque[_Request] = deque()
@@ -182,12 +178,17 @@ class RedisReader:
                 self._wake()
         return request.wait()
 
+    def refusal(self, channel: str, error: Exception) -> StreamError:
+        """The error of a channel that the server refuses."""
+        explanation = explain_refusal(error, self._streams.names.key(channel))
+        return StreamError(f"Redis refuses Channel({channel!r}): {explanation}")
+
     def server_seconds(self) -> float:
         """The time of the server, in seconds since 1970."""
         return clock() + self._clock_offset
 
     def _key(self, channel: str) -> bytes:
-        return message_channel(channel, self._streams.database).encode()
+        return self._streams.names.message_channel(channel).encode()
 
     def _start(self) -> None:
         if self._running.acquire(blocking=False):
@@ -295,7 +296,9 @@ class RedisReader:
 
     def _receive(self, response: Any) -> None:
         kind, key, payload = response
-        if kind != b"message":
+        if kind == b"sunsubscribe":
+            raise redis.ConnectionError("the slot belongs to another server now")
+        if kind not in (b"message", b"smessage"):
             return
         channel = self._channels.get(key)
         if channel is not None:
@@ -385,7 +388,7 @@ class RedisReader:
             result = results[name]
             for request in waiting:
                 if isinstance(result, Exception):
-                    request.finish(refusal(name, result))
+                    request.finish(self.refusal(name, result))
                 else:
                     request.finish(result)
 
@@ -442,6 +445,8 @@ class RedisReader:
 
     def _command(self, command: str, keys: Sequence[bytes]) -> None:
         """Subscribe or unsubscribe, and wait until the server has done it."""
+        if self._streams.names.is_cluster:
+            command = f"S{command}"
         self._connection.send_command(command, *keys)
         kind, answers = command.lower().encode(), 0
         while answers < len(keys):
@@ -465,7 +470,11 @@ class RedisReader:
     def _refuse(self, channel: _Channel, error: Exception) -> None:
         """End the listeners of a channel that the server refuses."""
         if channel.history() is not None:
-            log.error("%s Its listeners end", refusal(channel.name, error))
+            log.error(
+                "Redis refuses Channel(%r): %s. Its listeners end",
+                channel.name,
+                explain_refusal(error, self._streams.names.key(channel.name)),
+            )
         self._end(channel)
 
     def _refuse_all(self, error: Exception) -> None:
@@ -473,15 +482,16 @@ class RedisReader:
         channels = list(self._channels.values())
         if channels:
             log.error(
-                "%s The listeners of all %d channels end",
-                refusal(channels[0].name, error),
+                "Redis refuses a command for all channels: %s. The listeners of %d "
+                "channels end",
+                explain_refusal(error, KEY_PREFIX),
                 len(channels),
             )
         for channel in channels:
             self._end(channel)
         while self._requests:
             request = self._requests.popleft()
-            request.finish(refusal(request.channel, error))
+            request.finish(self.refusal(request.channel, error))
 
     def _end(self, channel: _Channel) -> None:
         self._channels.pop(channel.key, None)
@@ -498,9 +508,3 @@ def _append_all(history: ChannelHistory, entries: Iterable[Entry]) -> None:
 
 def _report_loss(channel: _Channel, history: ChannelHistory, newest: Position) -> None:
     history.restart(newest, reset_event(format_id(newest), channel.name))
-
-
-def refusal(channel: str, error: Exception) -> StreamError:
-    """The error of a channel that the server refuses."""
-    explanation = explain_refusal(error, channel_key(channel))
-    return StreamError(f"Redis refuses Channel({channel!r}): {explanation}.")

@@ -14,7 +14,7 @@ and ``e`` if there is a type, or ``-``.
 from __future__ import annotations
 
 from hashlib import sha1
-from typing import Any
+from typing import Any, NamedTuple
 
 from redis.exceptions import NoScriptError
 
@@ -22,6 +22,8 @@ from ...formats.sse import Message
 from ..protocols import ChannelSettings
 
 KEY_PREFIX = "tgstream:"
+CLUSTER_PREFIX = "tgstream:{tgstream}:"
+"""The beginning of keys in a cluster, with their hash tag."""
 
 _FIND_NEWEST = """
 local newest = redis.call('XREVRANGE', KEYS[1], '+', '-', 'COUNT', 1)[1]
@@ -91,31 +93,50 @@ return redis.call('TIME')
 """
 
 
-def channel_key(channel: str) -> str:
-    """The key of the stream of a channel."""
-    return f"{KEY_PREFIX}{channel}"
+class Names(NamedTuple):
+    """The names of channels on a server.
 
-
-def message_channel(channel: str, database: int) -> str:
-    """The channel of Redis to which the messages of a channel are sent.
-
-    It has the same name as the key, so that both are in one slot of a cluster. The
-    databases of a server share their channels of Redis. So its number is appended,
-    after a character that no name contains.
+    In a cluster all keys have the same hash tag. So they are in one slot, and one
+    connection receives the messages of all channels.
     """
-    key = channel_key(channel)
-    return f"{key}\n{database}" if database else key
+
+    database: int = 0
+    is_cluster: bool = False
+
+    @classmethod
+    def of(cls, pool: Any) -> Names:
+        """The names on the server of a pool of connections."""
+        options = pool.connection_kwargs
+        return cls(int(options.get("db") or 0), "cluster_nodes" in options)
+
+    def key(self, channel: str) -> str:
+        """The key of the stream of a channel."""
+        return f"{CLUSTER_PREFIX if self.is_cluster else KEY_PREFIX}{channel}"
+
+    def message_channel(self, channel: str) -> str:
+        """The channel of Redis to which the messages of a channel are sent.
+
+        It has the name of the key. The databases of a server share their channels of
+        Redis. So its number is appended, after a character that no name contains.
+        """
+        key = self.key(channel)
+        return f"{key}\n{self.database}" if self.database else key
+
+    @property
+    def publish_command(self) -> str:
+        """The command that sends a message."""
+        return "SPUBLISH" if self.is_cluster else "PUBLISH"
 
 
 def publish_arguments(
-    message: Message, settings: ChannelSettings, database: int, is_cluster: bool
+    message: Message, settings: ChannelSettings, names: Names
 ) -> list[Any]:
     """The key and the arguments of the script ``PUBLISH`` for an event."""
     flags = "j" * message.is_json + "e" * (message.event is not None)
     return [
-        channel_key(message.channel),
-        "SPUBLISH" if is_cluster else "PUBLISH",
-        message_channel(message.channel, database),
+        names.key(message.channel),
+        names.publish_command,
+        names.message_channel(message.channel),
         # The server keeps one more: its position proves that the oldest is the next.
         settings.history + 1,
         milliseconds(settings),

@@ -33,7 +33,7 @@ from ...core.options import clock
 from ...formats.sse import Message
 from ..protocols import ChannelSettings
 from .redis_connection import is_outage
-from .redis_script import PUBLISH, publish_arguments, script_digest
+from .redis_script import PUBLISH, Names, publish_arguments, script_digest
 
 MAX_KNOWN_CHANNELS = 1000
 """Channels whose newest known event is remembered."""
@@ -122,7 +122,7 @@ class EventSender:
         lost: EventSender | None = None,
     ) -> None:
         self._settings = settings
-        self._database = int(pool.connection_kwargs.get("db") or 0)
+        self._names = Names.of(pool)
         self._known_ids = known_ids
         self._send_reset = send_reset
         self._has_sent = False
@@ -206,9 +206,7 @@ class EventSender:
     def _commands(self, events: Sequence[OutgoingEvent]) -> list[tuple[Any, ...]]:
         commands: list[tuple[Any, ...]] = []
         for event in events:
-            arguments = publish_arguments(
-                event.message, self._settings, self._database, is_cluster=False
-            )
+            arguments = publish_arguments(event.message, self._settings, self._names)
             if event.is_uncertain:
                 known = self._known_ids.get(event.message.channel, b"")
                 commands.append(("EVAL", _RETRY, 1, *arguments, event.name, known))

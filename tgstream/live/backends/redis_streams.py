@@ -25,7 +25,7 @@ from .redis_connection import create_pool, is_outage
 from .redis_script import (
     CHECK,
     OPEN,
-    channel_key,
+    Names,
     milliseconds,
     run_script,
     script_digest,
@@ -55,7 +55,7 @@ class RedisStreams:
 
     def __init__(self, url: str, settings: ChannelSettings) -> None:
         self._pool = create_pool(url, TIMEOUT_SECONDS)
-        self.database = int(self._pool.connection_kwargs.get("db") or 0)
+        self.names = Names.of(self._pool)
         # A lock for each client. A finaliser that interrupts a thread which has a
         # client finds another one, or waits for it only for a time.
         self._clients = [
@@ -117,12 +117,14 @@ class RedisStreams:
         :returns: the time of the server, in seconds.
         """
         with self._client() as client:
-            seconds, microseconds = run_script(client, CHECK, [own_channel, "PUBLISH"])
+            seconds, microseconds = run_script(
+                client, CHECK, [own_channel, self.names.publish_command]
+            )
         return int(seconds) + int(microseconds) / 1e6
 
     def newest(self, channel: str) -> Position:
         """The position of the newest event. Create the stream if there is none."""
-        arguments = [channel_key(channel), self._milliseconds]
+        arguments = [self.names.key(channel), self._milliseconds]
         with self._client() as client:
             return to_position(run_script(client, OPEN, arguments))
 
@@ -133,7 +135,7 @@ class RedisStreams:
         """
         digest = script_digest(OPEN)
         commands = [
-            ("EVALSHA", digest, 1, channel_key(channel), self._milliseconds)
+            ("EVALSHA", digest, 1, self.names.key(channel), self._milliseconds)
             for channel in channels
         ]
         newest: list[Position | Exception] = []
@@ -158,7 +160,7 @@ class RedisStreams:
             or the error that the server returned.
         """
         commands = [
-            ("XRANGE", channel_key(channel), format_id(position), "+")
+            ("XRANGE", self.names.key(channel), format_id(position), "+")
             for channel, position in positions
         ]
         return [
@@ -192,7 +194,7 @@ class RedisStreams:
         count: int | None = None,
     ) -> Any:
         with self._client() as client:
-            return client.xrange(channel_key(channel), first, last, count)
+            return client.xrange(self.names.key(channel), first, last, count)
 
     def after(self, channel: str, position: Position) -> list[Entry] | None:
         """The events after a position. None if one of them may be missing."""
@@ -215,7 +217,7 @@ class RedisStreams:
     def _is_complete(self, channel: str) -> bool:
         """True if it is certain that no event was ever removed."""
         with self._client() as client:
-            info = client.xinfo_stream(channel_key(channel))
+            info = client.xinfo_stream(self.names.key(channel))
         # Only Redis 7 and Valkey count the added events. Without it there is no proof.
         return bool(info.get("entries-added") == info["length"])
 
@@ -230,7 +232,7 @@ class RedisStreams:
         """The newest events after one position, up to and including another."""
         first, last = f"({format_id(after)}", format_id(until)
         with self._client() as client:
-            answer = client.xrevrange(channel_key(channel), last, first, count)
+            answer = client.xrevrange(self.names.key(channel), last, first, count)
         return _entries(channel, reversed(answer))
 
     def page(self, channel: str, after: Position) -> list[Entry]:
