@@ -15,6 +15,7 @@ import inspect
 import io
 import json
 import re
+import socket
 import sys
 import threading
 from collections import defaultdict
@@ -30,6 +31,7 @@ from zlib import crc32
 import attrs
 import pydantic
 import pytest
+import redis
 import sqlalchemy as sa
 import tg
 import transaction
@@ -1228,7 +1230,46 @@ ZIPSTREAM = [
     ),
 ]
 
-PARTS = [*TURBOGEARS, *AROUND, *TRANSACTIONS, *SQLALCHEMY, *PSYCOPG, *ZIPSTREAM]
+
+# redis.
+
+
+def connection_has_the_timeout_of_its_socket() -> bool:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        host, port = server.getsockname()
+        create: Any = redis.Connection
+        connection = create(host, port, redis_connect_func=lambda _: None)
+        try:
+            connection.connect()
+            connection._sock.settimeout(0.01)  # the default is longer, or endless
+            connection.send_packed_command([bytes(20_000_000)], check_health=False)
+        except redis.TimeoutError:
+            return True
+        finally:
+            connection.disconnect()
+    return False
+
+
+REDIS = [
+    Part(
+        "_sock",
+        "redis",
+        "live/backends/redis_sender",
+        "limit the time of all answers together, and not of each read",
+        "a request waits longer than tgstream.publish_timeout for a slow server",
+        connection_has_the_timeout_of_its_socket,
+    )
+]
+
+PARTS = [
+    *TURBOGEARS,
+    *AROUND,
+    *TRANSACTIONS,
+    *SQLALCHEMY,
+    *PSYCOPG,
+    *ZIPSTREAM,
+    *REDIS,
+]
 ALSO_IN = {
     "_current_obj": {"core/source"},
     "paste.registry": {"doctor/client", "turbogears/guard"},
