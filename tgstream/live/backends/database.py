@@ -28,6 +28,7 @@ from ...core.options import clock
 from ...core.report import log
 from ...database.engines import get_binds, get_factory_binds, has_one_connection
 from ...database.registry import scoped_sessions
+from ...database.session_transactions import get_connection
 from ...formats.sse import Event, Message
 from ..history import Backlog, Position, Subscription
 from ..protocols import ChannelSettings, ConnectionLost
@@ -247,7 +248,7 @@ class DatabaseBackend:
         session = scoped()
         if not session.in_transaction():
             return False
-        driver: Any = session.connection().connection.dbapi_connection
+        driver: Any = get_connection(session).connection.dbapi_connection
         return bool(driver.in_transaction)
 
     def _report_lock(self, seconds: float) -> StreamError:
