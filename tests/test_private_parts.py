@@ -68,7 +68,7 @@ from webob import Response
 from webob.request import LimitedLengthFile
 from zipstream import ZipStream
 from zipstream.ng import ZipStreamInfo
-from zope.sqlalchemy import mark_changed, register
+from zope.sqlalchemy import datamanager, mark_changed, register
 from zope.sqlalchemy.datamanager import SessionDataManager
 
 import tgstream
@@ -779,6 +779,21 @@ def parked_session_joins_nothing_else() -> bool:
     return is_joined and not is_joined_elsewhere
 
 
+def joined_session_has_a_state() -> bool:
+    engine = sa.create_engine("sqlite://")
+    DBSession = scoped_session(sessionmaker(bind=engine))
+    register(DBSession)
+    session = DBSession()
+    states = [session in datamanager._SESSION_STATE]
+    session.execute(sa.text("SELECT 1"))
+    states.append(session in datamanager._SESSION_STATE)
+    transaction.abort()
+    states.append(session in datamanager._SESSION_STATE)
+    DBSession.remove()
+    engine.dispose()
+    return states == [False, True, False]
+
+
 TRANSACTIONS = [
     Part(
         "_resources",
@@ -848,7 +863,7 @@ TRANSACTIONS = [
         Part(
             status,
             "transaction",
-            "database/on_commit",
+            "database/transaction_messages",
             "know whether an event can still join the transaction",
             "an event that is published in a hook is lost, or sent too early",
             transaction_has_the_status(status),
@@ -862,6 +877,14 @@ TRANSACTIONS = [
         "keep zope.sqlalchemy from joining a stream's session to a transaction",
         "zope.sqlalchemy closes the session at each commit",
         parked_session_joins_nothing_else,
+    ),
+    Part(
+        "_SESSION_STATE",
+        "zope.sqlalchemy",
+        "database/transaction",
+        "commit a joined session that has written nothing but an event",
+        "an event of database:// is not stored in a transaction that only reads",
+        joined_session_has_a_state,
     ),
     Part(
         "SessionDataManager",
@@ -1254,7 +1277,7 @@ ALSO_IN = {
     "tg.slowreqs": {"doctor/settings_checks"},
     "debugbar.engine": {"doctor/settings_checks"},
     "webob.dec": {"doctor/middleware_trace"},
-    "manager.manager": {"database/on_commit", "testing/leaks"},
+    "manager.manager": {"database/session_transactions", "testing/leaks"},
     "createfunc": {"database/sessions"},
 }
 """Other modules that touch a part. Nothing may be added."""

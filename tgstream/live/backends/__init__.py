@@ -20,6 +20,8 @@ REDIS_SCHEMES = (
     "redis+cluster://",
 )
 """The beginnings of a URL of Redis or Valkey."""
+DATABASE = "database://"
+"""The URL of the application's own database. It has no host and no options."""
 RESERVED_URL_OPTIONS = {
     "protocol",
     "decode_responses",
@@ -54,8 +56,9 @@ def create_backend(url: str, settings: ChannelSettings) -> Backend:
         return RedisBackend(url, settings)
     scheme = redact_url(url).partition(":")[0]  # the rest may contain a password
     raise ValueError(
-        f"unsupported scheme {scheme!r} in tgstream.channels. Use memory://, redis://, "
-        "rediss://, unix://, redis+sentinel:// or redis+cluster://"
+        f"unsupported scheme {scheme!r} in tgstream.channels. Use memory://, "
+        "database://, redis://, rediss://, unix://, redis+sentinel:// or "
+        "redis+cluster://"
     )
 
 
