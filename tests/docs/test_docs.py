@@ -384,8 +384,7 @@ def test_live_page_runs(
     """The controllers of the page on live streams send the events it describes."""
     provide(monkeypatch, "myapp.lib.base", BaseController=tg.TGController)
     provide(monkeypatch, "myapp.model", **vars(cookbook))
-    # test_redis.py runs the script. The last block is of Alembic.
-    imports, *methods, _script, _metadata = blocks(LIVE)
+    imports, *methods, _ = blocks(LIVE)  # test_redis.py runs the last, a script
     shown: dict[str, Any] = {}
     exec(imports, shown)
     exec("".join(methods), shown)
