@@ -282,13 +282,23 @@ class Body:
             return self._make_first
         self._first_pull = pull = Pull(self._make_first_on_worker)
         pull.request(worker)
-        pull.wait(None)
+        try:
+            pull.wait(None)
+        except BaseException:  # gevent has killed the request, or a timeout is over
+            self.ask_to_end("disconnected")
+            worker.submit(self._end_on_worker)
+            raise
         if self._first_pull is None:
             if not self._watched:
                 self._watch()
             return None
         self._first_pull = None
         return pull.result
+
+    def _end_on_worker(self) -> None:
+        """End, after the first step of the generator, because its request has ended."""
+        if self._state is STARTING:
+            self._release()
 
     def _make_first_on_worker(self) -> bytes | None:
         pull, record = self._first_pull, self.context.bind(self)
