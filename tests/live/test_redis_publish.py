@@ -718,7 +718,7 @@ def test_server_of_a_cluster_is_named_as_the_cause() -> None:
     """It refuses the channels of other servers."""
     text = explain_refusal(MovedError("1 127.0.0.1:6379"), "tgstream:x")
     assert text.startswith("MovedError: ")
-    assert text.endswith(". The server is part of a cluster, which is not supported")
+    assert text.endswith(". The server is part of a cluster: use redis+cluster://")
 
 
 # Sentinel.
