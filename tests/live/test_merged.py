@@ -528,8 +528,9 @@ def test_merged_listener_waits_while_the_server_is_lost(
             )
             for after in (None, id)
         )
-        for events in new, resumed:
-            assert list(islice(events, 2)) == [Event(comment="open"), HEARTBEAT]
+        for events, opening_id in (new, "lost"), (resumed, None):
+            opening = Event(comment="open", id=opening_id)
+            assert list(islice(events, 2)) == [opening, HEARTBEAT]
         server.start()
         resets = [event for event in islice(new, 100) if event is not HEARTBEAT][:3]
         assert [(each.event, each.channel) for each in resets] == [
