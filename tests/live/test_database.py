@@ -990,6 +990,7 @@ def logged(caplog: pytest.LogCaptureFixture) -> list[str]:
     ]
 
 
+@pytest.mark.parametrize("url", ["postgresql"], indirect=True)
 def test_database_works_with_greenlets(model: Model, url: str) -> None:
     """Listeners, the reader and the publisher share one thread."""
     script = Path(__file__).parents[1] / "live_apps" / "database_greenlets.py"
