@@ -108,7 +108,7 @@ class RootController(TGController):
     def start(self):
         job = uuid.uuid4().hex
         channel, pause = Channel(f"job {job}"), tg.config["live.pause"]
-        since = next(channel.listen()).id  # the position before the first step
+        since = channel.position()  # before the first step
         threading.Thread(target=work, args=[channel, pause], daemon=True).start()
         return {"job": job, "lastEventId": since}  # last_event_id() reads it
 

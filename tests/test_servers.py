@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import re
 import select
 import socket
 import struct
@@ -141,6 +142,43 @@ def test_failed_stream_is_incomplete_without_the_plug(
     """The transfer is aborted without the plug too, because these servers refuse a
     second ``start_response``. ``test_guard`` tests servers that accept it."""
     assert_aborted(unplugged, wiring)
+
+
+FAILURES = {
+    "fail_events": r"data: one\ndata: \n\ndata: two\ndata: \n\n"
+    r"event: failed\ndata: [0-9a-f]{16}\n\n",
+    "fail_lines": r'"one\\n"\n"two\\n"\n{"end":false,"incident":"[0-9a-f]{16}"}\n',
+}
+"""Paths of streams that report their failure, and the expected bodies."""
+
+
+@pytest.mark.parametrize("wiring", WIRINGS)
+def test_failure_is_sent_before_the_transfer_is_aborted(
+    server: LiveServer, wiring: str
+) -> None:
+    """The client gets all bytes, and an incomplete transfer."""
+    for path, expected in FAILURES.items():
+        status, body = curl(server, f"/{wiring}/{path}")
+        assert status == 18
+        assert re.fullmatch(expected, body.decode())
+
+
+def test_failure_is_sent_without_the_plug(unplugged: LiveServer) -> None:
+    """The client gets it without the error guard too."""
+    for wiring in WIRINGS:
+        for path, expected in FAILURES.items():
+            status, body = curl(unplugged, f"/{wiring}/{path}")
+            assert status == 18
+            assert re.fullmatch(expected, body.decode())
+
+
+def test_failure_is_sent_by_a_server_that_cannot_abort(start: Start) -> None:
+    """The response of wsgiref looks complete, but its data reports the failure."""
+    server = start("wsgiref", "yes")
+    for path, expected in FAILURES.items():
+        status, body = curl(server, f"/traced/{path}")
+        assert status == 0
+        assert re.fullmatch(expected, body.decode())
 
 
 @pytest.mark.parametrize("database", DATABASES)

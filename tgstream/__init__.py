@@ -30,7 +30,7 @@ from .formats.protocols import Batched, Format
 from .formats.sse import SSE, Event
 from .formats.xlsx import XLSX
 from .formats.zip import ZIP
-from .live.channel import last_event_id
+from .live.channel import last_event_id, listen, position
 from .turbogears.decorator import stream
 from .turbogears.files import send_file
 from .turbogears.hooks import install as _install_hooks
@@ -59,7 +59,9 @@ __all__ = [
     "drain",
     "flush",
     "last_event_id",
+    "listen",
     "plugme",
+    "position",
     "render",
     "rollback",
     "rows",

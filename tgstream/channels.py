@@ -1,5 +1,5 @@
 """Named channels of events: the import path of :class:`Channel`."""
 
-from .live.channel import Channel
+from .live.channel import Channel, listen, position
 
-__all__ = ["Channel"]
+__all__ = ["Channel", "listen", "position"]

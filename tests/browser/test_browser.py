@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ import pytest
 from tests.browser.conftest import Browser
 from tests.browser.proxy import Proxy
 from tests.conftest import LiveServer
+from tests.pages import DOCS, blocks
 
 SERVERS = ["waitress", "gunicorn-gevent"]
 Start = Callable[..., LiveServer]
@@ -172,6 +174,30 @@ def assert_ledger(
     counts = ", ".join(f"{count} {what}" for what, count in ledger.items())
     print(f"\n{name}: {counts}, {len(others)} reconnects with the last id")
     assert received == expected
+
+
+@pytest.mark.parametrize("server", SERVERS)
+@pytest.mark.parametrize("query", ["", "?fail=yes"], ids=["done", "failed"])
+def test_event_source_that_is_done_or_failed_does_not_reconnect(
+    start_site: Callable[..., Site], browser: Browser, server: str, query: str
+) -> None:
+    """The script of ``docs/live.rst`` closes it, while another one reconnects."""
+    site = start_site(server)
+    browser.open(site.address)
+    script = blocks((DOCS / "live.rst").read_text(), "javascript")[1]
+    address = f"/live/names{query}"
+    browser.run(
+        "window.shown = [], window.show = text => shown.push(text), window.others = 0;"
+        f"{script.replace('/live/names', address)} window.names = names;"
+    )
+    *received, last = browser.until("shown.length == 3 && shown")
+    assert received == ["ada", "bob"]
+    assert re.fullmatch(r"Something .*: [0-9a-f]{16}" if query else "2 names", last)
+    browser.run("new EventSource('/live/endless').onopen = () => ++others")
+    browser.until("others == 5")
+    assert browser.run("return names.readyState") == 2  # CLOSED
+    assert json.loads(site.ask("/live/visits")) == {"visits": [query[6:]]}
+    assert browser.run("return shown.length") == 3
 
 
 @pytest.mark.parametrize("server", SERVERS)

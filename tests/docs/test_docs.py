@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ast
 import io
+import json
 import re
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from types import ModuleType
@@ -305,11 +307,11 @@ def test_exports_page_runs(
     """The controllers of the page on exports give the output that it describes."""
     provide(monkeypatch, "myapp.lib.base", BaseController=tg.TGController)
     provide(monkeypatch, "myapp.model", **vars(cookbook))
-    imports, *methods, own = blocks(EXPORTS)
+    imports, *methods, own, chat = blocks(EXPORTS)
     shown: dict[str, Any] = {}
     exec(imports, shown)
     exec("".join(methods), shown)
-    exec(own, shown)
+    exec(own + chat, shown)
     shown["Exports"].mine = expose()(
         stream(shown["Lines"])(lambda self: ["one", "two"])
     )
@@ -322,6 +324,8 @@ def test_exports_page_runs(
             assert get(app, f"/{path}").text.startswith(beginning), path
         assert get(app, "/backup").headers["Content-Length"] == "10"
         assert get(app, "/mine").text == "1: one\n2: two\n"
+        data = shown["ChatEvents"]().encode_failure("1f").removeprefix("data: ")
+        assert json.loads(data)["error"]["message"].endswith("1f")
     finally:
         tg.config["tg.app_globals"].sa_engine.dispose()
 
@@ -393,6 +397,7 @@ def test_live_page_runs(
         waits = iter([None, 1, 2])
         shown["wait_for_change"] = lambda seconds: next(waits)
         check_bounds(app)
+        check_ends(app)
     finally:
         tg.config["tg.app_globals"].sa_engine.dispose()
 
@@ -420,7 +425,7 @@ def check_feeds(app: Any) -> None:
     with open_stream(app, f"/lines?lastEventId={opened.id}") as response:
         lines = list(islice(response.json(), 2))
         assert [line["comment"] for line in lines] == ["open", None]
-        assert Event(**lines[1]) == ada
+        assert Event(**lines[1]) == replace(ada, channel="users")
 
 
 def check_bounds(app: Any) -> None:
@@ -431,6 +436,21 @@ def check_bounds(app: Any) -> None:
         assert [event.data for event in islice(events, 3)] == [None, "1", "2"]
     with open_stream(app, "/bounded") as response:
         assert next(response.events()).comment == "open"
+
+
+def check_ends(app: Any) -> None:
+    """The last event shows how the stream has ended."""
+    assert get(app, "/names").text.endswith("event: done\ndata: 5\n\n")
+    with open_stream(app, "/names?fail=yes") as response:
+        assert list(islice(response.events(), 6))[-1].event == "failed"
+    question = b'{"messages": [{"role": "user", "content": "one two"}]}'
+    headers = {"Content-Type": "application/json"}
+    with open_stream(
+        app, "/completions", method="POST", body=question, headers=headers
+    ) as response:
+        *words, last = response.events()
+    texts = [json.loads(w.data)["choices"][0]["delta"]["content"] for w in words]
+    assert (texts, last.data) == (["one", "two"], "[DONE]")
 
 
 def check_who_may_listen(app: Any) -> None:

@@ -989,6 +989,14 @@ def test_json_end_of_a_complete_stream(
         assert get(app, f"/?of={of}").text == body
 
 
+def test_ndjson_failure_is_a_line_of_json() -> None:
+    """It has the incident. Without ``end`` there is no line."""
+    line = NDJSON(end=True).encode_failure("1f")
+    assert line.endswith(b"\n")
+    assert json.loads(line) == {"end": False, "incident": "1f"}
+    assert NDJSON().encode_failure("1f") == b""
+
+
 def test_json_items_may_be_arrays(make_app: MakeApp) -> None:
     """TG's own encoder rejects a list at the top level of a document."""
     with pytest.raises(JsonEncodeError):

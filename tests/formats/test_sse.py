@@ -32,7 +32,8 @@ from tests.formats.support import (
 from tests.model import Model, User
 from tests.wsgi import Call, get
 from tgstream import CSV, NDJSON, SSE, Event, Report, Stream, stream
-from tgstream.formats.sse import encoded_event
+from tgstream.formats.sse import Message as PublishedMessage
+from tgstream.formats.sse import replace_id
 
 
 def make_event(field: str, value: Any) -> Event:
@@ -59,16 +60,18 @@ def send_data(*items: Any) -> list[str]:
 
 # Events and their bytes.
 
-EVENTS = [Event("x", id="3"), encoded_event("x", None, "3")]
+EVENTS = [Event("x", id="3"), PublishedMessage("channel", "x").with_id("3")]
 
 
 @pytest.mark.parametrize("event", EVENTS, ids=["an item", "of a channel"])
 def test_event_has_only_its_fields_in_other_formats(event: Event) -> None:
     """The bytes of an event for SSE are not one of its fields."""
     fields = {"data": "x", "event": None, "id": "3", "retry": None, "comment": None}
+    fields["channel"] = event.channel
     line = b"".join(NDJSON().encode([event]))
     assert json.loads(line) == fields
-    assert [*CSV().encode([event])] == [",".join(fields) + "\r\nx,,3,,\r\n"]
+    row = f"x,,3,,,{event.channel or ''}"
+    assert [*CSV().encode([event])] == [",".join(fields) + f"\r\n{row}\r\n"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +97,35 @@ def test_event_copy_is_sent_as_the_event(
     """An event may come from a cache, or from another process."""
     assert make_copy(event) == event
     assert encode_events(make_copy(event)) == encode_events(event)
+
+
+@pytest.mark.parametrize(
+    ("published", "data"),
+    [({"a": [1]}, '{"a":[1]}'), ([], "[]"), (7, "7"), (None, "null"), ("7", "7")],
+)
+@pytest.mark.parametrize("make_copy", [copy.copy, copy.deepcopy, pickle_copy])
+def test_event_json_is_what_was_published(
+    published: object, data: str, make_copy: Callable[[Event], Event]
+) -> None:
+    """A published text is not parsed, even if it is JSON. ``data`` is always text."""
+    is_json = not isinstance(published, str)
+    event = PublishedMessage("channel", data, None, is_json).with_id("3")
+    changed = dataclasses.replace(event, id="4")
+    for each in event, make_copy(event), changed, replace_id(event, "4", "channel"):
+        assert (each.json(), each.data) == (published, data)
+        line = b"".join(NDJSON().encode([each]))
+        assert json.loads(line)["data"] == data
+    assert encode_events(changed) == encode_events(replace_id(event, "4", "channel"))
+    assert dataclasses.replace(event, data="[").json() == "["
+
+
+def test_event_json_of_other_events_is_their_data() -> None:
+    """A comment has no data. Invalid JSON of another program raises."""
+    assert Event(comment="open").json() is None
+    assert Event({"a": 1}).json() == {"a": 1}
+    event = PublishedMessage("channel", "{", None, True).with_id("3")
+    with pytest.raises(ValueError, match="Expecting"):
+        event.json()
 
 
 def test_sse_sends_the_fields_that_are_set() -> None:
@@ -422,11 +454,61 @@ def test_event_has_a_repr_and_equality_by_its_fields() -> None:
     """Tests of controllers can compare events."""
     event = Event("a", id="1")
     assert repr(event) == (
-        "Event(data='a', event=None, id='1', retry=None, comment=None)"
+        "Event(data='a', event=None, id='1', retry=None, comment=None, channel=None)"
     )
     assert event == Event("a", None, "1", None, None)
     assert event != Event("a", id="2")
     assert not hasattr(event, "__dict__")
+
+
+# The last event.
+
+
+def test_sse_done_event_is_the_last_one() -> None:
+    """Its data is the number of items, comments included."""
+    encode = SSE(done="all done").encode
+    assert [*encode(["a", Event(comment="c")])] == [
+        b"data: a\n\n",
+        b": c\n\n",
+        b"event: all done\ndata: 2\n\n",
+    ]
+    assert [*encode([])] == [b"event: all done\ndata: 0\n\n"]
+    assert [*SSE().encode([])] == []
+
+
+def test_sse_retry_is_sent_with_a_done_event_that_is_the_first() -> None:
+    """An event stream without items has one event."""
+    [event] = SSE(retry=5, done="done").encode([])
+    assert event == b"retry: 5\n\nevent: done\ndata: 0\n\n"
+
+
+def test_sse_done_in_the_form_of_openai_is_a_line_of_data() -> None:
+    """Clients of OpenAI's API stop at this line."""
+    assert b"".join(SSE(done="[DONE]").encode(["a"])) == b"data: a\n\ndata: [DONE]\n\n"
+
+
+def test_sse_failed_event_has_the_incident() -> None:
+    """Without the option there is no event."""
+    assert SSE(failed="failed").encode_failure("1f") == b"event: failed\ndata: 1f\n\n"
+    assert SSE().encode_failure("1f") == b""
+
+
+@pytest.mark.parametrize("option", ["done", "failed"])
+@pytest.mark.parametrize("value", ["", "a\nb", "a\rb", "a\0b", 5, b"done", True])
+def test_sse_invalid_type_of_a_last_event_is_rejected(option: str, value: Any) -> None:
+    """It must be one line of text, so that no value can add a field."""
+    expected = re.escape(f"SSE: {option} must be the type of an event, one line of ")
+    options: dict[str, Any] = {option: value}
+    with pytest.raises(
+        ValueError, match=f"^{expected}.*, got {re.escape(repr(value))}"
+    ):
+        SSE(**options)
+
+
+def test_sse_lone_surrogate_in_the_type_of_a_last_event_is_rejected() -> None:
+    """UTF-8 cannot encode it."""
+    with pytest.raises(ValueError, match=r"^SSE: done contains a lone surrogate"):
+        SSE(done="\ud800")
 
 
 # Any text.

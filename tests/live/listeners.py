@@ -43,7 +43,8 @@ def assert_reset(channel: Channel, after: str) -> None:
     events = channel.listen(after=after)
     assert next(events) == Event(comment="open")
     reset = next(events)
-    assert reset == Event("", event="reset", id=reset.id)
+    name = channel.name
+    assert reset == Event(name, event="reset", id=reset.id, channel=name)
     channel.publish("next")
     assert receive(events, 1) == ["next"]
     assert receive(channel.listen(after=id_of(reset)), 2) == ["open", "next"]

@@ -29,8 +29,11 @@ from tests.valkey import DurableValkey
 from tests.wsgi import get
 from tgstream import Channel, Event
 from tgstream.doctor.settings_checks import check_settings
+from tgstream.formats.sse import Message
 from tgstream.live.backends.redis import RedisBackend
 from tgstream.live.history import ChannelHistory
+from tgstream.live.listener import listen
+from tgstream.live.protocols import ChannelSettings
 from tgstream.testing import open_stream
 
 
@@ -69,7 +72,7 @@ def make_backend(server: DurableValkey) -> Iterator[MakeBackend]:
     backends: list[RedisBackend] = []
 
     def make(url: str = server.url, history: int = 1000) -> RedisBackend:
-        backends.append(RedisBackend(url, history))
+        backends.append(RedisBackend(url, ChannelSettings(history)))
         return backends[-1]
 
     yield make
@@ -77,16 +80,21 @@ def make_backend(server: DurableValkey) -> Iterator[MakeBackend]:
         backend._streams.client.connection_pool.disconnect()
 
 
+def publish(backend: RedisBackend, name: str, text: str) -> None:
+    """Publish a text from the process of a back end."""
+    backend.publish([Message(name, text)])
+
+
 def open_listener(backend: RedisBackend, name: str) -> Iterator[Event]:
     """A listener that has received its opening comment."""
-    events = backend.listen(name, None, 60.0)
+    events = listen(backend, name, None, 60.0)
     assert next(events).comment == "open"
     return events
 
 
 def reconnect(backend: RedisBackend, name: str, after: str) -> Iterator[Event]:
     """A listener that has received an event with this id before."""
-    return backend.listen(name, after, 60.0)
+    return listen(backend, name, after, 60.0)
 
 
 # Events and reconnects.
@@ -101,8 +109,10 @@ def test_redis_sends_events_to_other_processes(
     assert receive(events, 1) == ["open"]
     publish = (
         "import sys; from tgstream.live.backends.redis import RedisBackend\n"
-        "backend = RedisBackend(sys.argv[1], 9)\n"
-        "backend.publish(sys.argv[2], '{\"a\":\"é\\\\nb\"}', 'greeting')"
+        "from tgstream.formats.sse import Message\n"
+        "from tgstream.live.protocols import ChannelSettings\n"
+        "message = Message(sys.argv[2], '{\"a\":\"é\\\\nb\"}', 'greeting', True)\n"
+        "RedisBackend(sys.argv[1], ChannelSettings(9)).publish([message])"
     )
     subprocess.run([sys.executable, "-c", publish, server.url, name], check=True)
     event = next(events)
@@ -116,15 +126,15 @@ def test_client_can_reconnect_to_another_process(
 ) -> None:
     """The server assigns the ids. The opening comment has an id, too."""
     first, second = make_backend(), make_backend()
-    events = first.listen(name, None, 60.0)
+    events = listen(first, name, None, 60.0)
     last = next(events)
-    first.publish(name, "0", None)
-    second.publish(name, "1", None)
+    publish(first, name, "0")
+    publish(second, name, "1")
     for _ in range(received):
         last = next(events)
     expected = ["open", *["0", "1"][received:]]
     resumed = reconnect(make_backend(), name, id_of(last))
-    second.publish(name, "2", None)
+    publish(second, name, "2")
     assert receive(resumed, len(expected) + 1) == [*expected, "2"]
     # A process that has stored the events does the same.
     assert receive(reconnect(first, name, id_of(last)), len(expected) + 1) == [
@@ -141,7 +151,7 @@ def test_client_can_reconnect_to_a_process_that_is_behind(
     slow._reader_runs = True  # so that it starts no thread
     behind, ahead = open_listener(slow, name), open_listener(quick, name)
     for text in "012":
-        quick.publish(name, text, None)
+        publish(quick, name, text)
     ids = [id_of(event) for event in islice(ahead, 3)]
     assert receive(reconnect(slow, name, ids[1]), 2) == ["open", "2"]
     assert receive(behind, 3) == ["0", "1", "2"]
@@ -178,10 +188,10 @@ def test_event_id_that_is_too_old_causes_a_reset(
 ) -> None:
     """The server has removed an event after it."""
     backend = make_backend(history=20)
-    events = backend.listen(name, None, 60.0)
+    events = listen(backend, name, None, 60.0)
     ids = [id_of(next(events))]
     for number in range(60):
-        backend.publish(name, str(number), None)
+        publish(backend, name, str(number))
         ids.append(id_of(next(events)))
     del events
     for process in backend, make_backend():
@@ -190,7 +200,7 @@ def test_event_id_that_is_too_old_causes_a_reset(
         for old_id in ids[0], ids[10]:
             opening, reset = islice(reconnect(process, name, old_id), 2)
             assert opening == Event(comment="open")
-            assert reset == Event("", event="reset", id=ids[60])
+            assert reset == Event(name, event="reset", id=ids[60], channel=name)
         assert receive(reconnect(process, name, ids[60]), 1) == ["open"]
 
 
@@ -199,10 +209,10 @@ def test_listener_that_never_reads_is_disconnected_and_can_reconnect(
 ) -> None:
     """The server stores more events than this process."""
     backend = make_backend(history=10)
-    slow, quick = backend.listen(name, None, 60.0), open_listener(backend, name)
+    slow, quick = listen(backend, name, None, 60.0), open_listener(backend, name)
     id = id_of(next(slow))
     for number in range(11):
-        backend.publish(name, str(number), None)
+        publish(backend, name, str(number))
         next(quick)
     assert list(slow) == []
     assert receive(reconnect(backend, name, id), 12) == ["open", *map(str, range(11))]
@@ -213,9 +223,9 @@ def test_missed_events_are_read_once_for_all_listeners(
 ) -> None:
     """A listener keeps no event in memory after it is sent."""
     backend = make_backend()
-    id = id_of(next(backend.listen(name, None, 60.0)))
+    id = id_of(next(listen(backend, name, None, 60.0)))
     for number in range(1000):
-        backend.publish(name, f"{number}".rjust(1000), None)
+        publish(backend, name, f"{number}".rjust(1000))
     process = make_backend()
     sent = int(server.execute("INFO", "stats")["total_net_output_bytes"])
     tracemalloc.start()
@@ -229,7 +239,7 @@ def test_missed_events_are_read_once_for_all_listeners(
     assert peak < 16 * 2**20, (grown, peak)
     read = int(server.execute("INFO", "stats")["total_net_output_bytes"]) - sent
     assert 1_000_000 < read < 2_000_000
-    backend.publish(name, "next", None)
+    publish(backend, name, "next")
     assert [next(events).data for events in listeners] == ["next"] * 200
 
 
@@ -238,10 +248,10 @@ def test_long_backlog_is_read_page_by_page(
 ) -> None:
     """The process stores fewer events than the client missed."""
     backend, process = make_backend(), make_backend(history=10)
-    id = id_of(next(backend.listen(name, None, 60.0)))
+    id = id_of(next(listen(backend, name, None, 60.0)))
     expected = [f"{number}".rjust(1000) for number in range(900)]
     for text in expected:
-        backend.publish(name, text, None)
+        publish(backend, name, text)
     tracemalloc.start()
     try:
         listeners = [reconnect(process, name, id) for _ in range(3)]
@@ -254,7 +264,7 @@ def test_long_backlog_is_read_page_by_page(
         tracemalloc.stop()
     assert first == [["open"]] * 3
     assert peak < 2**20
-    backend.publish(name, "next", None)
+    publish(backend, name, "next")
     for events in listeners:
         assert receive(events, 2) == [expected[-1], "next"]
 
@@ -271,7 +281,7 @@ def test_invalid_entry_of_a_stream_causes_a_reset(
     backend = make_backend()
     events = open_listener(backend, name)
     id = server.execute("XADD", f"tgstream:{name}", "*", *fields).decode()
-    backend.publish(name, "next", None)
+    publish(backend, name, "next")
     assert next(events) == Event("", event="reset", id=id)
     assert receive(events, 1) == ["next"]
 
@@ -282,12 +292,12 @@ def test_deleted_stream_causes_a_reset(
     """Listeners may have missed an event that was deleted."""
     backend = make_backend()
     events = open_listener(backend, name)
-    backend.publish(name, "before", None)
+    publish(backend, name, "before")
     assert receive(events, 1) == ["before"]
     server.execute("DEL", f"tgstream:{name}")
-    backend.publish(name, "lost, or not", None)
+    publish(backend, name, "lost, or not")
     assert next(events).event == "reset"
-    backend.publish(name, "after", None)
+    publish(backend, name, "after")
     assert receive(events, 1) == ["after"]
 
 
@@ -310,7 +320,7 @@ def test_process_reads_over_one_connection_for_all_listeners(
         open_listener(backend, f"channel {number % 10}") for number in range(100)
     ]
     for number in range(10):
-        backend.publish(f"channel {number}", str(number), None)
+        publish(backend, f"channel {number}", str(number))
     for number, events in enumerate(listeners):
         assert receive(events, 1) == [str(number % 10)]
     assert connections(failing_server) == 2  # one reads, one publishes
@@ -334,7 +344,7 @@ def test_thread_ends_when_there_are_no_listeners(
     for _ in range(2):
         events = open_listener(backend, name)
         (thread,) = threads()
-        backend.publish(name, "x", None)
+        publish(backend, name, "x")
         assert receive(events, 1) == ["x"]
         del events
         thread.join(10)
@@ -458,14 +468,14 @@ def test_server_that_restarts_without_its_data_causes_a_reset(
     server.start()
     backend = make_backend(server.url)
     events, other = open_listener(backend, name), open_listener(backend, f"{name}?")
-    backend.publish(name, "before", None)
+    publish(backend, name, "before")
     (before,) = islice(events, 1)
     server.terminate()
     server.start()
     reset = next(events)
     assert reset == Event("", event="reset", id="0-0")
-    backend.publish(name, "after", None)
-    backend.publish(f"{name}?", "the first", None)
+    publish(backend, name, "after")
+    publish(backend, f"{name}?", "the first")
     assert receive(events, 1) == ["after"]
     assert receive(other, 1) == ["the first"]
     assert receive(reconnect(backend, name, id_of(reset)), 2) == ["open", "after"]
@@ -485,12 +495,12 @@ def test_lost_first_events_of_a_channel_cause_no_reset(
         backend, other = make_backend(server.url), make_backend(server.url)
         backend._reader_runs = True  # so that it does not read yet
         events = open_listener(backend, name)
-        other.publish(name, "lost", None)
+        publish(other, name, "lost")
         server.terminate()
         server.start()
         backend._reader_runs = False
         backend._ensure_reader()
-        other.publish(name, "after", None)
+        publish(other, name, "after")
         assert receive(events, 1) == ["after"]
 
 
@@ -505,18 +515,18 @@ def test_listener_that_starts_while_redis_is_down_waits(
     """It receives heartbeats until it resumes. Without an id it receives a reset."""
     caplog.set_level("INFO", "tgstream")
     backend = make_backend(failing_server.url)
-    backend.publish(name, "before", None)
-    known_id = id_of(next(backend.listen(name, None, 60.0)))
+    publish(backend, name, "before")
+    known_id = id_of(next(listen(backend, name, None, 60.0)))
     failing_server.terminate()
-    events = make_backend(failing_server.url).listen(
-        name, known_id if resumes else None, 0.01
+    events = listen(
+        make_backend(failing_server.url), name, known_id if resumes else None, 0.01
     )
     assert next(events) == Event(comment="open")
     assert next(events) == Event()
     failing_server.start()
     first = next(event for event in events if event.id is not None)
     assert (first.event, first.id) == (None if resumes else "reset", known_id)
-    backend.publish(name, "after", None)
+    publish(backend, name, "after")
     second = next(event for event in events if event.data or event.event)
     assert (second.event, second.data) == (None, "after")
     lost, *rest = [
@@ -557,7 +567,7 @@ def test_listeners_can_disconnect_while_the_active_ones_are_counted() -> None:
                 histories.pop()
             return super().__hash__()
 
-    backend = RedisBackend("redis://127.0.0.1:1/0", 10)
+    backend = RedisBackend("redis://127.0.0.1:1/0", ChannelSettings())
     histories: list[ChannelHistory] = []
     for name in "stays", "disconnects":
         history = ChannelHistory((0, 0), 10)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,13 @@ from tests.wsgi import Call, get
 from tgstream import Channel, Report, Stream, rollback
 from tgstream.database.on_commit import send_on_commit
 from tgstream.testing import OpenStream, open_stream
+
+
+class FailingSender:
+    """A back end that fails."""
+
+    def publish_committed(self, messages: Sequence[Any]) -> None:
+        raise RuntimeError
 
 
 class ActionController(TGController):
@@ -545,7 +552,7 @@ def test_event_of_a_hook_that_cannot_be_sent_is_logged(
     """The abort succeeds, and the next event is sent."""
 
     def hook() -> None:
-        send_on_commit("a thing", lambda: channel.publish(b"", now=True))
+        send_on_commit("a thing", FailingSender())
         channel.publish("hook")
 
     def act() -> None:
@@ -557,7 +564,7 @@ def test_event_of_a_hook_that_cannot_be_sent_is_logged(
     assert get(app, "/request").text == "done"
     assert receive(events, 1) == ["hook"]
     (record,) = caplog.records
-    assert record.getMessage() == "a thing is lost: it could not be sent after an abort"
+    assert record.getMessage() == "Events are lost: 1 could not be sent after the abort"
 
 
 class Synchronizer:
@@ -713,15 +720,13 @@ def test_event_that_cannot_be_sent_leaves_the_transaction_committed(
     root = LiveController(channel, sqlite_model)
     app = make_app(root, sqlite_model)
     events = open_listener(channel)
-    root.after_publish = [
-        lambda: send_on_commit("a thing", lambda: channel.publish(b"", now=True))
-    ]
+    root.after_publish = [lambda: send_on_commit("a thing", FailingSender())]
     root.after_publish += [lambda: channel.publish("after")]
     assert get(app, "/post?text=ada").text == "posted"
     assert receive(events, 2) == ["ada", "after"]
     assert sqlite_model.names() == ["ada"]
     (record,) = caplog.records
     assert (
-        record.getMessage() == "a thing is lost: it could not be sent after the commit"
+        record.getMessage() == "Events are lost: 1 could not be sent after the commit"
     )
     assert record.levelno == logging.ERROR

@@ -48,8 +48,29 @@ def make_root(seconds: float | None) -> TGController:
     """Return the controllers. Their locks are made after gevent's worker patches."""
     channel, seen = Channel("numbers"), threading.Semaphore(0)
     last_ids: list[str] = []
+    visits: list[str] = []
+
+    class LiveController(TGController):
+        @expose()
+        @stream(SSE(retry=50, done="done", failed="failed"))
+        def names(self, fail: str = "") -> Iterator[str]:
+            visits.append(fail)
+            yield from ["ada", "bob"]
+            if fail:
+                raise LookupError("a secret")
+
+        @expose()
+        @stream(SSE(retry=50))
+        def endless(self) -> Iterator[str]:
+            yield "eve"
+
+        @expose("json")
+        def visits(self) -> dict[str, list[str]]:
+            return {"visits": visits}
 
     class RootController(TGController):
+        live = LiveController()
+
         @expose()
         def index(self) -> str:
             return PAGE

@@ -12,7 +12,7 @@ import tg
 from tg import TGController, abort, expose
 
 from tests.model import User
-from tgstream import SSE, Event, current_stream, stream
+from tgstream import NDJSON, SSE, Event, current_stream, stream
 
 together = threading.Barrier(4)
 
@@ -24,6 +24,16 @@ class RootController(TGController):
         yield "one\n"
         yield "two\n"
         raise LookupError("no third")
+
+    @expose()
+    @stream(SSE(failed="failed"))
+    def fail_events(self) -> Iterator[str]:
+        yield from self.fail()
+
+    @expose()
+    @stream(NDJSON(end=True), chunk_size=0)
+    def fail_lines(self) -> Iterator[str]:
+        yield from self.fail()
 
     @expose(content_type="text/plain")
     @stream

@@ -103,6 +103,41 @@ def test_items_of_a_stream_that_ends_are_read_to_its_end(
     assert response.report().reason == "completed"
 
 
+def test_failure_is_read_before_the_error(make_app: MakeApp) -> None:
+    """The items have the incident of the report, and then the error is raised."""
+
+    def fail() -> Iterator[str]:
+        yield "one"
+        raise LookupError("no second")
+
+    class Root(TGController):
+        @expose()
+        @stream(SSE(failed="failed"))
+        def events(self) -> Iterator[str]:
+            return fail()
+
+        @expose()
+        @stream(NDJSON(end=True), chunk_size=0)
+        def lines(self) -> Iterator[str]:
+            return fail()
+
+    app = make_app(Root())
+    with open_stream(app, "/events") as response:
+        events = response.events()
+        assert next(events) == Event("one")
+        failed = next(events)
+        with pytest.raises(LookupError):
+            next(events)
+    assert failed == Event(response.report().incident, event="failed")
+    with open_stream(app, "/lines") as response:
+        documents = response.json()
+        assert next(documents) == "one"
+        last = next(documents)
+        with pytest.raises(LookupError):
+            next(documents)
+    assert last == {"end": False, "incident": response.report().incident}
+
+
 def test_response_has_status_and_headers_before_the_first_chunk(
     make_app: MakeApp,
 ) -> None:

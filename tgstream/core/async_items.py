@@ -31,14 +31,14 @@ class AsyncItems:
 
     def __next__(self) -> Any:
         if self._run is None:
-            self._run = self._start()
+            self._run = self._start(thread.record.body)
         return self._run.next()
 
-    def _start(self) -> Run:
+    def _start(self, body: Any) -> Run:
         from .event_loop import Run  # which imports asyncio
 
         items, self.items = self.items, None
-        return Run(items, thread.record.body)
+        return Run(items, body)
 
     def close(self) -> None:
         """Cancel the items, and wait until they have ended.
@@ -51,5 +51,5 @@ class AsyncItems:
             not isinstance(self.items, AsyncGeneratorType)  # which was not started
             and hasattr(self.items, "aclose")
         ):
-            self._run = self._start()
+            self._run = self._start(None)
             self._run.close()

@@ -58,6 +58,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from contextlib import suppress
 from enum import Enum
+from secrets import token_hex
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 from webob.exc import HTTPException
@@ -137,6 +138,8 @@ class Body:
     """The file that it sends, if it is one."""
     reason: Reason | None = None
     first_chunk_seconds: float | None = None
+    incident: str | None = None
+    """The id of a failure that the client receives."""
     expires = float("inf")
     """The time by the clock at which ``max_seconds`` are over."""
     callbacks: list[Callable[[], object]] | None = None
@@ -146,6 +149,7 @@ class Body:
     _chunks: Generator[bytes, None, None] = (chunk for chunk in [b""])
     _first: bytes | None = None
     _length: int | None = None
+    _failure: tuple[bytes, BaseException] | None = None  # the last chunk, and the error
 
     def __init__(
         self,
@@ -348,11 +352,11 @@ class Body:
             except StreamEnding:
                 chunk = b""
             except BaseException as error:
-                if self._end_by_interrupt(error):
-                    break
-                if not self._end_by_client(error):
-                    self._fail(error)
-                return
+                if self._end_by_client(error):
+                    return
+                if not self._end_by_interrupt(error):
+                    self._failure = self._fail_with_chunk(error)
+                break
             finally:
                 unbind(record)
             token.append(None)  # like _release(), without its call
@@ -387,7 +391,12 @@ class Body:
         """End the iteration of a stream that was ended early.
 
         :raises StreamError: unless the format's body may end anywhere.
+        :raises BaseException: the error of the stream, after the chunk that reports it.
         """
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            yield failure[0]
+            raise failure[1]
         if self.closing is None and self.reason is None:
             raise self._iterated_twice()
         self._end_if_asked()
@@ -406,7 +415,7 @@ class Body:
 
     def _ends_anywhere(self, reason: Reason | None) -> bool:
         """Whether a client takes the body as complete if it ends for this reason."""
-        return reason in ("expired", "drained") and self.plan.traits.endless
+        return reason in reports.EARLY and self.plan.traits.endless
 
     # A server that reads the file itself.
 
@@ -463,11 +472,13 @@ class Body:
         close(self.encoding.iterator)  # a format may have stopped before they did
         self._close_source()
         if self.transaction is None:
-            return
-        if not self.plan.commit_manually:
+            pass
+        elif not self.plan.commit_manually:
             self.transaction.commit_items()
         elif uncommitted := self.transaction.count_uncommitted():
             reports.warn_uncommitted(self.plan.controller, uncommitted)
+        if self._ends_anywhere(self.closing):
+            raise StreamEnding  # clients reconnect, so the format must not end the body
 
     def encode_member(
         self, source: Any, plan: Plan, charset: str, length: int | None
@@ -678,6 +689,43 @@ class Body:
             self._end("failed", error)
         raise error
 
+    def _fail_with_chunk(self, error: BaseException) -> tuple[bytes, BaseException]:
+        """End for an error, and return it with the chunk that reports it.
+
+        :raises BaseException: the error, if the format has no such chunk.
+        """
+        chunk = self._encode_failure(error)
+        try:
+            self._fail(error)
+        except BaseException as raised:
+            if not chunk:
+                raise
+            return chunk, raised
+
+    def _encode_failure(self, error: BaseException) -> bytes:
+        """The last chunk of a failed body, empty if there is none.
+
+        A body with a declared length has none: with it, the body could have this
+        length, and without it clients detect the failure. Kills, timeouts and
+        interrupts have none, because they must not wait for a write.
+        """
+        controller = self.plan.controller
+        if self._length is not None or not isinstance(
+            reports.as_error(controller, error), Exception
+        ):
+            return b""
+        incident = token_hex(8)
+        try:
+            chunk = self.encoding.encode_failure(incident)
+        except BaseException:
+            reports.log_encode_failure(controller, type(self.plan.format).__name__)
+            return b""
+        if chunk:
+            self.incident = incident
+            self.chunks += 1
+            self.bytes += len(chunk)
+        return chunk
+
     def _end(
         self, reason: Reason, error: BaseException | None = None, silent: bool = False
     ) -> None:
@@ -724,7 +772,7 @@ class Body:
             except BaseException as own_error:
                 error = own_error if error is None else error
         level = logging.DEBUG
-        if error is not None or self.reason in ("expired", "drained"):
+        if error is not None or self.reason in reports.EARLY:
             level = self._log_level(error)
         if not silent and reports.is_needed(level):
             with suppress(BaseException):  # a report changes nothing
@@ -747,13 +795,13 @@ class Body:
             seconds=clock() - self.started,
             first_chunk_seconds=self.first_chunk_seconds,
             commits=0 if self.transaction is None else self.transaction.commits,
+            incident=self.incident,
         )
 
     def _log_level(self, error: BaseException | None) -> int:
         if error is not None:
             return logging.ERROR
-        bounded = self.reason in ("expired", "drained")
-        aborted = bounded and not self._ends_anywhere(self.reason)
+        aborted = self.reason in reports.EARLY and not self._ends_anywhere(self.reason)
         return logging.WARNING if aborted else logging.DEBUG
 
     def _close_source(self) -> None:

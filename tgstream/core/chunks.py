@@ -419,6 +419,15 @@ class Chunks:
             "character, or choose another charset",
         )
 
+    def encode_failure(self, incident: str) -> bytes:
+        """The last bytes of a failed body. Empty if the format has no such bytes.
+
+        :param incident: the id of the failure.
+        """
+        encode = getattr(self._plan.format, "encode_failure", None)
+        output = None if encode is None else encode(incident)
+        return self._encode(output) if output else b""
+
     def _finish_encoding(self) -> bytes:
         return b"" if self._encoder is None else self._encoder.encode("", final=True)
 

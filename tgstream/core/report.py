@@ -19,7 +19,12 @@ from .errors import StreamError
 
 log = logging.getLogger("tgstream")
 
-Reason: TypeAlias = Literal["completed", "failed", "disconnected", "expired", "drained"]
+Reason: TypeAlias = Literal[
+    "completed", "failed", "disconnected", "expired", "drained", "lagged"
+]
+
+EARLY: tuple[Reason, ...] = "expired", "drained", "lagged"
+"""The reasons for which tgstream itself ends a stream before its last item."""
 
 HOOK = "tgstream.finished"
 
@@ -28,11 +33,14 @@ class Report(NamedTuple):
     """How a stream ended: the argument of the hook ``tgstream.finished``.
 
     ``reason`` is ``'completed'``, ``'failed'``, ``'disconnected'`` (closed before its
-    end, or dropped), ``'expired'`` (by ``max_seconds``) or ``'drained'`` (by
-    :func:`drain`). ``error`` is the first error of the stream, including errors while
-    it closed. ``seconds`` and ``first_chunk_seconds`` are counted from the start of the
-    stream. ``first_chunk_seconds`` is None if there was no chunk. ``bytes`` are counted
-    before compression. ``commits`` is the number of committed transactions.
+    end, or dropped), ``'expired'`` (by ``max_seconds``), ``'drained'`` (by
+    :func:`drain`) or ``'lagged'`` (its client was too slow for ``Channel.listen()``).
+    ``error`` is the first error of the stream, including errors while it closed.
+    ``seconds`` and ``first_chunk_seconds`` are counted from the start of the stream.
+    ``first_chunk_seconds`` is None if there was no chunk. ``bytes`` are counted before
+    compression. ``commits`` is the number of committed transactions. ``incident`` is
+    the id of a failure that ``SSE(failed=...)``, ``NDJSON(end=True)`` or the
+    ``encode_failure()`` of another format reports to the client, otherwise None.
 
     A spooled stream has one report. If it was made completely, the report comes at the
     end of the sending: ``chunks`` and ``bytes`` are those that were sent, which are
@@ -50,6 +58,7 @@ class Report(NamedTuple):
     seconds: float
     first_chunk_seconds: float | None
     commits: int
+    incident: str | None = None
 
 
 def is_needed(level: int) -> bool:
@@ -65,7 +74,7 @@ def log_end(report: Report, level: int) -> None:
         "%s at %s %s: %d items, %d chunks, %d bytes, %d commits in %.3f s",
         report.controller,
         report.path,
-        report.reason,
+        _describe_reason(report),
         report.items,
         report.chunks,
         report.bytes,
@@ -77,6 +86,17 @@ def log_end(report: Report, level: int) -> None:
         tg.hooks.notify(HOOK, args=(report,), trap_exceptions=True)
     except BaseException:  # TG traps Exception alone
         log.exception("%s: a hook of tgstream.finished failed", report.controller)
+
+
+def _describe_reason(report: Report) -> str:
+    if report.incident is None:
+        return report.reason
+    return f"{report.reason} (incident {report.incident})"
+
+
+def log_encode_failure(controller: str, format: str) -> None:
+    """Log the error of a format that cannot encode the failure of its stream."""
+    log.exception("%s: %s.encode_failure() failed", controller, format)
 
 
 def log_disconnect(controller: str, error: BaseException) -> None:
@@ -152,6 +172,8 @@ def describe_early_end(
     """The sentence for a stream that was ended before its last chunk."""
     if reason == "expired" and max_seconds is not None:
         how = f"was ended by max_seconds={max_seconds:g}"
+    elif reason == "lagged":
+        how = "was read too slowly, and was closed"
     else:
         how = "was drained" if reason == "drained" else "was closed"
     return f"{controller} {how} before its end"

@@ -56,6 +56,10 @@ def _to_directory(value: Any) -> str | None:
     return str(value)
 
 
+def _to_url(value: Any) -> str | None:
+    return str(value) if value else None
+
+
 class Option(NamedTuple):
     """An option: its default, and the function that converts a value to its type.
 
@@ -76,6 +80,11 @@ OPTIONS: dict[str, Option] = {
     "tgstream.sessions": Option((), aslist),
     "tgstream.channels": Option("memory://", str),
     "tgstream.channel_history": Option(1000, _to_count),
+    "tgstream.channel_seconds": Option(604_800.0, _to_interval),
+    "tgstream.channel_backlog": Option(10_000, _to_count),
+    "tgstream.publish_timeout": Option(1.0, _to_interval),
+    "tgstream.channel_poll_seconds": Option(0.25, _to_interval),
+    "tgstream.channel_listen_url": Option(None, _to_url),
     "tgstream.compress": Option(False, asbool),
     "tgstream.heartbeat_seconds": Option(15.0, _to_interval),
 }

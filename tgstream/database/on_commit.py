@@ -1,20 +1,21 @@
-"""Calls that are made when, and only when, a transaction commits.
+"""Messages that are sent when, and only when, a transaction commits.
 
-Channels send their events with them. The pending calls take part in the transaction
-as a data manager, after all others. When they are made, the others have committed, so
-nothing that can fail comes after them, and a call that fails cannot undo the commit.
+They are the events of channels. The pending messages take part in the transaction as a
+data manager, after all others. When they are sent, the others have committed, so
+nothing that can fail comes after them, and a failure cannot undo the commit.
 
 SQLAlchemy has savepoints and rollbacks of its own, which ``transaction`` does not see.
-So each call remembers the transactions and savepoints of the sessions in which it was
-registered, and it is not made if one of them has ended by anything but a commit.
+So each message has the transactions and savepoints of the sessions in which it was
+published, and it is not sent if one of them has ended by anything but a commit.
 """
 
 from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Sequence
+from itertools import groupby
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from weakref import WeakKeyDictionary, WeakSet
 
 from tg.support.converters import asbool
@@ -36,26 +37,31 @@ _ENDED = "Committed", "Commit failed"
 """The status of a transaction that has ended, while its hooks run."""
 
 
-def send_on_commit(description: str, send: Callable[[], None]) -> None:
-    """Call ``send`` when the transaction that runs here commits.
+class Sender(Protocol):
+    """Sends messages: the back end of channels."""
 
-    It is called at once if there is no transaction, or if it has ended and its hooks
-    run.
+    def publish_committed(self, messages: Sequence[Any]) -> None:
+        """Send the messages of a transaction that has committed, in order."""
 
-    :param description: the name of the event in the log.
+
+def send_on_commit(message: Any, sender: Sender) -> bool:
+    """Send a message when the transaction that runs here commits.
+
+    :returns: False if there is no transaction, or if it has ended and its hooks run.
+        The message is then not registered.
     """
     txn = _current_transaction()
     if txn is None or txn.status in _ENDED:
-        send()
-        return
+        return False
     pending = _find_pending(txn)
     if pending is None or pending.closed:
-        pending = PendingSends()
+        pending = PendingMessages()
         pending.join(txn)
         txn.set_data(_KEY, pending)
-    pending.sends.append(_Send(description, send, _open_transactions()))
-    if not pending.sends[-1].transactions:
+    pending.entries.append(_Entry(message, sender, _open_transactions()))
+    if not pending.entries[-1].transactions:
         _wait_for_transaction(pending)
+    return True
 
 
 def is_tm_enabled(tg_locals: Any) -> bool:
@@ -65,12 +71,12 @@ def is_tm_enabled(tg_locals: Any) -> bool:
 
 
 def count_unsent(txn: Any) -> int:
-    """The number of calls that wait for ``txn`` to commit."""
+    """The number of messages that wait for ``txn`` to commit."""
     pending = _find_pending(txn)
-    return 0 if pending is None else len(pending.sends)
+    return 0 if pending is None else len(pending.entries)
 
 
-def _find_pending(txn: Any) -> PendingSends | None:
+def _find_pending(txn: Any) -> PendingMessages | None:
     try:
         return txn.data(_KEY)  # type: ignore[no-any-return]
     except KeyError:
@@ -97,11 +103,11 @@ def _current_transaction() -> Any:
 # The transactions and savepoints of sessions.
 
 
-class _Send(NamedTuple):
-    """A call, and the transactions that must not be rolled back before it."""
+class _Entry(NamedTuple):
+    """A message, and the transactions that must not be rolled back before it."""
 
-    description: str
-    send: Callable[[], None]
+    message: Any
+    sender: Sender
     transactions: list[SessionTransaction]
 
     def is_undone(self, savepoints_only: bool) -> bool:
@@ -161,12 +167,12 @@ def _after_commit(session: Session) -> None:
     _committed.add(committed)
 
 
-_waiting: WeakKeyDictionary[Any, PendingSends] = WeakKeyDictionary()
-"""By transaction manager, the calls from before a session's transaction began."""
+_waiting: WeakKeyDictionary[Any, PendingMessages] = WeakKeyDictionary()
+"""By transaction manager, the messages from before a session's transaction began."""
 
 
-def _wait_for_transaction(pending: PendingSends) -> None:
-    """Let the last call belong to the next transaction that a session begins."""
+def _wait_for_transaction(pending: PendingMessages) -> None:
+    """Let the last message belong to the next transaction that a session begins."""
     orm = sys.modules.get("sqlalchemy.orm")
     if orm is None or any(session.in_transaction() for session in _sessions()):
         return
@@ -175,7 +181,7 @@ def _wait_for_transaction(pending: PendingSends) -> None:
 
     if not event.contains(orm.Session, "after_transaction_create", _after_create):
         event.listen(orm.Session, "after_transaction_create", _after_create)
-    pending.waiting.append(pending.sends[-1].transactions)
+    pending.waiting.append(pending.entries[-1].transactions)
     _waiting[transaction.manager.manager] = pending
 
 
@@ -195,20 +201,20 @@ def _after_create(session: Session, created: SessionTransaction) -> None:
 
 
 class _Key:
-    """The key of the pending calls in the data of a transaction."""
+    """The key of the pending messages in the data of a transaction."""
 
 
 _KEY = _Key()
 
 
-class PendingSends:
-    """The data manager of the calls that wait for a transaction to commit."""
+class PendingMessages:
+    """The data manager of the messages that wait for a transaction to commit."""
 
     transaction_manager = None
 
     def __init__(self) -> None:
-        self.sends: list[_Send] = []
-        # The transactions of calls from before a session's transaction began.
+        self.entries: list[_Entry] = []
+        # The transactions of messages from before a session's transaction began.
         self.waiting: list[list[SessionTransaction]] = []
         # The transaction has ended, or has dropped this for a savepoint.
         self.closed = False
@@ -236,35 +242,30 @@ class PendingSends:
     def _send_all(self, committed: bool) -> None:
         # First: a finaliser may publish meanwhile, which needs another data manager.
         self.closed = True
-        for each in self.sends:
-            if each.is_undone(savepoints_only=True):
-                continue
+        entries = [e for e in self.entries if not e.is_undone(savepoints_only=True)]
+        for sender, group in groupby(entries, lambda entry: entry.sender):
+            messages = [entry.message for entry in group]
             try:
-                each.send()
+                sender.publish_committed(messages)
             except Exception:
-                if committed:
-                    log.exception(
-                        "%s is lost: it could not be sent after the commit",
-                        each.description,
-                    )
-                else:
-                    log.exception(
-                        "%s is lost: it could not be sent after an abort",
-                        each.description,
-                    )
+                log.exception(
+                    "Events are lost: %d could not be sent after the %s",
+                    len(messages),
+                    "commit" if committed else "abort",
+                )
         self.abort(None)
 
     # The protocol of transaction's data managers.
 
     def abort(self, transaction: Any) -> None:
         self.closed = True
-        self.sends.clear()
+        self.entries.clear()
         self.waiting.clear()
 
     def tpc_begin(self, transaction: Any) -> None:
         """Drop what was rolled back. After this step, sessions end by commits, too."""
-        self.sends[:] = [
-            each for each in self.sends if not each.is_undone(savepoints_only=False)
+        self.entries[:] = [
+            each for each in self.entries if not each.is_undone(savepoints_only=False)
         ]
 
     def commit(self, transaction: Any) -> None:
@@ -284,13 +285,13 @@ class PendingSends:
         return f"~tgstream:{id(self)}"
 
     def savepoint(self) -> Any:
-        """Calls that were registered after a savepoint are undone with it."""
-        return _Savepoint(self.sends)
+        """Messages that were registered after a savepoint are undone with it."""
+        return _Savepoint(self.entries)
 
 
 class _Savepoint:
-    def __init__(self, sends: list[_Send]) -> None:
-        self._sends, self._length = sends, len(sends)
+    def __init__(self, entries: list[_Entry]) -> None:
+        self._entries, self._length = entries, len(entries)
 
     def rollback(self) -> None:
-        del self._sends[self._length :]
+        del self._entries[self._length :]

@@ -95,7 +95,10 @@ class NDJSON(_JSONFormat):
 
     :param end: whether to send a last record, ``{"end": true, "items": N}``. It proves
         to the client that the response is complete, for servers that cannot show that a
-        response was aborted.
+        response was aborted. If the stream fails, the last record before the abort is
+        ``{"end": false, "incident": "..."}``. The log line and the :class:`Report` of
+        the failure have the same incident id. A failure before the first chunk is an
+        ordinary error page.
     :param convert: maps a type or the name of a field to a function of one value, such
         as ``{Decimal: str}``. The function gets the values of the field, or those of
         the type and its subclasses at any depth, and never None. A name outranks a
@@ -115,6 +118,15 @@ class NDJSON(_JSONFormat):
 
     def _ending(self, count: int) -> bytes:
         return b'{"end":true,"items":%d}\n' % count if self._end else b""
+
+    def encode_failure(self, incident: str) -> bytes:
+        """Return the last record of a failed stream, empty without ``end``.
+
+        :param incident: the id of the failure.
+        """
+        return (
+            b'{"end":false,"incident":"%b"}\n' % incident.encode() if self._end else b""
+        )
 
 
 class JSONArray(_JSONFormat):

@@ -30,7 +30,10 @@ class Format(Protocol):
     once. ``encode_sources(sources)`` encodes a mapping of names to :class:`Batched`
     sources, which it must read in their order: a controller may then return a mapping.
     ``measure(source)`` returns the bytes of the whole body if they are known before the
-    first item is taken, else None.
+    first item is taken, else None. ``encode_failure(incident)`` returns the last bytes
+    of a body whose stream has failed after its first chunk, as text or bytes. They must
+    be valid after any output of ``encode()``. Its argument is the id of the failure, 16
+    hexadecimal digits that the log has too.
     """
 
     content_type: str

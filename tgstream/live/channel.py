@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache, lru_cache
 from typing import Any
 
 import tg
@@ -20,11 +20,15 @@ from ..core.errors import StreamError
 from ..core.report import log
 from ..core.settings import read_option
 from ..database.on_commit import send_on_commit
-from ..formats.sse import Event, check_event_type, encode_data
-from .backends import Backend, create_backend
+from ..formats.sse import Event, Message, check_event_type, encode_data
+from .backends import create_backend
+from .listener import listen as listen_to_one
+from .merged import listen_to_all
+from .places import MAX_LENGTH, read_position
+from .protocols import Backend, ChannelSettings, ConnectionLost
 
-MAX_LENGTH = 256
-"""Maximum number of characters of a channel's name and of an event id."""
+INVALID_ID = "lost"
+"""An id that no back end accepts, so that the channel sends a reset."""
 _WARNED = "tgstream.told_of_memory"
 
 
@@ -84,41 +88,115 @@ class Channel:
             ``event`` is not a ``str``.
         :raises ValueError: if an event cannot contain ``data`` or ``event``.
         """
-        encoded_data = encode_data(data, f"data published to {self!r}")
+        encoded = encode_data(data, f"data published to {self!r}")
         check_event_type(event)
-        text = data if type(data) is str else encoded_data.decode()
+        text, is_json = encoded.decode(), not isinstance(data, str)
+        message = Message(self.name, text, event, is_json, encoded)
         _warn_without_application()
-        publish = partial(
-            _running_backend().publish, self.name, text, event, encoded_data
-        )
-        if now:
-            publish()
-        else:
-            send_on_commit(f"an event of {self!r}", publish)
+        backend = _running_backend()
+        if now or not send_on_commit(message, backend):
+            backend.publish([message])
 
-    def listen(self, after: str | None = None) -> Iterator[Event]:
+    def listen(
+        self, after: str | None = None, since: float | None = None
+    ) -> Iterator[Event]:
         """The events of the channel, for a stream with ``SSE``.
 
-        It contains every event that is published after this call. It begins with a
-        comment, and sends a comment after ``tgstream.heartbeat_seconds`` without an
-        event. If the client falls so far behind that its next event is no longer
-        stored, the stream ends, and the browser reconnects. ``data`` of an event is
-        always a ``str``.
-
-        :param after: the id of the last event that the client received, from
-            :func:`last_event_id`. The events that were published since then are sent
-            first. If some of them may be missing, ``Event('', event='reset')`` is sent
-            instead: the page must then reload its data. None begins with new events.
-        :raises TypeError: if ``after`` is neither a ``str`` nor None.
+        It is :func:`tgstream.listen` for one channel.
         """
-        if not isinstance(after, str | None):
-            raise TypeError(
-                f"{self!r}.listen(): after must be a str or None, got "
-                f"{type(after).__name__}: {after!r:.80}. Pass the result of "
-                "last_event_id()"
-            )
-        heartbeat_seconds = read_option(tg.config, "tgstream.heartbeat_seconds")
-        return _running_backend().listen(self.name, after, heartbeat_seconds)
+        return _listen((self.name,), after, since)
+
+    def position(self) -> str:
+        """The id of the newest event, for a page that then listens after it.
+
+        It is :func:`tgstream.position` for one channel.
+        """
+        return position(self)
+
+
+def listen(
+    *channels: str | Channel, after: str | None = None, since: float | None = None
+) -> Iterator[Event]:
+    """The events of one or several channels as one stream, for ``SSE``.
+
+    .. code-block:: python
+
+        return listen("orders", "chat", after=last_event_id())
+
+    It contains every event that is published after this call, in the order of its
+    channel. ``channel`` of an event is the name of its channel, ``data`` is always a
+    ``str``, and ``id`` holds the place in all channels. The stream begins with a
+    comment, and sends a comment after ``tgstream.heartbeat_seconds`` without an event.
+    If the client falls so far behind that the next event of a channel is no longer
+    stored, the stream ends, and the browser reconnects.
+
+    :param channels: channels, or their names.
+    :param after: the id of the last event that the client received, from
+        :func:`last_event_id`, or of :func:`position`. The events that were published
+        since then are sent first. If some events of a channel may be missing, an event
+        of the type ``reset`` is sent instead, whose ``data`` is the name of the
+        channel: the page must then reload this data. None begins with new events.
+    :param since: maximum age of these events in seconds. If an older event would be
+        sent, a ``reset`` is sent instead. None for the history of the channel.
+    :raises TypeError: if no channel is given, or a parameter has a wrong type.
+    :raises ValueError: if a name or ``since`` is not valid.
+    """
+    return _listen(_find_names("listen", channels), after, since)
+
+
+def position(*channels: str | Channel) -> str:
+    """The place of the newest events of one or several channels.
+
+    Call it before you read the data of a page, and begin the page's ``EventSource``
+    there, by the query parameter ``lastEventId``. Then the page misses no event that is
+    published while it is loaded.
+
+    :param channels: those of the :func:`listen` that the page uses, in any order.
+    :returns: an id for ``listen(after=...)``: letters, digits and ``-_.~``. While the
+        server of ``tgstream.channels`` cannot be reached, it is an id that causes a
+        ``reset``.
+    :raises TypeError: if no channel is given, or a name is not a ``str``.
+    :raises ValueError: if a name is not valid.
+    """
+    names, backend = _find_names("position", channels), _running_backend()
+    if len(names) > 1:
+        return read_position(backend, names)
+    try:
+        return backend.position(*names) or INVALID_ID
+    except ConnectionLost:
+        return INVALID_ID
+
+
+def _find_names(where: str, channels: tuple[str | Channel, ...]) -> tuple[str, ...]:
+    """The names of channels, each once."""
+    if not channels:
+        raise TypeError(f"{where}() needs at least one channel, or the name of one")
+    names = [
+        each.name if isinstance(each, Channel) else Channel(each).name
+        for each in channels
+    ]
+    return tuple(dict.fromkeys(names))
+
+
+def _listen(
+    names: tuple[str, ...], after: str | None, since: float | None
+) -> Iterator[Event]:
+    if not isinstance(after, str | None):
+        raise TypeError(
+            f"listen(): after must be a str or None, got {type(after).__name__}: "
+            f"{after!r:.80}. Pass the result of last_event_id()"
+        )
+    if since is not None and not (
+        isinstance(since, int | float) and 0 < since < float("inf")
+    ):
+        raise ValueError(
+            f"listen(): since must be a number of seconds > 0 or None, got {since!r}"
+        )
+    seconds = read_option(tg.config, "tgstream.heartbeat_seconds")
+    backend = _running_backend()
+    if len(names) == 1:
+        return listen_to_one(backend, *names, after, seconds, since)
+    return listen_to_all(backend, names, after, seconds, since)
 
 
 def last_event_id() -> str | None:
@@ -153,19 +231,42 @@ def _is_short_line(text: str) -> bool:
     return 0 < len(text) <= MAX_LENGTH and not any(char in text for char in "\r\n\0")
 
 
-_backends: dict[tuple[int, str, int], Backend] = {}
+_backends: dict[tuple[Any, ...], Backend] = {}
+
+_SETTINGS = (
+    "tgstream.channels",
+    "tgstream.channel_history",
+    "tgstream.channel_seconds",
+    "tgstream.channel_backlog",
+    "tgstream.publish_timeout",
+    "tgstream.channel_poll_seconds",
+    "tgstream.channel_listen_url",
+)
+"""The options of channels: the URL, and the fields of ``ChannelSettings``."""
 
 
 def _running_backend() -> Backend:
     """The back end of the running application."""
-    url: str = read_option(tg.config, "tgstream.channels")
-    max_events: int = read_option(tg.config, "tgstream.channel_history")
+    config = tg.config
+    values = tuple([config.get(name) for name in _SETTINGS])
+    try:
+        url, settings = _read_settings(values)
+    except TypeError:  # an invalid value that has no hash
+        url, settings = _read_settings.__wrapped__(values)
     _warn_of_multiple_processes(url)
-    key = os.getpid(), url, max_events  # a forked process needs its own back end
+    key = os.getpid(), url, settings  # a forked process needs its own back end
     # setdefault(), so that two threads get the same back end.
     return _backends.get(key) or _backends.setdefault(
-        key, create_backend(url, max_events)
+        key, create_backend(url, settings)
     )
+
+
+@lru_cache(64)
+def _read_settings(values: tuple[Any, ...]) -> tuple[str, ChannelSettings]:
+    given = zip(_SETTINGS, values, strict=True)
+    config = {name: value for name, value in given if value is not None}
+    url, *settings = [read_option(config, name) for name in _SETTINGS]
+    return url, ChannelSettings(*settings)
 
 
 @cache

@@ -26,7 +26,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator
 from weakref import WeakValueDictionary
 
 from ..core.monitor import on_drain
@@ -34,6 +34,8 @@ from ..formats.sse import Event
 
 Position = tuple[int, int]
 """The position of an event in the order of all events, which only grows."""
+
+Backlog = Generator[Event, None, int | None]
 
 HEARTBEAT = Event()
 """A comment. It keeps connections open in proxies, and reveals dead ones."""
@@ -103,25 +105,32 @@ os.register_at_fork(after_in_child=_replace_change_queue)
 
 
 class Subscription:
-    """The start of a listener.
+    """The start of a listener of one channel.
 
-    :param history: the history of its channel. A listener without a history ends after
-        ``opening_events``.
+    :param history: the history of the channel. None ends the listener: a finaliser
+        listens and reads within a change that it interrupts.
     :param next_number: the number of its next event in the history.
-    :param opening_events: the events that it receives before those of the history.
+    :param id: the place where it starts: the id of the last event before it.
+    :param has_gap: whether events before this place may be missing.
+    :param backlog: events that come before those of the history. It returns the next
+        number, or None to end the listener, which is then too far behind.
     """
 
-    __slots__ = ("history", "next_number", "opening_events")
+    __slots__ = ("backlog", "has_gap", "history", "id", "next_number")
 
     def __init__(
         self,
         history: ChannelHistory | None = None,
         next_number: int = 0,
-        opening_events: Iterable[Event] = (),
+        id: str = "",
+        has_gap: bool = False,
+        backlog: Backlog | None = None,
     ) -> None:
         self.history = history
         self.next_number = next_number
-        self.opening_events = opening_events
+        self.id = id
+        self.has_gap = has_gap
+        self.backlog = backlog
 
 
 class _Signal:
@@ -157,12 +166,46 @@ class _Signal:
         return True
 
 
+class Waiter:
+    """Wakes a listener of several channels for an event of any of them."""
+
+    __slots__ = ("__weakref__", "_lock", "_woken")
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # held while there is nothing new
+        self._lock.acquire()
+        self._woken = False
+
+    def wait(self, seconds: float) -> bool:
+        """Wait for a new event. It may be an event that the listener has received.
+
+        :param seconds: the maximum time to wait.
+        :returns: False if the time has passed, or if the listeners are woken without an
+            event.
+        """
+        has_event = self._lock.acquire(timeout=max(0.0, min(seconds, MAX_WAIT)))
+        woken, self._woken = self._woken, False
+        return has_event and not woken
+
+    def notify(self, woken: bool = False) -> None:
+        """End the wait, within a change.
+
+        :param woken: whether it ends without an event.
+        """
+        self._woken = self._woken or woken
+        if self._lock.locked():  # changes are applied one at a time
+            self._lock.release()
+
+
 class ChannelHistory:
     """The newest events of one channel.
 
     :param first_position: no event after this position is missing here.
     :param max_events: how many events to store.
     """
+
+    _waiters: WeakValueDictionary[int, Waiter] | None = None
+    """The listeners of several channels."""
 
     def __init__(self, first_position: Position, max_events: int) -> None:
         self._max_events = max_events
@@ -203,6 +246,15 @@ class ChannelHistory:
             del self._events[oldest]
         else:
             self._store(position, event, signal.first_position)
+
+    def forget_directly(self) -> None:
+        """Remove all events, within a change. Listeners without a backlog go on."""
+        signal, older = self._signal, list(self._events)
+        self._replace_signal(
+            _Signal(signal.next_number, signal.last_position, signal.last_position)
+        )
+        for number in older:
+            del self._events[number]
 
     def restart(self, position: Position, event: Event) -> None:
         """Continue from another position, with the event that reports the gap."""
@@ -253,10 +305,35 @@ class ChannelHistory:
         number = self._signal.next_number
         self._events[number] = position, event
         self._replace_signal(_Signal(number + 1, first_position, position))
+        if self._waiters is not None:
+            self._notify_waiters(self._waiters)
+
+    def _notify_waiters(
+        self, waiters: WeakValueDictionary[int, Waiter], woken: bool = False
+    ) -> None:
+        for reference in waiters.valuerefs():  # a list, as below
+            if (waiter := reference()) is not None:
+                waiter.notify(woken)
+
+    def add_waiter(self, waiter: Waiter) -> None:
+        """Notify a listener of several channels, as long as it keeps ``waiter``."""
+
+        def change() -> None:
+            if self._waiters is None:
+                self._waiters = WeakValueDictionary()
+            self._waiters[id(waiter)] = waiter
+
+        apply_change(change)
 
     def wake_listeners(self) -> None:
         """Wake all listeners that wait. Without an event they receive a heartbeat."""
-        apply_change(self._wake)
+
+        def change() -> None:
+            self._wake()
+            if self._waiters is not None:
+                self._notify_waiters(self._waiters, woken=True)
+
+        apply_change(change)
 
     def _wake(self) -> None:
         signal = self._signal
@@ -346,40 +423,10 @@ def wake_all_listeners() -> None:
 on_drain(wake_all_listeners)
 
 
-def iter_events(
-    subscription: Subscription, heartbeat_seconds: float
-) -> Iterator[Event]:
-    """Yield the events of a listener, until it is too far behind.
-
-    :param subscription: the start of the listener. It is empty, and the listener ends,
-        if a finaliser listens and reads within a change that it interrupts.
-    :param heartbeat_seconds: yield ``HEARTBEAT`` after this time without an event.
-    """
-    yield from subscription.opening_events
-    history, number = subscription.history, subscription.next_number
-    del (
-        subscription
-    )  # a waiting listener must not keep events in memory that it has sent
-    if history is None:
-        return
-    while (event := history.wait_for_event(number, heartbeat_seconds)) is not None:
-        number += event is not HEARTBEAT
-        yield event
-        del event
-
-
-def opening_event(id: str | None) -> Event:
-    """The first event of a listener: a comment that shows the browser it is connected.
-
-    :param id: the position where the listener starts, so that a reconnect misses
-        nothing.
-    """
-    return Event(comment="open", id=id)
-
-
-def reset_event(id: str | None) -> Event:
+def reset_event(id: str | None, channel: str = "") -> Event:
     """The event that reports missing events.
 
     :param id: the position where the listener continues.
+    :param channel: the name of the channel that misses them.
     """
-    return Event("", event="reset", id=id)
+    return Event(channel, event="reset", id=id, channel=channel or None)

@@ -38,6 +38,16 @@ class StreamConfigurationComponent(ConfigurationComponent):  # type: ignore[misc
           ``rediss://`` or ``unix://`` for Redis or Valkey.
         * ``tgstream.channel_history``: Events of a channel that are kept for clients
           that reconnect, by default 1000.
+        * ``tgstream.channel_seconds``: Seconds after its last event at which a channel
+          is removed, by default 604800, a week.
+        * ``tgstream.channel_backlog``: Events that this process keeps while it cannot
+          send them to Redis, by default 10000.
+        * ``tgstream.publish_timeout``: Maximum seconds that a request waits for Redis
+          for all its events, by default 1.
+        * ``tgstream.channel_poll_seconds``: Seconds between two looks for new events
+          with ``database://``, by default 0.25.
+        * ``tgstream.channel_listen_url``: The URL of a direct connection for
+          ``LISTEN``, if the engine has a pooler. None by default.
         * ``tgstream.heartbeat_seconds``: Seconds without an event after which a
           listener is sent a comment, by default 15.
 

@@ -1,4 +1,4 @@
-"""Back ends of channels: their protocol, and the choice of a back end by its URL.
+"""Back ends of channels: the choice of a back end by its URL.
 
 The modules of the back ends do not import this one, because it imports them.
 """
@@ -6,11 +6,10 @@ The modules of the back ends do not import this one, because it imports them.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-from ...formats.sse import Event
+from ..protocols import Backend, ChannelSettings
 from .memory import MemoryBackend
 
 REDIS_SCHEMES = "redis://", "rediss://", "unix://"
@@ -31,50 +30,22 @@ RESERVED_URL_OPTIONS = {
 """Options that a URL must not set after its ``?``, because tgstream sets them."""
 
 
-class Backend(Protocol):
-    """Stores the events of channels, and sends them to the listeners."""
-
-    def publish(
-        self,
-        channel: str,
-        text: str,
-        event: str | None,
-        encoded_text: bytes | None = None,
-    ) -> None:
-        """Send an event to all listeners of a channel.
-
-        :param text: the data of the event.
-        :param event: the type of the event.
-        :param encoded_text: ``text`` in UTF-8, if the caller has it.
-        """
-
-    def listen(
-        self, channel: str, after: str | None, heartbeat_seconds: float
-    ) -> Iterator[Event]:
-        """The events of a channel from this call on.
-
-        :param after: the id of the last event that the client received. Yield the
-            events after it first, or ``event: reset`` if some of them are missing.
-        :param heartbeat_seconds: yield a comment after this time without an event.
-        """
-
-
-def create_backend(url: str, max_events: int) -> Backend:
+def create_backend(url: str, settings: ChannelSettings) -> Backend:
     """Create the back end of a URL.
 
     :param url: the value of ``tgstream.channels``.
-    :param max_events: how many events of a channel to store.
+    :param settings: the other options of the application.
     :raises ValueError: if the URL is not valid. The message never contains a password.
     :raises ImportError: if the URL needs the package ``redis``, which is not installed.
     """
     if url == "memory://":
-        return MemoryBackend(max_events)
+        return MemoryBackend(settings)
     if url.startswith(REDIS_SCHEMES):
         _check_redis_url(url)
         # Imported only when used: the package redis is optional.
         from .redis import RedisBackend
 
-        return RedisBackend(url, max_events)
+        return RedisBackend(url, settings)
     scheme = redact_url(url).partition(":")[0]  # the rest may contain a password
     raise ValueError(
         f"unsupported scheme {scheme!r} in tgstream.channels. Use memory://, redis://, "

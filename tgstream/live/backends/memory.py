@@ -1,8 +1,8 @@
 """The back end of ``memory://``: channels of one process.
 
-All events of the process are numbered together, whatever their channel. An event id
-consists of a random id of this process and the number. So the ids of other processes
-are recognised, and no clock is needed.
+The events of a channel are numbered. An event id consists of a random id of the channel
+and the number. So the ids of other channels and of other processes are recognised, and
+an id does not show how many events other channels have.
 
 Every change goes through ``apply_change()``, as ``tgstream.live.history`` explains. So
 nothing here needs a lock.
@@ -12,103 +12,138 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections import OrderedDict
-from collections.abc import Iterator
+from collections import OrderedDict, deque
+from collections.abc import Sequence
+from functools import partial
 from weakref import WeakValueDictionary
 
-from ...formats.sse import Event, EventTemplate
+from ...core.options import clock
+from ...formats.sse import Message
 from ..history import (
     ChannelHistory,
     Position,
     Subscription,
     apply_change,
-    iter_events,
-    opening_event,
-    reset_event,
 )
+from ..protocols import ChannelSettings
 
 MAX_CHANNELS = 10_000
 """Channels to keep although nobody listens. Their names may come from users."""
 
 
+class _MemoryHistory(ChannelHistory):
+    """The newest events of one channel, and when they were published."""
+
+    def __init__(self, max_events: int) -> None:
+        super().__init__((0, 0), max_events)
+        self.token = secrets.token_hex(4)
+        self.used = self.published = clock()
+        # Of the newest events. The last one is that of the event before next_number.
+        self._times: deque[float] = deque(maxlen=max_events)
+
+    def publish(self, message: Message, now: float) -> None:
+        """Store an event, within a change."""
+        number = self.last_position[0] + 1
+        self._times.append(now)
+        self.published = now
+        self.append_directly((number, 0), message.with_id(self.format_id(number)))
+
+    def is_older(self, number: int, time: float) -> bool:
+        """Whether a stored event was published before ``time``."""
+        behind = self.next_number - number
+        return behind > 0 and self._times[-behind] < time
+
+    @property
+    def newest_id(self) -> str:
+        """The id of the newest event."""
+        return self.format_id(self.last_position[0])
+
+    def format_id(self, number: int) -> str:
+        return f"{self.token}-{number}"
+
+    def parse_id(self, id: str) -> Position | None:
+        """The position of an event id. None if this channel has not sent the id."""
+        match = re.fullmatch(r"([0-9a-f]{8})-(0|[1-9][0-9]{0,18})", id, re.ASCII)
+        if match is None or match[1] != self.token:
+            return None
+        return int(match[2]), 0
+
+
 class MemoryBackend:
     """The channels of this process.
 
-    :param max_events: how many events of a channel to store.
+    :param settings: the other options of the application.
     """
 
-    def __init__(self, max_events: int) -> None:
-        self._max_events = max_events
-        self._process = secrets.token_hex(4)
-        self._last_number = 0
+    def __init__(self, settings: ChannelSettings) -> None:
+        self._settings = settings
         # The channels with a listener, and those used last.
-        self._histories: WeakValueDictionary[str, ChannelHistory] = (
+        self._histories: WeakValueDictionary[str, _MemoryHistory] = (
             WeakValueDictionary()
         )
-        self._used_last: OrderedDict[str, ChannelHistory] = OrderedDict()
+        self._used_last: OrderedDict[str, _MemoryHistory] = OrderedDict()
 
-    def publish(
-        self,
-        channel: str,
-        text: str,
-        event: str | None,
-        encoded_text: bytes | None = None,
-    ) -> None:
-        """Send an event to all listeners of this process."""
-        message = EventTemplate(text, event, encoded_text)
-        apply_change(lambda: self._append(channel, message))
+    def publish(self, messages: Sequence[Message]) -> None:
+        """Send events to all listeners of this process."""
+        for message in messages:
+            apply_change(partial(self._append, message))
 
-    def _append(self, channel: str, message: EventTemplate) -> None:
-        history, number = self._history(channel), self._last_number + 1
-        history.append_directly((number, 0), message.with_id(self._format_id(number)))
-        self._last_number = number
+    publish_committed = publish
 
-    def listen(
-        self, channel: str, after: str | None, heartbeat_seconds: float
-    ) -> Iterator[Event]:
-        """The events of a channel from now on, and before them the missed ones."""
+    def _append(self, message: Message) -> None:
+        now = clock()
+        self._history(message.channel, now).publish(message, now)
+
+    def subscribe(
+        self, channel: str, after: str | None, since: float | None = None
+    ) -> Subscription:
+        """Start a listener of a channel."""
         subscription = Subscription()
-        apply_change(lambda: self._subscribe(subscription, channel, after))
-        return iter_events(subscription, heartbeat_seconds)
+        apply_change(lambda: self._subscribe(subscription, channel, after, since))
+        return subscription
 
     def _subscribe(
-        self, subscription: Subscription, channel: str, after: str | None
+        self,
+        subscription: Subscription,
+        channel: str,
+        after: str | None,
+        since: float | None,
     ) -> None:
-        history = self._history(channel)
-        subscription.history = history
-        newest_id = self._format_id(self._last_number)
+        now = clock()
+        subscription.history = history = self._history(channel, now)
+        subscription.next_number = history.next_number
+        subscription.id = history.newest_id
         if after is None:
-            subscription.next_number = history.next_number
-            subscription.opening_events = [opening_event(newest_id)]
             return
-        position = self._parse_id(after)
-        # The last event of this channel may be older than events of other channels.
-        number = position and history.number_after(min(position, history.last_position))
-        if number is None:
-            subscription.next_number = history.next_number
-            subscription.opening_events = [opening_event(None), reset_event(newest_id)]
+        position = history.parse_id(after)
+        number = None if position is None else history.number_after(position)
+        if number is None or (
+            since is not None and history.is_older(number, now - since)
+        ):
+            subscription.has_gap = True
         else:
-            subscription.next_number = number
-            subscription.opening_events = [opening_event(after)]
+            subscription.next_number, subscription.id = number, after
 
-    def _history(self, channel: str) -> ChannelHistory:
+    def position(self, channel: str) -> str:
+        """The id of the newest event."""
+        return self.subscribe(channel, None).id
+
+    def _history(self, channel: str, now: float) -> _MemoryHistory:
         history = self._histories.get(channel)
         if history is None:
-            history = ChannelHistory((self._last_number, 0), self._max_events)
+            history = _MemoryHistory(self._settings.history)
             self._histories[channel] = history
+        elif now - history.published > self._settings.seconds:
+            history.forget_directly()
+        history.used = now
         self._used_last[channel] = history
         self._used_last.move_to_end(channel)
-        if len(self._used_last) > MAX_CHANNELS:
-            self._used_last.popitem(last=False)
+        self._remove_idle(now)
         return history
 
-    def _format_id(self, number: int) -> str:
-        return f"{self._process}-{number}"
-
-    def _parse_id(self, id: str) -> Position | None:
-        """The position of an event id. None if this process has not sent the id."""
-        match = re.fullmatch(r"([0-9a-f]{8})-(0|[1-9][0-9]{0,18})", id, re.ASCII)
-        if match is None or match[1] != self._process:
-            return None
-        number = int(match[2])
-        return (number, 0) if number <= self._last_number else None
+    def _remove_idle(self, now: float) -> None:
+        """Remove the channels that nobody has used for a time, or that are too many."""
+        while len(self._used_last) > MAX_CHANNELS or (
+            now - next(iter(self._used_last.values())).used > self._settings.seconds
+        ):
+            self._used_last.popitem(last=False)

@@ -16,23 +16,21 @@ import re
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 from weakref import WeakValueDictionary
 
-from ...core.options import clock
 from ...core.report import log
-from ...formats.sse import Event, encoded_event
+from ...formats.sse import Event, Message
 from ..history import (
-    HEARTBEAT,
+    Backlog,
     ChannelHistory,
     Position,
     Subscription,
-    iter_events,
-    opening_event,
     reset_event,
 )
+from ..protocols import ChannelSettings, ConnectionLost
 
 try:
     import redis
@@ -70,12 +68,12 @@ class RedisBackend:
     """The channels of a Redis or Valkey server, in this process.
 
     :param url: the URL of the server, as the package redis reads it.
-    :param max_events: how many events of a channel to store, in the server and here.
+    :param settings: the other options of the application.
     """
 
-    def __init__(self, url: str, max_events: int) -> None:
+    def __init__(self, url: str, settings: ChannelSettings) -> None:
         self._url = url
-        self._max_events = max_events
+        self._max_events = settings.history
         pool = redis.BlockingConnectionPool.from_url(
             url,
             max_connections=MAX_CONNECTIONS,
@@ -92,60 +90,48 @@ class RedisBackend:
         self._connection_lost = False
         self._client_id: int | None = None  # of the reader's connection
 
-    def publish(
-        self,
-        channel: str,
-        text: str,
-        event: str | None,
-        encoded_text: bytes | None = None,
-    ) -> None:
-        """Send an event to all listeners of all processes."""
-        data = text if encoded_text is None else encoded_text
-        self._streams.add(channel, data, event, self._max_events)
+    def publish(self, messages: Sequence[Message]) -> None:
+        """Send events to all listeners of all processes."""
+        for message in messages:
+            self._streams.add(message, self._max_events)
+
+    def publish_committed(self, messages: Sequence[Message]) -> None:
+        """Send the events of a transaction that has committed."""
+        for message in messages:
+            try:
+                self._streams.add(message, self._max_events)
+            except CONNECTION_ERRORS:
+                log.exception(
+                    "an event of Channel(%r) is lost: it could not be sent after the "
+                    "commit",
+                    message.channel,
+                )
+
+    def position(self, channel: str) -> str:
+        """The id of the newest event of a channel."""
+        try:
+            return format_id(self._streams.newest(channel))
+        except CONNECTION_ERRORS as error:
+            self._log_lost_connection(error)
+            raise ConnectionLost from error
 
     # Listeners.
 
-    def listen(
-        self, channel: str, after: str | None, heartbeat_seconds: float
-    ) -> Iterator[Event]:
-        """The events of a channel from now on, and before them the missed ones.
-
-        While the server cannot be reached, the listener receives heartbeats.
-        """
-        try:
-            subscription = self._subscribe(channel, after, heartbeat_seconds)
-        except CONNECTION_ERRORS:
-            return self._listen_when_connected(channel, after, heartbeat_seconds)
-        return iter_events(subscription, heartbeat_seconds)
-
-    def _listen_when_connected(
-        self, channel: str, after: str | None, heartbeat_seconds: float
-    ) -> Iterator[Event]:
-        """The events of a listener that began while the server could not be reached."""
-        yield opening_event(None)
-        next_heartbeat = clock() + heartbeat_seconds
-        while True:
-            try:
-                # Without an id it may have missed events until now. An invalid id makes
-                # the channel send a reset.
-                subscription = self._subscribe(channel, after or "", heartbeat_seconds)
-                break
-            except CONNECTION_ERRORS as error:
-                self._log_lost_connection(error)
-                if clock() > next_heartbeat:
-                    yield HEARTBEAT
-                    next_heartbeat = clock() + heartbeat_seconds
-                time.sleep(min(MAX_RECONNECT_SECONDS, heartbeat_seconds))
-        yield from iter_events(subscription, heartbeat_seconds)
-
-    def _subscribe(
-        self, channel: str, after: str | None, heartbeat_seconds: float
+    def subscribe(
+        self, channel: str, after: str | None, since: float | None = None
     ) -> Subscription:
+        """Start a listener of a channel."""
+        try:
+            return self._subscribe(channel, after)
+        except CONNECTION_ERRORS as error:
+            self._log_lost_connection(error)
+            raise ConnectionLost from error
+
+    def _subscribe(self, channel: str, after: str | None) -> Subscription:
         history = self._history(channel)
         next_number, newest = history.snapshot()
         if after is None:
-            opening = opening_event(format_id(newest))
-            return Subscription(history, next_number, [opening])
+            return Subscription(history, next_number, format_id(newest))
         position = parse_id(after)
         if position is None:
             return self._subscribe_after_gap(history)
@@ -155,21 +141,17 @@ class RedisBackend:
                 return self._subscribe_after_gap(history)
             number = history.number_after(position, exact=True)
             if number is None:  # the backlog is longer than a history
-                return Subscription(
-                    opening_events=self._iter_backlog(
-                        history, channel, position, heartbeat_seconds
-                    )
-                )
+                backlog = self._iter_backlog(history, channel, position)
+                return Subscription(history, id=after, backlog=backlog)
         if number is None and position > newest:
             number = self._catch_up(history, channel, position)
         if number is None:
             return self._subscribe_after_gap(history)
-        return Subscription(history, number, [opening_event(after)])
+        return Subscription(history, number, after)
 
     def _subscribe_after_gap(self, history: ChannelHistory) -> Subscription:
         next_number, newest = history.snapshot()
-        opening_events = opening_event(None), reset_event(format_id(newest))
-        return Subscription(history, next_number, opening_events)
+        return Subscription(history, next_number, format_id(newest), has_gap=True)
 
     def _load_backlog(
         self, history: ChannelHistory, channel: str, position: Position
@@ -199,30 +181,25 @@ class RedisBackend:
                 self._backlog_lock.release()
 
     def _iter_backlog(
-        self,
-        history: ChannelHistory,
-        channel: str,
-        position: Position,
-        heartbeat_seconds: float,
-    ) -> Iterator[Event]:
-        """Read a backlog that is longer than a history page by page, then the history.
+        self, history: ChannelHistory, channel: str, position: Position
+    ) -> Backlog:
+        """Read a backlog that is longer than a history page by page.
 
-        If an event is missing, the iterator ends. The browser then reconnects, and
+        If an event is missing, the listener ends. The browser then reconnects, and
         receives a reset.
         """
-        yield opening_event(format_id(position))
         while (number := history.number_after(position, exact=True)) is None:
             try:
                 page = deque(self._streams.page(channel, position))
                 if not page or not self._streams.has_all_after(channel, position):
-                    return
+                    return None
             except CONNECTION_ERRORS:
-                return
+                return None
             while page:
                 position, event = page.popleft()
                 yield event
                 del event
-        yield from iter_events(Subscription(history, number), heartbeat_seconds)
+        return number
 
     def _catch_up(
         self, history: ChannelHistory, channel: str, position: Position
@@ -360,13 +337,15 @@ class RedisStreams:
     def __init__(self, client: Any) -> None:
         self.client = client
 
-    def add(
-        self, channel: str, data: str | bytes, event: str | None, max_events: int
-    ) -> None:
+    def add(self, message: Message, max_events: int) -> None:
         """Append an event, and let the server remove the oldest ones."""
-        fields = {"data": data} if event is None else {"data": data, "event": event}
+        fields = {"data": message.text}
+        if message.event is not None:
+            fields["event"] = message.event
         # The server keeps one more: its position proves that the oldest is the next.
-        self.client.xadd(_key(channel), fields, maxlen=max_events + 1, approximate=True)
+        self.client.xadd(
+            _key(message.channel), fields, maxlen=max_events + 1, approximate=True
+        )
 
     def newest(self, channel: str) -> Position:
         """The position of the newest event, even if the event was removed."""
@@ -449,7 +428,8 @@ def _entry(id: str, fields: Mapping[bytes, bytes]) -> Entry:
     assert position is not None
     try:
         event = None if type is None else _decode(type)
-        return position, encoded_event(_decode(fields[b"data"]), event, id)
+        message = Message("", _decode(fields[b"data"]), event)
+        return position, message.with_id(id)
     except (KeyError, ValueError):
         return position, reset_event(id)
 

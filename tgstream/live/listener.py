@@ -1,0 +1,131 @@
+"""A listener: the events of a channel, as one stream receives them.
+
+While the server of the back end cannot be reached, a listener receives heartbeats.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+
+from ..core.context import thread
+from ..core.options import clock
+from ..formats.sse import Event
+from .history import HEARTBEAT, Subscription, reset_event
+from .protocols import Backend, ConnectionLost
+
+MAX_PAUSE = 1.0
+"""Maximum seconds between two attempts to start a listener."""
+
+
+def listen(
+    backend: Backend,
+    channel: str,
+    after: str | None,
+    heartbeat_seconds: float,
+    since: float | None = None,
+) -> Iterator[Event]:
+    """The events of a channel from this call on.
+
+    :param after: the id of the last event that the client received. The events after it
+        come first, or ``event: reset`` if some of them are missing.
+    :param heartbeat_seconds: yield ``HEARTBEAT`` after this time without an event.
+    :param since: seconds. Older events are not sent, and count as missing.
+    """
+    try:
+        subscription = backend.subscribe(channel, after, since)
+    except ConnectionLost:
+        return _listen_when_connected(backend, channel, after, heartbeat_seconds, since)
+    return iter_events(subscription, heartbeat_seconds, channel)
+
+
+def iter_events(
+    subscription: Subscription, heartbeat_seconds: float, channel: str = ""
+) -> Iterator[Event]:
+    """Yield the events of a listener, until it is too far behind.
+
+    :param heartbeat_seconds: yield ``HEARTBEAT`` after this time without an event.
+    :param channel: the name of the channel, for a reset.
+    """
+    if subscription.history is None:
+        return
+    yield opening_event(None if subscription.has_gap else subscription.id)
+    yield from iter_started(subscription, heartbeat_seconds, channel)
+
+
+def iter_started(
+    subscription: Subscription, heartbeat_seconds: float, channel: str = ""
+) -> Iterator[Event]:
+    """Yield the events of a listener after its opening comment."""
+    if subscription.has_gap:
+        yield reset_event(subscription.id, channel)
+    history = subscription.history
+    number: int | None = subscription.next_number
+    if subscription.backlog is not None:
+        number = yield from subscription.backlog
+    if history is not None and number is not None:
+        while (event := history.wait_for_event(number, heartbeat_seconds)) is not None:
+            number += event is not HEARTBEAT
+            yield event
+            del event
+    yield from end_lagging()
+
+
+def end_lagging() -> Iterator[Event]:
+    """End the stream of a listener that is too far behind.
+
+    It must not count as complete: the format must not send the end of a complete one.
+    """
+    if (body := thread.record.body) is not None:
+        body.ask_to_end("lagged")
+        yield HEARTBEAT
+
+
+def _listen_when_connected(
+    backend: Backend,
+    channel: str,
+    after: str | None,
+    heartbeat_seconds: float,
+    since: float | None,
+) -> Iterator[Event]:
+    """The events of a listener that began while the server could not be reached."""
+    subscriptions: list[Subscription] = []
+
+    def connect() -> bool:
+        try:
+            # Without an id it may have missed events until now. An invalid id makes the
+            # channel send a reset.
+            subscriptions.append(backend.subscribe(channel, after or "", since))
+        except ConnectionLost:
+            return False
+        return True
+
+    yield opening_event(None)
+    yield from wait_until_connected(connect, heartbeat_seconds)
+    subscription = subscriptions.pop()
+    if not subscription.has_gap:
+        yield opening_event(subscription.id)
+    yield from iter_started(subscription, heartbeat_seconds, channel)
+
+
+def wait_until_connected(
+    connect: Callable[[], bool], heartbeat_seconds: float
+) -> Iterator[Event]:
+    """Yield ``HEARTBEAT`` while the server cannot be reached.
+
+    :param connect: makes an attempt. False if it failed.
+    """
+    next_heartbeat = clock() + heartbeat_seconds
+    while not connect():
+        if clock() > next_heartbeat:
+            yield HEARTBEAT
+            next_heartbeat = clock() + heartbeat_seconds
+        time.sleep(min(MAX_PAUSE, heartbeat_seconds))
+
+
+def opening_event(id: str | None) -> Event:
+    """The first event of a listener: a comment that shows the browser it is connected.
+
+    :param id: the place where the listener starts, so that a reconnect misses nothing.
+    """
+    return Event(comment="open", id=id)
