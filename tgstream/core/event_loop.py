@@ -77,7 +77,6 @@ class Run:
         self.body = body
         self.controller = "Stream" if body is None else body.plan.controller
         self._loop = get_loop()
-        self._check_thread()
         self._requested = asyncio.Event()
         self._answers: SimpleQueue[tuple[Any, bool]] = SimpleQueue()
         self._ended = threading.Event()
@@ -93,10 +92,15 @@ class Run:
         """Wait for the next item.
 
         :raises StopIteration: when there are no more items.
+        :raises StreamError: on the thread of the loop, which would wait for itself.
         :raises StreamEnding: when they were cancelled, because the stream is to end.
         :raises BaseException: the error of the iterable.
         """
-        self._check_thread()
+        if threading.get_ident() in event_loops:
+            raise StreamError(
+                f"{self.controller} is an async stream, and was read on the event loop "
+                "that has to run it. Read it in asyncio.to_thread()"
+            )
         self._loop.call_soon_threadsafe(self._requested.set)
         item, is_item = self._answers.get()
         if is_item:
@@ -108,7 +112,7 @@ class Run:
         raise StopIteration
 
     def close(self) -> None:
-        """End the task, and wait for its end.
+        """End the task, and wait for its end on any other thread than the loop's.
 
         :raises BaseException: its error, or the first that has interrupted the wait.
         """
@@ -132,13 +136,6 @@ class Run:
                 raise error
             finally:
                 del error  # its traceback has this frame
-
-    def _check_thread(self) -> None:
-        if threading.get_ident() in event_loops:
-            raise StreamError(
-                f"{self.controller} is an async stream, and was read on the event loop "
-                "that has to run it. Read it in asyncio.to_thread()"
-            )
 
     def _interrupt(self) -> None:
         self._loop.call_soon_threadsafe(self._cancel)
