@@ -15,6 +15,7 @@ import inspect
 import io
 import json
 import re
+import socket
 import sys
 import threading
 from collections import defaultdict
@@ -30,6 +31,7 @@ from zlib import crc32
 import attrs
 import pydantic
 import pytest
+import redis
 import sqlalchemy as sa
 import tg
 import transaction
@@ -66,7 +68,7 @@ from webob import Response
 from webob.request import LimitedLengthFile
 from zipstream import ZipStream
 from zipstream.ng import ZipStreamInfo
-from zope.sqlalchemy import mark_changed, register
+from zope.sqlalchemy import datamanager, mark_changed, register
 from zope.sqlalchemy.datamanager import SessionDataManager
 
 import tgstream
@@ -777,6 +779,21 @@ def parked_session_joins_nothing_else() -> bool:
     return is_joined and not is_joined_elsewhere
 
 
+def joined_session_has_a_state() -> bool:
+    engine = sa.create_engine("sqlite://")
+    DBSession = scoped_session(sessionmaker(bind=engine))
+    register(DBSession)
+    session = DBSession()
+    states = [session in datamanager._SESSION_STATE]
+    session.execute(sa.text("SELECT 1"))
+    states.append(session in datamanager._SESSION_STATE)
+    transaction.abort()
+    states.append(session in datamanager._SESSION_STATE)
+    DBSession.remove()
+    engine.dispose()
+    return states == [False, True, False]
+
+
 TRANSACTIONS = [
     Part(
         "_resources",
@@ -846,7 +863,7 @@ TRANSACTIONS = [
         Part(
             status,
             "transaction",
-            "database/on_commit",
+            "database/transaction_messages",
             "know whether an event can still join the transaction",
             "an event that is published in a hook is lost, or sent too early",
             transaction_has_the_status(status),
@@ -860,6 +877,14 @@ TRANSACTIONS = [
         "keep zope.sqlalchemy from joining a stream's session to a transaction",
         "zope.sqlalchemy closes the session at each commit",
         parked_session_joins_nothing_else,
+    ),
+    Part(
+        "_SESSION_STATE",
+        "zope.sqlalchemy",
+        "database/transaction",
+        "commit a joined session that has written nothing but an event",
+        "an event of database:// is not stored in a transaction that only reads",
+        joined_session_has_a_state,
     ),
     Part(
         "SessionDataManager",
@@ -1205,7 +1230,46 @@ ZIPSTREAM = [
     ),
 ]
 
-PARTS = [*TURBOGEARS, *AROUND, *TRANSACTIONS, *SQLALCHEMY, *PSYCOPG, *ZIPSTREAM]
+
+# redis.
+
+
+def connection_has_the_timeout_of_its_socket() -> bool:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        host, port = server.getsockname()
+        create: Any = redis.Connection
+        connection = create(host, port, redis_connect_func=lambda _: None)
+        try:
+            connection.connect()
+            connection._sock.settimeout(0.01)  # the default is longer, or endless
+            connection.send_packed_command([bytes(20_000_000)], check_health=False)
+        except redis.TimeoutError:
+            return True
+        finally:
+            connection.disconnect()
+    return False
+
+
+REDIS = [
+    Part(
+        "_sock",
+        "redis",
+        "live/backends/redis_sender",
+        "limit the time of all answers together, and not of each read",
+        "a request waits longer than tgstream.publish_timeout for a slow server",
+        connection_has_the_timeout_of_its_socket,
+    )
+]
+
+PARTS = [
+    *TURBOGEARS,
+    *AROUND,
+    *TRANSACTIONS,
+    *SQLALCHEMY,
+    *PSYCOPG,
+    *ZIPSTREAM,
+    *REDIS,
+]
 ALSO_IN = {
     "_current_obj": {"core/source"},
     "paste.registry": {"doctor/client", "turbogears/guard"},
@@ -1213,7 +1277,7 @@ ALSO_IN = {
     "tg.slowreqs": {"doctor/settings_checks"},
     "debugbar.engine": {"doctor/settings_checks"},
     "webob.dec": {"doctor/middleware_trace"},
-    "manager.manager": {"database/on_commit", "testing/leaks"},
+    "manager.manager": {"database/session_transactions", "testing/leaks"},
     "createfunc": {"database/sessions"},
 }
 """Other modules that touch a part. Nothing may be added."""

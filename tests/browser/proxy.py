@@ -30,7 +30,7 @@ class Proxy:
         self._peers: dict[socket.socket, socket.socket] = {}
         self._from_server: set[socket.socket] = set()
         self._tears = False
-        self._refuses = False
+        self._refuses = self._blocks = False
         self._ended = False
         self._refused = 0
         self._done = threading.Event()
@@ -58,6 +58,14 @@ class Proxy:
         """Reset all connections, and also the next two."""
         self._send("refuse")
 
+    def block(self) -> None:
+        """Reset all connections, and all others until :meth:`unblock`."""
+        self._send("block")
+
+    def unblock(self) -> None:
+        """Forward the next connections again."""
+        self._send("unblock")
+
     def _send(self, command: str) -> None:
         self._done.clear()
         self._sender.sendall(command.encode())
@@ -80,15 +88,17 @@ class Proxy:
         if command == "tear":
             self._tears = True
             return
-        self._refuses, self._ended = command == "refuse", command == "end"
+        self._blocks = command == "block"
+        self._refuses = self._blocks or command == "refuse"
+        self._ended = command == "end"
         self._close_all()
-        if not self._refuses:
+        if command != "refuse":
             self._done.set()
 
     def _accept(self, client: socket.socket, _: Any) -> None:
         if self._refuses:
             self._reset(client)
-            self._refused += 1
+            self._refused += not self._blocks
             if self._refused == 2:
                 self._refuses, self._refused = False, 0
                 self._done.set()

@@ -119,7 +119,7 @@ def test_heartbeat_stream_without_its_client_ends_at_the_next_yield(
     assert_clean(model)
 
 
-def test_heartbeat_stream_of_one_item_needs_no_thread(
+def test_heartbeat_stream_of_one_item_is_sent_as_it_is(
     make_app: MakeApp, sqlite_model: Model
 ) -> None:
     """A body that is complete with its first chunk is sent as it is."""

@@ -31,6 +31,7 @@ from tgstream import (
     StreamError,
     current_stream,
     drain,
+    listen,
 )
 
 EVENTS = SSE(done="done", failed="failed")
@@ -349,14 +350,15 @@ def test_stream_that_ends_early_has_neither_event(
 
 
 @pytest.mark.parametrize("filters", [True, False])
+@pytest.mark.parametrize("others", [(), ("other",)], ids=["alone", "merged"])
 def test_listener_that_is_too_far_behind_is_not_done(
-    make_app: MakeApp, reports: list[Report], filters: bool
+    make_app: MakeApp, reports: list[Report], filters: bool, others: tuple[str, ...]
 ) -> None:
     """The browser must reconnect, also if a generator has chosen the events."""
-    channel = Channel(f"lagging {filters}")
+    channel = Channel(f"lagging {filters} {others}")
 
     def items() -> Iterator[Event]:
-        events = channel.listen()
+        events = listen(channel, *others)
         return (e for e in events if e.id) if filters else events
 
     app = make_app(Root(items, format=EVENTS), tgstream__channel_history="2")

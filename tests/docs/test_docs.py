@@ -422,6 +422,15 @@ def check_feeds(app: Any) -> None:
         assert (watched[0].event, watched[0].data) == ("count", "5")
         assert watched[1].comment == "open"
         assert watched[2] == ada
+    place = json.loads(get(app, "/overview").text)["place"]
+    for path in "/recent", "/feed":
+        with open_stream(app, f"{path}?lastEventId={place}") as response:
+            assert next(response.events()) == Event(comment="open", id=place)
+    with open_stream(app, "/long_names") as response:
+        events = response.events()
+        assert next(events).comment == "open"
+        get(app, "/load?names=eve+maximilian1")
+        assert next(events).data == '{"name":"maximilian1"}'
     with open_stream(app, f"/lines?lastEventId={opened.id}") as response:
         lines = list(islice(response.json(), 2))
         assert [line["comment"] for line in lines] == ["open", None]
@@ -461,6 +470,12 @@ def check_who_may_listen(app: Any) -> None:
     assert get(app, "/everything", **ada).status_int == 403
     with open_stream(app, "/everything", **boss) as response:
         assert next(response.events()).comment == "open"
+    with open_stream(app, "/everywhere", **ada) as response:
+        events = response.events()
+        assert next(events).comment == "open"
+        tgstream.Channel("chat").publish("hello", event="said")
+        get(app, "/tell?name=ada&text=for+ada", **boss)
+        assert [event.data for event in islice(events, 2)] == ["hello", "for ada"]
     with open_stream(app, "/mine", **ada) as response:
         events = response.events()
         assert next(events).comment == "open"

@@ -17,6 +17,7 @@ from types import ModuleType
 from typing import Any
 from urllib.parse import urlencode
 
+import httpx
 import pytest
 import sqlalchemy as sa
 import tg
@@ -32,6 +33,7 @@ from tests.valkey import Valkey
 from tests.wsgi import Call, get
 from tgstream import Channel
 from tgstream.testing import OpenStream, open_stream
+from tgstream.testing.decoders import parse_events
 
 ABORTED = (http.client.IncompleteRead, ConnectionResetError)
 
@@ -486,3 +488,66 @@ def test_redis_user_needs_only_the_keys_of_channels(
         again = Channel("safe").listen(after=str(first.id))
         assert [event.data for event in islice(again, 2)] == [None, "one"]
         events.close()  # type: ignore[attr-defined]
+
+
+# The page on htmx, Turbo and Datastar. tests/browser runs it with these libraries.
+
+ROW = '<li id="user-{}">{}</li>'
+ADDED: dict[str, list[tuple[str | None, str]]] = {
+    "htmx": [(None, ROW)],
+    "turbo": [
+        (
+            None,
+            '<turbo-stream action="prepend" target="users"><template>'
+            f"{ROW}</template></turbo-stream>",
+        )
+    ],
+    "datastar": [
+        ("datastar-remove-fragments", "selector #user-{}"),
+        (
+            "datastar-merge-fragments",
+            f"mergeMode prepend\nselector #users\nfragments {ROW}",
+        ),
+    ],
+}
+"""The events of each library for a user: their types and data."""
+
+RESET = {
+    "htmx": ("reset", None),
+    "turbo": (None, '<turbo-stream action="refresh"></turbo-stream>'),
+    "datastar": ("datastar-execute-script", "script location.reload()"),
+}
+"""The event of each library if events are missing. The data of ``reset`` may be any."""
+
+
+def test_htmx_page_publishes_fragments(tmp_path: Path) -> None:
+    """The feed begins where the page was rendered, and reports missing events."""
+    live = LiveServer(
+        "waitress",
+        "htmx_app",
+        f"url=sqlite:///{tmp_path}/test.db",
+        f"folder={tmp_path}/a",
+    )
+    try:
+        for number, library in enumerate(ADDED, 1):
+            address = f"http://127.0.0.1:{live.port}/{library}"
+            page = httpx.get(f"{address}/").text
+            name = f"<{library}>"
+            assert httpx.post(f"{address}/register", data={"name": name}).is_success
+            shown = ROW.format(number, f"&lt;{library}&gt;")
+            assert shown in httpx.get(f"{address}/").text
+            query = re.search(r"(?<=/feed\?)lastEventId=[^\"']+", page)
+            assert query and shown not in page
+            with httpx.stream("GET", f"{address}/feed?{query[0]}") as response:
+                events = parse_events(response.iter_text())
+                assert next(events).comment == "open"
+                for type, data in ADDED[library]:
+                    event = next(events)
+                    expected = data.format(number, f"&lt;{library}&gt;")
+                    assert (event.event, event.data) == (type, expected)
+            with httpx.stream("GET", f"{address}/feed?lastEventId=x") as response:
+                event = next(e for e in parse_events(response.iter_text()) if e.data)
+                reset, script = RESET[library]
+                assert (event.event, script or event.data) == (reset, event.data)
+    finally:
+        live.kill()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -27,7 +28,8 @@ from tests.live.listeners import (
 )
 from tests.wsgi import get
 from tgstream import SSE, Channel, Event
-from tgstream.live.backends.memory import MAX_CHANNELS
+from tgstream.live.backends.memory import MAX_CHANNELS, MemoryBackend
+from tgstream.live.protocols import ChannelSettings
 from tgstream.testing import open_stream
 
 # Names.
@@ -283,6 +285,60 @@ def test_number_of_channels_without_listeners_is_bounded(
     assert receive(events, 1) == ["kept"]
     assert receive(channel.listen(after=id), 2)[1] == "kept"
     assert_reset(dropped, old_id)
+
+
+def test_event_id_does_not_count_the_events_of_other_channels(
+    channel: Channel,
+) -> None:
+    """An id shows only its own channel's number of events."""
+    events, other = channel.listen(), Channel(f"{channel.name}?")
+    ids = [id_of(next(events))]
+    for _ in range(2):
+        other.publish("elsewhere")
+        channel.publish("here")
+        ids.append(id_of(next(events)))
+    random_parts, numbers = zip(*(id.split("-") for id in ids), strict=True)
+    assert (len(set(random_parts)), numbers) == (1, ("0", "1", "2"))
+    assert not other.position().startswith(random_parts[0])
+
+
+def test_idle_channel_is_removed(
+    make_app: MakeApp, channel: Channel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It counts from the last event. A listener receives the next event, too."""
+    now = 1000.0
+    monkeypatch.setattr("tgstream.live.backends.memory.clock", lambda: now)
+    make_app(TGController(), tgstream__channel_seconds="60")
+    listener, idle = open_listener(channel), Channel(f"{channel.name}, idle")
+    old, old_idle = channel.position(), idle.position()
+    channel.publish("old")
+    idle.publish("old")
+    event = next(listener)
+    now += 60
+    assert receive(channel.listen(after=old), 2) == ["open", "old"]
+    now += 1
+    assert types_of_first_two(channel.listen(after=old)) == [None, "reset"]
+    resumed = channel.listen(after=id_of(event))
+    channel.publish("new")
+    assert receive(resumed, 2) == ["open", "new"]
+    assert receive(listener, 1) == ["new"]
+    assert_reset(idle, old_idle)
+
+
+def test_idle_channels_do_not_fill_the_memory(
+    make_app: MakeApp, channel: Channel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are removed when another channel is used."""
+    now = 1000.0
+    monkeypatch.setattr("tgstream.live.backends.memory.clock", lambda: now)
+    backend = MemoryBackend(ChannelSettings(seconds=60.0))
+    for number in range(10):
+        backend.position(str(number))
+    gc.collect()
+    assert len(backend._histories) == 10
+    now += 61
+    backend.position("another")
+    assert list(backend._histories) == ["another"]
 
 
 def test_browser_resumes_its_stream(make_app: MakeApp, channel: Channel) -> None:

@@ -227,20 +227,26 @@ INTERRUPTED = """
 import faulthandler, sys
 faulthandler.dump_traceback_later(50, exit=True)
 from itertools import islice
-from tgstream import Channel
-from tgstream.live import history, listener
+from tgstream import Channel, listen, position
+from tgstream.live import history, listener, merged, places
 from tgstream.live.backends import memory
 
-FILES = history.__file__, memory.__file__, listener.__file__
+MODULES = history, memory, listener, merged, places
+FILES = {module.__file__ for module in MODULES}
 ACTIONS = {
     "publish": lambda: channel.publish("before"),
     "listen": lambda: next(channel.listen()),
     "resume": lambda: list(islice(channel.listen(after=id), 2)),
+    "merge": lambda: list(islice(listen("one", "two", after=place), 2)),
+    "store a place": lambda: list(islice(listen(*many, after=stored), 2)),
     "wake": history.wake_all_listeners,
     "time out": lambda: history.ChannelHistory((0, 0), 9).wait_for_event(0, 0.0),
 }
+STEPS = {"merge": 11, "store a place": 101}  # they have many byte codes
 channel = Channel("one")
 id = next(channel.listen()).id
+many = ["one", *map(str, range(20))]
+place, stored = position("one", "two"), position(*many)
 channel.publish("first")
 
 
@@ -273,7 +279,7 @@ for name, act in ACTIONS.items():
         sys.settrace(None)
         if not inside:
             break
-        at += 1
+        at += STEPS.get(name, 1)
         channel.publish("after")
         assert receive(outside).count("inside") == 1, (name, at)
         assert "inside" not in receive(inside[0]), (name, at)

@@ -8,12 +8,12 @@ import sys
 import threading
 import tracemalloc
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pytest
-import redis
 from tg import TGController
 
 from tests.conftest import MakeApp
@@ -31,7 +31,8 @@ from tgstream import Channel, Event
 from tgstream.doctor.settings_checks import check_settings
 from tgstream.formats.sse import Message
 from tgstream.live.backends.redis import RedisBackend
-from tgstream.live.history import ChannelHistory
+from tgstream.live.backends.redis_reader import RedisReader
+from tgstream.live.history import reset_event
 from tgstream.live.listener import listen
 from tgstream.live.protocols import ChannelSettings
 from tgstream.testing import open_stream
@@ -77,7 +78,7 @@ def make_backend(server: DurableValkey) -> Iterator[MakeBackend]:
 
     yield make
     for backend in backends:
-        backend._streams.client.connection_pool.disconnect()
+        backend._streams.close()
 
 
 def publish(backend: RedisBackend, name: str, text: str) -> None:
@@ -95,6 +96,26 @@ def open_listener(backend: RedisBackend, name: str) -> Iterator[Event]:
 def reconnect(backend: RedisBackend, name: str, after: str) -> Iterator[Event]:
     """A listener that has received an event with this id before."""
     return listen(backend, name, after, 60.0)
+
+
+@contextmanager
+def blocked(reader: RedisReader) -> Iterator[None]:
+    """Block the thread of a reader at its next message."""
+    reached, done = threading.Event(), threading.Event()
+
+    def receive(response: Any) -> None:
+        reached.set()
+        assert done.wait(30)
+        RedisReader._receive(reader, response)
+
+    reader._receive = receive  # type: ignore[method-assign]
+    reader._wake()
+    assert reached.wait(30)
+    try:
+        yield
+    finally:
+        done.set()
+        del reader._receive
 
 
 # Events and reconnects.
@@ -148,13 +169,15 @@ def test_client_can_reconnect_to_a_process_that_is_behind(
 ) -> None:
     """An id from a faster process does not cause a reset."""
     slow, quick = make_backend(), make_backend()
-    slow._reader_runs = True  # so that it starts no thread
     behind, ahead = open_listener(slow, name), open_listener(quick, name)
-    for text in "012":
-        publish(quick, name, text)
-    ids = [id_of(event) for event in islice(ahead, 3)]
-    assert receive(reconnect(slow, name, ids[1]), 2) == ["open", "2"]
-    assert receive(behind, 3) == ["0", "1", "2"]
+    with blocked(slow._reader):
+        for text in "012":
+            publish(quick, name, text)
+        ids = [id_of(event) for event in islice(ahead, 3)]
+        assert receive(reconnect(slow, name, ids[1]), 2) == ["open", "2"]
+        assert receive(behind, 3) == ["0", "1", "2"]
+    publish(quick, name, "3")
+    assert receive(behind, 1) == ["3"]
 
 
 @pytest.mark.parametrize(
@@ -282,7 +305,7 @@ def test_invalid_entry_of_a_stream_causes_a_reset(
     events = open_listener(backend, name)
     id = server.execute("XADD", f"tgstream:{name}", "*", *fields).decode()
     publish(backend, name, "next")
-    assert next(events) == Event("", event="reset", id=id)
+    assert next(events) == reset_event(id, name)
     assert receive(events, 1) == ["next"]
 
 
@@ -304,11 +327,10 @@ def test_deleted_stream_causes_a_reset(
 # The connection and the thread of a process.
 
 
-def connections(server: DurableValkey) -> int:
-    """The number of connections, without the one that counts them."""
-    listed = server.execute("CLIENT", "LIST")
-    clients = listed if isinstance(listed, list) else listed.decode().splitlines()
-    return len(clients) - 1
+def subscribed_connections(server: DurableValkey) -> int:
+    """The number of connections that receive messages."""
+    listed = server.execute("CLIENT", "LIST", "TYPE", "PUBSUB")
+    return len(listed if isinstance(listed, list) else listed.decode().splitlines())
 
 
 def test_process_reads_over_one_connection_for_all_listeners(
@@ -323,7 +345,7 @@ def test_process_reads_over_one_connection_for_all_listeners(
         publish(backend, f"channel {number}", str(number))
     for number, events in enumerate(listeners):
         assert receive(events, 1) == [str(number % 10)]
-    assert connections(failing_server) == 2  # one reads, one publishes
+    assert subscribed_connections(failing_server) == 1
 
 
 def threads() -> list[threading.Thread]:
@@ -415,7 +437,8 @@ def test_redis_url_without_the_package_redis_is_rejected(
     """The error contains the pip command. memory:// does not need the package."""
     make_app(TGController(), tgstream__channels=f"{server.url}?db=1")
     monkeypatch.setitem(sys.modules, "redis", None)
-    monkeypatch.delitem(sys.modules, "tgstream.live.backends.redis")
+    for module in [m for m in sys.modules if "tgstream.live.backends.redis" in m]:
+        monkeypatch.delitem(sys.modules, module)
     with pytest.raises(ImportError, match=r"pip install 'tgstream\[redis\]'"):
         Channel(name).publish("x")
     make_app(TGController(), tgstream__channels="memory://")
@@ -473,10 +496,11 @@ def test_server_that_restarts_without_its_data_causes_a_reset(
     server.terminate()
     server.start()
     reset = next(events)
-    assert reset == Event("", event="reset", id="0-0")
+    assert reset == reset_event(id_of(reset), name)
     publish(backend, name, "after")
     publish(backend, f"{name}?", "the first")
     assert receive(events, 1) == ["after"]
+    assert next(other).event == "reset"
     assert receive(other, 1) == ["the first"]
     assert receive(reconnect(backend, name, id_of(reset)), 2) == ["open", "after"]
     reconnected = reconnect(backend, name, id_of(before))
@@ -484,24 +508,39 @@ def test_server_that_restarts_without_its_data_causes_a_reset(
     server.terminate()
 
 
-def test_lost_first_events_of_a_channel_cause_no_reset(
+def test_lost_first_events_of_a_channel_cause_a_reset(
     tmp_path: Path, make_backend: MakeBackend, name: str
 ) -> None:
-    """No process has received an event whose absence would prove the loss.
-
-    This is the only gap that causes no reset.
-    """
+    """No process has received them. The position of the listener proves the loss."""
     with DurableValkey(tmp_path, appendonly="no") as server:
         backend, other = make_backend(server.url), make_backend(server.url)
-        backend._reader_runs = True  # so that it does not read yet
         events = open_listener(backend, name)
-        publish(other, name, "lost")
-        server.terminate()
-        server.start()
-        backend._reader_runs = False
-        backend._ensure_reader()
+        with blocked(backend._reader):
+            publish(other, name, "lost")
+            server.terminate()
+            server.start()
+            publish(other, name, "after")
+        received = next(events), next(events)
+        assert [event.event for event in received] == [None, "reset"]
+
+
+def test_first_events_that_were_lost_without_a_message_cause_a_reset(
+    tmp_path: Path, make_backend: MakeBackend, name: str
+) -> None:
+    """The connection of the process was cut before these events."""
+    with DurableValkey(tmp_path, appendonly="no") as server:
+        backend, other = make_backend(server.url), make_backend(server.url)
+        events = open_listener(backend, name)
+        id = id_of(next(listen(other, name, None, 60.0)))
+        with blocked(backend._reader):
+            server.execute("CLIENT", "KILL", "TYPE", "pubsub")
+            publish(other, name, "lost")
+            server.terminate()
+            server.start()
+        assert next(events).event == "reset"
         publish(other, name, "after")
         assert receive(events, 1) == ["after"]
+        assert types_of_first_two(reconnect(other, name, id)) == [None, "reset"]
 
 
 @pytest.mark.parametrize("resumes", [True, False])
@@ -516,7 +555,7 @@ def test_listener_that_starts_while_redis_is_down_waits(
     caplog.set_level("INFO", "tgstream")
     backend = make_backend(failing_server.url)
     publish(backend, name, "before")
-    known_id = id_of(next(listen(backend, name, None, 60.0)))
+    known_id = backend.position(name)
     failing_server.terminate()
     events = listen(
         make_backend(failing_server.url), name, known_id if resumes else None, 0.01
@@ -538,43 +577,3 @@ def test_listener_that_starts_while_redis_is_down_waits(
     assert lost[1].startswith("Lost the connection to Redis (tgstream.channels): ")
     assert lost[1].endswith("d. Listeners wait until it reconnects")
     assert rest == [("INFO", "Reconnected to Redis (tgstream.channels)")]
-
-
-def test_publish_fails_while_redis_is_down(
-    make_app: MakeApp,
-    failing_server: DurableValkey,
-    caplog: pytest.LogCaptureFixture,
-    name: str,
-) -> None:
-    """publish(now=True) raises. After a commit the failure is logged."""
-    root = LiveController(Channel(name))
-    app = make_app(root, tgstream__channels=failing_server.url, tm__enabled=True)
-    failing_server.terminate()
-    assert get(app, "/post?text=lost").text == "posted"
-    assert logged(caplog) == [
-        f"an event of Channel('{name}') is lost: it could not be sent after the commit"
-    ]
-    with pytest.raises(redis.ConnectionError):
-        Channel(name).publish("lost", now=True)
-
-
-def test_listeners_can_disconnect_while_the_active_ones_are_counted() -> None:
-    """The thread continues without them, and ends with the last listener."""
-
-    class Name(str):
-        def __hash__(self) -> int:
-            if len(histories) == 2:
-                histories.pop()
-            return super().__hash__()
-
-    backend = RedisBackend("redis://127.0.0.1:1/0", ChannelSettings())
-    histories: list[ChannelHistory] = []
-    for name in "stays", "disconnects":
-        history = ChannelHistory((0, 0), 10)
-        backend._histories[Name(name)] = history
-        histories.append(history)
-        del history
-    assert backend._active_histories().keys() <= {"stays", "disconnects"}
-    assert backend._active_histories().keys() == {"stays"}
-    histories.clear()
-    assert backend._active_histories() == {}

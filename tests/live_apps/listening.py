@@ -16,7 +16,7 @@ import tg
 from tg import TGController, expose
 
 from tests.live_apps.stream_app import Mounted, variant
-from tgstream import SSE, Channel, Report, Stream, last_event_id
+from tgstream import SSE, Channel, Report, Stream, last_event_id, listen
 from tgstream.core.body import Body
 
 ended: Counter[str] = Counter()
@@ -33,6 +33,14 @@ class RootController(TGController):
             SSE,
             max_seconds=float(seconds) if seconds else None,
             limit=int(limit) if limit else None,
+        )
+
+    @expose()
+    def long(self, name: str) -> Stream:
+        """The events of the channel that have more than 10 characters."""
+        events = listen(name, after=last_event_id(), comments=False)
+        return Stream(
+            (event for event in events if len(event.data) > 10), SSE(heartbeat=0.1)
         )
 
     @expose("json")

@@ -29,6 +29,10 @@ even if the step before failed. The first error is the one reported.
 - *A generator makes items, but no bytes.* No pull returns, so the token stays taken.
   Between two items the consumer of the generator calls :meth:`Body.checkpoint`, which
   raises ``StreamEnding`` once ``closing`` is written.
+- *The format has a heartbeat.* The generator runs on the thread of a worker. While the
+  request waits for the first chunk, the generator may begin the response by
+  :meth:`Body.begin`, and go on. The worker is then the owner, and returns the token
+  when the first step of the generator has ended. The next pull gets its result.
 - *The body is dropped.* If its last reference goes, the thread that let go of it ends
   it at once. If Python's cyclic garbage collector drops it, in the middle of anything,
   it is handed to the monitor, which ends it on a thread of its own. A body that has
@@ -68,6 +72,7 @@ from . import report as reports
 from .chunks import Chunks, StreamEnding
 from .cleanup import close, run_all
 from .errors import StreamError
+from .heartbeat import Pull, Worker
 from .monitor import (
     has_disconnected,
     has_greenlets,
@@ -138,6 +143,8 @@ class Body:
     """The file that it sends, if it is one."""
     reason: Reason | None = None
     first_chunk_seconds: float | None = None
+    worker: Worker | None = None
+    """The thread of its generator, if its format has a heartbeat."""
     incident: str | None = None
     """The id of a failure that the client receives."""
     expires = float("inf")
@@ -148,6 +155,7 @@ class Body:
     _disowned = _watched = _interrupted = False
     _chunks: Generator[bytes, None, None] = (chunk for chunk in [b""])
     _first: bytes | None = None
+    _first_pull: Pull | None = None  # of the worker, until the response begins
     _length: int | None = None
     _failure: tuple[bytes, BaseException] | None = None  # the last chunk, and the error
 
@@ -257,9 +265,14 @@ class Body:
         monitor.register(self, self.started)
         if self.callbacks is not None and not self._watched:
             self._watch()  # one of them may end a wait for the first item
+        make_first: Callable[[], bytes | None] | None = self._make_first
+        if self.plan.traits.heartbeat:
+            make_first = self._start_worker()
+            if make_first is None:
+                return  # the response has begun
         record = self.context.bind(self)
         try:
-            self._keep_first(self.context.run(self._make_first))
+            self._keep_first(self.context.run(make_first))
         except HTTPException as response:
             self._end_by_response(response, vetoed)
             raise
@@ -271,6 +284,77 @@ class Body:
             self.context.unbind(record)
             if self._state is STARTING:
                 self._release()
+
+    def _start_worker(self) -> Callable[[], bytes | None] | None:
+        """Make the first chunk on a worker. Returns a function that returns it.
+
+        :returns: None if the response begins before the first chunk is made.
+        """
+        try:
+            self.worker = worker = Worker()
+        except RuntimeError:  # no thread can be started: there is no heartbeat
+            return self._make_first
+        self._first_pull = pull = Pull(self._make_first_on_worker)
+        pull.request(worker)
+        pull.wait(None)
+        if self._first_pull is None:
+            if not self._watched:
+                self._watch()
+            return None
+        self._first_pull = None
+        return pull.result
+
+    def _make_first_on_worker(self) -> bytes | None:
+        pull, record = self._first_pull, self.context.bind(self)
+        try:
+            first: bytes | None = self.context.run(self._make_first)
+            return first
+        except Exception as error:
+            is_ending = self._state is OPEN and self.closing is not None
+            if is_ending and not (
+                self._end_by_client(error) or self._end_by_interrupt(error)
+            ):
+                self._fail(error)
+            raise
+        finally:
+            self.context.unbind(record)
+            if self._state is OPEN:  # the response has begun meanwhile
+                assert pull is not None
+                self._chunks = self._continue(pull.result, self._chunks)
+                self._release()
+
+    def _continue(
+        self, first: Callable[[], bytes | None], rest: Iterator[bytes]
+    ) -> Generator[bytes, None, None]:
+        """The chunks after a comment, with which the response has begun."""
+        chunk = first()
+        if chunk is not None:
+            yield chunk
+            yield from rest
+
+    def begin(self, comment: bytes) -> None:
+        """Begin the response with a comment, because the generator is about to wait.
+
+        The generator calls it. It does nothing after the first chunk.
+
+        :raises StreamError: when the generator runs on the thread of the server.
+        :raises StreamEnding: when the stream is to end.
+        """
+        if self.worker is None:
+            raise StreamError(
+                f"{self.plan.controller}: listen(comments=False) waits for an event, "
+                "and meanwhile nothing opens the stream and keeps it open. Use "
+                "@stream(SSE(heartbeat=15)), or listen() with its comments"
+            )
+        if self.closing is not None:
+            raise StreamEnding
+        pull, self._first_pull = self._first_pull, None
+        if pull is not None:
+            self._first = comment
+            self.chunks, self.bytes = 1, len(comment)
+            self.first_chunk_seconds = clock() - self.started
+            self._state = OPEN
+            pull.end_wait()
 
     def _end_before_first(self) -> None:
         """Do nothing: it ends when it returns the token."""
@@ -477,7 +561,7 @@ class Body:
             self.transaction.commit_items()
         elif uncommitted := self.transaction.count_uncommitted():
             reports.warn_uncommitted(self.plan.controller, uncommitted)
-        if self._ends_anywhere(self.closing):
+        if self.closing is not None and self._ends_anywhere(self.closing):
             raise StreamEnding  # clients reconnect, so the format must not end the body
 
     def encode_member(
@@ -748,6 +832,8 @@ class Body:
             monitor.forget(self)
         if self.slot is not None:
             self.slot.release()
+        if self.worker is not None:
+            self.worker.stop()
         if self.observer is not None:
             self.observer.ended(self, error if reason == "failed" else None)
         return error

@@ -1,58 +1,110 @@
 """The heartbeat of an event stream whose generator waits for its next event.
 
-A generator cannot be interrupted while it waits, so it runs on a thread of its own. The
-thread that pulls waits for the next chunk no longer than the interval of the heartbeat,
-and then sends a comment. The generator makes one chunk for each chunk that the server
-pulls, and never works ahead.
+A generator cannot be interrupted while it waits, so it runs on a thread of its own, the
+worker. The thread that pulls waits for the next chunk no longer than the interval of
+the heartbeat, and then sends a comment. The generator makes one chunk for each chunk
+that the server pulls, and never works ahead.
+
+The first chunk is made on the worker, too, while the request waits. A generator that is
+about to wait for an event without an item to yield can begin the response with a
+comment, by :func:`begin_response`. The request then goes on while the generator waits.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from queue import SimpleQueue
+from contextlib import suppress
+from functools import partial
+from queue import Empty, SimpleQueue
+
+from .context import thread
 
 HEARTBEAT = b":\n\n"
 """A comment, which clients of an event stream ignore."""
 
 
-class _Worker:
-    """A thread (with gevent, a greenlet) that makes one chunk for each request."""
+class Worker:
+    """A thread (with gevent, a greenlet) that runs the generator of one stream.
 
-    def __init__(self, chunks: Iterator[bytes]) -> None:
-        self._requests: SimpleQueue[bool] = SimpleQueue()  # False: no more will come
+    :raises RuntimeError: when no thread can be started.
+    """
+
+    _stopped = False
+
+    def __init__(self) -> None:
+        self._jobs: SimpleQueue[Callable[[], object] | None] = SimpleQueue()
+        threading.Thread(
+            target=self._run, name="tgstream-heartbeat", daemon=True
+        ).start()
+
+    def _run(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            job()
+            del job  # it has the stream, which must end when it is dropped
+        self._stopped = True
+        self._run_rest()
+
+    def _run_rest(self) -> None:
+        with suppress(Empty):
+            while True:
+                if (job := self._jobs.get_nowait()) is not None:
+                    job()
+
+    def submit(self, job: Callable[[], object]) -> None:
+        """Run a function on the thread, after those before it. It must not raise.
+
+        If the thread has ended, the function runs at once, on this thread.
+        """
+        self._jobs.put(job)
+        if self._stopped:
+            self._run_rest()
+
+    def stop(self) -> None:
+        """Let the thread end after the functions that it was given."""
+        self._jobs.put(None)
+
+
+class Pull:
+    """A function that a worker runs for another thread, again and again.
+
+    :param function: returns a chunk, or None at the end.
+    """
+
+    def __init__(self, function: Callable[[], bytes | None]) -> None:
+        self._function = function
         self._done = threading.Event()
         self._chunk: bytes | None = None
         self._error: BaseException | None = None
         self._requested = False
-        threading.Thread(
-            target=self._run, args=(chunks,), name="tgstream-heartbeat", daemon=True
-        ).start()
 
-    def _run(self, chunks: Iterator[bytes]) -> None:
-        while self._requests.get():
-            self._chunk = None
-            try:
-                self._chunk = next(chunks, None)
-            except BaseException as error:
-                self._error = error
-            self._done.set()
-
-    def request(self) -> None:
+    def request(self, worker: Worker) -> None:
         """Request the next chunk, unless it is requested already."""
         if not self._requested:
             self._requested = True
             self._done.clear()
-            self._requests.put(True)
+            worker.submit(self._run)
 
-    def wait(self, seconds: float) -> bool:
+    def _run(self) -> None:
+        self._chunk = None
+        try:
+            self._chunk = self._function()
+        except BaseException as error:
+            self._error = error
+        self._done.set()
+
+    def wait(self, seconds: float | None) -> bool:
         """Wait for the requested chunk. True if it is there in time."""
         return self._done.wait(seconds)
+
+    def end_wait(self) -> None:
+        """Let :meth:`wait` return before the chunk is there."""
+        self._done.set()
 
     def result(self) -> bytes | None:
         """The requested chunk, or None at the end.
 
-        :raises BaseException: the error that the chunk raised instead.
+        :raises BaseException: the error that the function raised instead.
         """
         self._requested = False
         if self._error is not None:
@@ -60,22 +112,18 @@ class _Worker:
             raise error
         return self._chunk
 
-    def stop(self) -> None:
-        """Let the thread end after the chunk that it makes now."""
-        self._requests.put(False)
-
 
 def add_heartbeats(
     chunks: Iterator[bytes],
+    worker: Worker | None,
     seconds: float,
     close: Callable[[], None],
     is_ending: Callable[[], bool],
 ) -> Iterator[bytes]:
     """Yield the chunks, and a comment whenever none has come for ``seconds``.
 
-    If no thread can be started, the chunks come without a heartbeat.
-
     :param chunks: an iterator whose first chunk is made already.
+    :param worker: runs the iterator. Without it the chunks come without a heartbeat.
     :param close: ends the stream. Called when this generator is closed or dropped.
     :param is_ending: whether the stream must end. It is called before a comment, and
         True ends the response.
@@ -84,23 +132,35 @@ def add_heartbeats(
     if first is None:
         return
     yield first
-    try:
-        worker = _Worker(chunks)
-    except RuntimeError:
+    if worker is None:
         yield from chunks
         return
-    del chunks  # only the thread holds it, so that it is freed with the thread
+    pull = Pull(partial(next, chunks, None))
+    del chunks
     try:
         while True:
-            worker.request()
-            if not worker.wait(seconds):
+            pull.request(worker)
+            if not pull.wait(seconds):
                 if is_ending():
                     return  # the generator ends at its next yield
                 yield HEARTBEAT
-            elif (chunk := worker.result()) is None:
+            elif (chunk := pull.result()) is None:
                 return
             else:
                 yield chunk
     finally:
         close()
-        worker.stop()
+
+
+def begin_response(comment: bytes) -> None:
+    """Begin the response of the stream that runs here, whose generator may now wait.
+
+    It does nothing outside of a stream, and after the first chunk.
+
+    :param comment: the first chunk.
+    :raises StreamError: when the stream has no heartbeat.
+    :raises StreamEnding: when the stream is to end.
+    """
+    body = thread.record.body
+    if body is not None:
+        body.begin(comment)

@@ -250,7 +250,7 @@ class Stream:
             return body.iterate(self)
         # If the iterator is dropped, it closes the stream in a finaliser.
         close, ending = body.close_as_wrapper, lambda: body.closing is not None
-        return add_heartbeats(body.iterate(self), seconds, close, ending)
+        return add_heartbeats(body.iterate(self), body.worker, seconds, close, ending)
 
     def encode_member(self) -> Iterator[builtins.bytes]:
         """Encode the items as a part of the running stream, like a member of a ZIP.

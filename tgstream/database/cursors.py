@@ -16,15 +16,13 @@ from weakref import WeakKeyDictionary
 
 from ..core.context import thread
 from .errors import automatic_commit_error
+from .writes import OWN_STATEMENT, has_written, knows_writes
 
 if TYPE_CHECKING:
     from sqlalchemy.orm import Session
 
     from .database import StreamDatabase
     from .transaction import StreamDataManager
-
-OWN_STATEMENT = "tgstream_rows"
-"""The execution option of the statements that rows() and copy() run."""
 
 
 def find_database(session: Session) -> StreamDatabase | None:
@@ -142,22 +140,6 @@ class _StatementTracker:
             data_manager.pinned = data_manager.session.get_transaction()
 
 
-_WRITES_ARE_KNOWN = frozenset({"postgresql", "sqlite"})
-
-
-def has_written(connection: Any) -> bool:
-    """True if something may have been written in the transaction of ``connection``."""
-    name = connection.dialect.name
-    if name == "postgresql":
-        statement = "SELECT txid_current_if_assigned() IS NOT NULL"
-        options = {OWN_STATEMENT: True}
-        result = connection.exec_driver_sql(statement, execution_options=options)
-        return bool(result.scalar())
-    if name == "sqlite":
-        return bool(connection.connection.driver_connection.in_transaction)
-    return True
-
-
 def end_read_transaction(
     session: Session,
     database: StreamDatabase,
@@ -177,7 +159,7 @@ def end_read_transaction(
     if data_manager is None or begun is None or not data_manager.unchanged:
         return
     if any(
-        connection.dialect.name in _WRITES_ARE_KNOWN and has_written(connection)
+        knows_writes(connection) and has_written(connection)
         for connection in connections
     ):
         data_manager.changed = True

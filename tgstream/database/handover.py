@@ -17,6 +17,7 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from .registry import SessionRegistry
+from .session_messages import end_unchanged
 from .sessions import StreamSessions
 from .transaction import StreamDataManager, disable_retry, is_empty
 
@@ -50,6 +51,7 @@ def adopt_request_sessions(
             _move(stream, sources, manager.commit)
         else:
             for _, session in sources:
+                end_unchanged(session)
                 session.rollback()
             _move(stream, sources, manager.abort)
         if tm_enabled:

@@ -213,10 +213,29 @@ def _is_never_retryable(error: BaseException) -> bool:
     return False
 
 
+def get_begun(manager: Any) -> Any:
+    """The transaction of a manager. None if none has begun."""
+    return manager._txn
+
+
 def get_resources(manager: Any) -> list[Any]:
     """The data managers that have joined a manager's transaction, if it has begun."""
-    txn = manager._txn
+    txn = get_begun(manager)
     return [] if txn is None else txn._resources
+
+
+def ensure_zope_commits(session: Session) -> bool:
+    """Let zope.sqlalchemy commit a session that has written nothing that it has seen.
+
+    :returns: False if the session has not joined a transaction, or as read-only.
+    """
+    from zope.sqlalchemy import datamanager
+
+    state = datamanager._SESSION_STATE.get(session)
+    if state is None or state is datamanager.STATUS_READONLY:
+        return False
+    datamanager.mark_changed(session)
+    return True
 
 
 class StreamDataManager:

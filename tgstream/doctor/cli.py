@@ -1,4 +1,4 @@
-"""The command line: ``python -m tgstream doctor [config.ini]``.
+"""The command line: ``doctor`` and ``create-tables``.
 
 The application is loaded and examined in a child process, because this process has
 imported tgstream already (:mod:`tgstream.doctor.loader` explains why that matters). The
@@ -25,6 +25,14 @@ the installed packages.
 
 Exit status: 0 if no check failed, 1 if streams will break or the application cannot be
 loaded, 2 for a wrong command line.
+"""
+
+CREATE_TABLES = """\
+Create the tables of channels in the database of an application, for the option
+tgstream.channels = database://. Tables that exist are not changed.
+
+Exit status: 0 if the tables exist now, 1 if they could not be created, 2 for a wrong
+command line.
 """
 
 _CHILD = """\
@@ -78,25 +86,40 @@ def main(arguments: Sequence[str] | None = None) -> int:
         default="/tgstream-doctor",
         help="the path to request, if TurboGears does not get every path (%(default)s)",
     )
+    tables = commands.add_parser(
+        "create-tables",
+        help="create the tables of tgstream.channels = database://",
+        description=CREATE_TABLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    tables.add_argument("config", help="the application's file, such as config.ini")
     options = parser.parse_args(arguments)
     if options.command is None:
         parser.print_usage()
         return 2
     if options.config is None:
         return print_findings(check_packages())
-    file = options.config.partition("#")[0]
-    if os.path.isdir(file):
-        doctor.error(f"{file} is a directory. Name a file, such as {file}/config.ini")
-    if not os.path.isfile(file):
-        doctor.error(f"file not found: {file!r}")
+    if options.command == "create-tables":
+        _check_file(tables, options.config)
+        return _run_in_child(options.config)
+    _check_file(doctor, options.config)
     if not options.path.startswith("/"):
         doctor.error(f"--path must begin with a slash, got {options.path!r}")
-    return _examine_in_child(options.config, options.path)
+    return _run_in_child(options.config, options.path)
 
 
-def _examine_in_child(config: str, path: str) -> int:
-    """Load and examine the application in a child process.
+def _check_file(command: argparse.ArgumentParser, config: str) -> None:
+    file = config.partition("#")[0]
+    if os.path.isdir(file):
+        command.error(f"{file} is a directory. Name a file, such as {file}/config.ini")
+    if not os.path.isfile(file):
+        command.error(f"file not found: {file!r}")
 
+
+def _run_in_child(*arguments: str) -> int:
+    """Load the application in a child process, and run the command there.
+
+    :param arguments: those of the loader.
     :returns: the child's exit status. 128 + N if signal N has ended it.
     """
     loader = str(Path(__file__).with_name("loader.py"))
@@ -104,7 +127,7 @@ def _examine_in_child(config: str, path: str) -> int:
     # call() kills the child at any exception. A terminal sends Ctrl-C to both.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
-        status = subprocess.call([*command, loader, config, path])
+        status = subprocess.call([*command, loader, *arguments])
     except KeyboardInterrupt:
         return 130
     return status if status >= 0 else 128 - status

@@ -20,11 +20,12 @@ class LoadError(Exception):
     """The application cannot be loaded. Its own error is the cause, if there is one."""
 
 
-def main(config: str, path: str) -> int:
+def main(config: str, path: str | None = None) -> int:
     """Load an application, examine it, and print the findings.
 
     :param config: the file, with ``#name`` for a section other than ``main``.
-    :param path: the path that the doctor requests.
+    :param path: the path that the doctor requests. None to create the tables of
+        channels instead.
     :returns: the exit status.
     """
     try:
@@ -34,6 +35,10 @@ def main(config: str, path: str) -> int:
 
         findings = report_load_error(config, error)
     else:
+        if path is None:
+            from tgstream.doctor.channel_tables import create
+
+            return create(config, tg_apps)
         imports_tgstream = "tgstream" in sys.modules
         from tgstream.doctor.examine import Application, examine
 

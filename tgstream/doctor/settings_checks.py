@@ -17,7 +17,8 @@ from tg.support.converters import asbool
 from ..core.settings import OPTIONS, read_option
 from ..database.engines import get_factory_binds, has_one_connection
 from ..database.registry import scoped_sessions
-from ..live.backends import REDIS_SCHEMES, redact_url, reserved_url_options
+from ..live.backends import DATABASE, REDIS_SCHEMES, redact_url, reserved_url_options
+from .channel_tables import check_channel_tables
 from .finding import FAIL, NOTE, OK, WARN, Finding, describe_error
 
 Config = Mapping[str, Any]
@@ -90,20 +91,24 @@ def check_options(config: Config) -> list[Finding]:
 
 
 def _show_option(name: str, value: Any) -> str:
-    return redact_url(value) if name == "tgstream.channels" else str(value)
+    is_url = name in ("tgstream.channels", "tgstream.channel_listen_url")
+    return redact_url(value) if is_url else str(value)
 
 
 def _check_channels(config: Config) -> Finding:
     url = str(config.get("tgstream.channels", OPTIONS["tgstream.channels"].default))
     if url == "memory://":
         return Finding(OK, "channels", "memory://, for a server with one process")
+    if url == DATABASE:
+        return check_channel_tables(config)
     shown = redact_url(url)
     if not url.startswith(REDIS_SCHEMES):
         return Finding(
             FAIL,
             "channels",
             f"unsupported URL in tgstream.channels: {shown}",
-            "Use memory://, redis://, rediss:// or unix://.",
+            "Use memory://, database://, redis://, rediss://, unix://, "
+            "redis+sentinel:// or redis+cluster://.",
         )
     if shown.endswith("..."):
         return _report_invalid_url(shown)

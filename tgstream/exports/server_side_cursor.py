@@ -16,8 +16,8 @@ import sqlalchemy as sa
 
 from ..core.options import clock
 from ..core.report import log
-from ..database.cursors import OWN_STATEMENT
 from ..database.effects import is_query
+from ..database.writes import OWN_STATEMENT
 
 BUSY_TIMEOUT = 5.0
 """Seconds that sqlite3 waits for a lock by default before it raises an error."""

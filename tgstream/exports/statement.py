@@ -19,7 +19,7 @@ from sqlalchemy.orm import Bundle, Load, Mapper, Query, Session
 from sqlalchemy.orm.attributes import QueryableAttribute
 
 from ..core.errors import StreamError
-from ..database.cursors import OWN_STATEMENT
+from ..database.writes import OWN_STATEMENT
 from ..formats.fields import mapped_columns
 
 STATEMENT_TYPES = (

@@ -125,8 +125,8 @@ class SSE:
         nothing, so that proxies keep the connection open and a disconnect is noticed.
         None for no heartbeat. The generator then runs on its own thread, with its
         request, session and transaction bound as usual. After a disconnect it is closed
-        at its next yield: do not let it wait forever. ``Channel.listen()`` sends
-        heartbeats itself and needs no thread.
+        at its next yield: do not let it wait forever. ``listen()`` sends heartbeats
+        itself and needs no thread. ``listen(comments=False)`` needs this option.
     :param retry: whole milliseconds that a browser waits before reconnecting, sent with
         the first event. None for the browser's default.
     :param done: the type of a last event of a complete stream, such as ``'done'``. Its

@@ -21,8 +21,9 @@ from ..core.report import log
 from ..core.settings import read_option
 from ..database.on_commit import send_on_commit
 from ..formats.sse import Event, Message, check_event_type, encode_data
-from .backends import create_backend
+from .backends import DATABASE, create_backend
 from .listener import listen as listen_to_one
+from .listener import without_comments
 from .merged import listen_to_all
 from .places import MAX_LENGTH, read_position
 from .protocols import Backend, ChannelSettings, ConnectionLost
@@ -76,9 +77,10 @@ class Channel:
     def publish(self, data: Any, event: str | None = None, now: bool = False) -> None:
         """Send an event to all listeners when the transaction commits.
 
-        This applies to requests of TurboGears with ``tm.enabled``, and to running
-        streams. Elsewhere, and in the hook ``tgstream.finished``, the event is sent at
-        once. The event is encoded in this call, so that invalid data raises here.
+        That is the transaction of the stream, of the request, of the thread, or of the
+        application's session. Without a transaction, and in the hook
+        ``tgstream.finished``, the event is sent at once. The event is encoded in this
+        call, so that invalid data raises here.
 
         :param data: the data of the event: a ``str`` as it is, anything else as JSON.
         :param event: its type, by which browsers choose their handlers. None means
@@ -98,13 +100,16 @@ class Channel:
             backend.publish([message])
 
     def listen(
-        self, after: str | None = None, since: float | None = None
+        self,
+        after: str | None = None,
+        since: float | None = None,
+        comments: bool = True,
     ) -> Iterator[Event]:
         """The events of the channel, for a stream with ``SSE``.
 
         It is :func:`tgstream.listen` for one channel.
         """
-        return _listen((self.name,), after, since)
+        return _listen((self.name,), after, since, comments)
 
     def position(self) -> str:
         """The id of the newest event, for a page that then listens after it.
@@ -115,7 +120,10 @@ class Channel:
 
 
 def listen(
-    *channels: str | Channel, after: str | None = None, since: float | None = None
+    *channels: str | Channel,
+    after: str | None = None,
+    since: float | None = None,
+    comments: bool = True,
 ) -> Iterator[Event]:
     """The events of one or several channels as one stream, for ``SSE``.
 
@@ -138,10 +146,14 @@ def listen(
         channel: the page must then reload this data. None begins with new events.
     :param since: maximum age of these events in seconds. If an older event would be
         sent, a ``reset`` is sent instead. None for the history of the channel.
+    :param comments: False for a generator that chooses among the events, and would
+        otherwise have to pass on the comments. The stream must have a heartbeat of its
+        own, ``SSE(heartbeat=15)``, which sends the comments instead. The response
+        begins when the generator takes the first event.
     :raises TypeError: if no channel is given, or a parameter has a wrong type.
     :raises ValueError: if a name or ``since`` is not valid.
     """
-    return _listen(_find_names("listen", channels), after, since)
+    return _listen(_find_names("listen", channels), after, since, comments)
 
 
 def position(*channels: str | Channel) -> str:
@@ -179,7 +191,7 @@ def _find_names(where: str, channels: tuple[str | Channel, ...]) -> tuple[str, .
 
 
 def _listen(
-    names: tuple[str, ...], after: str | None, since: float | None
+    names: tuple[str, ...], after: str | None, since: float | None, comments: bool
 ) -> Iterator[Event]:
     if not isinstance(after, str | None):
         raise TypeError(
@@ -195,8 +207,10 @@ def _listen(
     seconds = read_option(tg.config, "tgstream.heartbeat_seconds")
     backend = _running_backend()
     if len(names) == 1:
-        return listen_to_one(backend, *names, after, seconds, since)
-    return listen_to_all(backend, names, after, seconds, since)
+        events = listen_to_one(backend, *names, after, seconds, since)
+    else:
+        events = listen_to_all(backend, names, after, seconds, since)
+    return events if comments else without_comments(events)
 
 
 def last_event_id() -> str | None:
@@ -253,6 +267,11 @@ def _running_backend() -> Backend:
         url, settings = _read_settings(values)
     except TypeError:  # an invalid value that has no hash
         url, settings = _read_settings.__wrapped__(values)
+    if url == DATABASE:
+        # Imported only when used: it needs SQLAlchemy.
+        from .backends.database import find_backend
+
+        return find_backend(config, settings)
     _warn_of_multiple_processes(url)
     key = os.getpid(), url, settings  # a forked process needs its own back end
     # setdefault(), so that two threads get the same back end.

@@ -267,6 +267,19 @@ class ChannelHistory:
 
         apply_change(change)
 
+    def end(self) -> None:
+        """End the listeners, after the events that are stored."""
+
+        def change() -> None:
+            signal = self._signal
+            self._replace_signal(
+                _Signal(
+                    signal.next_number + 1, signal.first_position, signal.last_position
+                )
+            )
+
+        apply_change(change)
+
     def prepend(
         self,
         first_position: Position,

@@ -9,8 +9,9 @@ import time
 from collections.abc import Callable, Iterator
 
 from ..core.context import thread
+from ..core.heartbeat import begin_response
 from ..core.options import clock
-from ..formats.sse import Event
+from ..formats.sse import SSE, Event
 from .history import HEARTBEAT, Subscription, reset_event
 from .protocols import Backend, ConnectionLost
 
@@ -121,6 +122,21 @@ def wait_until_connected(
             yield HEARTBEAT
             next_heartbeat = clock() + heartbeat_seconds
         time.sleep(min(MAX_PAUSE, heartbeat_seconds))
+
+
+def without_comments(events: Iterator[Event]) -> Iterator[Event]:
+    """The events without the comments, for a generator that chooses events.
+
+    The response of its stream begins when the generator takes the first event.
+
+    :raises StreamError: when the stream has no heartbeat of its own.
+    """
+    for event in events:
+        if event.data is None:
+            begin_response(*SSE().encode([event]))
+        else:
+            yield event
+        del event
 
 
 def opening_event(id: str | None) -> Event:

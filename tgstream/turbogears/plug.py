@@ -35,7 +35,8 @@ class StreamConfigurationComponent(ConfigurationComponent):  # type: ignore[misc
           dotted names. Each stream gets its own sessions. None by default.
         * ``tgstream.channels``: The store of the events of channels, by default
           ``memory://``, which only this process can read. ``redis://host:port/db``,
-          ``rediss://`` or ``unix://`` for Redis or Valkey.
+          ``rediss://`` or ``unix://`` for Redis or Valkey. ``database://`` for the
+          database of the application.
         * ``tgstream.channel_history``: Events of a channel that are kept for clients
           that reconnect, by default 1000.
         * ``tgstream.channel_seconds``: Seconds after its last event at which a channel

@@ -12,8 +12,16 @@ from urllib.parse import parse_qs, urlsplit
 from ..protocols import Backend, ChannelSettings
 from .memory import MemoryBackend
 
-REDIS_SCHEMES = "redis://", "rediss://", "unix://"
+REDIS_SCHEMES = (
+    "redis://",
+    "rediss://",
+    "unix://",
+    "redis+sentinel://",
+    "redis+cluster://",
+)
 """The beginnings of a URL of Redis or Valkey."""
+DATABASE = "database://"
+"""The URL of the application's own database. It has no host and no options."""
 RESERVED_URL_OPTIONS = {
     "protocol",
     "decode_responses",
@@ -48,8 +56,9 @@ def create_backend(url: str, settings: ChannelSettings) -> Backend:
         return RedisBackend(url, settings)
     scheme = redact_url(url).partition(":")[0]  # the rest may contain a password
     raise ValueError(
-        f"unsupported scheme {scheme!r} in tgstream.channels. Use memory://, redis://, "
-        "rediss:// or unix://"
+        f"unsupported scheme {scheme!r} in tgstream.channels. Use memory://, "
+        "database://, redis://, rediss://, unix://, redis+sentinel:// or "
+        "redis+cluster://"
     )
 
 
@@ -89,7 +98,8 @@ def redact_url(value: Any) -> str:
     path = rest.removeprefix(netloc)
     host = netloc.rpartition("@")[2]
     # An "@" in the path, or an odd host, is of a password that was not percent-encoded.
-    if "@" in path or not _is_host(host):
+    # redis+sentinel:// and redis+cluster:// have several hosts.
+    if "@" in path or not all(map(_is_host, host.split(","))):
         return f"{scheme}://..."
     return f"{scheme}://{host}{re.split('[?#]', path)[0]}"
 

@@ -1,0 +1,294 @@
+"""The two tables of ``database://``, and how events are written to them.
+
+A channel is a row that counts its events. A transaction that publishes updates this
+row, so the next one that publishes in the same channel waits for its commit. So the
+numbers of a channel have no gap, and their order is the order of the commits.
+
+A channel has a random id. If its row is removed and created again, the id is another
+one, so the event ids from before are recognised.
+
+Texts are stored as bytes in UTF-8: PostgreSQL rejects NUL in text, and MariaDB compares
+and stores text by the character set of a table and of a connection.
+"""
+
+from __future__ import annotations
+
+import secrets
+import sqlite3
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any, NamedTuple, TypeVar
+
+import sqlalchemy as sa
+from sqlalchemy.dialects import mysql, postgresql, sqlite
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.functions import FunctionElement
+
+from ...core.errors import StreamError
+from ...formats.sse import Message
+
+T = TypeVar("T")
+
+MYSQL = "mysql", "mariadb"
+DIALECTS = "sqlite", "postgresql", *MYSQL
+"""SQLAlchemy's names of the supported databases."""
+MAX_NAMES = 500
+"""Maximum channels of one statement."""
+SECRET_NAME = b""
+"""The name of the row whose id is a secret of the database. No channel has it."""
+ADVICE = (
+    "Run python -m tgstream create-tables config.ini, or migrate with Alembic and "
+    "tgstream.channels.metadata"
+)
+
+metadata = sa.MetaData()
+
+_name = sa.LargeBinary(1024).with_variant(mysql.VARBINARY(1024), *MYSQL)
+_text = sa.LargeBinary().with_variant(mysql.LONGBLOB(), *MYSQL)
+_key = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
+
+channels = sa.Table(
+    "tgstream_channels",
+    metadata,
+    sa.Column("name", _name, primary_key=True),
+    sa.Column("id", sa.BigInteger, nullable=False),
+    sa.Column("last_number", sa.BigInteger, nullable=False),
+    sa.Column("last_created", sa.Double, nullable=False),
+    # Not unique: MariaDB locks gaps of unique indexes, in which publishers deadlock.
+    sa.Index("tgstream_channels_id", "id"),
+    mysql_engine="InnoDB",
+    mariadb_engine="InnoDB",
+)
+"""The channels. ``last_created`` is in seconds, by the clock of the database."""
+
+events = sa.Table(
+    "tgstream_events",
+    metadata,
+    sa.Column("id", _key, primary_key=True, autoincrement=True),
+    sa.Column("channel_id", sa.BigInteger, nullable=False),
+    sa.Column("number", sa.BigInteger, nullable=False),
+    sa.Column("created", sa.Double, nullable=False),
+    sa.Column("type", _text),
+    sa.Column("is_json", sa.Boolean, nullable=False),
+    sa.Column("data", _text, nullable=False),
+    sa.UniqueConstraint("channel_id", "number", name="tgstream_events_number"),
+    sqlite_autoincrement=True,  # the id of a removed event is not used again
+    mysql_engine="InnoDB",
+    mariadb_engine="InnoDB",
+)
+"""The events. ``id`` is only for the processes that read. No client sees it."""
+
+
+class clock(FunctionElement[float]):
+    """The time of the database, in seconds since 1970. Time zones do not affect it."""
+
+    type = sa.Double()
+    inherit_cache = True
+
+
+_CLOCKS = {
+    # now() would be the begin of the transaction.
+    "postgresql": "CAST(extract(epoch FROM clock_timestamp()) AS DOUBLE PRECISION)",
+    "sqlite": "((julianday('now') - 2440587.5) * 86400.0)",
+    "mysql": "(TIMESTAMPDIFF(MICROSECOND, '1970-01-01', UTC_TIMESTAMP(6)) / 1e6)",
+}
+_CLOCKS["mariadb"] = _CLOCKS["mysql"]
+
+
+@compiles(clock)
+def _compile_clock(element: clock, compiler: Any, **_: Any) -> str:
+    return _CLOCKS[compiler.dialect.name]
+
+
+class ChannelRow(NamedTuple):
+    """A channel: its id, and the number of its newest event."""
+
+    id: int
+    last_number: int
+
+
+# Statements.
+
+_ROW = channels.c.name, channels.c.id, channels.c.last_number
+
+
+def _build_upserts() -> dict[str, Any]:
+    """The statements that count new events of a channel, by dialect."""
+    upserts: dict[str, Any] = {}
+    for name, module in ("postgresql", postgresql), ("sqlite", sqlite):
+        insert: Any = module.insert(channels).values(last_created=clock())
+        changed = {
+            "last_number": channels.c.last_number + insert.excluded.last_number,
+            "last_created": clock(),
+        }
+        upserts[name] = insert.on_conflict_do_update(
+            index_elements=["name"], set_=changed
+        )
+    insert = mysql.insert(channels).values(last_created=clock())
+    changed = {
+        "last_number": channels.c.last_number + insert.inserted.last_number,
+        "last_created": clock(),
+    }
+    for name in MYSQL:
+        upserts[name] = insert.on_duplicate_key_update(changed)
+    upserts["postgresql"] = upserts["postgresql"].returning(*_ROW)
+    return upserts
+
+
+_UPSERTS = _build_upserts()
+_INSERT = sa.insert(events).values(created=clock()).inline()
+_SELECT_CHANNELS = sa.select(*_ROW).where(
+    channels.c.name.in_(sa.bindparam("names", expanding=True))
+)
+
+
+def insert_events(
+    connection: sa.Connection, messages: Sequence[Message]
+) -> list[tuple[int, int, int]]:
+    """Insert events in the transaction of a connection.
+
+    The channels are locked until this transaction ends, in the order of their names, so
+    that two publishers cannot deadlock.
+
+    :returns: for each channel its id, and its number before and after.
+    """
+    counts = Counter(message.channel.encode() for message in messages)
+    rows = _count_events(connection, counts)
+    numbers = {name: row.last_number - counts[name] for name, row in rows.items()}
+    inserted = []
+    for message in messages:
+        name = message.channel.encode()
+        numbers[name] += 1
+        inserted.append(_event_values(message, rows[name].id, numbers[name]))
+    connection.execute(_INSERT, inserted if len(inserted) > 1 else inserted[0])
+    return [
+        (row.id, row.last_number - counts[name], row.last_number)
+        for name, row in rows.items()
+    ]
+
+
+def _count_events(
+    connection: sa.Connection, counts: Counter[bytes]
+) -> dict[bytes, ChannelRow]:
+    """Add the numbers of new events to their channels, and return the channels."""
+    values = [
+        {"name": name, "id": secrets.randbits(62) + 1, "last_number": counts[name]}
+        for name in sorted(counts)
+    ]
+    result = connection.execute(
+        _UPSERTS[connection.dialect.name], values if len(values) > 1 else values[0]
+    )
+    if connection.dialect.name == "postgresql":
+        return {bytes(row.name): ChannelRow(*row[1:]) for row in result}
+    return read_channels(connection, sorted(counts))
+
+
+def _event_values(message: Message, channel_id: int, number: int) -> dict[str, Any]:
+    data, type = message.data, message.event
+    return {
+        "channel_id": channel_id,
+        "number": number,
+        "type": None if type is None else type.encode(),
+        "is_json": message.is_json,
+        "data": message.text.encode() if data is None else data,
+    }
+
+
+def read_channels(
+    connection: sa.Connection, names: Sequence[bytes]
+) -> dict[bytes, ChannelRow]:
+    """The channels with these names that exist."""
+    found = {}
+    for batch in batches(names, MAX_NAMES):
+        for row in connection.execute(_SELECT_CHANNELS, {"names": batch}):
+            found[bytes(row.name)] = ChannelRow(row.id, row.last_number)
+    return found
+
+
+def read_clock(connection: sa.Connection) -> float:
+    """The time of the database in seconds."""
+    seconds: float = connection.execute(sa.select(clock())).scalar_one()
+    return seconds
+
+
+def read_secret(connection: sa.Connection) -> int:
+    """The secret of the database, created on the first call.
+
+    :param connection: commits each statement.
+    """
+    found = read_channels(connection, [SECRET_NAME])
+    if not found:
+        values = {"name": SECRET_NAME, "id": secrets.randbits(62), "last_number": 0}
+        # An upsert, because another process may create it now.
+        connection.execute(_UPSERTS[connection.dialect.name], values)
+        found = read_channels(connection, [SECRET_NAME])
+    return found[SECRET_NAME].id
+
+
+def batches(items: Sequence[T], size: int) -> Iterator[list[T]]:
+    """Lists of at most ``size`` items."""
+    iterator = iter(items)
+    while batch := list(islice(iterator, size)):
+        yield batch
+
+
+# Errors.
+
+
+def is_connection_error(error: BaseException) -> bool:
+    """Whether a database cannot be reached, or is locked for too long."""
+    lost = getattr(error, "connection_invalidated", False)
+    return lost or isinstance(
+        error,
+        sa.exc.OperationalError | sa.exc.InterfaceError | sa.exc.TimeoutError | OSError,
+    )
+
+
+def create_tables(engine: sa.Engine) -> list[str]:
+    """Create the tables that do not exist.
+
+    :returns: the names of the created tables.
+    """
+    missing = find_missing_tables(engine)
+    metadata.create_all(engine)
+    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        read_secret(connection)
+    return missing
+
+
+def find_missing_tables(engine: sa.Engine) -> list[str]:
+    """The names of the tables that do not exist."""
+    inspector = sa.inspect(engine)
+    return [name for name in metadata.tables if not inspector.has_table(name)]
+
+
+def is_locked(error: BaseException) -> bool:
+    """Whether SQLite is locked for a moment by another connection."""
+    original = getattr(error, "orig", None)
+    return isinstance(original, sqlite3.OperationalError) and "locked" in str(original)
+
+
+@contextmanager
+def report_missing_tables(engine: sa.Engine) -> Iterator[None]:
+    """Report an error as missing tables, if they are the reason.
+
+    :raises StreamError: instead of the database's error.
+    """
+    try:
+        yield
+    except (sa.exc.ProgrammingError, sa.exc.OperationalError) as error:
+        if error.connection_invalidated or is_locked(error):
+            raise
+        try:
+            missing = find_missing_tables(engine)
+        except sa.exc.SQLAlchemyError:
+            raise error from None
+        if not missing:
+            raise
+        url = engine.url.set(query={})
+        raise StreamError(
+            f"tgstream.channels is database://, but {url} has no table "
+            f"{' and '.join(missing)}. {ADVICE}"
+        ) from error
