@@ -28,6 +28,8 @@ from ...core.options import clock
 from ...core.report import log
 from ...database.engines import get_binds, get_factory_binds, has_one_connection
 from ...database.registry import scoped_sessions
+from ...database.session_transactions import get_connection
+from ...database.writes import has_written
 from ...formats.sse import Event, Message
 from ..history import Backlog, Position, Subscription
 from ..protocols import ChannelSettings, ConnectionLost
@@ -245,10 +247,7 @@ class DatabaseBackend:
         if scoped is None or not scoped.registry.has():
             return False
         session = scoped()
-        if not session.in_transaction():
-            return False
-        driver: Any = session.connection().connection.dbapi_connection
-        return bool(driver.in_transaction)
+        return session.in_transaction() and has_written(get_connection(session))
 
     def _report_lock(self, seconds: float) -> StreamError:
         if not seconds:
