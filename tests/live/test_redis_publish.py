@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import redis
+from redis.exceptions import MovedError
 
 from tests.conftest import MakeApp
 from tests.live.listeners import LiveController, receive
@@ -24,7 +25,10 @@ from tests.valkey import DurableValkey, Valkey
 from tests.wsgi import get
 from tgstream import Channel
 from tgstream.formats.sse import Message
-from tgstream.live.backends.redis_connection import NEEDED_PERMISSIONS
+from tgstream.live.backends.redis_connection import (
+    NEEDED_PERMISSIONS,
+    explain_refusal,
+)
 from tgstream.live.backends.redis_publisher import RedisPublisher
 from tgstream.live.protocols import ChannelSettings
 
@@ -447,7 +451,10 @@ def test_channels_whose_events_do_not_fit_receive_a_reset(
 SCRIPT = """
 import sys
 from tgstream.formats.sse import Message
-from tgstream.live.backends.redis_connection import NEEDED_PERMISSIONS
+from tgstream.live.backends.redis_connection import (
+    NEEDED_PERMISSIONS,
+    explain_refusal,
+)
 from tgstream.live.backends.redis_publisher import RedisPublisher
 from tgstream.live.protocols import ChannelSettings
 
@@ -515,6 +522,7 @@ def test_process_that_ends_while_redis_is_lost_logs_the_channels(
     )
 
 
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
 def test_forked_process_does_not_send_the_events_of_its_parent(
     make_publisher: MakePublisher, failing_server: DurableValkey, name: str
 ) -> None:
@@ -706,6 +714,13 @@ def test_documented_permissions_are_enough(
     assert commit_last(publisher, server, name) == ["0", "1"]
 
 
+def test_server_of_a_cluster_is_named_as_the_cause() -> None:
+    """It refuses the channels of other servers."""
+    text = explain_refusal(MovedError("1 127.0.0.1:6379"), "tgstream:x")
+    assert text.startswith("MovedError: ")
+    assert text.endswith(". The server is part of a cluster: use redis+cluster://")
+
+
 # Sentinel.
 
 
@@ -758,15 +773,17 @@ class Sentinel(Valkey):
 # Finalisers.
 
 INTERRUPTED = """
-import faulthandler, sys
+import faulthandler, sys, time
 faulthandler.dump_traceback_later(50, exit=True)
+import redis
 from tgstream.formats.sse import Message
 from tgstream.live.backends import redis_publisher, redis_sender
 from tgstream.live.protocols import ChannelSettings
 
 FILES = redis_publisher.__file__, redis_sender.__file__
 publisher = redis_publisher.RedisPublisher(sys.argv[1], ChannelSettings(100_000))
-sent, at, has_interrupted = [], 0, True
+client = redis.Redis.from_url(sys.argv[1])
+sent, seconds = [], []
 
 
 def publish(text):
@@ -774,28 +791,39 @@ def publish(text):
     publisher.publish_committed([Message(sys.argv[2], text)])
 
 
-publish("first")
-while has_interrupted:
-    byte_codes, has_interrupted = 0, False
+def publish_and_interrupt(text, at):
+    byte_codes, is_interrupted = 0, False
 
     def interrupt(frame, kind, argument):
-        global byte_codes, has_interrupted
+        nonlocal byte_codes, is_interrupted
         if frame.f_code.co_filename not in FILES:
             return None
         frame.f_trace_opcodes = True
         if kind == "opcode":
             if byte_codes == at:
                 sys.settrace(None)
-                has_interrupted = True
-                publish(f"inside {at}")
+                is_interrupted = True
+                publish(f"inside {text}")
             byte_codes += 1
         return interrupt
 
+    start = time.perf_counter()
     sys.settrace(interrupt)
-    publish(f"outside {at}")
+    publish(text)
     sys.settrace(None)
-    at += 1
-assert at > 100, at
+    seconds.append(time.perf_counter() - start)
+    return is_interrupted
+
+
+publish("first")
+for case in "connected", "closed":
+    at = 0
+    while publish_and_interrupt(f"{case} {at}", at):
+        at += 1 if case == "connected" else 3
+        if case == "closed":
+            client.client_kill_filter(_type="normal", skipme=True)
+    assert at > 100, at
+assert max(seconds) < 0.9, max(seconds)  # no call has waited for itself
 publish("last")
 print(*sorted(sent), sep="\\n")
 """

@@ -37,7 +37,7 @@ CLUSTER_SCHEME = "redis+cluster://"
 REDIS_PORT = 6379
 """The port of a server of a cluster whose address has none."""
 MAX_REDIRECTIONS = 5
-"""Maximum servers of a cluster that a connection asks one after the other."""
+"""Maximum servers of a cluster to which a connection is redirected."""
 SENTINEL_PORT = 26379
 """The port of a sentinel whose address has none."""
 

@@ -139,21 +139,21 @@ class RedisPublisher:
     def _send(self, events: Sequence[OutgoingEvent]) -> None:
         """Wait until events of the queue are sent, but not longer than the limit."""
         deadline, this_thread = clock() + self._seconds, threading.get_ident()
+        if this_thread in self._threads:  # a finaliser
+            self._is_left = True
+            self._start_sender_if_needed()
+            return
+        self._threads.add(this_thread)
         try:
-            if this_thread in self._threads:
-                return  # a finaliser
-            self._threads.add(this_thread)
-            try:
-                while not all(event.is_done for event in events):
-                    if not self._acquire(min(deadline, self._give_up_at) - clock()):
-                        return
-                    self._use_lock(deadline)
-            finally:
-                self._threads.discard(this_thread)
+            while not all(event.is_done for event in events):
+                if not self._acquire(min(deadline, self._give_up_at) - clock()):
+                    break
+                self._use_lock(deadline)
         finally:
             if not all(event.is_done for event in events):
                 self._is_left = True
             self._start_sender_if_needed()
+            self._threads.discard(this_thread)
 
     def _acquire(self, seconds: float) -> bool:
         try:
@@ -184,7 +184,7 @@ class RedisPublisher:
             return True
         return False
 
-    # The queue. The thread has the lock.
+    # The first events of the queue, for the thread that has the lock.
 
     def _send_first_events(self, deadline: float) -> None:
         """Send some events over the connection. If it fails, close it and raise."""
@@ -309,8 +309,8 @@ class RedisPublisher:
             self._sender_runs = False
             self._lock.release()
         finally:
+            self._start_sender_if_needed()
             self._threads.discard(this_thread)
-        self._start_sender_if_needed()
 
     def _attempt(self, seconds: float) -> bool:
         """Send all events of the queue, and then the resets.

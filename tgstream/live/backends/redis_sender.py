@@ -127,7 +127,8 @@ class EventSender:
         self._send_reset = send_reset
         self._has_sent = False
         self._has_script = False
-        self._name = f"tgstream-{os.urandom(6).hex()}"
+        name = pool.connection_kwargs.get("client_name") or "tgstream"
+        self._name = f"{name}-{os.urandom(6).hex()}"
         self._connection = pool.connection_class(**pool.connection_kwargs)
         self._connection.connect()
         try:
