@@ -73,6 +73,19 @@ def test_ledger_counts_the_events_of_a_listener(
     assert len(account.resets) == texts.count("R")
 
 
+@pytest.mark.parametrize(
+    ("seconds", "found"), [(0.5, {"reported": 1}), (1.5, {"lost": 1})]
+)
+def test_reset_may_come_soon_after_an_event_that_overtakes_another(
+    seconds: float, found: dict[str, int]
+) -> None:
+    """A client that reloads its data then misses nothing."""
+    late = record("124R5678")
+    late.entries[3:] = [(9.0 + seconds, text) for _, text in late.entries[3:]]
+    account = balance(SENT, [record("12345678"), late], in_commit_order=True)
+    assert count(account) == found
+
+
 def test_ledger_finds_events_that_are_not_in_the_order_of_commits() -> None:
     """This holds also if all listeners received them in the same order."""
     account = balance(SENT, [record("12435678")] * 2, in_commit_order=True)

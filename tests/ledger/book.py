@@ -5,7 +5,8 @@ as the events were published. For each listener and channel, each of these event
 of:
 
 - *received*, once and in order.
-- *reported*: it is missing, but the listener received a ``reset`` in its place.
+- *reported*: it is missing, but the listener received a ``reset`` in its place, or
+  within a second after a later event. On a reset a client reloads its data.
 - *not due*: from before the listener joined, or from after it left.
 - *lost*: it is missing, and the listener cannot know it. This is a fault.
 
@@ -20,7 +21,10 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
+
+LATE_SECONDS = 1.0
+"""Maximum time between an event that overtakes others and the reset for these."""
 
 
 class Committed(NamedTuple):
@@ -86,6 +90,10 @@ class Account:
     def note(self, fault: str, listener: str) -> None:
         """Add a fault."""
         self.faults.setdefault(fault, []).append(listener)
+
+
+Segment: TypeAlias = dict[int, float]
+"""The events between two resets: the position of each, and when it was received."""
 
 
 def balance(
@@ -175,13 +183,13 @@ def _check(
     positions: Mapping[str, int],
 ) -> None:
     """Add what a listener received of a channel to the account."""
-    segments: list[list[int]] = [[]]  # the positions between two resets
+    segments: list[Segment] = [{}]
     seen: set[int] = set()
     latest = -1
-    for _, text in record.entries:
+    for time, text in record.entries:
         position = None if text is None else positions.get(text)
         if text is None:
-            segments.append([])
+            segments.append({})
         elif position is None:
             account.uncommitted += 1
             account.note(f"{text!r} was not committed", record.listener)
@@ -195,13 +203,13 @@ def _check(
                 account.note(f"{text!r} arrived after {later!r}", record.listener)
             latest = max(latest, position)
             seen.add(position)
-            segments[-1].append(position)
+            segments[-1][position] = time
     account.received += len(seen)
     _count_missing(account, record, segments, due)
 
 
 def _count_missing(
-    account: Account, record: Record, segments: list[list[int]], due: list[Committed]
+    account: Account, record: Record, segments: list[Segment], due: list[Committed]
 ) -> None:
     """Count the events that a listener has not received, and its resets."""
     seen = set().union(*segments)
@@ -240,7 +248,7 @@ def _neighbours(position: int, seen: set[int], due: list[Committed]) -> str:
 
 
 def _find_reset(
-    record: Record, event: Committed, position: int, segments: list[list[int]]
+    record: Record, event: Committed, position: int, segments: list[Segment]
 ) -> int | None:
     """Return the number of the reset that stands for a missing event.
 
@@ -254,4 +262,12 @@ def _find_reset(
         return None
     last_before = before[-1] if before else 0
     first_after = after[0] if after else len(segments) - 1
-    return first_after if first_after > last_before else 0
+    if first_after > last_before:
+        return first_after
+    resets = [time for time, text in record.entries if text is None]
+    if after and first_after < len(resets):
+        segment = segments[first_after]
+        overtaken = min(time for each, time in segment.items() if each > position)
+        if resets[first_after] - overtaken <= LATE_SECONDS:
+            return first_after + 1
+    return 0

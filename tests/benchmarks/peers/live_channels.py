@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from typing import Any
 
@@ -26,6 +27,11 @@ class RootController(TGController):
     @stream(SSE)
     def merged(self, names: str) -> Iterator[Event]:
         return tgstream.listen(*names.split(","))
+
+    @expose(content_type="text/plain")
+    def collect(self) -> str:
+        gc.collect()
+        return "collected"
 
 
 def make_app(where: str) -> App:
