@@ -307,10 +307,7 @@ def test_exports_page_runs(
     """The controllers of the page on exports give the output that it describes."""
     provide(monkeypatch, "myapp.lib.base", BaseController=tg.TGController)
     provide(monkeypatch, "myapp.model", **vars(cookbook))
-    # test_redis.py runs the script. The other block is of Alembic.
-    apart = "loadapp", "target_metadata"
-    page = [b for b in blocks(LIVE) if not any(name in b for name in apart)]
-    imports, *methods = page
+    imports, *methods, own, chat = blocks(EXPORTS)
     shown: dict[str, Any] = {}
     exec(imports, shown)
     exec("".join(methods), shown)
