@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 
 from ..core.context import thread
-from ..core.heartbeat import begin_response
+from ..core.heartbeat import begin_response, check_ending
 from ..core.options import clock
 from ..formats.sse import SSE, Event
 from .history import HEARTBEAT, Subscription, reset_event
@@ -134,11 +134,13 @@ def without_comments(events: Iterator[Event]) -> Iterator[Event]:
     The response of its stream begins when the generator takes the first event.
 
     :raises StreamError: when the stream has no heartbeat of its own.
+    :raises StreamEnding: when the stream is to end. The generator may drop all events.
     """
     for event in events:
         if event.data is None:
             begin_response(*SSE().encode([event]))
         else:
+            check_ending()
             yield event
         del event
 
