@@ -17,7 +17,7 @@ import pytest
 import redis
 
 from tests.live.listeners import id_of, receive, types_of_first_two
-from tests.live.redis_servers import RedisProxy
+from tests.live.redis_servers import RedisProxy, blocked
 from tests.pages import DOCS
 from tests.valkey import DurableValkey, Valkey
 from tgstream import Event
@@ -309,6 +309,23 @@ def test_listener_of_a_channel_that_disappeared_receives_the_next_event(
     publish(other, f"{name}?", "the first")
     assert receive(events, 1) == ["second"]
     assert receive(silent, 1) == ["the first"]
+
+
+def test_burst_after_a_channel_disappeared_causes_a_reset(
+    make_backend: MakeBackend, name: str
+) -> None:
+    """The server has removed the first events before the process reads them."""
+    backend = make_backend(seconds=0.3)
+    other = make_backend(seconds=0.3, history=20)
+    events = open_listener(backend, name)
+    publish(other, name, "before")
+    assert receive(events, 1) == ["before"]
+    wait_until(lambda: not other._streams.all(name)[1])
+    with blocked(backend._reader):
+        publish(other, name, *map(str, range(300)))
+    assert next(events).event == "reset"
+    publish(other, name, "after")
+    assert receive(events, 1) == ["after"]
 
 
 # Ids.

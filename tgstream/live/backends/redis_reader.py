@@ -39,6 +39,7 @@ from ..protocols import ChannelSettings, ConnectionLost
 from .redis_connection import CONNECTION_ERRORS, explain_refusal, is_outage
 from .redis_script import KEY_PREFIX
 from .redis_streams import (
+    START,
     TIMEOUT_SECONDS,
     Entry,
     RedisStreams,
@@ -323,18 +324,25 @@ class RedisReader:
         if before == newest:
             history.append(position, event)
         elif before != channel.previous or position > newest:
-            self._read_gap(channel, history)
+            self._read_gap(channel, history, position)
         channel.previous = position
 
-    def _read_gap(self, channel: _Channel, history: ChannelHistory) -> None:
-        """Read the events that the history does not have."""
+    def _read_gap(
+        self, channel: _Channel, history: ChannelHistory, position: Position = START
+    ) -> None:
+        """Read the events that the history does not have.
+
+        :param position: that of the first event which is not in the history.
+        """
         newest = history.last_position
         try:
             entries = self._streams.after(channel.name, newest)
             if entries is None:
                 first, entries = self._streams.all(channel.name)
-                # If the server removed the unused channel, no event is missing.
-                if first[0] < newest[0] + self._settings.seconds * 1000:
+                # If the server removed the unused channel, no event is missing,
+                # unless it has removed events of the new stream, too.
+                was_unused = first[0] >= newest[0] + self._settings.seconds * 1000
+                if first > position or not was_unused:
                     _report_loss(channel, history, self._streams.newest(channel.name))
                     return
         except redis.ResponseError as error:
