@@ -368,6 +368,18 @@ def test_first_id_replays_only_events_that_are_recent(
     assert not brief.subscribe(name, f"{seconds - 200}000-0").has_gap
 
 
+def test_first_id_of_a_channel_that_was_deleted_causes_a_reset(
+    server: Valkey, make_backend: MakeBackend, name: str
+) -> None:
+    """Another listener of the channel is still connected."""
+    backend = make_backend()
+    events = open_listener(backend, name)
+    server.execute("DEL", f"tgstream:{name}")
+    assert types_of_first_two(listen(backend, name, "0-0", 60.0))[1] == "reset"
+    publish(backend, name, "next")
+    assert next(events).event == "reset"
+
+
 def test_position_is_where_a_listener_starts(
     server: Valkey, make_backend: MakeBackend, name: str
 ) -> None:

@@ -216,8 +216,13 @@ class RedisStreams:
 
     def _is_complete(self, channel: str) -> bool:
         """True if it is certain that no event was ever removed."""
-        with self._client() as client:
-            info = client.xinfo_stream(self.names.key(channel))
+        try:
+            with self._client() as client:
+                info = client.xinfo_stream(self.names.key(channel))
+        except redis.ResponseError as error:
+            if str(error) == "no such key":
+                return False
+            raise
         # Only Redis 7 and Valkey count the added events. Without it there is no proof.
         return bool(info.get("entries-added") == info["length"])
 
