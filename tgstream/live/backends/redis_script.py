@@ -48,10 +48,20 @@ if by then
   fields[#fields + 1] = by
 end
 local id = redis.call('XADD', KEYS[1], 'MAXLEN', '~', max_events, '*', unpack(fields))
-redis.call('PEXPIRE', KEYS[1], milliseconds)
 local before = newest and newest[1] or '0-0'
 local line = before .. ' ' .. id .. ' ' .. flags .. ' ' .. type
-redis.call(publish, channel, line .. '\\n' .. data)
+local commands = {
+  {'PEXPIRE', KEYS[1], milliseconds},
+  {publish, channel, line .. '\\n' .. data},
+}
+for _, command in ipairs(commands) do
+  local answer = redis.pcall(unpack(command))
+  if not tonumber(answer) then
+    -- The publisher reports that the event was refused, so nobody may receive it.
+    redis.call('XDEL', KEYS[1], id)
+    return answer
+  end
+end
 return id
 """
 )
