@@ -25,6 +25,7 @@ from tgstream.core.errors import StreamError
 from tgstream.formats.sse import Message
 from tgstream.live.backends import redis_reader, redis_streams
 from tgstream.live.backends.redis import RedisBackend
+from tgstream.live.backends.redis_reader import RedisReader
 from tgstream.live.backends.redis_script import (
     PUBLISH,
     Names,
@@ -487,6 +488,45 @@ def test_server_that_hangs_is_noticed(
             assert lost.startswith("Lost the connection to Redis (tgstream.channels)")
             (end,) = logged(caplog, "INFO")
             assert end == "Reconnected to Redis (tgstream.channels)"
+
+
+def test_each_outage_is_logged_by_a_process_without_listeners(
+    tmp_path: Path,
+    make_backend: MakeBackend,
+    name: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """It only requests positions."""
+    caplog.set_level("INFO", "tgstream")
+    with Valkey(tmp_path / "valkey") as server:
+        backend = make_backend(server.url)
+        for number in 1, 2:
+            server.terminate()
+            for _ in range(2):
+                with pytest.raises(ConnectionLost):
+                    backend.position(name)
+            server.start()
+            assert backend.position(name)
+            assert len(logged(caplog, "WARNING")) == number
+            assert len(logged(caplog, "INFO")) == number
+
+
+@pytest.mark.usefixtures("quick_checks")
+def test_process_that_is_behind_does_not_reconnect(
+    make_backend: MakeBackend, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The message to itself arrives after all events that were sent before."""
+    backend, pause = make_backend(), threading.Event()
+    events, reader = open_listener(backend, name), backend._reader
+
+    def receive_slowly(response: Any) -> None:
+        pause.wait(0.2)
+        RedisReader._receive(reader, response)
+
+    reader._receive = receive_slowly  # type: ignore[method-assign]
+    publish(make_backend(), name, *map(str, range(8)))
+    assert receive(events, 8) == list(map(str, range(8)))
+    assert logged(caplog, "WARNING") == []
 
 
 # Refused commands.

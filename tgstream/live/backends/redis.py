@@ -65,13 +65,16 @@ class RedisBackend:
     def _ask(self, channel: str, function: Callable[[], Result]) -> Result:
         """Call a function that uses the server, and convert its errors."""
         try:
-            return function()
+            result = function()
         except CONNECTION_ERRORS as error:
             if not is_outage(error):
                 raise self._reader.refusal(channel, error) from error
             self._streams.close_after(error)
             self._outage.log_start(error)
             raise ConnectionLost from error
+        if not self._reader.is_running:  # else it logs when it is connected
+            self._outage.log_end()
+        return result
 
     def _subscribe(
         self, channel: str, after: str | None, since: float | None

@@ -179,6 +179,16 @@ class RedisReader:
                 self._wake()
         return request.wait()
 
+    def has(self, channel: str, history: ChannelHistory) -> bool:
+        """Whether a history still receives the events of its channel."""
+        known = self._channels.get(self._key(channel))
+        return known is not None and known.history() is history
+
+    @property
+    def is_running(self) -> bool:
+        """Whether there are listeners."""
+        return self._running.locked()
+
     def refusal(self, channel: str, error: Exception) -> StreamError:
         """The error of a channel that the server refuses."""
         explanation = explain_refusal(error, self._streams.names.key(channel))
@@ -284,7 +294,8 @@ class RedisReader:
 
     def _check(self) -> None:
         """Check that a message arrives that is sent over another connection."""
-        if clock() > self._answer_until:
+        # If there is more to read, the message may be behind it.
+        if clock() > self._answer_until and not self._connection.can_read(0):
             raise redis.ConnectionError(
                 f"no message arrived for {TIMEOUT_SECONDS:g} seconds"
             )
