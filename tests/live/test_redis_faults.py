@@ -688,6 +688,26 @@ def test_key_of_another_type_ends_the_listeners_of_its_channel(
     assert logged(caplog, "ERROR") == [error]
 
 
+def test_listener_that_starts_while_its_channel_is_refused_is_not_deaf(
+    make_backend: MakeBackend, name: str
+) -> None:
+    """It starts again, so that it is refused or receives events."""
+    backend = make_backend()
+    reader, before = backend._reader, open_listener(backend, name)
+
+    def find_and_refuse(channel: str) -> Any:
+        history = RedisReader.history(reader, channel)
+        del reader.history
+        reader._end(reader._channels[reader._key(channel)])
+        return history
+
+    reader.history = find_and_refuse  # type: ignore[method-assign]
+    events = open_listener(backend, name)
+    assert list(before) == []
+    publish(backend, name, "x")
+    assert receive(events, 1) == ["x"]
+
+
 def test_key_of_another_type_is_found_after_a_reconnect(
     server: Valkey,
     make_backend: MakeBackend,

@@ -60,7 +60,12 @@ class RedisBackend:
 
         :raises StreamError: if the server refuses the channel.
         """
-        return self._ask(channel, lambda: self._subscribe(channel, after, since))
+        while True:
+            start = self._ask(channel, lambda: self._subscribe(channel, after, since))
+            history = start.history
+            # If the channel was refused meanwhile, the history receives no event.
+            if history is None or self._reader.has(channel, history):
+                return start
 
     def _ask(self, channel: str, function: Callable[[], Result]) -> Result:
         """Call a function that uses the server, and convert its errors."""
