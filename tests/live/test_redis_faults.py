@@ -159,6 +159,23 @@ def test_listener_receives_each_event_from_its_start_on(
         publisher.result()
 
 
+def test_health_checks_of_the_url_do_not_disconnect_the_process(
+    make_backend: MakeBackend,
+    server: Valkey,
+    name: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The package redis cannot check a connection that has subscriptions."""
+    backend = make_backend(f"{server.url}?health_check_interval=1")
+    events, other = open_listener(backend, name), open_listener(backend, f"{name}?")
+    backend._reader._connection.next_health_check = 0.1
+    del other
+    wait_until(lambda: subscribers(server, f"{name}?") == 0)
+    publish(backend, name, "x")
+    assert receive(events, 1) == ["x"]
+    assert logged(caplog, "WARNING") == []
+
+
 def test_databases_of_a_server_do_not_share_channels(
     server: Valkey, make_backend: MakeBackend, name: str
 ) -> None:

@@ -466,7 +466,8 @@ class RedisReader:
         """Subscribe or unsubscribe, and wait until the server has done it."""
         if self._streams.names.is_cluster:
             command = f"S{command}"
-        self._connection.send_command(command, *keys)
+        # A health check fails on a connection that has subscriptions.
+        self._connection.send_command(command, *keys, check_health=False)
         kind, answers = command.lower().encode(), 0
         while answers < len(keys):
             response = self._connection.read_response()
