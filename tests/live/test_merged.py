@@ -18,7 +18,7 @@ import tgstream
 from tests.conftest import MakeApp
 from tests.formats.support import parse_events
 from tests.live.listeners import id_of, receive
-from tests.valkey import Valkey
+from tests.valkey import DurableValkey, Valkey
 from tests.wsgi import Call, get
 from tgstream import SSE, Channel, Event, last_event_id, listen, position, stream
 from tgstream.formats.sse import Message
@@ -548,7 +548,7 @@ def test_merged_listener_waits_while_the_server_is_lost(
     tmp_path: Path, names: list[str]
 ) -> None:
     """It sends heartbeats, and then a reset for each channel, or all missed events."""
-    server = Valkey(tmp_path, appendonly="yes")
+    server = DurableValkey(tmp_path)
     server.start()
     try:
         backend = RedisBackend(server.url, ChannelSettings())
