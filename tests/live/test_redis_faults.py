@@ -346,6 +346,26 @@ def test_burst_after_a_channel_disappeared_causes_a_reset(
     assert receive(events, 1) == ["after"]
 
 
+def test_channel_that_disappeared_while_the_process_reconnected_causes_a_reset(
+    server: Valkey, make_backend: MakeBackend, name: str
+) -> None:
+    """A message arrives before the process has read the newest ids."""
+    backend, other = make_backend(seconds=0.2), make_backend(seconds=0.2)
+    events, reader = open_listener(backend, name), backend._reader
+
+    def subscribe_and_publish(keys: list[bytes]) -> Any:
+        del reader._subscribe
+        publish(other, name, "missed")
+        wait_until(lambda: not other._streams.all(name)[1])
+        reader._subscribe(keys)
+        publish(other, name, "received")
+        return reader._subscribe(keys)
+
+    reader._subscribe = subscribe_and_publish  # type: ignore[method-assign]
+    server.execute("CLIENT", "KILL", "TYPE", "pubsub")
+    assert next(events).event == "reset"
+
+
 # Ids.
 
 

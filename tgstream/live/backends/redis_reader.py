@@ -352,8 +352,9 @@ class RedisReader:
                 first, entries = self._streams.all(channel.name)
                 # If the server removed the unused channel, no event is missing,
                 # unless it has removed events of the new stream, too.
-                was_unused = first[0] >= newest[0] + self._settings.seconds * 1000
-                if first > position or not was_unused:
+                unused_from = newest[0] + self._settings.seconds * 1000
+                is_complete = self._is_synced and unused_from <= first[0]
+                if not is_complete or first > position:
                     _report_loss(channel, history, self._streams.newest(channel.name))
                     return
         except redis.ResponseError as error:
