@@ -176,6 +176,22 @@ def test_health_checks_of_the_url_do_not_disconnect_the_process(
     assert logged(caplog, "WARNING") == []
 
 
+def test_channels_are_read_together_after_the_server_has_forgotten_the_script(
+    server: Valkey, make_backend: MakeBackend, name: str
+) -> None:
+    """A reconnect does not cost a round trip for each channel."""
+    with RedisProxy(server.port) as proxy:
+        backend, other = make_backend(proxy.url), make_backend()
+        listeners = [open_listener(backend, f"{name} {at}") for at in range(40)]
+        turns = proxy.turns
+        server.execute("SCRIPT", "FLUSH")
+        server.execute("CLIENT", "KILL", "TYPE", "pubsub")
+        for at, events in enumerate(listeners):
+            publish(other, f"{name} {at}", "x")
+            assert receive(events, 1) == ["x"]
+        assert proxy.turns - turns < 20
+
+
 def test_databases_of_a_server_do_not_share_channels(
     server: Valkey, make_backend: MakeBackend, name: str
 ) -> None:

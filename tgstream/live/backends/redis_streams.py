@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from random import choice
 from typing import Any
 
@@ -138,8 +138,13 @@ class RedisStreams:
             ("EVALSHA", digest, 1, self.names.key(channel), self._milliseconds)
             for channel in channels
         ]
+        answers = self._execute(commands)
+        if any(isinstance(answer, NoScriptError) for answer in answers):
+            with suppress(redis.ResponseError):
+                self.newest(channels[0])  # it sends the text of the script
+            answers = self._execute(commands)
         newest: list[Position | Exception] = []
-        for channel, answer in zip(channels, self._execute(commands), strict=True):
+        for channel, answer in zip(channels, answers, strict=True):
             try:
                 if isinstance(answer, NoScriptError):
                     newest.append(self.newest(channel))
