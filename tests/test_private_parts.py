@@ -1283,7 +1283,8 @@ ALSO_IN = {
 """Other modules that touch a part. Nothing may be added."""
 
 DOCUMENTED = {"_exit", "_fields", "_getframe", "_replace", "_xoptions"}
-"""Public names that begin with an underscore: of os, sys and named tuples."""
+DOCUMENTED |= {"_get_running_loop", "_set_running_loop"}
+"""Public names with an underscore: of os, sys, named tuples and event loops."""
 
 
 @pytest.mark.parametrize("part", PARTS, ids=lambda part: f"{part.package}-{part.name}")

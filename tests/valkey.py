@@ -52,6 +52,12 @@ class Valkey:
         except redis.RedisError:  # it is starting, or loads its data
             return False
 
+    @property
+    def process_id(self) -> int:
+        """The id of the process, which runs."""
+        assert self._process is not None
+        return self._process.pid
+
     def execute(self, *command: Any) -> Any:
         """Execute a command, and return the answer."""
         with redis.Redis.from_url(self.url) as client:

@@ -17,6 +17,7 @@ from tempfile import TemporaryDirectory
 from . import (
     archives,
     arrow,
+    channels,
     chart,
     compression,
     driver,
@@ -38,8 +39,13 @@ from .people import databases
 Question = Callable[[], list[Result]]
 
 
-def questions(folder: Path, stack: ExitStack, quick: bool) -> dict[str, Question]:
-    """Return the questions by name. The names are those of the modules."""
+def questions(
+    folder: Path, stack: ExitStack, quick: bool, most: int
+) -> dict[str, Question]:
+    """Return the questions by name. The names are those of the modules.
+
+    :param most: the maximum number of channels.
+    """
     pairs = cache(lambda: make_pairs(folder))
     rows = exports.MILLION // 10 if quick else exports.MILLION
     urls = cache(lambda: stack.enter_context(databases(folder, rows)))
@@ -53,6 +59,7 @@ def questions(folder: Path, stack: ExitStack, quick: bool) -> dict[str, Question
         "compression": lambda: compression.run(quick),
         "driver": lambda: driver.run(urls(), quick),
         "live": lambda: live.run(quick),
+        "channels": lambda: channels.run(folder, quick, most),
         "files": lambda: files.run(folder, quick),
         "archives": lambda: archives.run(urls()["PostgreSQL"], rows, quick),
         "arrow": lambda: arrow.run(urls(), rows, quick),
@@ -67,11 +74,13 @@ def main() -> int:
     parser.add_argument("question", nargs="*", help="a module's name. Default: all")
     picture = "draw one export, made in four ways. Runs only the questions you name"
     parser.add_argument("--chart", metavar="FILE.svg", type=Path, help=picture)
+    most = "the maximum number of channels"
+    parser.add_argument("--channels", type=int, default=10_000, help=most)
     options = parser.parse_args()
     logging.disable(logging.CRITICAL)
     results: list[Result] = []
     with TemporaryDirectory() as name, ExitStack() as stack:
-        available = questions(Path(name), stack, options.quick)
+        available = questions(Path(name), stack, options.quick, options.channels)
         if unknown := set(options.question) - available.keys():
             parser.error(
                 f"unknown question: {', '.join(unknown)}. "

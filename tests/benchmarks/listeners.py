@@ -5,6 +5,7 @@ from __future__ import annotations
 import select
 import socket
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 
 from .servers import REQUEST
@@ -40,11 +41,16 @@ class Listeners:
         if not answer.startswith(b"HTTP/1.1 200"):
             raise RuntimeError(f"unexpected response of {path}: {answer[:200]!r}")
 
-    def open(self, count: int) -> None:
-        """Open ``count`` connections, and wait for the first comment of each."""
+    def open(
+        self, count: int, path: Callable[[int], str] = lambda number: "/listen"
+    ) -> None:
+        """Open ``count`` connections, and wait for the first comment of each.
+
+        :param path: returns the path of each connection by its number.
+        """
         while len(self) < count:
-            size = min(WAVE, count - len(self))
-            wave = [self._request("/listen") for _ in range(size)]
+            numbers = range(len(self), min(len(self) + WAVE, count))
+            wave = [self._request(path(number)) for number in numbers]
             for connection in wave:
                 answer = b""
                 while b": open" not in answer:
@@ -75,6 +81,19 @@ class Listeners:
                     continue
                 for number, _ in self._epoll.poll(due):
                     note_delays(self._sockets[number], delays)
+        return sorted(delays)
+
+    def collect(self, expected: int) -> list[float]:
+        """Return the sorted delays of so many deliveries that others publish.
+
+        :raises RuntimeError: if no event arrives for a long time.
+        """
+        delays: list[float] = []
+        while len(delays) < expected:
+            if not (ready := self._epoll.poll(PATIENCE)):
+                raise RuntimeError(f"received {len(delays)} of {expected} events")
+            for number, _ in ready:
+                note_delays(self._sockets[number], delays)
         return sorted(delays)
 
     def close(self) -> None:

@@ -35,7 +35,7 @@ def gthread(app: App) -> None:
 
 
 def gevent(app: App) -> None:
-    gunicorn(app, worker_class="gevent", worker_connections=10_000, graceful_timeout=1)
+    gunicorn(app, worker_class="gevent", worker_connections=11_000, graceful_timeout=1)
 
 
 def gunicorn(app: App, **options: Any) -> None:

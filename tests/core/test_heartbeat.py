@@ -234,6 +234,40 @@ def test_commit_and_rollback_work_on_the_thread_of_the_generator(
     assert_clean(model)
 
 
+KILLED = """
+from gevent import monkey; monkey.patch_all()
+import gevent, tg
+from tests.conftest import make_application
+from tests.wsgi import get
+from tgstream import SSE, stream
+
+class Root(tg.TGController):
+    @tg.expose()
+    @stream(SSE(heartbeat=5), limit=1)
+    def events(self, seconds="0"):
+        try:
+            gevent.sleep(float(seconds))
+            yield "item"
+        finally:
+            print("closed")
+
+app = make_application(Root())
+tg.hooks.register("tgstream.finished", lambda report: print(report.reason))
+with gevent.Timeout(0.05, False):
+    get(app, "/events?seconds=0.2")
+gevent.sleep(0.4)
+print(get(app, "/events").text, end="")
+"""
+
+
+def test_killed_request_ends_its_stream_and_frees_its_slot() -> None:
+    """The generator ends at its first item, on the thread of its worker."""
+    command = [sys.executable, "-W", "ignore", "-c", KILLED]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    expected = "closed\ndisconnected\nclosed\ncompleted\ndata: item\n\n"
+    assert ran.stdout == expected, ran.stderr
+
+
 NO_THREAD = """
 import resource, threading
 from pathlib import Path

@@ -285,6 +285,60 @@ def test_savepoint_undoes_later_changes(
     assert_clean(model)
 
 
+def test_session_joins_again_after_the_rollback_of_an_earlier_savepoint(
+    make_app: MakeApp, model: Model
+) -> None:
+    """The savepoint is from before the first use of the session."""
+
+    def body() -> Iterator[str]:
+        savepoint = transaction.savepoint()
+        for name in "undone", "undone, too":
+            model.DBSession.add(User(name=name))
+            model.DBSession.flush()
+            savepoint.rollback()
+        model.DBSession.add(User(name="ada"))
+        yield "one"
+
+    assert get(make_app(Root(body), model)).text == "one"
+    assert model.names() == ["ada"]
+    assert_clean(model)
+
+
+@pytest.mark.parametrize("commit", ["end", "manual"])
+def test_savepoint_before_the_first_use_of_a_session_undoes_later_changes(
+    make_app: MakeApp, make_model: MakeModel, postgresql: str, commit: str
+) -> None:
+    """The session then goes on in the same transaction, which commits and aborts it."""
+    model = make_model(postgresql)
+
+    def add(name: str) -> None:
+        model.DBSession.add(User(name=name))
+        model.DBSession.flush()
+
+    def body() -> Iterator[str]:
+        for end in transaction.commit, transaction.abort:
+            first = transaction.savepoint()
+            add("undone")
+            first.rollback()
+            add("undone, too")
+            first.rollback()
+            add(end.__name__)
+            second = transaction.savepoint()
+            add("undone, as well")
+            second.rollback()
+            end()
+            model.DBSession.remove()
+        first = transaction.savepoint()
+        add("undone")
+        first.rollback()
+        add("end")
+        yield "one"
+
+    get(make_app(Root(body, commit=commit), model))
+    assert model.names() == ["commit", *(["end"] if commit == "end" else [])]
+    assert_clean(model)
+
+
 def test_savepoint_ends_with_its_transaction(
     make_app: MakeApp, make_model: MakeModel, postgresql: str
 ) -> None:

@@ -21,6 +21,7 @@ import pytest
 import python_calamine
 
 import tgstream
+from tests.upstream import Upstream, wait_until
 from tests.valkey import Valkey
 
 ROOT = Path(__file__).parents[2]
@@ -111,6 +112,37 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Example]:
     example = Example(tmp_path_factory.mktemp("live"), "live", "--pause=0.01")
     yield example
     example.stop()
+
+
+@pytest.fixture
+def upstream() -> Iterator[Upstream]:
+    upstream = Upstream()
+    yield upstream
+    upstream.close()
+
+
+def test_chat_sends_the_tokens_of_its_model(tmp_path: Path) -> None:
+    """Its own small model repeats the question, word by word."""
+    chat = Example(tmp_path, "chat", "--pause=0.01")
+    assert b"EventSource" in chat.read("/")
+    events = chat.read("/answer?text=hello%20there").decode()
+    events = events.replace(":\n\n", "")
+    words = ["You", "said:", "hello", "there"]
+    tokens = "".join(f'data: {{"token":"{word}"}}\n\n' for word in words)
+    assert events == tokens + "event: done\ndata: \n\n"
+    assert chat.stop() == 0
+
+
+def test_chat_stops_its_model_when_the_client_disconnects(
+    tmp_path: Path, upstream: Upstream
+) -> None:
+    """The connection is closed although the model sends nothing."""
+    chat = Example(tmp_path, "chat", f"--upstream={upstream.url}/silent/")
+    with chat.get("/answer?text=x") as response:
+        assert response.read1(100).startswith(b'data: {"token":"/silent/?text=x 0"}')
+        assert upstream.open["silent"] == 1
+    wait_until(lambda: upstream.open["silent"] == 0)
+    assert chat.stop() == 0
 
 
 def test_index_links_every_controller(cookbook: Example) -> None:

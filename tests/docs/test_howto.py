@@ -472,9 +472,7 @@ def test_redis_user_needs_only_the_keys_of_channels(
     make_app: MakeApp, tmp_path: Path
 ) -> None:
     """The ACL line of the page on security is enough, with a password in the URL."""
-    [rule] = re.findall(
-        r"``(ACL\s+SETUSER [^`]+)``", (DOCS / "security.rst").read_text()
-    )
+    [rule] = re.findall("ACL SETUSER .+", (DOCS / "security.rst").read_text())
     with Valkey(tmp_path) as valkey:
         address = valkey.url.removeprefix("redis://")
         valkey.execute(*rule.split())

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -776,3 +778,47 @@ def test_key_of_another_type_is_found_after_a_reconnect(
     check_listener(server, events, good)
     (error,) = logged(caplog, "ERROR")
     assert f"Channel({name!r})" in error
+
+
+BURST = """
+from gevent import monkey; monkey.patch_all()
+import os, sys
+import gevent
+from tgstream.live.backends.redis import RedisBackend
+from tgstream.live.listener import listen
+from tgstream.live.protocols import ChannelSettings
+
+PUBLISH = '''
+import sys
+from tgstream.formats.sse import Message
+from tgstream.live.backends.redis import RedisBackend
+from tgstream.live.protocols import ChannelSettings
+messages = [Message("burst", str(number)) for number in range(2000)]
+RedisBackend(sys.argv[1], ChannelSettings(publish_timeout=20.0)).publish(messages)
+'''
+backend = RedisBackend(sys.argv[1], ChannelSettings())
+subscription = backend.subscribe("burst", None)
+numbers = [subscription.history.next_number]
+
+
+def note_progress():
+    while numbers[-1] < 2000:
+        gevent.sleep(0)
+        numbers.append(subscription.history.next_number)
+
+
+# The hub does not run until all events are published.
+pid = os.fork()
+if pid == 0:
+    os.execv(sys.executable, [sys.executable, "-c", PUBLISH, sys.argv[1]])
+monkey.get_original("os", "waitpid")(pid, 0)
+gevent.spawn(note_progress).join(timeout=30)
+print(max(after - before for before, after in zip(numbers, numbers[1:])))
+"""
+
+
+def test_burst_does_not_stop_the_other_greenlets(server: Valkey) -> None:
+    """The reader pauses after some events, although there are more."""
+    command = [sys.executable, "-W", "ignore", "-c", BURST, server.url]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert int(result.stdout) <= 200, result.stderr[-3000:]

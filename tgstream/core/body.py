@@ -37,6 +37,10 @@ even if the step before failed. The first error is the one reported.
   it at once. If Python's cyclic garbage collector drops it, in the middle of anything,
   it is handed to the monitor, which ends it on a thread of its own. A body that has
   ended does nothing when it is dropped: it takes no lock and calls nothing.
+- *The generator is blocked when the stream is to end*, and has passed a callback to
+  :meth:`Body.on_end`. The thread that leaves the note has the callbacks called, so that
+  the generator can go on to its end. If it returns or raises then, the stream ends for
+  the reason of the note. Each callback is taken from a list, which is atomic.
 - *The process forks while the stream runs.* In the child the token is gone forever, and
   the body ends nothing. If the child comes out of the generator, it exits, because the
   connections to the database and to the client are its parent's.
@@ -72,12 +76,14 @@ from .heartbeat import Pull, Worker
 from .monitor import (
     has_disconnected,
     has_greenlets,
-    is_collecting,
     monitor,
+    must_not_wait,
     second_pull_checks,
+    start_thread,
 )
 from .options import Plan, clock
 from .report import Reason, Report
+from .sockets import shut_down_socket
 
 if TYPE_CHECKING:
     from .context import Context, StreamTransaction
@@ -143,8 +149,10 @@ class Body:
     """The id of a failure that the client receives."""
     expires = float("inf")
     """The time by the clock at which ``max_seconds`` are over."""
+    callbacks: list[Callable[[], object]] | None = None
+    """Called at the end, the last one first. None if :meth:`on_end` was not called."""
     _state = NEW
-    _disowned = _watched = False
+    _disowned = _watched = _interrupted = False
     _chunks: Generator[bytes, None, None] = (chunk for chunk in [b""])
     _first: bytes | None = None
     _first_pull: Pull | None = None  # of the worker, until the response begins
@@ -206,9 +214,13 @@ class Body:
             self._read_note()
 
     def _read_note(self) -> None:
+        self.check_process()
+        self._end_if_asked()
+
+    def check_process(self) -> None:
+        """Exit a process that was forked in the generator, and has come out of it."""
         if self._disowned:
             reports.leave_child(self.plan.controller, None)
-        self._end_if_asked()
 
     def ask_to_end(self, reason: Reason) -> bool:
         """Leave a note for the owner. False if there was a note."""
@@ -219,7 +231,7 @@ class Body:
 
     def disown(self) -> None:
         """In a forked process: leave the stream to the parent."""
-        self._disowned = True
+        self._disowned, self.callbacks = True, None
         self._token.clear()
         self.ask_to_end("disconnected")
 
@@ -251,6 +263,8 @@ class Body:
         """
         self._state = STARTING
         monitor.register(self, self.started)
+        if self.callbacks is not None and not self._watched:
+            self._watch()  # one of them may end a wait for the first item
         make_first: Callable[[], bytes | None] | None = self._make_first
         if self.plan.traits.heartbeat:
             make_first = self._start_worker()
@@ -282,13 +296,23 @@ class Body:
             return self._make_first
         self._first_pull = pull = Pull(self._make_first_on_worker)
         pull.request(worker)
-        pull.wait(None)
+        try:
+            pull.wait(None)
+        except BaseException:  # gevent has killed the request, or a timeout is over
+            self.ask_to_end("disconnected")
+            worker.submit(self._end_on_worker)
+            raise
         if self._first_pull is None:
             if not self._watched:
                 self._watch()
             return None
         self._first_pull = None
         return pull.result
+
+    def _end_on_worker(self) -> None:
+        """End, after the first step of the generator, because its request has ended."""
+        if self._state is STARTING:
+            self._release()
 
     def _make_first_on_worker(self) -> bytes | None:
         pull, record = self._first_pull, self.context.bind(self)
@@ -297,7 +321,9 @@ class Body:
             return first
         except Exception as error:
             is_ending = self._state is OPEN and self.closing is not None
-            if is_ending and not self._end_by_client(error):
+            if is_ending and not (
+                self._end_by_client(error) or self._end_by_interrupt(error)
+            ):
                 self._fail(error)
             raise
         finally:
@@ -422,7 +448,8 @@ class Body:
             except BaseException as error:
                 if self._end_by_client(error):
                     return
-                self._failure = self._fail_with_chunk(error)
+                if not self._end_by_interrupt(error):
+                    self._failure = self._fail_with_chunk(error)
                 break
             finally:
                 unbind(record)
@@ -530,7 +557,12 @@ class Body:
             self.transaction.commit_items()
 
     def finish_items(self) -> None:
-        """Commit after the last item, before the format completes the body."""
+        """Commit after the last item, before the format completes the body.
+
+        :raises StreamEnding: when a callback may have cut off the items.
+        """
+        if self._interrupted:
+            raise StreamEnding
         close(self.encoding.iterator)  # a format may have stopped before they did
         self._close_source()
         if self.transaction is None:
@@ -569,10 +601,11 @@ class Body:
         :raises BaseException: only a kill or a timeout of gevent that came while it
             ended. The stream has ended all the same.
         """
-        if self._state is ENDED or (is_collecting() and monitor.hand_over(self)):
+        if self._state is ENDED:
             return
         self.ask_to_end(reason)
-        self._end_if_asked()
+        if not (must_not_wait() and monitor.hand_over(self)):
+            self._end_if_asked()
 
     def drop(self) -> None:
         """End the stream, maybe from a finaliser.
@@ -584,7 +617,7 @@ class Body:
             return
         if has_greenlets():
             self.ask_to_end("disconnected")
-            if not self.idle or monitor.hand_over(self):
+            if not (self.idle or self.callbacks) or monitor.hand_over(self):
                 return
         self.close()
 
@@ -630,8 +663,54 @@ class Body:
         """End a stream whose request failed before it began, without a report."""
         self._end("failed", silent=True)
 
+    def on_end(self, callback: Callable[[], object]) -> None:
+        """Call ``callback`` at the end, or at once if the end has begun."""
+        self.__dict__.setdefault("callbacks", []).append(callback)  # atomic
+        if self.closing is not None or self.reason is not None:
+            self._interrupted = True
+            self._call_callbacks()
+        elif not self._watched and self._state is not NEW:
+            self._watch()
+
+    def interrupt(self) -> None:
+        """Call the callbacks while the generator runs, on a thread of its own.
+
+        The generator may wait for a resource that a callback closes. A callback may
+        wait, too, and the caller must not.
+        """
+        if not self.callbacks or self._interrupted:
+            return
+        self._interrupted = True
+        try:
+            start_thread("tgstream-end", self._call_while_running)
+        except RuntimeError:  # no thread can be started
+            self._call_while_running()
+
+    def _call_while_running(self) -> None:
+        callbacks = self.callbacks or []
+        for callback in reversed(callbacks[:]):
+            if not shut_down_socket(callback):
+                with suppress(ValueError):  # the owner has taken it meanwhile
+                    callbacks.remove(callback)
+                    reports.call_logged(self.plan.controller, callback)
+
+    def _call_callbacks(self) -> BaseException | None:
+        """Returns the first kill or timeout of gevent that came in a callback."""
+        first, callbacks = None, self.callbacks
+        while callbacks:
+            try:
+                callback = callbacks.pop()
+            except IndexError:  # another thread has taken it
+                break
+            error = reports.call_logged(self.plan.controller, callback)
+            first = error if first is None else first
+        return first
+
     def _end_if_asked(self) -> None:
-        if self._disowned or self.closing is None or not self._acquire():
+        if self._disowned or self.closing is None:
+            return
+        if not self._acquire():
+            self.interrupt()
             return
         record = self.context.bind(self)
         try:
@@ -669,6 +748,18 @@ class Body:
                 f"the client of {self.plan.controller} has disconnected",
             )
         )
+        return True
+
+    def _end_by_interrupt(self, error: BaseException) -> bool:
+        """End for an error that a callback caused when the stream was to end."""
+        if not (
+            self._interrupted
+            and isinstance(error, Exception)
+            and self.closing in ("expired", "drained")
+        ):
+            return False
+        reports.log_interrupt(self.plan.controller, self.closing, error)
+        self._end(self.closing)
         return True
 
     def _is_of_client(self, error: BaseException) -> bool:
@@ -761,6 +852,9 @@ class Body:
         self, error: BaseException | None, silent: bool, give_back: bool
     ) -> BaseException | None:
         """The steps of an end. Returns the first error of all of them."""
+        if self.callbacks is not None:
+            own_error = self._call_callbacks()
+            error = own_error if error is None else error
         transaction, encoding = self.transaction, self.encoding
         has_ended = encoding.finished and not encoding.last and self._source is None
         if self.reason == "completed" and has_ended:

@@ -53,6 +53,9 @@ class StreamTransaction(Protocol):
     def keep_over_next_remove(self) -> None:
         """Keep the thread's own session over the next removal, which is TG's."""
 
+    def make_context(self, tg_locals: Any) -> Context:
+        """A context in which the sessions and the transaction are bound, too."""
+
     def release(self, return_objects: bool) -> None:
         """Roll back the uncommitted changes, and close the sessions.
 
@@ -64,8 +67,7 @@ class StreamTransaction(Protocol):
 class RunningStream(Protocol):
     """The stream whose generator runs on a thread."""
 
-    @property
-    def transaction(self) -> StreamTransaction | None: ...
+    transaction: StreamTransaction | None
 
 
 class Record:

@@ -69,6 +69,7 @@ class Monitored(Protocol):
     def idle(self) -> bool: ...
     def ask_to_end(self, reason: Reason) -> bool: ...
     def close(self) -> None: ...
+    def interrupt(self) -> None: ...
     def disown(self) -> None: ...
 
 
@@ -138,7 +139,7 @@ class Monitor:
     def _start(self) -> None:
         with self._lock:
             if not self._running:
-                _start_thread("tgstream-watch", self._run)
+                start_thread("tgstream-watch", self._run)
                 self._running = True
 
     def hand_over(self, body: Monitored) -> bool:
@@ -223,15 +224,20 @@ def _log_failure() -> None:
     log.exception("The monitor of streams failed. It goes on")
 
 
-def _start_thread(name: str, target: Any) -> None:
+def start_thread(name: str, target: Callable[[], object]) -> None:
+    """Start a thread that does not keep the process from its exit.
+
+    :raises RuntimeError: when no thread can be started.
+    """
     threading.Thread(target=target, name=name, daemon=True).start()
 
 
 def end_soon(body: Monitored, reason: Reason) -> None:
     """Ask ``body`` to end, and do not wait for it. A second call does nothing.
 
-    If a pull runs, the thread that pulls ends the stream when the pull returns.
-    Otherwise a thread of its own ends it, because an end may take long.
+    If a pull runs, the thread that pulls ends the stream when the pull returns, and
+    callbacks of the stream may end the wait of its generator. Otherwise a thread of its
+    own ends it, because an end may take long.
     """
     if body.ask_to_end(reason):
         _end_on_a_thread(body)
@@ -239,9 +245,10 @@ def end_soon(body: Monitored, reason: Reason) -> None:
 
 def _end_on_a_thread(body: Monitored) -> None:
     if not body.idle:
+        body.interrupt()
         return  # its owner reads the note
     try:
-        _start_thread("tgstream-end", body.close)
+        start_thread("tgstream-end", body.close)
     except RuntimeError:  # no thread can be started: late is better than never
         body.close()
 
@@ -317,13 +324,20 @@ def _note_collection(phase: str, info: dict[str, int]) -> None:
         _collecting.discard(threading.get_ident())
 
 
-def is_collecting() -> bool:
-    """True in a finaliser that the cyclic garbage collector has called.
+event_loops: set[int] = set()
+"""The threads of event loops, which run the generators of other streams."""
 
-    The thread may hold any lock, and the end of a stream waits for locks. TG's
-    middlewares are generators, whose ``finally`` closes a stream there, too.
+
+def must_not_wait() -> bool:
+    """Whether this thread must not end a stream, which may wait.
+
+    True in a finaliser that the cyclic garbage collector has called. The thread may
+    hold any lock, and the end of a stream waits for locks. TG's middlewares are
+    generators, whose ``finally`` closes a stream there, too. Also true on the thread of
+    an event loop, because the end of an async generator waits for that thread.
     """
-    return threading.get_ident() in _collecting
+    ident = threading.get_ident()
+    return ident in _collecting or ident in event_loops
 
 
 gc.callbacks.append(_note_collection)
@@ -339,6 +353,7 @@ def _disown() -> None:
     """In a forked process: its parent's streams are not its own."""
     bodies = monitor.running()
     monitor.reset()
+    event_loops.clear()
     for body in bodies:
         body.disown()
     _parents.extend(bodies)  # to free a generator would run its finally

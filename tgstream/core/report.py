@@ -9,6 +9,7 @@ import logging
 import os
 import sys
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Literal, NamedTuple, NoReturn, TypeAlias
 
@@ -106,6 +107,33 @@ def log_disconnect(controller: str, error: BaseException) -> None:
         type(error).__name__,
         exc_info=(type(error), error, error.__traceback__),
     )
+
+
+def log_interrupt(controller: str, reason: str, error: BaseException) -> None:
+    """Log the error that a generator raised after its callbacks were called."""
+    log.debug(
+        "%s was %s, and then the generator raised %s",
+        controller,
+        reason,
+        type(error).__name__,
+        exc_info=(type(error), error, error.__traceback__),
+    )
+
+
+def call_logged(
+    controller: str, callback: Callable[[], object]
+) -> BaseException | None:
+    """Call a callback of ``on_end()``, and log its error.
+
+    :returns: a kill or a timeout of gevent, which is not an error of the callback.
+    """
+    try:
+        callback()
+    except BaseException as error:
+        if is_of_gevent(error):
+            return error
+        log.exception("%s: a callback of on_end() failed: %r", controller, callback)
+    return None
 
 
 def warn_uncommitted(controller: str, changes: list[str]) -> None:

@@ -19,6 +19,7 @@ from tg.support.objectproxy import TurboGearsObjectProxy
 from webob.request import LimitedLengthFile
 
 from ..formats.protocols import Batched, Format
+from .async_items import AsyncItems
 from .cleanup import close, run_all
 from .errors import StreamError
 from .files import BLOCK_SIZE, StoredFile
@@ -83,8 +84,8 @@ def _find_adapter(value: Any) -> Callable[[Any], Any] | None:
 def is_iterable(value: Any) -> bool:
     """Whether a stream can send a value item by item.
 
-    True for iterables, except text, bytes and mappings. Also true for statements, and
-    for files that only have ``read()``.
+    True for iterables, except text, bytes and mappings. Also true for statements, for
+    async iterables, and for files that only have ``read()``.
     """
     if isinstance(value, GeneratorType):
         return True  # the usual case, and the checks below take longer
@@ -92,6 +93,7 @@ def is_iterable(value: Any) -> bool:
         return False
     return (
         hasattr(value, "__iter__")
+        or hasattr(value, "__aiter__")
         or hasattr(value, "read")
         or _find_adapter(value) is not None
     )
@@ -114,18 +116,22 @@ def are_sources(value: Any, format: Any) -> bool:
 
 
 def needs_stream(output: Any) -> bool:
-    """Whether a controller's output is a statement, ``rows()`` or ``copy()``.
+    """Whether a controller's output is a statement, ``rows()``, ``copy()`` or async.
 
     TurboGears itself cannot send it. It would run after the end of the request and of
     its session.
     """
     if isinstance(output, dict | str | GeneratorType):
         return False  # the usual case: this is called for every page
-    return isinstance(output, Batched) or _find_adapter(output) is not None
+    return (
+        isinstance(output, Batched)
+        or hasattr(output, "__aiter__")
+        or _find_adapter(output) is not None
+    )
 
 
 def make_missing_stream_error(output: Any, where: str) -> StreamError:
-    """The error for a controller that returned a statement without ``@stream``.
+    """The error for a controller whose output is sent only with ``@stream``.
 
     :param where: the controller.
     """
@@ -157,13 +163,16 @@ def check_streamable(output: Any, where: str, format: Any) -> bool:
 def adapt_items(items: Any) -> Any:
     """Convert items to a source that reads them in the stream's own transaction.
 
-    :param items: an iterable, a statement, or a mapping of names to these.
+    :param items: an iterable, an async iterable, a statement, or a mapping of names to
+        these.
     :raises StreamError: when the items are a result of the request's transaction.
     """
     if isinstance(items, GeneratorType):
         return items
     if isinstance(items, Mapping):
         return Sources({name: adapt_items(value) for name, value in items.items()})
+    if hasattr(items, "__aiter__"):
+        return AsyncItems(items)
     engine = sys.modules.get("sqlalchemy.engine")
     if engine is not None and isinstance(
         items, engine.Result | engine.ScalarResult | engine.MappingResult
@@ -180,6 +189,7 @@ def adapt_items(items: Any) -> Any:
 
 # One source, one request.
 
+_ITERATORS = "__next__", "__anext__", "read"
 _claimed: dict[int, ref[Any]] = {}
 
 
@@ -192,9 +202,11 @@ def claim(source: Any, environ: dict[str, Any]) -> bool:
     if type(source) is not GeneratorType:  # the usual source
         if isinstance(source, StoredFile):
             source = source.file
+        if isinstance(source, AsyncItems):
+            source = source.items
         if isinstance(source, Sources):
             return all([claim(each, environ) for each in source.values()])
-        if not (hasattr(source, "__next__") or hasattr(source, "read")):
+        if not any(hasattr(source, name) for name in _ITERATORS):
             return True  # not an iterator: each request iterates it from its beginning
         if source is environ.get("wsgi.input"):
             return True  # a server may use the same object for a whole connection

@@ -16,6 +16,7 @@ from .errors import StreamError
 from .files import BLOCK_SIZE, StoredFile, find_stored
 from .heartbeat import add_heartbeats
 from .options import FormatTraits, Options, StreamOptions, check
+from .report import call_logged
 from .source import (
     adapt_items,
     are_sources,
@@ -117,6 +118,7 @@ class Stream:
     _body: Body | None = None
     _slot: Slot | None = None
     _length: int | None = None  # bytes of the whole body, for HEAD
+    _callbacks: list[Callable[[], object]] | None = None  # until it has a body
     _claimant: Any = None  # the request that has it, and has not started it
 
     def _set_up(self, items: Any, options: Options, controller: Any) -> None:
@@ -196,6 +198,43 @@ class Stream:
         return.
         """
         return self._body is not None and self._body.closing is not None
+
+    def on_end(self, callback: Callable[[], object]) -> None:
+        """Call a function once when the stream ends, whatever its generator does.
+
+        Use it to close a connection for which the generator waits. The function is also
+        called while the generator waits: if the client has disconnected, when
+        ``max_seconds`` are over, and by :func:`drain`. If the end has begun, it is
+        called at once. If there are several, the last one is called first.
+
+        .. code-block:: python
+
+            answer = requests.get(url, stream=True)
+            current_stream().on_end(answer.close)
+            yield from answer.iter_lines()
+
+        For the ``close`` method of a connection or a response of requests, urllib3,
+        HTTPX or ``http.client``, tgstream shuts down the socket while the generator
+        waits, and calls the method when the generator has ended.
+
+        The function may be called on any thread. It must not use the database, or the
+        request. Its errors are logged. A function that refers to the stream delays the
+        end of a dropped stream until Python collects garbage.
+
+        :param callback: a function without parameters. Its result is ignored.
+        :raises TypeError: when it is not callable.
+        """
+        if not callable(callback):
+            raise TypeError(
+                "on_end: callback must be callable, got "
+                f"{type(callback).__name__}: {callback!r:.80}"
+            )
+        if self._body is not None:
+            self._body.on_end(callback)
+            return
+        if self._callbacks is None:
+            self._callbacks = []
+        self._callbacks.append(callback)
 
     def __iter__(self) -> Iterator[builtins.bytes]:
         body = self._body
@@ -298,12 +337,17 @@ class Stream:
         )
         body.slot, self._slot = self._slot, None
         self._source = None
+        if self._callbacks is not None:
+            body.callbacks, self._callbacks = self._callbacks, None
         return body
 
     def _discard(self) -> None:
         """Run nothing, and close the source, for a request without a body."""
         source, self._source = self._source, None
         self._release_slot()
+        for callback in reversed(self._callbacks or ()):
+            call_logged("Stream", callback)
+        self._callbacks = None
         close(source)
 
     def _release_slot(self) -> None:

@@ -117,6 +117,19 @@ class StreamTransactionManager(transaction.TransactionManager):  # type: ignore[
             self._txn.join(data_manager)
         return self._txn
 
+    def join_again(self, data_manager: StreamDataManager) -> None:
+        """Let a session that begins join the transaction if it has dropped the session.
+
+        The rollback of a savepoint drops a data manager that has joined after it.
+        """
+        txn = self._txn
+        if (
+            txn is not None
+            and data_manager in self._data_managers
+            and data_manager not in txn._resources
+        ):
+            txn.join(data_manager)
+
     def abort(self) -> None:
         self._refuse_over_cursors()
         super().abort()
@@ -322,8 +335,9 @@ class StreamDataManager:
     def _after_create(self, session: Session, inner: Any) -> None:
         # A flush and the bulk methods work in a subtransaction. A read never does.
         self.changed = self.changed or inner.parent is not None
-        if inner.parent is None:
+        if inner.parent is None and not self.released:
             self.connections.clear()
+            self.manager.join_again(self)
 
     def _after_begin(self, session: Session, begun: Any, connection: Any) -> None:
         self.connections.add(connection)

@@ -22,14 +22,12 @@ from ..core.settings import read_option
 from ..database.on_commit import send_on_commit
 from ..formats.sse import Event, Message, check_event_type, encode_data
 from .backends import DATABASE, create_backend
+from .listener import INVALID_ID, without_comments
 from .listener import listen as listen_to_one
-from .listener import without_comments
 from .merged import listen_to_all
 from .places import MAX_LENGTH, read_position
 from .protocols import Backend, ChannelSettings, ConnectionLost
 
-INVALID_ID = "lost"
-"""An id that no back end accepts, so that the channel sends a reset."""
 _WARNED = "tgstream.told_of_memory"
 
 

@@ -15,6 +15,8 @@ from ..formats.sse import SSE, Event
 from .history import HEARTBEAT, Subscription, reset_event
 from .protocols import Backend, ConnectionLost
 
+INVALID_ID = "lost"
+"""An id that no back end accepts, so that the channel sends a reset."""
 MAX_PAUSE = 1.0
 """Maximum seconds between two attempts to start a listener."""
 
@@ -101,7 +103,9 @@ def _listen_when_connected(
             return False
         return True
 
-    yield opening_event(None)
+    # If the client is cut off before the channel sends a reset, it reconnects with the
+    # invalid id, and receives the reset then.
+    yield opening_event(INVALID_ID if after is None else None)
     yield from wait_until_connected(connect, heartbeat_seconds)
     subscription = subscriptions.pop()
     if not subscription.has_gap:

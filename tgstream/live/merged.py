@@ -12,7 +12,7 @@ from typing import Final
 from ..core.options import clock
 from ..formats.sse import Event, replace_id
 from .history import HEARTBEAT, Backlog, Subscription, Waiter, reset_event
-from .listener import end_lagging, opening_event, wait_until_connected
+from .listener import INVALID_ID, end_lagging, opening_event, wait_until_connected
 from .places import UNKNOWN, Places
 from .protocols import Backend, ConnectionLost
 
@@ -52,6 +52,11 @@ class _Start:
     def is_connected(self) -> bool:
         return len(self.subscriptions) == len(self.places.channels)
 
+    @property
+    def id_while_lost(self) -> str | None:
+        """The id of the opening comment while the server cannot be reached."""
+        return INVALID_ID if self._after is None else None
+
     def connect(self) -> bool:
         """Start to listen to the channels that are left.
 
@@ -84,7 +89,7 @@ class _Start:
 def _iter_events(start: _Start, heartbeat_seconds: float) -> Iterator[Event]:
     was_connected = start.is_connected
     if not was_connected:
-        yield opening_event(None)
+        yield opening_event(start.id_while_lost)
         yield from wait_until_connected(start.connect, heartbeat_seconds)
     places, subscriptions = start.places, start.subscriptions
     if any(subscription.history is None for subscription in subscriptions):

@@ -37,15 +37,17 @@ def stream(format: Any = None, **options: Unpack[StreamOptions]) -> Any:
     """Send the items of the controller to the client while they are made.
 
     The controller may be a generator function, or return any iterable or an open binary
-    file. A text, a dict, a response and None go to TG unchanged. Do not decorate an
-    ``async def``. Use it bare or called, above or below ``@expose``. The function
-    itself is returned unchanged. Parameters, and when a stream commits, are those of
+    file. It may be an async generator function (``async def`` with ``yield``), or
+    return an async iterable. A text, a dict, a response and None go to TG unchanged.
+    Use it bare or called, above or below ``@expose``. The function itself is returned
+    unchanged. Parameters, and when a stream commits, are those of
     :class:`Stream`.
 
     :param format: a format, or a list of formats from which each request chooses: by
         the extension of its URL (``/users.xlsx``), else by ``Accept``, else the first.
         A request that accepts none of them gets 406 before the controller runs.
-    :raises TypeError: for an ``async def``, and when an option has a wrong type.
+    :raises TypeError: for an ``async def`` without ``yield``, and when an option has a
+        wrong type.
     :raises ValueError: when an option has an invalid value.
     """
 
@@ -60,10 +62,10 @@ def stream(format: Any = None, **options: Unpack[StreamOptions]) -> Any:
     def decorate(function: F) -> F:
         _check_function(function)
         where = f"@stream on {get_controller_name(function)}"
-        if _is_async(function):
+        if inspect.iscoroutinefunction(function):
             raise TypeError(
-                f"{where}: TurboGears calls controllers without an event loop. Write "
-                "def, not async def"
+                f"{where}: TurboGears calls controllers without an event loop, so an "
+                "async def must be a generator. Yield its items, or write def"
             )
         checked = check(where, format, **options)._replace(formats=formats)
         for each in formats or () if checked.spool else ():
@@ -109,10 +111,6 @@ def _check_function(value: Any) -> None:
         f"controller, got {type_name}: {value!r:.80}. Write a method that calls it, "
         "and put @stream on that method"
     )
-
-
-def _is_async(function: Any) -> bool:
-    return inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function)
 
 
 def _streaming_caller(

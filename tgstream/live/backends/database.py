@@ -75,10 +75,10 @@ START_SHARE = 0.9
 valid. After that time the channel may have been removed and created again."""
 
 
-def find_engine(config: Mapping[str, Any]) -> tuple[Any, sa.Engine]:
-    """The scoped session and the engine of an application, whose database is used.
+def _find_session(config: Mapping[str, Any]) -> Any:
+    """The scoped session of an application whose database has the channels.
 
-    :raises ValueError: if there is none, or if it cannot have channels.
+    :raises ValueError: if the application has none.
     """
     sessions = scoped_sessions(config)
     if not sessions:
@@ -87,7 +87,16 @@ def find_engine(config: Mapping[str, Any]) -> tuple[Any, sa.Engine]:
             "session. Set use_sqlalchemy and the model, or name the session in "
             "tgstream.sessions"
         )
-    binds = get_factory_binds(sessions[0])
+    return sessions[0]
+
+
+def find_engine(config: Mapping[str, Any]) -> tuple[Any, sa.Engine]:
+    """The scoped session and the engine of an application, whose database is used.
+
+    :raises ValueError: if there is none, or if it cannot have channels.
+    """
+    scoped = _find_session(config)
+    binds = get_factory_binds(scoped)
     if not binds:
         raise ValueError(
             "tgstream.channels is database://, but the first scoped session of the "
@@ -105,7 +114,7 @@ def find_engine(config: Mapping[str, Any]) -> tuple[Any, sa.Engine]:
             f"tgstream.channels is database://, but {url} uses one connection for all "
             "sessions of a thread (typical of in-memory SQLite). Use a database file"
         )
-    return sessions[0], engine
+    return scoped, engine
 
 
 _backends: WeakKeyDictionary[Any, dict[tuple[Any, ...], DatabaseBackend]]
@@ -119,8 +128,7 @@ def find_backend(
 
     :raises ValueError: if its database cannot have channels.
     """
-    sessions = scoped_sessions(config)
-    scoped = sessions[0] if sessions else find_engine(config)[0]
+    scoped = _find_session(config)
     # Tests may bind it to another engine later.
     bind = getattr(scoped.session_factory, "kw", {}).get("bind")
     # A forked process needs its own back end.
@@ -551,7 +559,7 @@ class DatabaseBackend:
             log.warning(
                 "Lost the connection to the database (tgstream.channels): %s. "
                 "Listeners wait until it reconnects",
-                str(reason).strip().rstrip("."),
+                " ".join(str(reason).split()).rstrip("."),
             )
 
     def _log_reconnect(self) -> None:

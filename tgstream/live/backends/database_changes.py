@@ -109,17 +109,24 @@ class PostgresqlChanges(Changes):
 
     def wait(self, seconds: float) -> bool:
         """Wait for a notification."""
-        if not (self._notified or (self._is_psycopg2 and self._driver.notifies)):
+        # First: libpq may have read it with the result of a statement.
+        if not self._take_notifications():
             super().wait(seconds)
-        self._notified = False
+            self._take_notifications()
+        return True
+
+    def _take_notifications(self) -> bool:
+        """Remove the notifications that have arrived. False if there were none."""
+        found, self._notified = self._notified, False
         if self._is_psycopg2:
             self._driver.poll()
+            found = bool(self._driver.notifies)
             self._driver.notifies.clear()
         else:
             self._driver.pgconn.consume_input()
             while self._driver.pgconn.notifies() is not None:
-                pass
-        return True
+                found = True
+        return found
 
 
 def watch_changes(connection: sa.Connection, wakeup: Wakeup) -> Changes:

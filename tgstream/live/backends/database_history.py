@@ -136,7 +136,7 @@ class DatabaseHistory(ChannelHistory):
             message = Message(self.name, text, type, row.is_json, row.data)
             return position, message.with_id(id)
         except ValueError:  # another program wrote it
-            return position, reset_event(id)
+            return position, reset_event(id, self.name)
 
     def follow(self, row: ChannelRow) -> None:
         """Take over the id of a row. If it is not the same row, send a reset."""
@@ -149,7 +149,8 @@ class DatabaseHistory(ChannelHistory):
     def reset(self, row: ChannelRow) -> None:
         """Continue after the newest event, and report that events are missing."""
         position = len(self._channel_ids) - 1, row.last_number
-        self.restart(position, reset_event(format_id(row.id, row.last_number)))
+        id = format_id(row.id, row.last_number)
+        self.restart(position, reset_event(id, self.name))
 
 
 # Reading.

@@ -114,31 +114,59 @@ class ChannelRow(NamedTuple):
 _ROW = channels.c.name, channels.c.id, channels.c.last_number
 
 
+def _count_on_conflict(insert: Any) -> Any:
+    """Let the insert of a channel add its events if the channel exists."""
+    changed = {
+        "last_number": channels.c.last_number + insert.excluded.last_number,
+        "last_created": clock(),
+    }
+    return insert.on_conflict_do_update(index_elements=["name"], set_=changed)
+
+
 def _build_upserts() -> dict[str, Any]:
     """The statements that count new events of a channel, by dialect."""
     upserts: dict[str, Any] = {}
     for name, module in ("postgresql", postgresql), ("sqlite", sqlite):
         insert: Any = module.insert(channels).values(last_created=clock())
-        changed = {
-            "last_number": channels.c.last_number + insert.excluded.last_number,
-            "last_created": clock(),
-        }
-        upserts[name] = insert.on_conflict_do_update(
-            index_elements=["name"], set_=changed
-        )
-    insert = mysql.insert(channels).values(last_created=clock())
-    changed = {
-        "last_number": channels.c.last_number + insert.inserted.last_number,
-        "last_created": clock(),
-    }
-    for name in MYSQL:
-        upserts[name] = insert.on_duplicate_key_update(changed)
+        upserts[name] = _count_on_conflict(insert)
     upserts["postgresql"] = upserts["postgresql"].returning(*_ROW)
+    insert = mysql.insert(channels).values(last_created=clock())
+    for name in MYSQL:
+        upserts[name] = insert.on_duplicate_key_update(
+            last_number=channels.c.last_number + insert.inserted.last_number,
+            last_created=clock(),
+        )
     return upserts
+
+
+def _build_single_insert() -> Any:
+    """The statement of PostgreSQL that counts and inserts one event.
+
+    Its parameters have names beside those of the columns, which SQLAlchemy reserves.
+    """
+    insert = postgresql.insert(channels).values(
+        name=sa.bindparam("new_name"),
+        id=sa.bindparam("new_id"),
+        last_number=1,
+        last_created=clock(),
+    )
+    counted = _count_on_conflict(insert).returning(*_ROW).cte("counted")
+    names = ["channel_id", "number", "created", "type", "is_json", "data"]
+    values = sa.select(
+        counted.c.id,
+        counted.c.last_number,
+        clock(),
+        sa.bindparam("new_type", type_=sa.LargeBinary()),
+        sa.bindparam("new_is_json", type_=sa.Boolean()),
+        sa.bindparam("new_data", type_=sa.LargeBinary()),
+    )
+    single = sa.insert(events).from_select(names, values)
+    return single.returning(events.c.channel_id, events.c.number)
 
 
 _UPSERTS = _build_upserts()
 _INSERT = sa.insert(events).values(created=clock()).inline()
+_INSERT_ONE = _build_single_insert()
 _SELECT_CHANNELS = sa.select(*_ROW).where(
     channels.c.name.in_(sa.bindparam("names", expanding=True))
 )
@@ -154,6 +182,8 @@ def insert_events(
 
     :returns: for each channel its id, and its number before and after.
     """
+    if len(messages) == 1 and connection.dialect.name == "postgresql":
+        return [_insert_one(connection, messages[0])]
     counts = Counter(message.channel.encode() for message in messages)
     rows = _count_events(connection, counts)
     numbers = {name: row.last_number - counts[name] for name, row in rows.items()}
@@ -169,20 +199,36 @@ def insert_events(
     ]
 
 
+def _insert_one(connection: sa.Connection, message: Message) -> tuple[int, int, int]:
+    """Insert one event with one statement, which saves a round trip."""
+    channel = _channel_values(message.channel.encode(), 1)
+    event = _event_values(message, 0, 0)
+    names = {"name", "id", "type", "is_json", "data"}
+    values = {
+        f"new_{name}": value
+        for name, value in (channel | event).items()
+        if name in names
+    }
+    id, number = connection.execute(_INSERT_ONE, values).one()
+    return id, number - 1, number
+
+
 def _count_events(
     connection: sa.Connection, counts: Counter[bytes]
 ) -> dict[bytes, ChannelRow]:
     """Add the numbers of new events to their channels, and return the channels."""
-    values = [
-        {"name": name, "id": secrets.randbits(62) + 1, "last_number": counts[name]}
-        for name in sorted(counts)
-    ]
+    values = [_channel_values(name, counts[name]) for name in sorted(counts)]
     result = connection.execute(
         _UPSERTS[connection.dialect.name], values if len(values) > 1 else values[0]
     )
     if connection.dialect.name == "postgresql":
         return {bytes(row.name): ChannelRow(*row[1:]) for row in result}
     return read_channels(connection, sorted(counts))
+
+
+def _channel_values(name: bytes, count: int) -> dict[str, Any]:
+    """A new channel with some events. They are added if the channel exists."""
+    return {"name": name, "id": secrets.randbits(62) + 1, "last_number": count}
 
 
 def _event_values(message: Message, channel_id: int, number: int) -> dict[str, Any]:

@@ -36,6 +36,12 @@ MAX_REMOVED = 1000
 REMOVAL_SECONDS = 3600.0
 """Maximum seconds between two looks for channels without recent events."""
 
+_NOTIFY = (
+    f"SELECT pg_notify('{NOTIFY_CHANNEL}', '') "
+    "FROM set_config('synchronous_commit', 'off', true)"
+)
+"""NOTIFY, but its commit does not wait for the disk, because it changes no row."""
+
 _IDLE = channels.c.last_created < database_clock() - sa.bindparam("seconds")
 _SELECT_IDLE = (
     sa.select(channels.c.name, channels.c.id, channels.c.last_number)
@@ -142,7 +148,7 @@ class BackgroundWorker:
 
     def _work(self, connection: sa.Connection) -> None:
         if self._notifies:
-            connection.exec_driver_sql(f"NOTIFY {NOTIFY_CHANNEL}")
+            connection.exec_driver_sql(_NOTIFY)
         while self._trims:
             self._trim(connection, self._trims.pop())
         if clock() >= self._next_removal:

@@ -54,6 +54,8 @@ CHECK_SECONDS = 2.0
 MIN_RECONNECT_SECONDS = 0.05
 MAX_RECONNECT_SECONDS = 1.0
 """Seconds between two attempts to connect. They double from the minimum on."""
+MAX_MESSAGES = 50
+"""Maximum messages after which gevent runs other greenlets."""
 MAX_NAMES = 500
 """Maximum channels of one command."""
 
@@ -152,6 +154,7 @@ class RedisReader:
         self._connection: Any = None
         self._is_connected = self._is_synced = False
         self._is_woken = False  # a message to the thread is on its way
+        self._messages = 0
         self._clock_offset = 0.0
         # Seconds of the monotonic clock.
         self._next_check = self._answer_until = float("inf")
@@ -279,7 +282,7 @@ class RedisReader:
                 connection.disconnect()
 
     def _step(self) -> None:
-        """Receive a message, or wait for about a second."""
+        """Receive a message, or wait for some time."""
         if self._unused and (keys := self._pop_unused()):
             with suppress(redis.ResponseError):
                 self._command("UNSUBSCRIBE", keys)
@@ -287,6 +290,9 @@ class RedisReader:
             self._answer_requests()
         if self._connection.can_read(READ_SECONDS):
             self._receive(self._connection.read_response())
+            self._messages += 1
+            if self._messages % MAX_MESSAGES == 0:
+                time.sleep(0)
         else:
             self._is_woken = False
         if clock() > self._next_check:
