@@ -187,8 +187,12 @@ class RedisStreams:
                         pipeline.execute_command(*command)
                     answers += pipeline.execute(raise_on_error=False)
         for answer in answers:
-            if isinstance(answer, Exception) and is_outage(answer):
-                raise answer
+            if isinstance(answer, Exception):
+                # Older versions of redis leave a circle of the error and its frames.
+                # It would keep histories that have no listeners.
+                answer.__traceback__ = None
+                if is_outage(answer):
+                    raise answer
         return answers
 
     def _range(
