@@ -50,17 +50,14 @@ end
 local id = redis.call('XADD', KEYS[1], 'MAXLEN', '~', max_events, '*', unpack(fields))
 local before = newest and newest[1] or '0-0'
 local line = before .. ' ' .. id .. ' ' .. flags .. ' ' .. type
-local commands = {
-  {'PEXPIRE', KEYS[1], milliseconds},
-  {publish, channel, line .. '\\n' .. data},
-}
-for _, command in ipairs(commands) do
-  local answer = redis.pcall(unpack(command))
-  if not tonumber(answer) then
-    -- The publisher reports that the event was refused, so nobody may receive it.
-    redis.call('XDEL', KEYS[1], id)
-    return answer
-  end
+local answer = redis.pcall('PEXPIRE', KEYS[1], milliseconds)
+if tonumber(answer) then
+  answer = redis.pcall(publish, channel, line .. '\\n' .. data)
+end
+if not tonumber(answer) then
+  -- The publisher reports that the event was refused, so nobody may receive it.
+  redis.call('XDEL', KEYS[1], id)
+  return answer
 end
 return id
 """
