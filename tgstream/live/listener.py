@@ -85,7 +85,7 @@ def check_thread() -> None:
     """
     if threading.get_ident() in event_loops:
         raise StreamError(
-            "listen() would wait for events on the thread of the event loop, which runs "
+            "listen() would wait for events on the thread of the event loop, and stop "
             "all async generators of this process. Listen in an ordinary generator"
         )
 
