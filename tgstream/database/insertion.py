@@ -18,6 +18,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ..core.context import thread
+from .engines import undo_failed_commits
 from .session_transactions import find_main_session, get_connection
 
 if TYPE_CHECKING:
@@ -80,6 +81,8 @@ def call_before_commit(
     If the function fails, nothing is committed.
     """
     from sqlalchemy import event
+
+    undo_failed_commits(connection.engine)
 
     def commit(connection: Connection) -> None:
         try:
