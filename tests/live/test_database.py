@@ -12,6 +12,8 @@ import threading
 import time
 import tracemalloc
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -642,6 +644,100 @@ def test_publish_now_in_a_transaction_that_has_locked_sqlite_is_refused(
         with pytest.raises(StreamError, match=r"locked for more than 0\.05 s"):
             publish(backend, name, "x")
     publish(backend, name, "y")
+
+
+@pytest.mark.parametrize("url", ["sqlite"], indirect=True)
+def test_event_whose_commit_sqlite_refuses_is_not_sent(
+    make_backend: MakeBackend, model: Model, name: str
+) -> None:
+    """A transaction that reads refuses it. The next event does not commit it."""
+    backend = make_backend(publish_timeout=0.01)
+    publish(backend, name, "0", "1")
+    events = open_listener(backend, name)
+    with model.outside.connect() as reading:
+        rows = reading.exec_driver_sql("SELECT number FROM tgstream_events")
+        rows.fetchone()
+        with pytest.raises(StreamError, match=r"locked for more than 0\.01 s"):
+            publish(backend, name, "refused")
+        rows.close()
+    publish(backend, name, "next")
+    assert receive(events, 1) == ["next"]
+
+
+def begin_without_the_driver(url: sa.URL) -> sa.Engine:
+    """SQLAlchemy's recipe for savepoints on SQLite."""
+    engine = sa.create_engine(url)
+
+    @sa.event.listens_for(engine, "connect")
+    def connect(raw: Any, record: Any) -> None:
+        raw.isolation_level = None
+
+    @sa.event.listens_for(engine, "begin")
+    def begin(connection: sa.Connection) -> None:
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+    return engine
+
+
+commit_each_statement = partial(sa.create_engine, isolation_level="AUTOCOMMIT")
+always_in_a_transaction = partial(sa.create_engine, connect_args={"autocommit": False})
+
+
+@pytest.mark.parametrize(
+    ("url", "create_engine"),
+    [
+        pytest.param("sqlite", begin_without_the_driver, id="sqlite-begin"),
+        pytest.param("sqlite", commit_each_statement, id="sqlite-autocommit"),
+        pytest.param(
+            "sqlite",
+            always_in_a_transaction,
+            id="sqlite-no-autocommit",
+            marks=pytest.mark.skipif(
+                sys.version_info < (3, 12), reason="the driver has no autocommit"
+            ),
+        ),
+        pytest.param("postgresql", commit_each_statement, id="postgresql"),
+    ],
+    indirect=["url"],
+)
+def test_events_that_are_published_together_are_committed_together(
+    model: Model, name: str, create_engine: Callable[[sa.URL], sa.Engine]
+) -> None:
+    """The application's engine may begin transactions itself, or never."""
+    engine = create_engine(model.url)
+    backend = DatabaseBackend(model.DBSession, engine, ChannelSettings())
+    with backend._begin(1.0) as connection:
+        backend.insert(connection, [Message(name, "0"), Message(name, "1")])
+        assert count_events(model) == 0
+    assert count_events(model) == 2
+    events = open_listener(backend, name)
+    publish(backend, name, "2")
+    assert receive(events, 1) == ["2"]
+    engine.dispose()
+
+
+@pytest.mark.parametrize("url", ["postgresql"], indirect=True)
+def test_publishers_wait_for_each_other_at_each_isolation_level(
+    model: Model, name: str
+) -> None:
+    """At the level of the application's engine, the second one would fail."""
+    engine = sa.create_engine(model.url, isolation_level="REPEATABLE READ")
+    settings = ChannelSettings(publish_timeout=30.0)
+    backend = DatabaseBackend(model.DBSession, engine, settings)
+    with backend._begin(30.0) as connection, ThreadPoolExecutor(1) as thread:
+        backend.insert(connection, [Message(name, "0")])
+        waits = thread.submit(publish, backend, name, "1")
+        pid = connection.exec_driver_sql("SELECT pg_backend_pid()").scalar()
+        wait_until(
+            lambda: model.fetch(
+                "SELECT 1 FROM pg_stat_activity WHERE"
+                f" {pid} = ANY(pg_blocking_pids(pid))"
+            )
+        )
+        connection.commit()
+        waits.result()
+    assert count_events(model) == 2
+    engine.dispose()
 
 
 @pytest.mark.parametrize("url", ["postgresql"], indirect=True)

@@ -13,6 +13,7 @@ an event is either part of the position where the channel starts, or is read lat
 from __future__ import annotations
 
 import os
+import sqlite3
 import threading
 import time
 from collections import deque
@@ -26,7 +27,12 @@ import sqlalchemy as sa
 from ...core.errors import StreamError
 from ...core.options import clock
 from ...core.report import log
-from ...database.engines import get_binds, get_factory_binds, has_one_connection
+from ...database.engines import (
+    get_binds,
+    get_factory_binds,
+    has_one_connection,
+    undo_failed_commits,
+)
 from ...database.registry import scoped_sessions
 from ...database.session_transactions import get_connection
 from ...database.writes import has_written
@@ -163,7 +169,7 @@ class DatabaseBackend:
         self._settings = settings
         # Connections beside those of the application: a request that holds one would
         # otherwise wait for a second one, and many such requests would wait forever.
-        self._engine = sa.create_engine(engine.url, pool=engine.pool.recreate())
+        self._engine = _create_own_engine(engine)
         url = settings.listen_url
         self._listen_engine = (
             sa.create_engine(url, poolclass=sa.NullPool) if url else self._engine
@@ -566,6 +572,31 @@ class DatabaseBackend:
         if self._connection_lost:
             self._connection_lost = False
             log.info("Reconnected to the database (tgstream.channels)")
+
+
+def _create_own_engine(engine: sa.Engine) -> sa.Engine:
+    """An engine with the options and the pool events of the application's engine.
+
+    Its transactions have the level at which publishers wait for each other and do not
+    fail. On SQLite the application may have changed who begins transactions, by the
+    driver's ``isolation_level`` or ``autocommit``. Here the driver begins them.
+    """
+    levels = {"postgresql": "READ COMMITTED", "sqlite": "SERIALIZABLE"}
+    level: Any = levels.get(engine.dialect.name, "REPEATABLE READ")
+    own = sa.create_engine(
+        engine.url, pool=engine.pool.recreate(), isolation_level=level
+    )
+    if engine.dialect.name == "sqlite":
+        sa.event.listen(own, "connect", _reset_autocommit)
+        undo_failed_commits(own)
+    return own
+
+
+def _reset_autocommit(raw: Any, record: object) -> None:
+    legacy = getattr(sqlite3, "LEGACY_TRANSACTION_CONTROL", None)
+    if legacy is not None:  # Python 3.12
+        raw.autocommit = True  # this ends a transaction that False has begun
+        raw.autocommit = legacy
 
 
 def _limit_wait(dialect: str, seconds: float) -> str:
