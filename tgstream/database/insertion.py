@@ -29,13 +29,14 @@ if TYPE_CHECKING:
 
 
 def begin_insertion(
-    may_begin: bool,
+    engine: Any, may_begin: bool
 ) -> tuple[SessionTransaction, Connection] | None:
     """The transaction of the application's first session, which can insert messages.
 
     A session that has joined a transaction is marked as changed. Otherwise
     zope.sqlalchemy would not commit it.
 
+    :param engine: has the messages.
     :param may_begin: whether the session may begin a transaction.
     :returns: the session's transaction, and its connection. None if nothing here can
         insert.
@@ -46,7 +47,9 @@ def begin_insertion(
     before = session.get_transaction()
     if not (may_begin if before is None else before.is_active):
         return None
-    connection = get_connection(session)  # the session joins as it is registered
+    connection = get_connection(
+        session, engine
+    )  # the session joins as it is registered
     root = session.get_transaction()
     assert root is not None
     if not ensure_commit(session) and before is None:

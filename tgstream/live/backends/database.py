@@ -261,7 +261,9 @@ class DatabaseBackend:
         if scoped is None or not scoped.registry.has():
             return False
         session = scoped()
-        return session.in_transaction() and has_written(get_connection(session))
+        return session.in_transaction() and has_written(
+            get_connection(session, self.engine)
+        )
 
     def _report_lock(self, seconds: float) -> StreamError:
         if not seconds:

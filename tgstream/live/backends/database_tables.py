@@ -192,7 +192,7 @@ def insert_events(
         name = message.channel.encode()
         numbers[name] += 1
         inserted.append(_event_values(message, rows[name].id, numbers[name]))
-    connection.execute(_INSERT, inserted if len(inserted) > 1 else inserted[0])
+    _execute(connection, _INSERT, inserted)
     return [
         (row.id, row.last_number - counts[name], row.last_number)
         for name, row in rows.items()
@@ -209,7 +209,7 @@ def _insert_one(connection: sa.Connection, message: Message) -> tuple[int, int, 
         for name, value in (channel | event).items()
         if name in names
     }
-    id, number = connection.execute(_INSERT_ONE, values).one()
+    id, number = _execute(connection, _INSERT_ONE, [values]).one()
     return id, number - 1, number
 
 
@@ -218,9 +218,7 @@ def _count_events(
 ) -> dict[bytes, ChannelRow]:
     """Add the numbers of new events to their channels, and return the channels."""
     values = [_channel_values(name, counts[name]) for name in sorted(counts)]
-    result = connection.execute(
-        _UPSERTS[connection.dialect.name], values if len(values) > 1 else values[0]
-    )
+    result = _execute(connection, _UPSERTS[connection.dialect.name], values)
     if connection.dialect.name == "postgresql":
         return {bytes(row.name): ChannelRow(*row[1:]) for row in result}
     return read_channels(connection, sorted(counts))
@@ -248,9 +246,24 @@ def read_channels(
     """The channels with these names that exist."""
     found = {}
     for batch in batches(names, MAX_NAMES):
-        for row in connection.execute(_SELECT_CHANNELS, {"names": batch}):
+        for row in _execute(connection, _SELECT_CHANNELS, [{"names": batch}]):
             found[bytes(row.name)] = ChannelRow(row.id, row.last_number)
     return found
+
+
+_OPTIONS: Any = {"schema_translate_map": None, "stream_results": False}
+"""The application may set these for the connection of its session."""
+
+
+def _execute(
+    connection: sa.Connection, statement: Any, values: list[dict[str, Any]]
+) -> sa.CursorResult[Any]:
+    """Execute a statement on a connection that may be the application's."""
+    return connection.execute(
+        statement,
+        values if len(values) > 1 else values[0],
+        execution_options=_OPTIONS,
+    )
 
 
 def read_clock(connection: sa.Connection) -> float:
@@ -297,6 +310,7 @@ def create_tables(engine: sa.Engine) -> list[str]:
 
     :returns: the names of the created tables.
     """
+    engine = engine.execution_options(schema_translate_map=None)
     missing = find_missing_tables(engine)
     metadata.create_all(engine)
     with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
