@@ -356,6 +356,21 @@ def test_since_limits_how_old_missed_events_are(
     assert not backend.subscribe(name, newest, 0.001).has_gap
 
 
+def test_since_follows_the_clock_of_the_database(
+    make_backend: MakeBackend, model: Model, name: str
+) -> None:
+    """The clock was set forward since the channel got its first listener."""
+    backend = make_backend()
+    before = backend.position(name)
+    events = open_listener(backend, name)
+    backend._histories[name]._clock_offset -= 3600.0
+    publish(backend, name, "0")
+    assert receive(events, 1) == ["0"]
+    model.execute("UPDATE tgstream_events SET created = created - 100")
+    assert backend.subscribe(name, before, 50.0).has_gap
+    assert not backend.subscribe(name, before, 200.0).has_gap
+
+
 # Rows that other programs change.
 
 

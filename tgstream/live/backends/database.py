@@ -42,7 +42,7 @@ from ..protocols import ChannelSettings, ConnectionLost
 from .database_changes import Wakeup, watch_changes
 from .database_history import (
     DatabaseHistory,
-    read_created,
+    read_age,
     read_newest,
     read_page,
     update_histories,
@@ -234,8 +234,9 @@ class DatabaseBackend:
 
     def publish_committed(self, messages: Sequence[Message]) -> None:
         """Wake the listeners, because a transaction with events has committed."""
-        if self._wakeup is not None:
-            self._wakeup.set()
+        wakeup = self._wakeup  # the reader may end meanwhile
+        if wakeup is not None:
+            wakeup.set()
         self._worker.start()
 
     @contextmanager
@@ -370,10 +371,10 @@ class DatabaseBackend:
         channel_id = history.channel_id
         if since is None or channel_id is None:
             return False
-        created = self._read(
-            lambda connection: read_created(connection, channel_id, position[1] + 1)
+        age = self._read(
+            lambda connection: read_age(connection, channel_id, position[1] + 1)
         )
-        return created is not None and history.database_time() - created > since
+        return age is not None and age > since
 
     def _load_backlog(self, history: DatabaseHistory, position: Position) -> bool:
         """Read the events after a position into the history, for all listeners.
@@ -392,7 +393,7 @@ class DatabaseBackend:
                 lambda connection: (
                     read_newest(connection, channel_id, position[1], until[1], count),
                     # After the read: what is complete now was complete then.
-                    read_created(connection, channel_id, position[1] + 1) is not None,
+                    read_age(connection, channel_id, position[1] + 1) is not None,
                 )
             )
             if not is_complete:
