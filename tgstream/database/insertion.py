@@ -45,11 +45,11 @@ def begin_insertion(
     if session is None:
         return None
     before = session.get_transaction()
-    if not (may_begin if before is None else before.is_active):
+    can_begin = may_begin and session.autobegin
+    if not (can_begin if before is None else before.is_active):
         return None
-    connection = get_connection(
-        session, engine
-    )  # the session joins as it is registered
+    # The session joins as it is registered.
+    connection = get_connection(session, engine)
     root = session.get_transaction()
     assert root is not None
     if not ensure_commit(session) and before is None:

@@ -134,14 +134,16 @@ class PendingMessages:
         entries = [
             entry
             for entry in self.entries
-            if entry.inserter is inserter
+            # None: the session had not begun. Now it can insert the message in order.
+            if entry.inserter in (inserter, None)
+            and _can_insert(entry.sender)
             and not entry.inserted
             and not self._is_undone(entry)
         ]
         for sender, group in groupby(entries, lambda entry: entry.sender):
             sender.insert(connection, [entry.message for entry in group])
         for entry in entries:
-            entry.inserted = True
+            entry.inserter, entry.inserted = inserter, True
 
     def _insert_late(self) -> None:
         """Insert where a session has committed, and its connection goes on.
