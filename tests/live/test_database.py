@@ -1047,6 +1047,19 @@ def test_missing_tables_are_one_clear_error(
     channel.publish("x", now=True)
 
 
+@pytest.mark.parametrize("url", ["sqlite"], indirect=True)
+def test_missing_tables_are_reported_with_a_pool_of_one_connection(
+    model: Model, name: str
+) -> None:
+    """It does not wait for a second connection."""
+    metadata.drop_all(model.outside)
+    engine = sa.create_engine(model.url, pool_size=1, max_overflow=0, pool_timeout=0.01)
+    backend = DatabaseBackend(model.DBSession, engine, ChannelSettings())
+    with pytest.raises(StreamError, match="create-tables"):
+        publish(backend, name, "x")
+    engine.dispose()
+
+
 def test_doctor_checks_the_tables(empty_app: Any, model: Model) -> None:
     """It names the database without a password."""
     missing = channels_finding()

@@ -207,8 +207,11 @@ class DatabaseBackend:
         :raises StreamError: if the tables do not exist.
         """
         with report_missing_tables(self._engine):
-            for row in insert_events(connection, messages):
-                self._worker.note_events(*row)
+            self._insert(connection, messages)
+
+    def _insert(self, connection: sa.Connection, messages: Sequence[Message]) -> None:
+        for row in insert_events(connection, messages):
+            self._worker.note_events(*row)
 
     def publish(self, messages: Sequence[Message]) -> None:
         """Insert and commit events in a transaction of their own.
@@ -229,8 +232,9 @@ class DatabaseBackend:
         self.publish_committed(messages)
 
     def _publish(self, messages: Sequence[Message], seconds: float) -> None:
-        with self._begin(seconds) as connection:
-            self.insert(connection, messages)
+        # The connection is given back first: the pool may have only one.
+        with report_missing_tables(self._engine), self._begin(seconds) as connection:
+            self._insert(connection, messages)
 
     def publish_committed(self, messages: Sequence[Message]) -> None:
         """Wake the listeners, because a transaction with events has committed."""
