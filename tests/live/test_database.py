@@ -390,6 +390,22 @@ def test_invalid_row_causes_a_reset(
     assert receive(events, 1) == ["next"]
 
 
+@pytest.mark.parametrize("url", ["sqlite"], indirect=True)
+@pytest.mark.parametrize("column", ["data", "type"])
+def test_text_in_place_of_bytes_causes_a_reset(
+    make_backend: MakeBackend, name: str, column: str
+) -> None:
+    """SQLite stores any type in any column. Other channels are not affected."""
+    backend = make_backend()
+    events, other = open_listener(backend, name), open_listener(backend, f"{name}?")
+    with backend.engine.begin() as connection:
+        backend.insert(connection, [Message(name, "x")])
+        connection.exec_driver_sql(f"UPDATE tgstream_events SET {column} = 'text'")
+    publish(backend, f"{name}?", "other")
+    assert receive(other, 1) == ["other"]
+    assert next(events).event == "reset"
+
+
 DELETE = "DELETE FROM tgstream_events", "DELETE FROM tgstream_channels"
 
 

@@ -136,7 +136,7 @@ class DatabaseHistory(ChannelHistory):
             text = row.data.decode()
             message = Message(self.name, text, type, row.is_json, row.data)
             return position, message.with_id(id)
-        except ValueError:  # another program wrote it
+        except (ValueError, AttributeError):  # another program wrote it, maybe as text
             return position, reset_event(id, self.name)
 
     def follow(self, row: ChannelRow) -> None:
