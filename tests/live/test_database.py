@@ -538,6 +538,29 @@ def test_session_that_chooses_its_engine_inserts_events_where_it_writes(
     assert model.names() == ["ada"]
 
 
+@pytest.mark.parametrize("url", ["sqlite"], indirect=True)
+@pytest.mark.parametrize("choose", [by_class, by_flush])
+def test_session_that_chooses_its_engine_undoes_events_with_its_rows(
+    app: Any,
+    make_model: MakeModel,
+    model: Model,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    name: str,
+    choose: Callable[..., dict[str, Any]],
+) -> None:
+    """It has written before it publishes, and is closed without a commit."""
+    replica = make_model(f"sqlite:///{tmp_path}/replica.db")
+    sessions = scoped_session(sessionmaker(**choose(model.engine, replica.outside)))
+    monkeypatch.setitem(tg.config, "SQLASession", sessions)
+    sessions.connection(bind_arguments={"bind": model.engine}).execute(
+        sa.insert(User).values(name="ada")
+    )
+    Channel(name).publish("undone")
+    sessions.close()
+    assert count_events(model) == 0
+
+
 def test_events_of_a_tenant_are_in_the_tables_of_the_channels(
     app: Any, model: Model, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
