@@ -922,6 +922,17 @@ def session_keeps_its_binds() -> bool:
     return binds[Item] in by_class.values()
 
 
+def session_says_that_it_flushes() -> bool:
+    class Routing(Session):
+        def get_bind(self, *args: Any, **options: Any) -> Any:
+            return self._flushing
+
+    session = Routing()
+    found = [session.get_bind()]
+    session._flushing = True
+    return [*found, session.get_bind()] == [False, True]
+
+
 def is_set(value: Any) -> bool:
     return value is not None and value is not False and value != ()
 
@@ -1008,6 +1019,14 @@ SQLALCHEMY = [
         "get the engines of a session that has one for each class",
         "a stream on an in-memory SQLite database is not warned about",
         session_keeps_its_binds,
+    ),
+    Part(
+        "_flushing",
+        "SQLAlchemy",
+        "database/engines",
+        "get the engine that a session writes to, which TG's BalancedSession chooses",
+        "database:// may use a replica",
+        session_says_that_it_flushes,
     ),
     *(
         Part(

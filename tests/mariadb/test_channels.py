@@ -120,6 +120,34 @@ def test_concurrent_publishers_neither_deadlock_nor_leave_a_gap(
     assert received == 4 * 30 * 3
 
 
+@pytest.fixture(params=["OFF", "ON"])
+def snapshot_isolation(
+    model: MariaModel, request: pytest.FixtureRequest
+) -> Iterator[None]:
+    """MariaDB refuses changes of newer rows, as it does since version 11.6.2."""
+    statement = "SET GLOBAL innodb_snapshot_isolation = {}"
+    model.execute(statement.format(request.param))
+    yield
+    model.execute(statement.format("OFF"))
+
+
+@pytest.mark.usefixtures("snapshot_isolation")
+@pytest.mark.parametrize("names", [["a"], ["a", "b", "c"]])
+def test_transaction_publishes_after_others_have_published_since_its_begin(
+    make_backend: MakeBackend, names: list[str]
+) -> None:
+    """It has read before, so it does not see their events. Some channels are new."""
+    backend = make_backend()
+    backend.publish([Message("a", "0")])
+    with Session(backend.engine) as session:
+        assert session.scalar(sa.select(sa.func.count(User.id))) == 0
+        backend.publish([Message(name, "1") for name in names])
+        backend.insert(session.connection(), [Message(name, "2") for name in names])
+        session.commit()
+    numbers = [backend.position(name).partition("-")[2] for name in names]
+    assert numbers == ["3", *["2"] * (len(names) - 1)]
+
+
 def test_late_commit_is_found_although_later_events_were_read(
     make_backend: MakeBackend,
 ) -> None:

@@ -1,4 +1,4 @@
-"""The engines of a session, and warnings where streams cannot use them safely."""
+"""The engines of a session, and what makes it safe for streams to use them."""
 
 from __future__ import annotations
 
@@ -13,14 +13,24 @@ if TYPE_CHECKING:
 log = logging.getLogger("tgstream")
 
 _warned: WeakSet[Any] = WeakSet()
-"""Engines and applications that were warned about."""
+"""Applications that were warned about."""
+_prepared: WeakSet[Any] = WeakSet()
+"""Engines that streams use."""
+_undoing: WeakSet[Any] = WeakSet()
+"""Engines whose failed commits are rolled back."""
 
 
-def warn_shared_connection(session: Session) -> None:
-    """Warn, once an engine, if a stream cannot have a connection of its own."""
+def prepare_engines(session: Session) -> None:
+    """Prepare each engine of a session once, before a stream uses it.
+
+    It warns if a stream cannot have a connection of its own.
+    """
     for bind in get_binds(session):
-        if bind.engine not in _warned and has_one_connection(bind.engine):
-            _warned.add(bind.engine)
+        if bind.engine in _prepared:
+            continue
+        _prepared.add(bind.engine)
+        undo_failed_commits(bind.engine)
+        if has_one_connection(bind.engine):
             log.warning(
                 "%s uses one connection for all sessions of a thread (typical of "
                 "in-memory SQLite), so a stream cannot have its own transaction. Use a "
@@ -28,6 +38,26 @@ def warn_shared_connection(session: Session) -> None:
                 "sqlite:///%%(here)s/test.db",
                 bind.engine.url.set(query={}),  # without a password in the query
             )
+
+
+def undo_failed_commits(engine: Any) -> None:
+    """Roll back each commit that SQLite refuses, for example because it is locked.
+
+    SQLite keeps the transaction open, so that the commit can be tried again. SQLAlchemy
+    considers it as ended. If the session is then closed, as by zope.sqlalchemy, the
+    next user of the connection would commit the changes.
+    """
+    if engine.dialect.name == "sqlite" and engine not in _undoing:
+        _undoing.add(engine)
+        from sqlalchemy import event
+
+        event.listen(engine, "handle_error", _undo_failed_commit)
+
+
+def _undo_failed_commit(context: Any) -> None:
+    if context.statement is None and context.connection is not None:
+        with suppress(Exception):  # the first error is reported
+            context.connection.connection.rollback()
 
 
 def warn_not_atomic(application: Any) -> None:
@@ -53,7 +83,8 @@ def log_unclosed_session(error: BaseException) -> None:
 def get_binds(session: Session) -> list[Any]:
     """The engines and connections that a session is bound to.
 
-    The list may be empty for a session that chooses its engine by statement.
+    For a session that chooses its engine by statement, this is the engine that it
+    writes to. The list may be empty.
     """
     by_class: Any = getattr(session, "binds", None)
     if by_class is None:  # SQLAlchemy 2.0 has no public name for it
@@ -61,8 +92,11 @@ def get_binds(session: Session) -> list[Any]:
     bound = dict.fromkeys([session.bind, *by_class.values()])
     binds = [bind for bind in bound if bind is not None]
     if not binds:
+        # A session that overrides get_bind() may read from replicas.
+        flushing, session._flushing = session._flushing, True
         with suppress(Exception):  # UnboundExecutionError, or the application's own
             binds.append(session.get_bind())
+        session._flushing = flushing
     return binds
 
 

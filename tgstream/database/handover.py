@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from .engines import prepare_engines
 from .registry import SessionRegistry
 from .session_messages import end_unchanged
 from .sessions import StreamSessions
@@ -47,6 +48,7 @@ def adopt_request_sessions(
     if sources or not tm_enabled or not is_empty(manager):
         if tm_enabled and not (manager.isDoomed() or vetoed()):
             for _, session in sources:
+                prepare_engines(session)  # the commit may fail
                 session.flush()
             _move(stream, sources, manager.commit)
         else:

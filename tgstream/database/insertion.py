@@ -18,6 +18,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ..core.context import thread
+from .engines import undo_failed_commits
 from .session_transactions import find_main_session, get_connection
 
 if TYPE_CHECKING:
@@ -28,13 +29,14 @@ if TYPE_CHECKING:
 
 
 def begin_insertion(
-    may_begin: bool,
+    engine: Any, may_begin: bool
 ) -> tuple[SessionTransaction, Connection] | None:
     """The transaction of the application's first session, which can insert messages.
 
     A session that has joined a transaction is marked as changed. Otherwise
     zope.sqlalchemy would not commit it.
 
+    :param engine: has the messages.
     :param may_begin: whether the session may begin a transaction.
     :returns: the session's transaction, and its connection. None if nothing here can
         insert.
@@ -43,9 +45,11 @@ def begin_insertion(
     if session is None:
         return None
     before = session.get_transaction()
-    if not (may_begin if before is None else before.is_active):
+    can_begin = may_begin and session.autobegin
+    if not (can_begin if before is None else before.is_active):
         return None
-    connection = get_connection(session)  # the session joins as it is registered
+    # The session joins as it is registered.
+    connection = get_connection(session, engine)
     root = session.get_transaction()
     assert root is not None
     if not ensure_commit(session) and before is None:
@@ -80,6 +84,8 @@ def call_before_commit(
     If the function fails, nothing is committed.
     """
     from sqlalchemy import event
+
+    undo_failed_commits(connection.engine)
 
     def commit(connection: Connection) -> None:
         try:

@@ -19,7 +19,7 @@ from .insertion import begin_insertion, call_before_commit
 from .session_transactions import committed, find_sessions, get_open_transactions
 
 if TYPE_CHECKING:
-    from sqlalchemy import Connection
+    from sqlalchemy import Connection, Engine
     from sqlalchemy.orm import SessionTransaction
 
 log = logging.getLogger("tgstream")
@@ -34,6 +34,10 @@ class Sender(Protocol):
 
 class InsertingSender(Sender, Protocol):
     """A sender that stores its messages in the application's own database."""
+
+    @property
+    def engine(self) -> Engine:
+        """The engine of the database that has the messages."""
 
     def insert(self, connection: Connection, messages: Sequence[Any]) -> None:
         """Insert messages in a transaction, immediately before its commit.
@@ -104,7 +108,7 @@ class PendingMessages:
 
     def add(self, message: Any, sender: Sender) -> None:
         """Register a message."""
-        inserter = self._find_inserter() if _can_insert(sender) else None
+        inserter = self._find_inserter(sender) if _can_insert(sender) else None
         transactions = get_open_transactions(find_sessions())
         self.entries.append(Entry(message, sender, transactions, inserter))
 
@@ -116,8 +120,8 @@ class PendingMessages:
         if self._warning is None:
             self._warning = finalize(self if owner is None else owner, _warn_lost)
 
-    def _find_inserter(self) -> SessionTransaction | None:
-        found = begin_insertion(self._may_begin)
+    def _find_inserter(self, sender: Any) -> SessionTransaction | None:
+        found = begin_insertion(sender.engine, self._may_begin)
         if found is None:
             return None
         inserter, connection = found
@@ -130,14 +134,16 @@ class PendingMessages:
         entries = [
             entry
             for entry in self.entries
-            if entry.inserter is inserter
+            # None: the session had not begun. Now it can insert the message in order.
+            if entry.inserter in (inserter, None)
+            and _can_insert(entry.sender)
             and not entry.inserted
             and not self._is_undone(entry)
         ]
         for sender, group in groupby(entries, lambda entry: entry.sender):
             sender.insert(connection, [entry.message for entry in group])
         for entry in entries:
-            entry.inserted = True
+            entry.inserter, entry.inserted = inserter, True
 
     def _insert_late(self) -> None:
         """Insert where a session has committed, and its connection goes on.

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from .engines import get_binds
 from .insertion import ensure_commit
 from .pending_messages import Entry, PendingMessages
 from .session_transactions import committed, get_connection
@@ -70,9 +71,12 @@ def _has_changes(session: Session) -> bool:
     """Whether a session has changes that a rollback undoes."""
     if session.new or session.dirty or session.deleted:
         return True
+    engines = {bind.engine for bind in get_binds(session)}
+    if len(engines) != 1:
+        return True  # it may have written to any of them
     try:
-        return has_written(get_connection(session))
-    except Exception:  # it has no default engine, or its transaction has failed
+        return has_written(get_connection(session, *engines))
+    except Exception:  # its transaction has failed
         return True
 
 

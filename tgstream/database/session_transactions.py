@@ -16,6 +16,7 @@ import tg
 
 from ..core import context as _context
 from ..core.context import thread
+from .engines import get_binds
 from .registry import scoped_sessions
 
 if TYPE_CHECKING:
@@ -113,12 +114,20 @@ def get_open_transactions(sessions: list[Session]) -> list[SessionTransaction]:
     return transactions
 
 
-def get_connection(session: Session) -> Connection:
+def get_connection(session: Session, engine: Any = None) -> Connection:
     """The connection of a session. It begins a transaction if none has begun.
 
     The method of the class is called, because a stream replaces that of its session.
+
+    :param engine: that of the connection. None for the session's choice, which may be
+        a replica, or may fail if the session has an engine for each class.
     """
-    return type(session).connection(session)
+    if engine is None:
+        return type(session).connection(session)
+    # The session may be bound to a connection, or to a copy of the engine.
+    same = (bind for bind in get_binds(session) if bind.engine.pool is engine.pool)
+    arguments = {"bind": next(same, engine)}
+    return type(session).connection(session, bind_arguments=arguments)
 
 
 def track_commits(session: Session) -> None:

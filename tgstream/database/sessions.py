@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .engines import warn_shared_connection
+from .engines import prepare_engines
 from .registry import SessionRegistry
 from .transaction import StreamDataManager, StreamTransactionManager
 
@@ -42,7 +42,7 @@ class StreamSessions:
         """Make ``session`` the stream's. The session that it replaces stays, too."""
         data_manager = self.find_data_manager(session)
         if data_manager is None:
-            warn_shared_connection(session)
+            prepare_engines(session)
             data_manager = StreamDataManager(session, self.manager)
             if self.manager.has_begun:
                 self.manager.get().join(data_manager)

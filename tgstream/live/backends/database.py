@@ -13,6 +13,7 @@ an event is either part of the position where the channel starts, or is read lat
 from __future__ import annotations
 
 import os
+import sqlite3
 import threading
 import time
 from collections import deque
@@ -26,7 +27,12 @@ import sqlalchemy as sa
 from ...core.errors import StreamError
 from ...core.options import clock
 from ...core.report import log
-from ...database.engines import get_binds, get_factory_binds, has_one_connection
+from ...database.engines import (
+    get_binds,
+    get_factory_binds,
+    has_one_connection,
+    undo_failed_commits,
+)
 from ...database.registry import scoped_sessions
 from ...database.session_transactions import get_connection
 from ...database.writes import has_written
@@ -36,7 +42,7 @@ from ..protocols import ChannelSettings, ConnectionLost
 from .database_changes import Wakeup, watch_changes
 from .database_history import (
     DatabaseHistory,
-    read_created,
+    read_age,
     read_newest,
     read_page,
     update_histories,
@@ -163,7 +169,7 @@ class DatabaseBackend:
         self._settings = settings
         # Connections beside those of the application: a request that holds one would
         # otherwise wait for a second one, and many such requests would wait forever.
-        self._engine = sa.create_engine(engine.url, pool=engine.pool.recreate())
+        self._engine = _create_own_engine(engine)
         url = settings.listen_url
         self._listen_engine = (
             sa.create_engine(url, poolclass=sa.NullPool) if url else self._engine
@@ -201,8 +207,11 @@ class DatabaseBackend:
         :raises StreamError: if the tables do not exist.
         """
         with report_missing_tables(self._engine):
-            for row in insert_events(connection, messages):
-                self._worker.note_events(*row)
+            self._insert(connection, messages)
+
+    def _insert(self, connection: sa.Connection, messages: Sequence[Message]) -> None:
+        for row in insert_events(connection, messages):
+            self._worker.note_events(*row)
 
     def publish(self, messages: Sequence[Message]) -> None:
         """Insert and commit events in a transaction of their own.
@@ -223,13 +232,15 @@ class DatabaseBackend:
         self.publish_committed(messages)
 
     def _publish(self, messages: Sequence[Message], seconds: float) -> None:
-        with self._begin(seconds) as connection:
-            self.insert(connection, messages)
+        # The connection is given back first: the pool may have only one.
+        with report_missing_tables(self._engine), self._begin(seconds) as connection:
+            self._insert(connection, messages)
 
     def publish_committed(self, messages: Sequence[Message]) -> None:
         """Wake the listeners, because a transaction with events has committed."""
-        if self._wakeup is not None:
-            self._wakeup.set()
+        wakeup = self._wakeup  # the reader may end meanwhile
+        if wakeup is not None:
+            wakeup.set()
         self._worker.start()
 
     @contextmanager
@@ -255,7 +266,9 @@ class DatabaseBackend:
         if scoped is None or not scoped.registry.has():
             return False
         session = scoped()
-        return session.in_transaction() and has_written(get_connection(session))
+        return session.in_transaction() and has_written(
+            get_connection(session, self.engine)
+        )
 
     def _report_lock(self, seconds: float) -> StreamError:
         if not seconds:
@@ -362,10 +375,10 @@ class DatabaseBackend:
         channel_id = history.channel_id
         if since is None or channel_id is None:
             return False
-        created = self._read(
-            lambda connection: read_created(connection, channel_id, position[1] + 1)
+        age = self._read(
+            lambda connection: read_age(connection, channel_id, position[1] + 1)
         )
-        return created is not None and history.database_time() - created > since
+        return age is not None and age > since
 
     def _load_backlog(self, history: DatabaseHistory, position: Position) -> bool:
         """Read the events after a position into the history, for all listeners.
@@ -384,7 +397,7 @@ class DatabaseBackend:
                 lambda connection: (
                     read_newest(connection, channel_id, position[1], until[1], count),
                     # After the read: what is complete now was complete then.
-                    read_created(connection, channel_id, position[1] + 1) is not None,
+                    read_age(connection, channel_id, position[1] + 1) is not None,
                 )
             )
             if not is_complete:
@@ -566,6 +579,31 @@ class DatabaseBackend:
         if self._connection_lost:
             self._connection_lost = False
             log.info("Reconnected to the database (tgstream.channels)")
+
+
+def _create_own_engine(engine: sa.Engine) -> sa.Engine:
+    """An engine with the options and the pool events of the application's engine.
+
+    Its transactions have the level at which publishers wait for each other and do not
+    fail. On SQLite the application may have changed who begins transactions, by the
+    driver's ``isolation_level`` or ``autocommit``. Here the driver begins them.
+    """
+    levels = {"postgresql": "READ COMMITTED", "sqlite": "SERIALIZABLE"}
+    level: Any = levels.get(engine.dialect.name, "REPEATABLE READ")
+    own = sa.create_engine(
+        engine.url, pool=engine.pool.recreate(), isolation_level=level
+    )
+    if engine.dialect.name == "sqlite":
+        sa.event.listen(own, "connect", _reset_autocommit)
+        undo_failed_commits(own)
+    return own
+
+
+def _reset_autocommit(raw: Any, record: object) -> None:
+    legacy = getattr(sqlite3, "LEGACY_TRANSACTION_CONTROL", None)
+    if legacy is not None:  # Python 3.12
+        raw.autocommit = True  # this ends a transaction that False has begun
+        raw.autocommit = legacy
 
 
 def _limit_wait(dialect: str, seconds: float) -> str:

@@ -23,6 +23,7 @@ from .database_tables import (
     events,
     read_channels,
 )
+from .database_tables import clock as database_clock
 
 MAX_PAGE = 100
 """Maximum events of one statement."""
@@ -57,7 +58,7 @@ _SELECT_NEWEST = (
     .order_by(events.c.number.desc())
     .limit(sa.bindparam("count"))
 )
-_SELECT_CREATED = sa.select(events.c.created).where(
+_SELECT_AGE = sa.select(database_clock() - events.c.created).where(
     events.c.channel_id == sa.bindparam("channel_id"),
     events.c.number == sa.bindparam("number"),
 )
@@ -135,7 +136,7 @@ class DatabaseHistory(ChannelHistory):
             text = row.data.decode()
             message = Message(self.name, text, type, row.is_json, row.data)
             return position, message.with_id(id)
-        except ValueError:  # another program wrote it
+        except (ValueError, AttributeError):  # another program wrote it, maybe as text
             return position, reset_event(id, self.name)
 
     def follow(self, row: ChannelRow) -> None:
@@ -183,12 +184,10 @@ def read_newest(
     return connection.execute(_SELECT_NEWEST, values).all()[::-1]
 
 
-def read_created(
-    connection: sa.Connection, channel_id: int, number: int
-) -> float | None:
-    """The time of an event, by the clock of the database. None if it was removed."""
+def read_age(connection: sa.Connection, channel_id: int, number: int) -> float | None:
+    """The age of an event in seconds. None if it was removed."""
     values = {"channel_id": channel_id, "number": number}
-    return connection.execute(_SELECT_CREATED, values).scalar()
+    return connection.execute(_SELECT_AGE, values).scalar()
 
 
 def update_histories(

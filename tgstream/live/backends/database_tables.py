@@ -20,6 +20,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any, NamedTuple, TypeVar
+from weakref import WeakKeyDictionary
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import mysql, postgresql, sqlite
@@ -123,6 +124,14 @@ def _count_on_conflict(insert: Any) -> Any:
     return insert.on_conflict_do_update(index_elements=["name"], set_=changed)
 
 
+def _build_mysql_upsert(insert_class: Any) -> Any:
+    insert = insert_class(channels).values(last_created=clock())
+    return insert.on_duplicate_key_update(
+        last_number=channels.c.last_number + insert.inserted.last_number,
+        last_created=clock(),
+    )
+
+
 def _build_upserts() -> dict[str, Any]:
     """The statements that count new events of a channel, by dialect."""
     upserts: dict[str, Any] = {}
@@ -130,12 +139,8 @@ def _build_upserts() -> dict[str, Any]:
         insert: Any = module.insert(channels).values(last_created=clock())
         upserts[name] = _count_on_conflict(insert)
     upserts["postgresql"] = upserts["postgresql"].returning(*_ROW)
-    insert = mysql.insert(channels).values(last_created=clock())
     for name in MYSQL:
-        upserts[name] = insert.on_duplicate_key_update(
-            last_number=channels.c.last_number + insert.inserted.last_number,
-            last_created=clock(),
-        )
+        upserts[name] = _build_mysql_upsert(mysql.Insert)
     return upserts
 
 
@@ -164,7 +169,20 @@ def _build_single_insert() -> Any:
     return single.returning(events.c.channel_id, events.c.number)
 
 
+class _UpsertOfNewerRows(mysql.Insert):
+    """An upsert of rows that others have changed since the transaction has begun."""
+
+    inherit_cache = True
+
+
+@compiles(_UpsertOfNewerRows)
+def _compile_upsert(element: mysql.Insert, compiler: Any, **options: Any) -> str:
+    upsert = compiler.visit_insert(element, **options)
+    return f"SET STATEMENT innodb_snapshot_isolation = OFF FOR {upsert}"
+
+
 _UPSERTS = _build_upserts()
+_UPSERT_OF_NEWER_ROWS = _build_mysql_upsert(_UpsertOfNewerRows)
 _INSERT = sa.insert(events).values(created=clock()).inline()
 _INSERT_ONE = _build_single_insert()
 _SELECT_CHANNELS = sa.select(*_ROW).where(
@@ -192,7 +210,7 @@ def insert_events(
         name = message.channel.encode()
         numbers[name] += 1
         inserted.append(_event_values(message, rows[name].id, numbers[name]))
-    connection.execute(_INSERT, inserted if len(inserted) > 1 else inserted[0])
+    _execute(connection, _INSERT, inserted)
     return [
         (row.id, row.last_number - counts[name], row.last_number)
         for name, row in rows.items()
@@ -209,7 +227,7 @@ def _insert_one(connection: sa.Connection, message: Message) -> tuple[int, int, 
         for name, value in (channel | event).items()
         if name in names
     }
-    id, number = connection.execute(_INSERT_ONE, values).one()
+    id, number = _execute(connection, _INSERT_ONE, [values]).one()
     return id, number - 1, number
 
 
@@ -218,12 +236,34 @@ def _count_events(
 ) -> dict[bytes, ChannelRow]:
     """Add the numbers of new events to their channels, and return the channels."""
     values = [_channel_values(name, counts[name]) for name in sorted(counts)]
-    result = connection.execute(
-        _UPSERTS[connection.dialect.name], values if len(values) > 1 else values[0]
-    )
+    upsert = _UPSERTS[connection.dialect.name]
+    if _refuses_newer_rows(connection):
+        upsert = _UPSERT_OF_NEWER_ROWS
+    result = _execute(connection, upsert, values)
     if connection.dialect.name == "postgresql":
         return {bytes(row.name): ChannelRow(*row[1:]) for row in result}
     return read_channels(connection, sorted(counts))
+
+
+_snapshot_isolation: WeakKeyDictionary[sa.Dialect, bool] = WeakKeyDictionary()
+"""By the dialect of an engine."""
+
+
+def _refuses_newer_rows(connection: sa.Connection) -> bool:
+    """Whether MariaDB refuses to change rows that are newer than the transaction.
+
+    It does by default since version 11.6.2. Each transaction that has read something
+    would fail if another one has published in its channels since then.
+    """
+    dialect = connection.dialect
+    if dialect.name not in MYSQL:
+        return False
+    if dialect not in _snapshot_isolation:
+        row = connection.exec_driver_sql(
+            "SHOW GLOBAL VARIABLES LIKE 'innodb_snapshot_isolation'"
+        ).first()
+        _snapshot_isolation[dialect] = row is not None and row[1] == "ON"
+    return _snapshot_isolation[dialect]
 
 
 def _channel_values(name: bytes, count: int) -> dict[str, Any]:
@@ -248,9 +288,24 @@ def read_channels(
     """The channels with these names that exist."""
     found = {}
     for batch in batches(names, MAX_NAMES):
-        for row in connection.execute(_SELECT_CHANNELS, {"names": batch}):
+        for row in _execute(connection, _SELECT_CHANNELS, [{"names": batch}]):
             found[bytes(row.name)] = ChannelRow(row.id, row.last_number)
     return found
+
+
+_OPTIONS: Any = {"schema_translate_map": None, "stream_results": False}
+"""The application may set these for the connection of its session."""
+
+
+def _execute(
+    connection: sa.Connection, statement: Any, values: list[dict[str, Any]]
+) -> Any:
+    """Execute a statement on a connection that may be the application's."""
+    return connection.execute(
+        statement,
+        values if len(values) > 1 else values[0],
+        execution_options=_OPTIONS,
+    )
 
 
 def read_clock(connection: sa.Connection) -> float:
@@ -297,6 +352,7 @@ def create_tables(engine: sa.Engine) -> list[str]:
 
     :returns: the names of the created tables.
     """
+    engine = engine.execution_options(schema_translate_map=None)
     missing = find_missing_tables(engine)
     metadata.create_all(engine)
     with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
