@@ -11,7 +11,7 @@ import sys
 import threading
 import weakref
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +118,32 @@ class Numbers:
     async def aclose(self) -> None:
         await asyncio.sleep(0)
         self.closed += 1
+
+
+class Both:
+    """An iterable that can also be iterated on an event loop."""
+
+    def __iter__(self) -> Iterator[bytes]:
+        yield b"without a loop"
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        yield b"on a loop"
+
+
+@pytest.mark.parametrize("decorated", [True, False])
+def test_iterable_that_needs_no_loop_is_sent_without_one(
+    make_app: MakeApp, decorated: bool
+) -> None:
+    """TurboGears itself can send it, too."""
+
+    class Root(TGController):
+        def index(self) -> Any:
+            return Both()
+
+    if decorated:
+        stream(Root.index)
+    expose(content_type="text/plain")(Root.index)
+    assert get(make_app(Root())).text == "without a loop"
 
 
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
