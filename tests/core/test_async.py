@@ -310,6 +310,46 @@ def test_errors_that_stop_a_thread_do_not_stop_the_loop(
     assert get(make_app(page(lambda: count(2)))).text == "01"
 
 
+class Failing:
+    """An async iterable with ordinary methods, one of which raises StopIteration."""
+
+    def __init__(self, at: str) -> None:
+        self.at = at
+
+    def __aiter__(self) -> Failing:
+        if self.at == "start":
+            raise StopIteration
+        return self
+
+    def __anext__(self) -> Any:
+        if self.at == "item":
+            raise StopIteration
+        raise StopAsyncIteration
+
+    def aclose(self) -> Any:
+        if self.at == "close":
+            raise StopIteration
+        return asyncio.sleep(0)
+
+
+@pytest.mark.parametrize("at", ["start", "item", "close"])
+def test_stop_iteration_is_an_error(
+    make_app: MakeApp, reports: list[Report], at: str
+) -> None:
+    """It does not make a complete response of the items so far."""
+
+    class Root(TGController):
+        @expose(content_type="text/plain")
+        @stream
+        def index(self) -> Any:
+            return Failing(at)
+
+    assert get(make_app(Root())).status.startswith("500")
+    [report] = reports
+    assert (report.reason, type(report.error)) == ("failed", RuntimeError)
+    assert "raised StopIteration" in str(report.error)
+
+
 # The context.
 
 

@@ -131,6 +131,8 @@ class Run:
 
     def _raise_error(self) -> None:
         error, self._error = self._error, None
+        if isinstance(error, StopIteration):  # it would be the end of the items
+            raise RuntimeError(f"{self.controller} raised StopIteration") from error
         if error is not None:
             try:
                 raise error
