@@ -453,6 +453,94 @@ def test_task_that_outlives_its_stream_has_no_context(
     assert seen == [False, False, False]
 
 
+def test_task_of_a_stream_must_be_of_a_coroutine(make_app: MakeApp) -> None:
+    """The error is that of asyncio."""
+
+    async def items() -> AsyncIterator[str]:
+        future: Any = asyncio.get_running_loop().create_future()
+        try:
+            await asyncio.create_task(future)
+        except TypeError as error:
+            yield str(error)
+
+    assert "coroutine was expected" in get(make_app(page(items))).text
+
+
+def test_dropped_nested_generator_is_closed_in_its_own_context(
+    make_app: MakeApp, no_garbage_collector: None
+) -> None:
+    """Also if Python collects it in a step of another stream."""
+    users: list[str] = []
+    closed = threading.Event()
+
+    async def nested() -> AsyncIterator[int]:
+        try:
+            yield 1
+            yield 2
+        finally:
+            await asyncio.sleep(0)
+            users.append(tg.request.params["user"] if has_request() else "nobody")
+            closed.set()
+
+    class Root(TGController):
+        @expose(content_type="text/plain")
+        @stream
+        async def index(self, user: str) -> AsyncIterator[str]:
+            if user == "Ann":
+                cycle: list[Any] = [nested()]
+                await anext(cycle[0])
+                cycle.append(cycle)
+                del cycle
+            else:
+                gc.collect()
+            yield user
+
+    app = make_app(Root())
+    call = Call(app, "/?user=Ann")
+    assert next(call) == b"Ann"
+    assert get(app, "/?user=Bob").text == "Bob"
+    assert closed.wait(10)
+    assert call.read() == b""
+    assert users == ["Ann"]
+
+
+@pytest.mark.parametrize("caught", [True, False])
+def test_timeout_that_is_over_at_a_yield_reaches_the_generator(
+    make_app: MakeApp, reports: list[Report], caught: bool
+) -> None:
+    """It may yield more items, which are made one for each pull, or fail."""
+    over, made = threading.Event(), list[str]()
+
+    class Root(TGController):
+        @expose(content_type="text/plain")
+        @stream
+        async def index(self) -> AsyncIterator[str]:
+            task = asyncio.current_task()
+            assert task is not None
+            asyncio.get_running_loop().call_soon(task.cancel)  # as asyncio.timeout()
+            try:
+                yield "first"
+            except asyncio.CancelledError:
+                over.set()
+                if not caught:
+                    raise TimeoutError("too slow") from None
+            for item in "second", "third":
+                made.append(item)
+                yield item
+
+    call = Call(make_app(Root(), trace_errors__enable=False), checked=False)
+    assert next(call) == b"first"
+    assert over.wait(10)
+    if caught:
+        assert (next(call), made) == (b"second", ["second"])
+        assert (next(call), made) == (b"third", ["second", "third"])
+        assert call.read() == b""
+    else:
+        with pytest.raises(TimeoutError, match="too slow"):
+            next(call)
+    assert reasons(reports) == ["completed" if caught else "failed"]
+
+
 def test_timeouts_and_tasks_work_across_a_yield(make_app: MakeApp) -> None:
     """All steps of a stream are in one task."""
     tasks: set[Any] = set()

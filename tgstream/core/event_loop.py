@@ -146,9 +146,18 @@ class Run:
 
     def _start(self, items: Any) -> None:
         _current.set(self)
+        self._variables = contextvars.copy_context()
         self._task = self._loop.create_task(self._iterate(items))
         # Called also if the task is cancelled before its first step.
         self._task.add_done_callback(self._finish)
+
+    def close_dropped(self, generator: Any) -> None:
+        """Close a nested async generator, which was dropped on any thread.
+
+        The collector may drop it in a step of another stream.
+        """
+        create_task, aclose = self._loop.create_task, generator.aclose()
+        self._loop.call_soon_threadsafe(create_task, aclose, context=self._variables)
 
     def _cancel(self) -> None:
         """Make no more items. The generator is cancelled if it makes one now."""
@@ -158,17 +167,11 @@ class Run:
             self._task.cancel()
 
     async def _iterate(self, items: Any) -> BaseException | None:
-        """Make an item for each request. Returns the error of the end."""
+        """Make the items, and close the iterable. Returns the error of the end."""
         iterator, error = items, None
         try:
             iterator = aiter(items)
-            while await self._requested.wait() and not self._is_ending:
-                self._requested.clear()
-                self._is_making = True
-                item = await anext(iterator)
-                self._is_making = False
-                self._answers.put((item, True))
-                del item
+            await self._make_items(iterator)
         except StopAsyncIteration:
             pass
         except BaseException as own_error:
@@ -182,6 +185,29 @@ class Run:
             return error
         finally:
             del error  # its traceback has this frame
+
+    async def _make_items(self, iterator: Any) -> None:
+        """Make an item for each request, until the stream is to end."""
+        ahead: list[Any] = []
+        while True:
+            try:
+                await self._requested.wait()
+            except asyncio.CancelledError as error:
+                # By a timeout or a task group of the generator, which is at its yield.
+                if not hasattr(iterator, "athrow"):
+                    raise
+                self._is_making = True
+                ahead.append(await iterator.athrow(error))
+                self._is_making = False
+                continue
+            if self._is_ending:
+                return
+            self._requested.clear()
+            self._is_making = True
+            item = ahead.pop(0) if ahead else await anext(iterator)
+            self._is_making = False
+            self._answers.put((item, True))
+            del item
 
     async def _wait_for_calls(self) -> None:
         """Wait for the functions in other threads, which may use the session."""
@@ -270,12 +296,14 @@ class _Steps(Coroutine[Any, Any, Any]):
         body = self._run.body
         if body is None:
             return step(*arguments)
-        record = self._context.bind(body)
+        record, hooks = self._context.bind(body), sys.get_asyncgen_hooks()
+        sys.set_asyncgen_hooks(finalizer=self._run.close_dropped)
         try:
             return step(*arguments)
         except (KeyboardInterrupt, SystemExit) as error:  # it would end the loop
             raise as_error(self._run.controller, error) from error
         finally:
+            sys.set_asyncgen_hooks(*hooks)
             self._context.unbind(record)
             body.check_process()
 
@@ -283,7 +311,7 @@ class _Steps(Coroutine[Any, Any, Any]):
 def _make_task(loop: Any, coroutine: Any, **options: Any) -> asyncio.Task[Any]:
     """A task, as the loop's factory. A stream's task has the context of the stream."""
     run = _current.get()
-    if run is not None and run.body is not None:
+    if run is not None and run.body is not None and asyncio.iscoroutine(coroutine):
         coroutine = _Steps(coroutine, run, run.body)
     return asyncio.Task(coroutine, loop=loop, **options)
 
