@@ -623,6 +623,36 @@ def test_session_is_released_after_the_functions_in_threads(
     assert_clean(model)
 
 
+def test_call_in_a_thread_after_the_last_step_has_no_session(
+    make_app: MakeApp, sqlite_model: Model
+) -> None:
+    """The stream waits for the calls before its end, and not for those of its tasks."""
+    go, ended = threading.Event(), threading.Event()
+    seen: list[bool] = []
+
+    def work() -> None:
+        seen.append(has_request())
+        ended.set()
+
+    async def outlive() -> None:
+        await asyncio.to_thread(go.wait, 10)
+        context = contextvars.copy_context()
+        asyncio.get_running_loop().run_in_executor(None, context.run, work)
+        assert ended.wait(10)  # in the step after which the stream ends
+
+    async def items() -> AsyncIterator[str]:
+        task = asyncio.create_task(outlive())
+        yield "first"
+        await asyncio.sleep(0)
+        assert not task.done()
+        asyncio.get_running_loop().call_later(SHORT, go.set)
+
+    assert get(make_app(page(items), sqlite_model)).text == "first"
+    assert ended.wait(10)
+    assert seen == [False]
+    assert_clean(sqlite_model)
+
+
 # The end.
 
 

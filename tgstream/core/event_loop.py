@@ -181,6 +181,7 @@ class Run:
         try:
             for resource in (iterator,) if iterator is items else (iterator, items):
                 error = await _close(resource, error)
+            self.body = None  # the calls of tasks that go on do not get its session
             await self._wait_for_calls()
             return error
         finally:
