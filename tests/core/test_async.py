@@ -996,9 +996,9 @@ print("parent", get(app, "/?fork=1").text, os.wait()[1] >> 8, flush=True)
 
 
 def test_process_with_async_streams_exits_without_warnings() -> None:
-    """The loop runs until the exit, and a stream that waits does not keep it."""
+    """Neither the loop nor a stream that waits keeps it, nor a call in a thread."""
     script = """
-import asyncio, sys, tg
+import asyncio, sys, tg, threading, time
 from tests.conftest import make_application
 from tests.wsgi import Call, get
 from tgstream import stream
@@ -1010,12 +1010,19 @@ class Root(tg.TGController):
     @stream
     async def index(self):
         yield await asyncio.to_thread(str, 1)
-        await asyncio.sleep(60)
+        await asyncio.to_thread(wait_for, 60)
 
+def wait_for(seconds):
+    called.set()
+    time.sleep(seconds)
+
+called = threading.Event()
 calls = [Call(make_application(Root()), checked=False) for _ in range(3)]
+threading.Thread(target=list, args=calls[:1], daemon=True).start()
+called.wait()
 """
     command = [sys.executable, "-X", "dev", "-c", script]
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=30)
     assert ran.returncode == 0
     for word in ("ResourceWarning", "never awaited", "pending", "Traceback"):
         assert word not in ran.stderr

@@ -318,7 +318,15 @@ def _make_task(loop: Any, coroutine: Any, **options: Any) -> asyncio.Task[Any]:
 
 
 class _Threads(ThreadPoolExecutor):
-    """The threads of ``asyncio.to_thread()``, with the context of a stream."""
+    """The threads of ``asyncio.to_thread()``, with the context of a stream.
+
+    They are daemon threads. Python would wait for those of its own class at the exit.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # which starts no thread
+        self._jobs: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        self._missing = min(32, (os.cpu_count() or 1) + 4)  # as many as Python's
 
     def submit(self, function: Any, /, *args: Any, **options: Any) -> Future[Any]:
         run = _current.get()
@@ -332,7 +340,19 @@ class _Threads(ThreadPoolExecutor):
         return run.submit(self._submit, function)
 
     def _submit(self, function: Callable[[], Any]) -> Future[Any]:
-        return super().submit(function)
+        future: Future[Any] = Future()
+        self._start(partial(_call_for, future, function))
+        return future
+
+    def _start(self, job: Callable[[], None]) -> None:
+        if self._missing:
+            start_thread("tgstream-to-thread", self._work)
+            self._missing -= 1
+        self._jobs.put(job)
+
+    def _work(self) -> None:
+        while True:
+            self._jobs.get()()
 
 
 class _Greenlets(_Threads):
@@ -341,20 +361,18 @@ class _Greenlets(_Threads):
     To start a thread would switch to other greenlets, which would see the loop running.
     """
 
-    def _submit(self, function: Callable[[], Any]) -> Future[Any]:
+    def _start(self, job: Callable[[], None]) -> None:
         import gevent
 
-        future: Future[Any] = Future()
+        gevent.spawn(job)
 
-        def call() -> None:
-            if future.set_running_or_notify_cancel():
-                try:
-                    future.set_result(function())
-                except BaseException as error:
-                    future.set_exception(error)
 
-        gevent.spawn(call)
-        return future
+def _call_for(future: Future[Any], function: Callable[[], Any]) -> None:
+    if future.set_running_or_notify_cancel():
+        try:
+            future.set_result(function())
+        except BaseException as error:
+            future.set_exception(error)
 
 
 # The loop of this process.
@@ -390,8 +408,7 @@ def _make_loop(selector: Any) -> asyncio.AbstractEventLoop:
         else asyncio.SelectorEventLoop(selector)
     )
     loop.set_task_factory(_make_task)
-    threads = _Threads if selector is None else _Greenlets
-    loop.set_default_executor(threads(thread_name_prefix="tgstream-to-thread"))
+    loop.set_default_executor(_Threads() if selector is None else _Greenlets())
     return loop
 
 
