@@ -504,6 +504,41 @@ def test_dropped_nested_generator_is_closed_in_its_own_context(
     assert users == ["Ann"]
 
 
+@pytest.mark.parametrize("read", [True, False])
+def test_stream_ends_after_the_nested_generators_that_it_has_dropped(
+    make_app: MakeApp, sqlite_model: Model, reports: list[Report], read: bool
+) -> None:
+    """``async for`` does not close the generator. Its ``finally`` has the session."""
+    seen: list[tuple[str, int]] = []
+
+    async def nested() -> AsyncIterator[str]:
+        try:
+            yield "first"
+            yield "second"
+        finally:
+            await asyncio.sleep(SHORT)
+            sqlite_model.DBSession.add(Note(text="added at the end"))
+            seen.append((tg.request.path, len(reports)))
+
+    class Root(TGController):
+        @expose(content_type="text/plain")
+        @stream
+        async def index(self) -> AsyncIterator[str]:
+            async for item in nested():
+                yield item
+                break
+
+    call = Call(make_app(Root(), sqlite_model))
+    assert next(call) == b"first"
+    if read:
+        assert call.read() == b""
+    call.close()
+    assert seen == [("/", 0)]
+    assert reasons(reports) == ["completed" if read else "disconnected"]
+    assert sqlite_model.texts() == (["added at the end"] if read else [])
+    assert_clean(sqlite_model)
+
+
 @pytest.mark.parametrize("caught", [True, False])
 def test_timeout_that_is_over_at_a_yield_reaches_the_generator(
     make_app: MakeApp, reports: list[Report], caught: bool

@@ -81,6 +81,7 @@ class Run:
         self._answers: SimpleQueue[tuple[Any, bool]] = SimpleQueue()
         self._ended = threading.Event()
         self._calls: set[Future[Any]] = set()  # in other threads
+        self._closings: set[asyncio.Task[None]] = set()  # of nested generators
         # It runs in a copy of this thread's context variables, which the stream has.
         self._loop.call_soon_threadsafe(self._start, items)
         if body is not None:
@@ -156,8 +157,14 @@ class Run:
 
         The collector may drop it in a step of another stream.
         """
-        create_task, aclose = self._loop.create_task, generator.aclose()
-        self._loop.call_soon_threadsafe(create_task, aclose, context=self._variables)
+        self._loop.call_soon_threadsafe(
+            self._close_nested, generator.aclose(), context=self._variables
+        )
+
+    def _close_nested(self, aclose: Coroutine[Any, Any, None]) -> None:
+        task = self._loop.create_task(aclose)
+        self._closings.add(task)
+        task.add_done_callback(self._closings.discard)
 
     def _cancel(self) -> None:
         """Make no more items. The generator is cancelled if it makes one now."""
@@ -181,6 +188,9 @@ class Run:
         try:
             for resource in (iterator,) if iterator is items else (iterator, items):
                 error = await _close(resource, error)
+            await asyncio.sleep(0)  # for those that were dropped in the last step
+            while self._closings:
+                await asyncio.wait(self._closings)
             self.body = None  # the calls of tasks that go on do not get its session
             await self._wait_for_calls()
             return error
