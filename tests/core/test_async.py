@@ -576,6 +576,39 @@ def test_timeout_that_is_over_at_a_yield_reaches_the_generator(
     assert reasons(reports) == ["completed" if caught else "failed"]
 
 
+@pytest.mark.parametrize("in_thread", [True, False])
+def test_cancellation_after_the_last_step_hides_no_error(
+    make_app: MakeApp, reports: list[Report], in_thread: bool
+) -> None:
+    """The response of the items so far must not look complete."""
+    runs, go = threading.Event(), threading.Event()
+
+    def work() -> None:
+        runs.set()
+        go.wait(10)
+
+    class Root(TGController):
+        @expose(content_type="text/plain")
+        @stream
+        async def index(self) -> AsyncIterator[str]:
+            loop, task = asyncio.get_running_loop(), asyncio.current_task()
+            assert task is not None
+            yield "first"
+            if in_thread:
+                context = contextvars.copy_context()
+                loop.run_in_executor(None, context.run, work)
+                assert runs.wait(10)
+                loop.call_later(SHORT, go.set)
+            loop.call_soon(task.cancel)
+            raise LookupError("no more items")
+
+    call = Call(make_app(Root()), checked=False)
+    with pytest.raises(LookupError, match="no more items"):
+        call.read()
+    assert reasons(reports) == ["failed"]
+    assert go.is_set() == in_thread
+
+
 def test_timeouts_and_tasks_work_across_a_yield(make_app: MakeApp) -> None:
     """All steps of a stream are in one task."""
     tasks: set[Any] = set()

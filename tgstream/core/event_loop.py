@@ -31,8 +31,9 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Collection, Coroutine
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Protocol
@@ -81,7 +82,7 @@ class Run:
         self._answers: SimpleQueue[tuple[Any, bool]] = SimpleQueue()
         self._ended = threading.Event()
         self._calls: set[Future[Any]] = set()  # in other threads
-        self._closings: set[asyncio.Task[None]] = set()  # of nested generators
+        self._closings: set[asyncio.Future[None]] = set()  # of nested generators
         # It runs in a copy of this thread's context variables, which the stream has.
         self._loop.call_soon_threadsafe(self._start, items)
         if body is not None:
@@ -188,11 +189,7 @@ class Run:
         try:
             for resource in (iterator,) if iterator is items else (iterator, items):
                 error = await _close(resource, error)
-            await asyncio.sleep(0)  # for those that were dropped in the last step
-            while self._closings:
-                await asyncio.wait(self._closings)
-            self.body = None  # the calls of tasks that go on do not get its session
-            await self._wait_for_calls()
+            await self._wait_for_users()
             return error
         finally:
             del error  # its traceback has this frame
@@ -220,11 +217,14 @@ class Run:
             self._answers.put((item, True))
             del item
 
-    async def _wait_for_calls(self) -> None:
-        """Wait for the functions in other threads, which may use the session."""
+    async def _wait_for_users(self) -> None:
+        """Wait for what may use the session: generators, and functions in threads."""
+        with suppress(asyncio.CancelledError):  # too late
+            await asyncio.sleep(0)  # the generators dropped in the last step get tasks
+        await _wait_for(self._closings)
+        self.body = None  # the calls of tasks that go on do not get its session
         calls = [call for call in tuple(self._calls) if not call.cancel()]
-        if calls:
-            await asyncio.wait([asyncio.wrap_future(call) for call in calls])
+        await _wait_for([asyncio.wrap_future(call) for call in calls])
 
     def _finish(self, task: asyncio.Task[BaseException | None]) -> None:
         self.body = self._task = None
@@ -270,6 +270,13 @@ async def _close(resource: Any, first: BaseException | None) -> BaseException | 
     except BaseException as error:
         return error if first is None else first
     return first
+
+
+async def _wait_for(futures: Collection[asyncio.Future[Any]]) -> None:
+    """Wait until all are done, also if they change, or the task is cancelled."""
+    while pending := [future for future in futures if not future.done()]:
+        with suppress(asyncio.CancelledError):  # too late
+            await asyncio.wait(pending)
 
 
 def make_context(body: Body) -> Context:
@@ -383,6 +390,7 @@ def _call_for(future: Future[Any], function: Callable[[], Any]) -> None:
             future.set_result(function())
         except BaseException as error:
             future.set_exception(error)
+            del future, function  # its traceback has this frame
 
 
 # The loop of this process.
