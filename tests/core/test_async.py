@@ -695,15 +695,19 @@ def test_call_in_a_thread_after_the_last_step_has_no_session(
     make_app: MakeApp, sqlite_model: Model
 ) -> None:
     """The stream waits for the calls before its end, and not for those of its tasks."""
-    go, ended = threading.Event(), threading.Event()
+    runs, go, ended = threading.Event(), threading.Event(), threading.Event()
     seen: list[bool] = []
+
+    def wait() -> None:
+        runs.set()
+        go.wait(10)
 
     def work() -> None:
         seen.append(has_request())
         ended.set()
 
     async def outlive() -> None:
-        await asyncio.to_thread(go.wait, 10)
+        await asyncio.to_thread(wait)
         context = contextvars.copy_context()
         asyncio.get_running_loop().run_in_executor(None, context.run, work)
         assert ended.wait(10)  # in the step after which the stream ends
@@ -711,7 +715,7 @@ def test_call_in_a_thread_after_the_last_step_has_no_session(
     async def items() -> AsyncIterator[str]:
         task = asyncio.create_task(outlive())
         yield "first"
-        await asyncio.sleep(0)
+        await asyncio.to_thread(runs.wait, 10)
         assert not task.done()
         asyncio.get_running_loop().call_later(SHORT, go.set)
 
