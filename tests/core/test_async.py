@@ -1108,3 +1108,21 @@ def test_async_streams_work_with_greenlets() -> None:
     assert ran.returncode == 0, ran.stderr
     ended = Counter(ran.stdout.split())
     assert ended == {"failed": 2, "drained": 2, "disconnected": 1, "completed": 1}
+
+
+@pytest.mark.parametrize("names", [["news"], ["news", "chat"]], ids=len)
+def test_listener_that_would_block_the_event_loop_is_refused(
+    make_app: MakeApp, names: list[str], reports: list[Report]
+) -> None:
+    """It would stop all async streams of the process."""
+
+    async def listening() -> AsyncIterator[Any]:
+        for event in tgstream.listen(*names):
+            yield event
+
+    call = Call(make_app(page(listening, SSE)), "/")
+    assert next(call).startswith(b": open")
+    with pytest.raises(StreamError, match="Listen in an ordinary generator"):
+        next(call)
+    call.close()
+    assert [report.reason for report in reports] == ["failed"]

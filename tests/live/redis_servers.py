@@ -13,6 +13,7 @@ from typing import Any
 import redis
 
 from tests.valkey import Valkey
+from tgstream.live.backends.redis_reader import RedisReader
 
 
 class RedisProxy:
@@ -130,3 +131,23 @@ def paused(server: Valkey) -> Iterator[None]:
         yield
     finally:
         process.send_signal(signal.SIGCONT)
+
+
+@contextmanager
+def blocked(reader: RedisReader) -> Iterator[None]:
+    """Block the thread of a reader at its next message."""
+    reached, done = threading.Event(), threading.Event()
+
+    def receive(response: Any) -> None:
+        reached.set()
+        assert done.wait(30)
+        RedisReader._receive(reader, response)
+
+    reader._receive = receive  # type: ignore[method-assign]
+    reader._wake()
+    assert reached.wait(30)
+    try:
+        yield
+    finally:
+        done.set()
+        del reader._receive

@@ -421,6 +421,8 @@ def test_all_listeners_of_a_channel_receive_heartbeats(
         ("channels", "redis//:secret@x", r"unsupported scheme '\.\.\.' in tgstream"),
         ("channels", "redis://:secret/x@localhost", r"cannot parse redis://\.\.\. in"),
         ("channels", "redis://localhost:secret", r"cannot parse redis://\.\.\. in"),
+        ("channels", "database://u:secret@x", "database:// .* takes no host"),
+        ("channels", "memory://secret", "memory:// .* takes no host"),
     ],
 )
 def test_invalid_option_of_channels_is_rejected(

@@ -20,7 +20,7 @@ from tests.conftest import MakeApp
 from tests.formats.support import parse_events
 from tests.live.listeners import id_of, receive
 from tests.model import MakeModel
-from tests.valkey import Valkey
+from tests.valkey import DurableValkey, Valkey
 from tests.wsgi import Call, get
 from tgstream import SSE, Channel, Event, last_event_id, listen, position, stream
 from tgstream.channels import metadata
@@ -402,6 +402,40 @@ def test_stored_place_that_is_lost_resets_all_channels(name: str) -> None:
     assert [event.event for event in islice(events, 41)] == [None] + ["reset"] * 40
 
 
+def test_forged_place_in_a_busy_storage_causes_a_reset(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its parser does not wait as long as other clients store places."""
+    monkeypatch.setattr(places, "LOAD_SECONDS", 0.2)
+    backend, stop = MemoryBackend(ChannelSettings()), threading.Event()
+    names = [f"{name} {number}" for number in range(40)]
+    id = read_position(backend, names)
+    storage = places.Places(backend, names)._storage
+
+    def store_often() -> None:
+        while not stop.wait(0.05):
+            publish_to(backend, storage, "nonce.place")
+
+    def stop_after_a_time() -> None:
+        if not stop.wait(5):
+            stop.set()
+            late.append(True)
+
+    late: list[bool] = []
+    threads = [
+        threading.Thread(target=each) for each in (store_often, stop_after_a_time)
+    ]
+    for thread in threads:
+        thread.start()
+    forged = f"{id.rpartition('.')[0]}.forged"
+    events = listen_to_all(backend, names, forged, 60.0)
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert late == []
+    assert [event.event for event in islice(events, 41)] == [None] + ["reset"] * 40
+
+
 def test_listeners_of_one_process_share_their_stored_places(name: str) -> None:
     """A place is stored once in about twelve events, however many clients listen."""
     names = [f"{name} {number}" for number in range(40)]
@@ -534,7 +568,7 @@ def test_merged_listener_waits_while_the_server_is_lost(
     tmp_path: Path, names: list[str]
 ) -> None:
     """It sends heartbeats, and then a reset for each channel, or all missed events."""
-    server = Valkey(tmp_path, appendonly="yes")
+    server = DurableValkey(tmp_path)
     server.start()
     try:
         backend = RedisBackend(server.url, ChannelSettings())

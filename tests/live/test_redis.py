@@ -8,7 +8,6 @@ import sys
 import threading
 import tracemalloc
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from tests.live.listeners import (
     receive,
     types_of_first_two,
 )
+from tests.live.redis_servers import blocked
 from tests.pages import DOCS, blocks
 from tests.valkey import DurableValkey
 from tests.wsgi import get
@@ -31,7 +31,6 @@ from tgstream import Channel, Event
 from tgstream.doctor.settings_checks import check_settings
 from tgstream.formats.sse import Message
 from tgstream.live.backends.redis import RedisBackend
-from tgstream.live.backends.redis_reader import RedisReader
 from tgstream.live.history import reset_event
 from tgstream.live.listener import listen
 from tgstream.live.protocols import ChannelSettings
@@ -96,26 +95,6 @@ def open_listener(backend: RedisBackend, name: str) -> Iterator[Event]:
 def reconnect(backend: RedisBackend, name: str, after: str) -> Iterator[Event]:
     """A listener that has received an event with this id before."""
     return listen(backend, name, after, 60.0)
-
-
-@contextmanager
-def blocked(reader: RedisReader) -> Iterator[None]:
-    """Block the thread of a reader at its next message."""
-    reached, done = threading.Event(), threading.Event()
-
-    def receive(response: Any) -> None:
-        reached.set()
-        assert done.wait(30)
-        RedisReader._receive(reader, response)
-
-    reader._receive = receive  # type: ignore[method-assign]
-    reader._wake()
-    assert reached.wait(30)
-    try:
-        yield
-    finally:
-        done.set()
-        del reader._receive
 
 
 # Events and reconnects.

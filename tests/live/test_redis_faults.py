@@ -19,7 +19,7 @@ import pytest
 import redis
 
 from tests.live.listeners import id_of, receive, types_of_first_two
-from tests.live.redis_servers import RedisProxy
+from tests.live.redis_servers import RedisProxy, blocked
 from tests.pages import DOCS
 from tests.valkey import DurableValkey, Valkey
 from tgstream import Event
@@ -27,6 +27,7 @@ from tgstream.core.errors import StreamError
 from tgstream.formats.sse import Message
 from tgstream.live.backends import redis_reader, redis_streams
 from tgstream.live.backends.redis import RedisBackend
+from tgstream.live.backends.redis_reader import RedisReader
 from tgstream.live.backends.redis_script import (
     PUBLISH,
     Names,
@@ -158,6 +159,39 @@ def test_listener_receives_each_event_from_its_start_on(
         finally:
             stop.set()
         publisher.result()
+
+
+def test_health_checks_of_the_url_do_not_disconnect_the_process(
+    make_backend: MakeBackend,
+    server: Valkey,
+    name: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The package redis cannot check a connection that has subscriptions."""
+    backend = make_backend(f"{server.url}?health_check_interval=1")
+    events, other = open_listener(backend, name), open_listener(backend, f"{name}?")
+    backend._reader._connection.next_health_check = 0.1
+    del other
+    wait_until(lambda: subscribers(server, f"{name}?") == 0)
+    publish(backend, name, "x")
+    assert receive(events, 1) == ["x"]
+    assert logged(caplog, "WARNING") == []
+
+
+def test_channels_are_read_together_after_the_server_has_forgotten_the_script(
+    server: Valkey, make_backend: MakeBackend, name: str
+) -> None:
+    """A reconnect does not cost a round trip for each channel."""
+    with RedisProxy(server.port) as proxy:
+        backend, other = make_backend(proxy.url), make_backend()
+        listeners = [open_listener(backend, f"{name} {at}") for at in range(40)]
+        turns = proxy.turns
+        server.execute("SCRIPT", "FLUSH")
+        server.execute("CLIENT", "KILL", "TYPE", "pubsub")
+        for at, events in enumerate(listeners):
+            publish(other, f"{name} {at}", "x")
+            assert receive(events, 1) == ["x"]
+        assert proxy.turns - turns < 20
 
 
 def test_databases_of_a_server_do_not_share_channels(
@@ -313,6 +347,43 @@ def test_listener_of_a_channel_that_disappeared_receives_the_next_event(
     assert receive(silent, 1) == ["the first"]
 
 
+def test_burst_after_a_channel_disappeared_causes_a_reset(
+    make_backend: MakeBackend, name: str
+) -> None:
+    """The server has removed the first events before the process reads them."""
+    backend = make_backend(seconds=0.3)
+    other = make_backend(seconds=0.3, history=20)
+    events = open_listener(backend, name)
+    publish(other, name, "before")
+    assert receive(events, 1) == ["before"]
+    wait_until(lambda: not other._streams.all(name)[1])
+    with blocked(backend._reader):
+        publish(other, name, *map(str, range(300)))
+    assert next(events).event == "reset"
+    publish(other, name, "after")
+    assert receive(events, 1) == ["after"]
+
+
+def test_channel_that_disappeared_while_the_process_reconnected_causes_a_reset(
+    server: Valkey, make_backend: MakeBackend, name: str
+) -> None:
+    """A message arrives before the process has read the newest ids."""
+    backend, other = make_backend(seconds=0.2), make_backend(seconds=0.2)
+    events, reader = open_listener(backend, name), backend._reader
+
+    def subscribe_and_publish(keys: list[bytes]) -> Any:
+        del reader._subscribe
+        publish(other, name, "missed")
+        wait_until(lambda: not other._streams.all(name)[1])
+        reader._subscribe(keys)
+        publish(other, name, "received")
+        return reader._subscribe(keys)
+
+    reader._subscribe = subscribe_and_publish  # type: ignore[method-assign]
+    server.execute("CLIENT", "KILL", "TYPE", "pubsub")
+    assert next(events).event == "reset"
+
+
 # Ids.
 
 
@@ -351,6 +422,18 @@ def test_first_id_replays_only_events_that_are_recent(
     brief = make_backend(seconds=150.0)
     assert brief.subscribe(name, f"{seconds - 500}000-0").has_gap
     assert not brief.subscribe(name, f"{seconds - 200}000-0").has_gap
+
+
+def test_first_id_of_a_channel_that_was_deleted_causes_a_reset(
+    server: Valkey, make_backend: MakeBackend, name: str
+) -> None:
+    """Another listener of the channel is still connected."""
+    backend = make_backend()
+    events = open_listener(backend, name)
+    server.execute("DEL", f"tgstream:{name}")
+    assert types_of_first_two(listen(backend, name, "0-0", 60.0))[1] == "reset"
+    publish(backend, name, "next")
+    assert next(events).event == "reset"
 
 
 def test_position_is_where_a_listener_starts(
@@ -460,6 +543,45 @@ def test_server_that_hangs_is_noticed(
             assert lost.startswith("Lost the connection to Redis (tgstream.channels)")
             (end,) = logged(caplog, "INFO")
             assert end == "Reconnected to Redis (tgstream.channels)"
+
+
+def test_each_outage_is_logged_by_a_process_without_listeners(
+    tmp_path: Path,
+    make_backend: MakeBackend,
+    name: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """It only requests positions."""
+    caplog.set_level("INFO", "tgstream")
+    with Valkey(tmp_path / "valkey") as server:
+        backend = make_backend(server.url)
+        for number in 1, 2:
+            server.terminate()
+            for _ in range(2):
+                with pytest.raises(ConnectionLost):
+                    backend.position(name)
+            server.start()
+            assert backend.position(name)
+            assert len(logged(caplog, "WARNING")) == number
+            assert len(logged(caplog, "INFO")) == number
+
+
+@pytest.mark.usefixtures("quick_checks")
+def test_process_that_is_behind_does_not_reconnect(
+    make_backend: MakeBackend, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The message to itself arrives after all events that were sent before."""
+    backend, pause = make_backend(), threading.Event()
+    events, reader = open_listener(backend, name), backend._reader
+
+    def receive_slowly(response: Any) -> None:
+        pause.wait(0.2)
+        RedisReader._receive(reader, response)
+
+    reader._receive = receive_slowly  # type: ignore[method-assign]
+    publish(make_backend(), name, *map(str, range(8)))
+    assert receive(events, 8) == list(map(str, range(8)))
+    assert logged(caplog, "WARNING") == []
 
 
 # Refused commands.
@@ -619,6 +741,26 @@ def test_key_of_another_type_ends_the_listeners_of_its_channel(
     server.execute("DEL", f"tgstream:{name}")
     assert id_of(next(listen(backend, name, None, 60.0)))
     assert logged(caplog, "ERROR") == [error]
+
+
+def test_listener_that_starts_while_its_channel_is_refused_is_not_deaf(
+    make_backend: MakeBackend, name: str
+) -> None:
+    """It starts again, so that it is refused or receives events."""
+    backend = make_backend()
+    reader, before = backend._reader, open_listener(backend, name)
+
+    def find_and_refuse(channel: str) -> Any:
+        history = RedisReader.history(reader, channel)
+        del reader.history
+        reader._end(reader._channels[reader._key(channel)])
+        return history
+
+    reader.history = find_and_refuse  # type: ignore[method-assign]
+    events = open_listener(backend, name)
+    assert list(before) == []
+    publish(backend, name, "x")
+    assert receive(events, 1) == ["x"]
 
 
 def test_key_of_another_type_is_found_after_a_reconnect(

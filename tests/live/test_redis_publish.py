@@ -701,6 +701,20 @@ def test_permission_that_is_missing_for_a_channel_is_logged(
     )
 
 
+@pytest.mark.parametrize("right", ["-publish", "-pexpire"])
+def test_refused_event_is_not_received_later(
+    server: Valkey, make_publisher: MakePublisher, name: str, right: str
+) -> None:
+    """The server has appended the event before it refuses the next command."""
+    server.execute(
+        "ACL", "SETUSER", "w", "reset", "on", ">p", "~*", "&*", "+@all", right
+    )
+    publisher = make_publisher(server.url.replace("//", "//w:p@"))
+    with pytest.raises(redis.ResponseError, match=right.removeprefix("-")):
+        publisher.publish([Message(name, "refused")])
+    assert server.execute("XLEN", f"tgstream:{name}") == 0
+
+
 def test_documented_permissions_are_enough(
     server: Valkey, proxy: RedisProxy, make_publisher: MakePublisher, name: str
 ) -> None:

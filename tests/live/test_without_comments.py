@@ -140,6 +140,30 @@ def test_filter_receives_no_comments_and_its_stream_opens(
     resumed.close()
 
 
+def test_filter_that_drops_all_events_ends_with_its_stream(
+    make_app: MakeApp, filters: Filters, next_report: Callable[[], Report]
+) -> None:
+    """It ends when it takes the next event, whether it passes it on or not."""
+    app, channel = make_app(filters), Channel(filters.name)
+    call = Call(app, "/even")
+    assert next(call).startswith(b": open\nid: ")
+    channel.publish(1)
+    call.close()
+    channel.publish(3)
+    assert next_report().reason == "disconnected"
+    assert filters.seen[-1] == "closed"
+
+
+def test_filter_that_waits_ends_within_a_heartbeat_of_its_stream(
+    make_app: MakeApp, filters: Filters, next_report: Callable[[], Report]
+) -> None:
+    """The option ``tgstream.heartbeat_seconds`` may be much longer."""
+    call = Call(make_app(filters, tgstream__heartbeat_seconds=3600), "/even")
+    assert next(call).startswith(b": open\nid: ")
+    call.close()
+    assert next_report().reason == "disconnected"
+
+
 def test_filter_of_several_channels_may_be_a_generator_expression(
     make_app: MakeApp, filters: Filters
 ) -> None:

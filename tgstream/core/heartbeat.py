@@ -164,3 +164,20 @@ def begin_response(comment: bytes) -> None:
     body = thread.record.body
     if body is not None:
         body.begin(comment)
+
+
+def check_ending() -> None:
+    """Let the generator of the stream that runs here end, if the stream is to end.
+
+    :raises StreamEnding: when it is to end.
+    """
+    body = thread.record.body
+    if body is not None:
+        body.checkpoint()
+
+
+def shorten_wait(seconds: float) -> float:
+    """The seconds that a generator may wait, so that it ends soon after its stream."""
+    body = thread.record.body
+    heartbeat = None if body is None else body.plan.traits.heartbeat
+    return min(seconds, heartbeat or seconds)

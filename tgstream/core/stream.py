@@ -214,7 +214,7 @@ class Stream:
             yield from answer.iter_lines()
 
         For the ``close`` method of a connection or a response of requests, urllib3,
-        HTTPX or :mod:`http.client`, tgstream shuts down the socket while the generator
+        HTTPX or ``http.client``, tgstream shuts down the socket while the generator
         waits, and calls the method when the generator has ended.
 
         The function may be called on any thread. It must not use the database, or the

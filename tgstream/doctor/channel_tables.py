@@ -9,7 +9,7 @@ from typing import Any
 from ..live.backends import redact_url
 from .finding import FAIL, OK, WARN, Finding, describe_error
 
-_ADVICE = "Run python -m tgstream create-tables, or migrate with Alembic."
+_ADVICE = "Run python -m tgstream create-tables config.ini, or migrate with Alembic."
 
 
 def create(config: str, tg_apps: list[Any]) -> int:

@@ -17,6 +17,7 @@ import tg
 
 from ..core import context as _context
 from ..core.errors import StreamError
+from ..core.heartbeat import shorten_wait
 from ..core.report import log
 from ..core.settings import read_option
 from ..database.on_commit import send_on_commit
@@ -203,6 +204,8 @@ def _listen(
             f"listen(): since must be a number of seconds > 0 or None, got {since!r}"
         )
     seconds = read_option(tg.config, "tgstream.heartbeat_seconds")
+    if not comments:
+        seconds = shorten_wait(seconds)
     backend = _running_backend()
     if len(names) == 1:
         events = listen_to_one(backend, *names, after, seconds, since)

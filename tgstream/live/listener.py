@@ -5,11 +5,14 @@ While the server of the back end cannot be reached, a listener receives heartbea
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 
 from ..core.context import thread
-from ..core.heartbeat import begin_response
+from ..core.errors import StreamError
+from ..core.heartbeat import begin_response, check_ending
+from ..core.monitor import event_loops
 from ..core.options import clock
 from ..formats.sse import SSE, Event
 from .history import HEARTBEAT, Subscription, reset_event
@@ -67,11 +70,24 @@ def iter_started(
     if subscription.backlog is not None:
         number = yield from subscription.backlog
     if history is not None and number is not None:
+        check_thread()
         while (event := history.wait_for_event(number, heartbeat_seconds)) is not None:
             number += event is not HEARTBEAT
             yield event
             del event
     yield from end_lagging()
+
+
+def check_thread() -> None:
+    """Refuse to wait for events on the thread of an event loop.
+
+    :raises StreamError: on this thread.
+    """
+    if threading.get_ident() in event_loops:
+        raise StreamError(
+            "listen() would wait for events on the thread of the event loop, and stop "
+            "all async generators of this process. Listen in an ordinary generator"
+        )
 
 
 def end_lagging() -> Iterator[Event]:
@@ -134,11 +150,13 @@ def without_comments(events: Iterator[Event]) -> Iterator[Event]:
     The response of its stream begins when the generator takes the first event.
 
     :raises StreamError: when the stream has no heartbeat of its own.
+    :raises StreamEnding: when the stream is to end. The generator may drop all events.
     """
     for event in events:
         if event.data is None:
             begin_response(*SSE().encode([event]))
         else:
+            check_ending()
             yield event
         del event
 

@@ -12,7 +12,13 @@ from typing import Final
 from ..core.options import clock
 from ..formats.sse import Event, replace_id
 from .history import HEARTBEAT, Backlog, Subscription, Waiter, reset_event
-from .listener import INVALID_ID, end_lagging, opening_event, wait_until_connected
+from .listener import (
+    INVALID_ID,
+    check_thread,
+    end_lagging,
+    opening_event,
+    wait_until_connected,
+)
 from .places import UNKNOWN, Places
 from .protocols import Backend, ConnectionLost
 
@@ -119,6 +125,7 @@ def _iter_started(
         history.add_waiter(waiter)
         histories.append(history)
         numbers.append(number)
+    check_thread()
     heartbeat_due = clock() + heartbeat_seconds
     while True:
         for index, history in enumerate(histories):

@@ -55,6 +55,12 @@ def create_backend(url: str, settings: ChannelSettings) -> Backend:
 
         return RedisBackend(url, settings)
     scheme = redact_url(url).partition(":")[0]  # the rest may contain a password
+    for known in ("memory://", DATABASE):
+        if url.startswith(known):
+            raise ValueError(
+                f"{known} in tgstream.channels takes no host and no path. Write "
+                f"tgstream.channels = {known}"
+            )
     raise ValueError(
         f"unsupported scheme {scheme!r} in tgstream.channels. Use memory://, "
         "database://, redis://, rediss://, unix://, redis+sentinel:// or "

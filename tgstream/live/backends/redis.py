@@ -60,18 +60,26 @@ class RedisBackend:
 
         :raises StreamError: if the server refuses the channel.
         """
-        return self._ask(channel, lambda: self._subscribe(channel, after, since))
+        while True:
+            start = self._ask(channel, lambda: self._subscribe(channel, after, since))
+            history = start.history
+            # If the channel was refused meanwhile, the history receives no event.
+            if history is None or self._reader.has(channel, history):
+                return start
 
     def _ask(self, channel: str, function: Callable[[], Result]) -> Result:
         """Call a function that uses the server, and convert its errors."""
         try:
-            return function()
+            result = function()
         except CONNECTION_ERRORS as error:
             if not is_outage(error):
                 raise self._reader.refusal(channel, error) from error
             self._streams.close_after(error)
             self._outage.log_start(error)
             raise ConnectionLost from error
+        if not self._reader.is_running:  # else it logs when it is connected
+            self._outage.log_end()
+        return result
 
     def _subscribe(
         self, channel: str, after: str | None, since: float | None

@@ -39,6 +39,7 @@ from ..protocols import ChannelSettings, ConnectionLost
 from .redis_connection import CONNECTION_ERRORS, explain_refusal, is_outage
 from .redis_script import KEY_PREFIX
 from .redis_streams import (
+    START,
     TIMEOUT_SECONDS,
     Entry,
     RedisStreams,
@@ -181,6 +182,16 @@ class RedisReader:
                 self._wake()
         return request.wait()
 
+    def has(self, channel: str, history: ChannelHistory) -> bool:
+        """Whether a history still receives the events of its channel."""
+        known = self._channels.get(self._key(channel))
+        return known is not None and known.history() is history
+
+    @property
+    def is_running(self) -> bool:
+        """Whether there are listeners."""
+        return self._running.locked()
+
     def refusal(self, channel: str, error: Exception) -> StreamError:
         """The error of a channel that the server refuses."""
         explanation = explain_refusal(error, self._streams.names.key(channel))
@@ -289,7 +300,8 @@ class RedisReader:
 
     def _check(self) -> None:
         """Check that a message arrives that is sent over another connection."""
-        if clock() > self._answer_until:
+        # If there is more to read, the message may be behind it.
+        if clock() > self._answer_until and not self._connection.can_read(0):
             raise redis.ConnectionError(
                 f"no message arrived for {TIMEOUT_SECONDS:g} seconds"
             )
@@ -329,18 +341,26 @@ class RedisReader:
         if before == newest:
             history.append(position, event)
         elif before != channel.previous or position > newest:
-            self._read_gap(channel, history)
+            self._read_gap(channel, history, position)
         channel.previous = position
 
-    def _read_gap(self, channel: _Channel, history: ChannelHistory) -> None:
-        """Read the events that the history does not have."""
+    def _read_gap(
+        self, channel: _Channel, history: ChannelHistory, position: Position = START
+    ) -> None:
+        """Read the events that the history does not have.
+
+        :param position: that of the first event which is not in the history.
+        """
         newest = history.last_position
         try:
             entries = self._streams.after(channel.name, newest)
             if entries is None:
                 first, entries = self._streams.all(channel.name)
-                # If the server removed the unused channel, no event is missing.
-                if first[0] < newest[0] + self._settings.seconds * 1000:
+                # If the server removed the unused channel, no event is missing,
+                # unless it has removed events of the new stream, too.
+                unused_from = newest[0] + self._settings.seconds * 1000
+                is_complete = self._is_synced and unused_from <= first[0]
+                if not is_complete or first > position:
                     _report_loss(channel, history, self._streams.newest(channel.name))
                     return
         except redis.ResponseError as error:
@@ -453,7 +473,8 @@ class RedisReader:
         """Subscribe or unsubscribe, and wait until the server has done it."""
         if self._streams.names.is_cluster:
             command = f"S{command}"
-        self._connection.send_command(command, *keys)
+        # A health check fails on a connection that has subscriptions.
+        self._connection.send_command(command, *keys, check_health=False)
         kind, answers = command.lower().encode(), 0
         while answers < len(keys):
             response = self._connection.read_response()

@@ -48,10 +48,17 @@ if by then
   fields[#fields + 1] = by
 end
 local id = redis.call('XADD', KEYS[1], 'MAXLEN', '~', max_events, '*', unpack(fields))
-redis.call('PEXPIRE', KEYS[1], milliseconds)
 local before = newest and newest[1] or '0-0'
 local line = before .. ' ' .. id .. ' ' .. flags .. ' ' .. type
-redis.call(publish, channel, line .. '\\n' .. data)
+local answer = redis.pcall('PEXPIRE', KEYS[1], milliseconds)
+if tonumber(answer) then
+  answer = redis.pcall(publish, channel, line .. '\\n' .. data)
+end
+if not tonumber(answer) then
+  -- The publisher reports that the event was refused, so nobody may receive it.
+  redis.call('XDEL', KEYS[1], id)
+  return answer
+end
 return id
 """
 )

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from random import choice
 from typing import Any
 
@@ -138,8 +138,13 @@ class RedisStreams:
             ("EVALSHA", digest, 1, self.names.key(channel), self._milliseconds)
             for channel in channels
         ]
+        answers = self._execute(commands)
+        if any(isinstance(answer, NoScriptError) for answer in answers):
+            with suppress(redis.ResponseError):
+                self.newest(channels[0])  # it sends the text of the script
+            answers = self._execute(commands)
         newest: list[Position | Exception] = []
-        for channel, answer in zip(channels, self._execute(commands), strict=True):
+        for channel, answer in zip(channels, answers, strict=True):
             try:
                 if isinstance(answer, NoScriptError):
                     newest.append(self.newest(channel))
@@ -182,8 +187,12 @@ class RedisStreams:
                         pipeline.execute_command(*command)
                     answers += pipeline.execute(raise_on_error=False)
         for answer in answers:
-            if isinstance(answer, Exception) and is_outage(answer):
-                raise answer
+            if isinstance(answer, Exception):
+                # Older versions of redis leave a circle of the error and its frames.
+                # It would keep histories that have no listeners.
+                answer.__traceback__ = None
+                if is_outage(answer):
+                    raise answer
         return answers
 
     def _range(
@@ -216,8 +225,13 @@ class RedisStreams:
 
     def _is_complete(self, channel: str) -> bool:
         """True if it is certain that no event was ever removed."""
-        with self._client() as client:
-            info = client.xinfo_stream(self.names.key(channel))
+        try:
+            with self._client() as client:
+                info = client.xinfo_stream(self.names.key(channel))
+        except redis.ResponseError as error:
+            if str(error) == "no such key":
+                return False
+            raise
         # Only Redis 7 and Valkey count the added events. Without it there is no proof.
         return bool(info.get("entries-added") == info["length"])
 
