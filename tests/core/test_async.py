@@ -11,7 +11,7 @@ import sys
 import threading
 import weakref
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +118,32 @@ class Numbers:
     async def aclose(self) -> None:
         await asyncio.sleep(0)
         self.closed += 1
+
+
+class Both:
+    """An iterable that can also be iterated on an event loop."""
+
+    def __iter__(self) -> Iterator[bytes]:
+        yield b"without a loop"
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        yield b"on a loop"
+
+
+@pytest.mark.parametrize("decorated", [True, False])
+def test_iterable_that_needs_no_loop_is_sent_without_one(
+    make_app: MakeApp, decorated: bool
+) -> None:
+    """TurboGears itself can send it, too."""
+
+    class Root(TGController):
+        def index(self) -> Any:
+            return Both()
+
+    if decorated:
+        stream(Root.index)
+    expose(content_type="text/plain")(Root.index)
+    assert get(make_app(Root())).text == "without a loop"
 
 
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
@@ -284,6 +310,46 @@ def test_errors_that_stop_a_thread_do_not_stop_the_loop(
     assert get(make_app(page(lambda: count(2)))).text == "01"
 
 
+class Failing:
+    """An async iterable with ordinary methods, one of which raises StopIteration."""
+
+    def __init__(self, at: str) -> None:
+        self.at = at
+
+    def __aiter__(self) -> Failing:
+        if self.at == "start":
+            raise StopIteration
+        return self
+
+    def __anext__(self) -> Any:
+        if self.at == "item":
+            raise StopIteration
+        raise StopAsyncIteration
+
+    def aclose(self) -> Any:
+        if self.at == "close":
+            raise StopIteration
+        return asyncio.sleep(0)
+
+
+@pytest.mark.parametrize("at", ["start", "item", "close"])
+def test_stop_iteration_is_an_error(
+    make_app: MakeApp, reports: list[Report], at: str
+) -> None:
+    """It does not make a complete response of the items so far."""
+
+    class Root(TGController):
+        @expose(content_type="text/plain")
+        @stream
+        def index(self) -> Any:
+            return Failing(at)
+
+    assert get(make_app(Root())).status.startswith("500")
+    [report] = reports
+    assert (report.reason, type(report.error)) == ("failed", RuntimeError)
+    assert "raised StopIteration" in str(report.error)
+
+
 # The context.
 
 
@@ -387,6 +453,162 @@ def test_task_that_outlives_its_stream_has_no_context(
     assert seen == [False, False, False]
 
 
+def test_task_of_a_stream_must_be_of_a_coroutine(make_app: MakeApp) -> None:
+    """The error is that of asyncio."""
+
+    async def items() -> AsyncIterator[str]:
+        future: Any = asyncio.get_running_loop().create_future()
+        try:
+            await asyncio.create_task(future)
+        except TypeError as error:
+            yield str(error)
+
+    assert "coroutine was expected" in get(make_app(page(items))).text
+
+
+def test_dropped_nested_generator_is_closed_in_its_own_context(
+    make_app: MakeApp, no_garbage_collector: None
+) -> None:
+    """Also if Python collects it in a step of another stream."""
+    users: list[str] = []
+    closed = threading.Event()
+
+    async def nested() -> AsyncIterator[int]:
+        try:
+            yield 1
+            yield 2
+        finally:
+            await asyncio.sleep(0)
+            users.append(tg.request.params["user"] if has_request() else "nobody")
+            closed.set()
+
+    class Root(TGController):
+        @expose(content_type="text/plain")
+        @stream
+        async def index(self, user: str) -> AsyncIterator[str]:
+            if user == "Ann":
+                cycle: list[Any] = [nested()]
+                await anext(cycle[0])
+                cycle.append(cycle)
+                del cycle
+            else:
+                gc.collect()
+            yield user
+
+    app = make_app(Root())
+    call = Call(app, "/?user=Ann")
+    assert next(call) == b"Ann"
+    assert get(app, "/?user=Bob").text == "Bob"
+    assert closed.wait(10)
+    assert call.read() == b""
+    assert users == ["Ann"]
+
+
+@pytest.mark.parametrize("read", [True, False])
+def test_stream_ends_after_the_nested_generators_that_it_has_dropped(
+    make_app: MakeApp, sqlite_model: Model, reports: list[Report], read: bool
+) -> None:
+    """``async for`` does not close the generator. Its ``finally`` has the session."""
+    seen: list[tuple[str, int]] = []
+
+    async def nested() -> AsyncIterator[str]:
+        try:
+            yield "first"
+            yield "second"
+        finally:
+            await asyncio.sleep(SHORT)
+            sqlite_model.DBSession.add(Note(text="added at the end"))
+            seen.append((tg.request.path, len(reports)))
+
+    class Root(TGController):
+        @expose(content_type="text/plain")
+        @stream
+        async def index(self) -> AsyncIterator[str]:
+            async for item in nested():
+                yield item
+                break
+
+    call = Call(make_app(Root(), sqlite_model))
+    assert next(call) == b"first"
+    if read:
+        assert call.read() == b""
+    call.close()
+    assert seen == [("/", 0)]
+    assert reasons(reports) == ["completed" if read else "disconnected"]
+    assert sqlite_model.texts() == (["added at the end"] if read else [])
+    assert_clean(sqlite_model)
+
+
+@pytest.mark.parametrize("caught", [True, False])
+def test_timeout_that_is_over_at_a_yield_reaches_the_generator(
+    make_app: MakeApp, reports: list[Report], caught: bool
+) -> None:
+    """It may yield more items, which are made one for each pull, or fail."""
+    over, made = threading.Event(), list[str]()
+
+    class Root(TGController):
+        @expose(content_type="text/plain")
+        @stream
+        async def index(self) -> AsyncIterator[str]:
+            task = asyncio.current_task()
+            assert task is not None
+            asyncio.get_running_loop().call_soon(task.cancel)  # as asyncio.timeout()
+            try:
+                yield "first"
+            except asyncio.CancelledError:
+                over.set()
+                if not caught:
+                    raise TimeoutError("too slow") from None
+            for item in "second", "third":
+                made.append(item)
+                yield item
+
+    call = Call(make_app(Root(), trace_errors__enable=False), checked=False)
+    assert next(call) == b"first"
+    assert over.wait(10)
+    if caught:
+        assert (next(call), made) == (b"second", ["second"])
+        assert (next(call), made) == (b"third", ["second", "third"])
+        assert call.read() == b""
+    else:
+        with pytest.raises(TimeoutError, match="too slow"):
+            next(call)
+    assert reasons(reports) == ["completed" if caught else "failed"]
+
+
+@pytest.mark.parametrize("in_thread", [True, False])
+def test_cancellation_after_the_last_step_hides_no_error(
+    make_app: MakeApp, reports: list[Report], in_thread: bool
+) -> None:
+    """The response of the items so far must not look complete."""
+    runs, go = threading.Event(), threading.Event()
+
+    def work() -> None:
+        runs.set()
+        go.wait(10)
+
+    class Root(TGController):
+        @expose(content_type="text/plain")
+        @stream
+        async def index(self) -> AsyncIterator[str]:
+            loop, task = asyncio.get_running_loop(), asyncio.current_task()
+            assert task is not None
+            yield "first"
+            if in_thread:
+                context = contextvars.copy_context()
+                loop.run_in_executor(None, context.run, work)
+                assert runs.wait(10)
+                loop.call_later(SHORT, go.set)
+            loop.call_soon(task.cancel)
+            raise LookupError("no more items")
+
+    call = Call(make_app(Root()), checked=False)
+    with pytest.raises(LookupError, match="no more items"):
+        call.read()
+    assert reasons(reports) == ["failed"]
+    assert go.is_set() == in_thread
+
+
 def test_timeouts_and_tasks_work_across_a_yield(make_app: MakeApp) -> None:
     """All steps of a stream are in one task."""
     tasks: set[Any] = set()
@@ -467,6 +689,40 @@ def test_session_is_released_after_the_functions_in_threads(
     assert next_report().reason == "disconnected"
     assert seen == ["finally", 0]
     assert_clean(model)
+
+
+def test_call_in_a_thread_after_the_last_step_has_no_session(
+    make_app: MakeApp, sqlite_model: Model
+) -> None:
+    """The stream waits for the calls before its end, and not for those of its tasks."""
+    runs, go, ended = threading.Event(), threading.Event(), threading.Event()
+    seen: list[bool] = []
+
+    def wait() -> None:
+        runs.set()
+        go.wait(10)
+
+    def work() -> None:
+        seen.append(has_request())
+        ended.set()
+
+    async def outlive() -> None:
+        await asyncio.to_thread(wait)
+        context = contextvars.copy_context()
+        asyncio.get_running_loop().run_in_executor(None, context.run, work)
+        assert ended.wait(10)  # in the step after which the stream ends
+
+    async def items() -> AsyncIterator[str]:
+        task = asyncio.create_task(outlive())
+        yield "first"
+        await asyncio.to_thread(runs.wait, 10)
+        assert not task.done()
+        asyncio.get_running_loop().call_later(SHORT, go.set)
+
+    assert get(make_app(page(items), sqlite_model)).text == "first"
+    assert ended.wait(10)
+    assert seen == [False]
+    assert_clean(sqlite_model)
 
 
 # The end.
@@ -812,9 +1068,9 @@ print("parent", get(app, "/?fork=1").text, os.wait()[1] >> 8, flush=True)
 
 
 def test_process_with_async_streams_exits_without_warnings() -> None:
-    """The loop runs until the exit, and a stream that waits does not keep it."""
+    """Neither the loop nor a stream that waits keeps it, nor a call in a thread."""
     script = """
-import asyncio, sys, tg
+import asyncio, sys, tg, threading, time
 from tests.conftest import make_application
 from tests.wsgi import Call, get
 from tgstream import stream
@@ -826,12 +1082,19 @@ class Root(tg.TGController):
     @stream
     async def index(self):
         yield await asyncio.to_thread(str, 1)
-        await asyncio.sleep(60)
+        await asyncio.to_thread(wait_for, 60)
 
+def wait_for(seconds):
+    called.set()
+    time.sleep(seconds)
+
+called = threading.Event()
 calls = [Call(make_application(Root()), checked=False) for _ in range(3)]
+threading.Thread(target=list, args=calls[:1], daemon=True).start()
+called.wait()
 """
     command = [sys.executable, "-X", "dev", "-c", script]
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=30)
     assert ran.returncode == 0
     for word in ("ResourceWarning", "never awaited", "pending", "Traceback"):
         assert word not in ran.stderr

@@ -503,6 +503,10 @@ class Root(tg.TGController):
     def index(self):
         current_stream().on_end(lambda: print("called", flush=True))
         yield "one"
+        if os.fork() == 0:
+            current_stream().on_end(lambda: print("of the child", flush=True))
+            os._exit(0)
+        os.wait()
         yield "two"
 
 call = Call(make_application(Root()), checked=False)
@@ -512,11 +516,12 @@ if os.fork() == 0:
     sys.exit()
 os.wait()
 print("parent", flush=True)
+next(call)
 call.close()
 """
     command = [sys.executable, "-c", script]
     ran = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert ran.stdout == "parent\ncalled\n", ran.stderr
+    assert ran.stdout == "parent\nof the child\ncalled\n", ran.stderr
 
 
 def test_stream_without_callbacks_has_no_list(make_app: MakeApp) -> None:

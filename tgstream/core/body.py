@@ -231,7 +231,7 @@ class Body:
 
     def disown(self) -> None:
         """In a forked process: leave the stream to the parent."""
-        self._disowned, self.callbacks = True, None
+        self._disowned, self.callbacks = True, []
         self._token.clear()
         self.ask_to_end("disconnected")
 

@@ -31,8 +31,9 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Collection, Coroutine
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Protocol
@@ -81,6 +82,7 @@ class Run:
         self._answers: SimpleQueue[tuple[Any, bool]] = SimpleQueue()
         self._ended = threading.Event()
         self._calls: set[Future[Any]] = set()  # in other threads
+        self._closings: set[asyncio.Future[None]] = set()  # of nested generators
         # It runs in a copy of this thread's context variables, which the stream has.
         self._loop.call_soon_threadsafe(self._start, items)
         if body is not None:
@@ -131,6 +133,8 @@ class Run:
 
     def _raise_error(self) -> None:
         error, self._error = self._error, None
+        if isinstance(error, StopIteration):  # it would be the end of the items
+            raise RuntimeError(f"{self.controller} raised StopIteration") from error
         if error is not None:
             try:
                 raise error
@@ -144,9 +148,24 @@ class Run:
 
     def _start(self, items: Any) -> None:
         _current.set(self)
+        self._variables = contextvars.copy_context()
         self._task = self._loop.create_task(self._iterate(items))
         # Called also if the task is cancelled before its first step.
         self._task.add_done_callback(self._finish)
+
+    def close_dropped(self, generator: Any) -> None:
+        """Close a nested async generator, which was dropped on any thread.
+
+        The collector may drop it in a step of another stream.
+        """
+        self._loop.call_soon_threadsafe(
+            self._close_nested, generator.aclose(), context=self._variables
+        )
+
+    def _close_nested(self, aclose: Coroutine[Any, Any, None]) -> None:
+        task = self._loop.create_task(aclose)
+        self._closings.add(task)
+        task.add_done_callback(self._closings.discard)
 
     def _cancel(self) -> None:
         """Make no more items. The generator is cancelled if it makes one now."""
@@ -156,17 +175,11 @@ class Run:
             self._task.cancel()
 
     async def _iterate(self, items: Any) -> BaseException | None:
-        """Make an item for each request. Returns the error of the end."""
+        """Make the items, and close the iterable. Returns the error of the end."""
         iterator, error = items, None
         try:
             iterator = aiter(items)
-            while await self._requested.wait() and not self._is_ending:
-                self._requested.clear()
-                self._is_making = True
-                item = await anext(iterator)
-                self._is_making = False
-                self._answers.put((item, True))
-                del item
+            await self._make_items(iterator)
         except StopAsyncIteration:
             pass
         except BaseException as own_error:
@@ -176,16 +189,42 @@ class Run:
         try:
             for resource in (iterator,) if iterator is items else (iterator, items):
                 error = await _close(resource, error)
-            await self._wait_for_calls()
+            await self._wait_for_users()
             return error
         finally:
             del error  # its traceback has this frame
 
-    async def _wait_for_calls(self) -> None:
-        """Wait for the functions in other threads, which may use the session."""
+    async def _make_items(self, iterator: Any) -> None:
+        """Make an item for each request, until the stream is to end."""
+        ahead: list[Any] = []
+        while True:
+            try:
+                await self._requested.wait()
+            except asyncio.CancelledError as error:
+                # By a timeout or a task group of the generator, which is at its yield.
+                if not hasattr(iterator, "athrow"):
+                    raise
+                self._is_making = True
+                ahead.append(await iterator.athrow(error))
+                self._is_making = False
+                continue
+            if self._is_ending:
+                return
+            self._requested.clear()
+            self._is_making = True
+            item = ahead.pop(0) if ahead else await anext(iterator)
+            self._is_making = False
+            self._answers.put((item, True))
+            del item
+
+    async def _wait_for_users(self) -> None:
+        """Wait for what may use the session: generators, and functions in threads."""
+        with suppress(asyncio.CancelledError):  # too late
+            await asyncio.sleep(0)  # the generators dropped in the last step get tasks
+        await _wait_for(self._closings)
+        self.body = None  # the calls of tasks that go on do not get its session
         calls = [call for call in tuple(self._calls) if not call.cancel()]
-        if calls:
-            await asyncio.wait([asyncio.wrap_future(call) for call in calls])
+        await _wait_for([asyncio.wrap_future(call) for call in calls])
 
     def _finish(self, task: asyncio.Task[BaseException | None]) -> None:
         self.body = self._task = None
@@ -233,6 +272,13 @@ async def _close(resource: Any, first: BaseException | None) -> BaseException | 
     return first
 
 
+async def _wait_for(futures: Collection[asyncio.Future[Any]]) -> None:
+    """Wait until all are done, also if they change, or the task is cancelled."""
+    while pending := [future for future in futures if not future.done()]:
+        with suppress(asyncio.CancelledError):  # too late
+            await asyncio.wait(pending)
+
+
 def make_context(body: Body) -> Context:
     """A context of the stream: each can be bound on one thread at a time."""
     tg_locals, transaction = body.context.tg_locals, body.transaction
@@ -268,12 +314,14 @@ class _Steps(Coroutine[Any, Any, Any]):
         body = self._run.body
         if body is None:
             return step(*arguments)
-        record = self._context.bind(body)
+        record, hooks = self._context.bind(body), sys.get_asyncgen_hooks()
+        sys.set_asyncgen_hooks(finalizer=self._run.close_dropped)
         try:
             return step(*arguments)
         except (KeyboardInterrupt, SystemExit) as error:  # it would end the loop
             raise as_error(self._run.controller, error) from error
         finally:
+            sys.set_asyncgen_hooks(*hooks)
             self._context.unbind(record)
             body.check_process()
 
@@ -281,13 +329,21 @@ class _Steps(Coroutine[Any, Any, Any]):
 def _make_task(loop: Any, coroutine: Any, **options: Any) -> asyncio.Task[Any]:
     """A task, as the loop's factory. A stream's task has the context of the stream."""
     run = _current.get()
-    if run is not None and run.body is not None:
+    if run is not None and run.body is not None and asyncio.iscoroutine(coroutine):
         coroutine = _Steps(coroutine, run, run.body)
     return asyncio.Task(coroutine, loop=loop, **options)
 
 
 class _Threads(ThreadPoolExecutor):
-    """The threads of ``asyncio.to_thread()``, with the context of a stream."""
+    """The threads of ``asyncio.to_thread()``, with the context of a stream.
+
+    They are daemon threads. Python would wait for those of its own class at the exit.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # which starts no thread
+        self._jobs: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        self._missing = min(32, (os.cpu_count() or 1) + 4)  # as many as Python's
 
     def submit(self, function: Any, /, *args: Any, **options: Any) -> Future[Any]:
         run = _current.get()
@@ -301,7 +357,19 @@ class _Threads(ThreadPoolExecutor):
         return run.submit(self._submit, function)
 
     def _submit(self, function: Callable[[], Any]) -> Future[Any]:
-        return super().submit(function)
+        future: Future[Any] = Future()
+        self._start(partial(_call_for, future, function))
+        return future
+
+    def _start(self, job: Callable[[], None]) -> None:
+        if self._missing:
+            start_thread("tgstream-to-thread", self._work)
+            self._missing -= 1
+        self._jobs.put(job)
+
+    def _work(self) -> None:
+        while True:
+            self._jobs.get()()
 
 
 class _Greenlets(_Threads):
@@ -310,20 +378,19 @@ class _Greenlets(_Threads):
     To start a thread would switch to other greenlets, which would see the loop running.
     """
 
-    def _submit(self, function: Callable[[], Any]) -> Future[Any]:
+    def _start(self, job: Callable[[], None]) -> None:
         import gevent
 
-        future: Future[Any] = Future()
+        gevent.spawn(job)
 
-        def call() -> None:
-            if future.set_running_or_notify_cancel():
-                try:
-                    future.set_result(function())
-                except BaseException as error:
-                    future.set_exception(error)
 
-        gevent.spawn(call)
-        return future
+def _call_for(future: Future[Any], function: Callable[[], Any]) -> None:
+    if future.set_running_or_notify_cancel():
+        try:
+            future.set_result(function())
+        except BaseException as error:
+            future.set_exception(error)
+            del future, function  # its traceback has this frame
 
 
 # The loop of this process.
@@ -359,8 +426,7 @@ def _make_loop(selector: Any) -> asyncio.AbstractEventLoop:
         else asyncio.SelectorEventLoop(selector)
     )
     loop.set_task_factory(_make_task)
-    threads = _Threads if selector is None else _Greenlets
-    loop.set_default_executor(threads(thread_name_prefix="tgstream-to-thread"))
+    loop.set_default_executor(_Threads() if selector is None else _Greenlets())
     return loop
 
 

@@ -125,9 +125,14 @@ def needs_stream(output: Any) -> bool:
         return False  # the usual case: this is called for every page
     return (
         isinstance(output, Batched)
-        or hasattr(output, "__aiter__")
+        or _is_only_async(output)
         or _find_adapter(output) is not None
     )
+
+
+def _is_only_async(value: Any) -> bool:
+    """Whether a value is an async iterable, and cannot be iterated without a loop."""
+    return hasattr(value, "__aiter__") and not hasattr(value, "__iter__")
 
 
 def make_missing_stream_error(output: Any, where: str) -> StreamError:
@@ -171,7 +176,7 @@ def adapt_items(items: Any) -> Any:
         return items
     if isinstance(items, Mapping):
         return Sources({name: adapt_items(value) for name, value in items.items()})
-    if hasattr(items, "__aiter__"):
+    if _is_only_async(items):
         return AsyncItems(items)
     engine = sys.modules.get("sqlalchemy.engine")
     if engine is not None and isinstance(
