@@ -794,23 +794,16 @@ commit_each_statement = partial(sa.create_engine, isolation_level="AUTOCOMMIT")
 always_in_a_transaction = partial(sa.create_engine, connect_args={"autocommit": False})
 
 
-@pytest.mark.parametrize(
-    ("url", "create_engine"),
-    [
-        pytest.param("sqlite", begin_without_the_driver, id="sqlite-begin"),
-        pytest.param("sqlite", commit_each_statement, id="sqlite-autocommit"),
-        pytest.param(
-            "sqlite",
-            always_in_a_transaction,
-            id="sqlite-no-autocommit",
-            marks=pytest.mark.skipif(
-                sys.version_info < (3, 12), reason="the driver has no autocommit"
-            ),
-        ),
-        pytest.param("postgresql", commit_each_statement, id="postgresql"),
-    ],
-    indirect=["url"],
-)
+ENGINES = [
+    ("sqlite", begin_without_the_driver),
+    ("sqlite", commit_each_statement),
+    ("postgresql", commit_each_statement),
+]
+if sys.version_info >= (3, 12):  # before, the driver does not have the option
+    ENGINES.append(("sqlite", always_in_a_transaction))
+
+
+@pytest.mark.parametrize(("url", "create_engine"), ENGINES, indirect=["url"])
 def test_events_that_are_published_together_are_committed_together(
     model: Model, name: str, create_engine: Callable[[sa.URL], sa.Engine]
 ) -> None:
