@@ -46,30 +46,30 @@ def listen(
 
 
 def iter_events(
-    subscription: Subscription, heartbeat_seconds: float, channel: str = ""
+    subscription: Subscription,
+    heartbeat_seconds: float,
+    channel: str = "",
+    has_opening: bool = True,
 ) -> Iterator[Event]:
     """Yield the events of a listener, until it is too far behind.
 
+    It is one generator: with gevent a second one takes 0.6 KiB more of an open stream.
+
     :param heartbeat_seconds: yield ``HEARTBEAT`` after this time without an event.
     :param channel: the name of the channel, for a reset.
+    :param has_opening: whether to begin with the opening comment.
     """
-    if subscription.history is None:
+    history = subscription.history
+    if history is None:
         return
-    yield opening_event(None if subscription.has_gap else subscription.id)
-    yield from iter_started(subscription, heartbeat_seconds, channel)
-
-
-def iter_started(
-    subscription: Subscription, heartbeat_seconds: float, channel: str = ""
-) -> Iterator[Event]:
-    """Yield the events of a listener after its opening comment."""
+    if has_opening:
+        yield opening_event(None if subscription.has_gap else subscription.id)
     if subscription.has_gap:
         yield reset_event(subscription.id, channel)
-    history = subscription.history
     number: int | None = subscription.next_number
     if subscription.backlog is not None:
         number = yield from subscription.backlog
-    if history is not None and number is not None:
+    if number is not None:
         check_thread()
         while (event := history.wait_for_event(number, heartbeat_seconds)) is not None:
             number += event is not HEARTBEAT
@@ -126,7 +126,7 @@ def _listen_when_connected(
     subscription = subscriptions.pop()
     if not subscription.has_gap:
         yield opening_event(subscription.id)
-    yield from iter_started(subscription, heartbeat_seconds, channel)
+    yield from iter_events(subscription, heartbeat_seconds, channel, has_opening=False)
 
 
 def wait_until_connected(

@@ -31,7 +31,7 @@ from ..core.options import clock
 from ..core.report import log
 from ..formats.sse import Message
 from .history import HEARTBEAT
-from .listener import iter_started
+from .listener import iter_events
 from .protocols import Backend, ConnectionLost
 
 MAX_LENGTH = 256
@@ -150,7 +150,7 @@ class Places:
         if subscription.has_gap:
             return None
         give_up_at = clock() + LOAD_SECONDS
-        for event in iter_started(subscription, LOAD_SECONDS):
+        for event in iter_events(subscription, LOAD_SECONDS, has_opening=False):
             stored_nonce, *places = str(event.data).split(".")
             if stored_nonce == nonce and len(places) == len(self.channels):
                 return places
