@@ -4,30 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
-from pathlib import Path
 from random import Random
-from tempfile import TemporaryDirectory
 
 import pytest
 
 from tests.ledger.book import Account, Committed, Record, balance, merge
 from tests.ledger.notes import PLANTS, Last, Note, records
 from tests.ledger.plans import plan
-from tests.ledger.run import run
 from tgstream import Event
 
 RESET = None
 SENT = [Committed("news", f"e{number}", "ann", float(number)) for number in range(1, 9)]
-
-
-def test_ledger_of_a_short_run_has_no_fault() -> None:
-    """``python -m tests.ledger`` runs longer, and with all back ends."""
-    # Not in pytest's folder: another pytest removes the access of PostgreSQL's user.
-    with TemporaryDirectory() as folder:
-        result = run("memory", seed=1, seconds=2.0, folder=Path(folder))
-    assert result.wrongs == []
-    assert result.account.published > 0
-    assert result.account.received > 0
 
 
 def record(texts: str, opened: float = 0.0, stayed: bool = True) -> Record:
