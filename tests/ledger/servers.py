@@ -60,8 +60,12 @@ class Process:
         """Kill it, or only the worker of gunicorn, which gunicorn replaces."""
         if (live := self._live) is not None:
             with suppress(psutil.NoSuchProcess):
-                children = psutil.Process(live.process.pid).children()
+                main = psutil.Process(live.process.pid)
+                children = main.children()
                 if not (worker and children):
+                    # It must not replace a worker meanwhile, which would outlive it.
+                    main.suspend()
+                    children = main.children()
                     live.process.kill()
                     live.process.wait()
                 for child in children:

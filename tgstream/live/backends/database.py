@@ -533,7 +533,8 @@ class DatabaseBackend:
             try:
                 if reader is None:
                     reader, is_due = self._open_reader(), True
-                if not is_due and not reader.wait(self._settings.poll_seconds):
+                is_due = is_due or reader.wait(self._settings.poll_seconds)
+                if not (is_due or reader.needs_check):
                     continue
                 is_due = True  # until it has succeeded
                 with self._lock, report_missing_tables(self._engine):

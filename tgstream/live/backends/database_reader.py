@@ -67,9 +67,14 @@ class EventReader:
         self._missing: dict[int, float] = {}  # until when to look for each id
         self._next_check = 0.0
 
+    @property
+    def needs_check(self) -> bool:
+        """Whether all channels must be read, even if nothing seems to have changed."""
+        return clock() >= self._next_check
+
     def read(self) -> None:
         """Read the events that are new since the last call."""
-        if clock() >= self._next_check:
+        if self.needs_check:
             self._check_all()
         if self._missing:
             ids = [*self._missing]
@@ -117,6 +122,8 @@ class EventReader:
     def _note_ids(self, rows: Sequence[Any]) -> None:
         """Note which ids are missing before and between new ones."""
         now = clock()
+        if rows and self._newest is None:
+            self._next_check = now  # others may have been removed since the last one
         for row in rows:
             first = self._newest_id + 1
             if row.id - first > MAX_READ:  # of a very large transaction
