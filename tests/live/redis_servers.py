@@ -6,14 +6,25 @@ import selectors
 import signal
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager, suppress
 from typing import Any
 
 import redis
 
 from tests.valkey import Valkey
+from tgstream.live.backends.redis import RedisBackend
 from tgstream.live.backends.redis_reader import RedisReader
+
+
+def close_backends(backends: Iterable[RedisBackend]) -> None:
+    """Close the connections of back ends, which an application keeps to its end.
+
+    In garbage, Python may free a socket before its connection can close it.
+    """
+    for backend in backends:
+        backend._streams.close()
+        backend._publisher._disconnect()
 
 
 class RedisProxy:

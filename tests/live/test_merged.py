@@ -19,6 +19,7 @@ import tgstream
 from tests.conftest import MakeApp
 from tests.formats.support import parse_events
 from tests.live.listeners import id_of, receive
+from tests.live.redis_servers import close_backends
 from tests.model import MakeModel
 from tests.valkey import DurableValkey, Valkey
 from tests.wsgi import Call, get
@@ -564,25 +565,22 @@ def test_dropped_merged_listener_is_freed(names: list[str]) -> None:
 # A server that is lost.
 
 
-# A connection to the server that is killed may be freed without close().
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_merged_listener_waits_while_the_server_is_lost(
     tmp_path: Path, names: list[str]
 ) -> None:
     """It sends heartbeats, and then a reset for each channel, or all missed events."""
     server = DurableValkey(tmp_path)
     server.start()
+    backends = [RedisBackend(server.url, ChannelSettings()) for _ in range(3)]
     try:
-        backend = RedisBackend(server.url, ChannelSettings())
+        backend = backends[0]
         id = read_position(backend, names)
         publish_to(backend, names[1], "missed")
         server.terminate()
         assert re.fullmatch("m[^.]+", read_position(backend, names))
         new, resumed = (
-            listen_to_all(
-                RedisBackend(server.url, ChannelSettings()), names, after, 0.01
-            )
-            for after in (None, id)
+            listen_to_all(other, names, after, 0.01)
+            for other, after in zip(backends[1:], (None, id), strict=True)
         )
         for events, opening_id in (new, "lost"), (resumed, None):
             opening = Event(comment="open", id=opening_id)
@@ -597,6 +595,7 @@ def test_merged_listener_waits_while_the_server_is_lost(
         assert texts(rest, 1) == [(names[1], "missed")]
         del new, resumed, rest, events
     finally:
+        close_backends(backends)
         server.terminate()
 
 

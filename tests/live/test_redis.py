@@ -23,7 +23,7 @@ from tests.live.listeners import (
     receive,
     types_of_first_two,
 )
-from tests.live.redis_servers import blocked
+from tests.live.redis_servers import blocked, close_backends
 from tests.pages import DOCS, blocks
 from tests.valkey import DurableValkey
 from tests.wsgi import get
@@ -76,8 +76,7 @@ def make_backend(server: DurableValkey) -> Iterator[MakeBackend]:
         return backends[-1]
 
     yield make
-    for backend in backends:
-        backend._streams.close()
+    close_backends(backends)
 
 
 def publish(backend: RedisBackend, name: str, text: str) -> None:

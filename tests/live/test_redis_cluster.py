@@ -11,6 +11,7 @@ import pytest
 
 from tests.faults.conftest import wait_until
 from tests.live.listeners import id_of, receive
+from tests.live.redis_servers import close_backends
 from tests.valkey import Valkey
 from tgstream import Event
 from tgstream.formats.sse import Message
@@ -110,5 +111,4 @@ def test_channels_of_a_cluster_follow_their_slot(
     publish(second, name, "after")
     assert receive(events, 1) == receive(resumed, 1) == ["after"]
     assert other.execute("KEYS", "*") != []
-    for backend in backends:
-        backend._streams.close()
+    close_backends(backends)

@@ -19,7 +19,7 @@ import pytest
 import redis
 
 from tests.live.listeners import id_of, receive, types_of_first_two
-from tests.live.redis_servers import RedisProxy, blocked
+from tests.live.redis_servers import RedisProxy, blocked, close_backends
 from tests.pages import DOCS
 from tests.valkey import DurableValkey, Valkey
 from tgstream import Event
@@ -59,8 +59,7 @@ def make_backend(server: Valkey) -> Iterator[MakeBackend]:
         return backends[-1]
 
     yield make
-    for backend in backends:
-        backend._streams.close()
+    close_backends(backends)
 
 
 @pytest.fixture

@@ -92,6 +92,7 @@ def _can_insert(sender: Any) -> bool:
 
 
 def is_savepoint(transaction: SessionTransaction) -> bool:
+    """Whether a transaction is a savepoint of another one."""
     return transaction.nested
 
 
