@@ -48,6 +48,7 @@ from tgstream.doctor.settings_checks import check_settings
 from tgstream.formats.sse import Message
 from tgstream.live.backends import database_reader
 from tgstream.live.backends.database import DatabaseBackend, find_backend
+from tgstream.live.backends.database_history import update_histories
 from tgstream.live.backends.database_ids import format_start
 from tgstream.live.backends.database_tables import (
     create_tables,
@@ -442,6 +443,15 @@ def test_deleted_events_cause_one_reset(
     assert receive(events, 1) == ["after"]
 
 
+def remove_newest_events(model: Model) -> None:
+    """Remove all events but the first, as a restored backup does."""
+    with model.outside.begin() as connection:
+        connection.exec_driver_sql("DELETE FROM tgstream_events WHERE number > 1")
+        connection.exec_driver_sql(
+            "UPDATE tgstream_channels SET last_number = 1 WHERE last_number = 3"
+        )
+
+
 def test_restored_backup_causes_a_reset(
     make_backend: MakeBackend, model: Model, name: str
 ) -> None:
@@ -450,14 +460,31 @@ def test_restored_backup_causes_a_reset(
     events = open_listener(backend, name)
     publish(backend, name, "0", "1", "2")
     last = [*islice(events, 3)][-1]
-    with model.outside.begin() as connection:
-        connection.exec_driver_sql("DELETE FROM tgstream_events WHERE number > 1")
-        connection.exec_driver_sql(
-            "UPDATE tgstream_channels SET last_number = 1 WHERE last_number = 3"
-        )
+    remove_newest_events(model)
     assert next(events).event == "reset"
     restored = reconnect(make_backend(), name, id_of(last))
     assert types_of_first_two(restored) == [None, "reset"]
+
+
+def test_backup_that_is_restored_while_a_reader_starts_causes_a_reset(
+    make_backend: MakeBackend,
+    model: Model,
+    name: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The reader has read the channels, and not yet the event that it continues."""
+    is_restored = threading.Event()
+
+    def update_and_restore(*arguments: Any) -> None:
+        update_histories(*arguments)
+        if not is_restored.is_set():
+            is_restored.set()
+            remove_newest_events(model)
+
+    monkeypatch.setattr(database_reader, "update_histories", update_and_restore)
+    publish(make_backend(), name, "0", "1", "2")
+    events = open_listener(make_backend(), name)
+    assert next(events).event == "reset"
 
 
 # Transactions.
