@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, suppress
 from itertools import count
+from math import inf
 from pathlib import Path
 from random import Random
 from typing import NamedTuple
@@ -29,6 +30,8 @@ from tgstream import channels
 PUBLISHERS, LISTENERS = 4, 10
 END_SECONDS = 20.0
 """Seconds for the last events to arrive."""
+RECEIVED_SECONDS = 1.0
+"""Seconds in which the listeners of a process receive an event."""
 GRACE = 3.0
 """Seconds after an outage in which a process may still have to send events."""
 
@@ -333,13 +336,24 @@ class World:
             pid = int(entry.publisher.split()[0])
             published = (entry.published or 0.0) - self._begun
             doubtful = not self._in_database and (
-                entry.work not in done or self._was_away(published, died.get(pid, 0.0))
+                entry.work not in done
+                or self._was_away(published, died.get(pid, 0.0))
+                or self._died_with_process(published, died.get(pid, inf))
             )
             text = model.text_of(entry, entry.number)
             committed.append(
                 Committed(entry.channel, text, entry.publisher, published, doubtful)
             )
         return committed
+
+    def _died_with_process(self, published: float, died: float) -> bool:
+        """Whether an event was only in the memory of a process that died soon after.
+
+        If no listener has received it, nobody knows its place among the others. The
+        listeners receive a reset from the next process.
+        """
+        in_memory = not self._in_database and "valkey" not in self._stores
+        return in_memory and died - published < RECEIVED_SECONDS
 
     def _was_away(self, published: float, died: float) -> bool:
         """Whether a process died while Valkey was away, and had this event to send."""
