@@ -422,7 +422,7 @@ def test_output_of_a_format_of_a_wrong_type_is_an_error(make_app: MakeApp) -> No
     [
         ({"format": 1}, "tgstream.CSV has, got int: 1"),
         ({"format": "csv"}, "tgstream.CSV has, got str: 'csv'"),
-        ({"speed": 1}, "unknown option speed. The options are charset, chunk_size"),
+        ({"speed": 1}, "unknown option speed. The options are busy, charset"),
         ({"commit": "never"}, "of items >= 1, got 'never'"),
         ({"commit": 0}, "of items >= 1, got 0"),
         ({"commit": True}, "of items >= 1, got True"),

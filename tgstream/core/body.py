@@ -755,7 +755,7 @@ class Body:
         if not (
             self._interrupted
             and isinstance(error, Exception)
-            and self.closing in ("expired", "drained")
+            and self.closing in reports.EARLY
         ):
             return False
         reports.log_interrupt(self.plan.controller, self.closing, error)

@@ -11,10 +11,7 @@ from collections import deque
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from webob.exc import HTTPServiceUnavailable
-
-RETRY_SECONDS = 5
-"""The ``Retry-After`` of a response to a client that got no slot."""
+from .refusals import make_refusal
 
 
 class Slot:
@@ -48,8 +45,5 @@ def acquire(controller: Any, limit: int | None) -> Slot | None:
     try:
         free.pop()
     except IndexError:
-        raise HTTPServiceUnavailable(
-            f"Too many open streams. Please try again in {RETRY_SECONDS} seconds.",
-            headers=[("Retry-After", str(RETRY_SECONDS))],
-        ) from None
+        raise make_refusal("Too many open streams.", as_events=False) from None
     return Slot(free)

@@ -6,7 +6,7 @@ import codecs
 import random
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, TypedDict
 
 from ..formats.protocols import Batched, Format, find_method
@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 Commit: TypeAlias = Literal["end", "each", "manual"] | int
+LimitKey: TypeAlias = Callable[[Any], Hashable] | Literal["user", "remote_addr"]
+LimitAction: TypeAlias = Literal["refuse", "replace"]
+Busy: TypeAlias = Literal["retry"]
 
 clock = time.perf_counter
 
@@ -29,6 +32,10 @@ class StreamOptions(TypedDict, total=False):
     length: int | None
     max_seconds: float | None
     limit: int | None
+    limit_by: LimitKey | None
+    limit_action: LimitAction | None
+    busy: Busy | None
+    recheck_seconds: float | None
     spool: bool | None
     compress: bool | None
 
@@ -47,6 +54,10 @@ class Options(NamedTuple):
     length: int | None = None
     max_seconds: float | None = None
     limit: int | None = None
+    limit_by: LimitKey | None = None
+    limit_action: LimitAction | None = None
+    busy: Busy | None = None
+    recheck_seconds: float | None = None
     spool: bool | None = None
     compress: bool | None = None
     formats: tuple[Format, ...] | None = None
@@ -81,7 +92,7 @@ def check(where: str, format: Any = None, **options: Unpack[StreamOptions]) -> O
     _check_commit(where, checked.commit)
     _check_bytes(where, "chunk_size", checked.chunk_size)
     _check_bytes(where, "length", checked.length)
-    filename, limit = checked.filename, checked.limit
+    filename = checked.filename
     if filename is not None and not isinstance(filename, str):
         raise TypeError(
             f"{where}: filename must be a str, got "
@@ -89,16 +100,39 @@ def check(where: str, format: Any = None, **options: Unpack[StreamOptions]) -> O
         )
     if checked.charset is not None:
         check_charset(where, checked.charset)
-    _check_seconds(where, checked.max_seconds)
+    _check_seconds(where, "max_seconds", checked.max_seconds)
+    _check_seconds(where, "recheck_seconds", checked.recheck_seconds)
+    _check_limit(where, checked)
     _check_switch(where, "spool", checked.spool)
     _check_switch(where, "compress", checked.compress)
     if checked.spool and format is not None:
         check_spoolable(where, format)
+    return checked
+
+
+def _check_limit(where: str, options: Options) -> None:
+    limit, limit_by = options.limit, options.limit_by
     if limit is not None and (not _is_whole(limit) or limit < 1):
         raise ValueError(
             f"{where}: limit must be an integer >= 1 or None, got {limit!r}"
         )
-    return checked
+    if not (
+        limit_by is None or callable(limit_by) or limit_by in ("user", "remote_addr")
+    ):
+        raise ValueError(
+            f"{where}: limit_by must be 'user', 'remote_addr' or a function that takes "
+            f"the request, got {limit_by!r:.80}"
+        )
+    _check_word(where, "limit_action", options.limit_action, ("refuse", "replace"))
+    _check_word(where, "busy", options.busy, ("retry",))
+
+
+def _check_word(where: str, option: str, value: Any, words: tuple[str, ...]) -> None:
+    if value is not None and value not in words:
+        raise ValueError(
+            f"{where}: {option} must be {' or '.join(map(repr, words))} or None, got "
+            f"{value!r:.80}"
+        )
 
 
 def _check_format(where: str, format: Any) -> None:
@@ -136,7 +170,7 @@ def _check_bytes(where: str, option: str, value: Any) -> None:
         )
 
 
-def _check_seconds(where: str, value: Any) -> None:
+def _check_seconds(where: str, option: str, value: Any) -> None:
     if value is None or (
         isinstance(value, int | float)
         and not isinstance(value, bool)
@@ -144,7 +178,7 @@ def _check_seconds(where: str, value: Any) -> None:
     ):
         return
     raise ValueError(
-        f"{where}: max_seconds must be a number of seconds > 0 or None, got {value!r}"
+        f"{where}: {option} must be a number of seconds > 0 or None, got {value!r}"
     )
 
 

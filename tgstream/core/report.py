@@ -20,10 +20,25 @@ from .errors import StreamError
 log = logging.getLogger("tgstream")
 
 Reason: TypeAlias = Literal[
-    "completed", "failed", "disconnected", "expired", "drained", "lagged"
+    "completed",
+    "failed",
+    "disconnected",
+    "expired",
+    "drained",
+    "lagged",
+    "stopped",
+    "replaced",
+    "refused",
 ]
 
-EARLY: tuple[Reason, ...] = "expired", "drained", "lagged"
+EARLY: tuple[Reason, ...] = (
+    "expired",
+    "drained",
+    "lagged",
+    "stopped",
+    "replaced",
+    "refused",
+)
 """The reasons for which tgstream itself ends a stream before its last item."""
 
 HOOK = "tgstream.finished"
@@ -34,7 +49,9 @@ class Report(NamedTuple):
 
     ``reason`` is ``'completed'``, ``'failed'``, ``'disconnected'`` (closed before its
     end, or dropped), ``'expired'`` (by ``max_seconds``), ``'drained'`` (by
-    :func:`drain`) or ``'lagged'`` (its client was too slow for ``Channel.listen()``).
+    :func:`drain`), ``'lagged'`` (its client was too slow for ``Channel.listen()``),
+    ``'stopped'`` (by an operator or another request), ``'replaced'`` (by a newer stream
+    under ``limit_action='replace'``) or ``'refused'`` (the permission was withdrawn).
     ``error`` is the first error of the stream, including errors while it closed.
     ``seconds`` and ``first_chunk_seconds`` are counted from the start of the stream.
     ``first_chunk_seconds`` is None if there was no chunk. ``bytes`` are counted before
@@ -174,8 +191,10 @@ def describe_early_end(
         how = f"was ended by max_seconds={max_seconds:g}"
     elif reason == "lagged":
         how = "was read too slowly, and was closed"
+    elif reason in EARLY:
+        how = f"was {reason}"
     else:
-        how = "was drained" if reason == "drained" else "was closed"
+        how = "was closed"
     return f"{controller} {how} before its end"
 
 

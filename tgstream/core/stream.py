@@ -82,6 +82,16 @@ class Stream:
     :param limit: the maximum number of open streams of the controller in this process.
         None for no maximum. The next request gets 503 and ``Retry-After``, before
         anything runs (with ``Stream``, when the controller has returned).
+    :param limit_by: a function of the request, or ``'user'`` or ``'remote_addr'``. The
+        limit is then one for each result of the function, which must be hashable. None
+        for one limit of the controller.
+    :param limit_action: ``'refuse'`` for the 503, or ``'replace'``: the oldest stream
+        ends, with the reason ``'replaced'``. None for ``'refuse'``.
+    :param busy: ``'retry'`` answers with an event stream without an event instead of
+        the 503, so that a browser's ``EventSource`` tries again. None for the 503.
+    :param recheck_seconds: seconds after which the ``@require`` of the controller, and
+        the ``allow_only`` above it, are evaluated again. If they refuse, the stream
+        ends with the reason ``'refused'``. None for no other evaluation.
     :param spool: whether to make the whole body in the request, in a temporary file,
         and then send the file. An error at any item is an ordinary error page, clients
         can resume the download, and a slow client holds no database connection. The

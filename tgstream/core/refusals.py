@@ -1,0 +1,28 @@
+"""The response to a client that gets no stream now."""
+
+from __future__ import annotations
+
+from webob.exc import HTTPException, HTTPOk, HTTPServiceUnavailable
+
+RETRY_SECONDS = 5
+"""Seconds after which the client may try again."""
+
+
+def make_refusal(reason: str, as_events: bool) -> HTTPException:
+    """The response that refuses a stream, to be raised before anything runs.
+
+    :param reason: a sentence for the client.
+    :param as_events: whether to answer with an event stream without an event. After a
+        503 a browser's ``EventSource`` gives up (WHATWG HTML, server-sent events).
+    """
+    if as_events:
+        return HTTPOk(
+            body=b"retry: %d\n\n" % (RETRY_SECONDS * 1000),
+            headers=[("Cache-Control", "no-store")],
+            content_type="text/event-stream",
+            charset="utf-8",
+        )
+    return HTTPServiceUnavailable(
+        f"{reason} Please try again in {RETRY_SECONDS} seconds.",
+        headers=[("Retry-After", str(RETRY_SECONDS))],
+    )
