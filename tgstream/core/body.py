@@ -89,6 +89,7 @@ if TYPE_CHECKING:
     from .context import Context, StreamTransaction
     from .files import FileParts
     from .limits import Slot
+    from .recheck import Recheck
 
 
 class State(Enum):
@@ -149,6 +150,8 @@ class Body:
     """The id of a failure that the client receives."""
     expires = float("inf")
     """The time by the clock at which ``max_seconds`` are over."""
+    recheck: Recheck | None = None
+    """Checks its permission again while it runs, if an option says so."""
     callbacks: list[Callable[[], object]] | None = None
     """Called at the end, the last one first. None if :meth:`on_end` was not called."""
     _state = NEW

@@ -125,8 +125,8 @@ def add_heartbeats(
     :param chunks: an iterator whose first chunk is made already.
     :param worker: runs the iterator. Without it the chunks come without a heartbeat.
     :param close: ends the stream. Called when this generator is closed or dropped.
-    :param is_ending: whether the stream must end. It is called before a comment, and
-        True ends the response.
+    :param is_ending: whether the stream must end. It is called before and after a
+        comment, and True ends the response.
     """
     first = next(chunks, None)
     if first is None:
@@ -144,6 +144,8 @@ def add_heartbeats(
                 if is_ending():
                     return  # the generator ends at its next yield
                 yield HEARTBEAT
+                if is_ending():
+                    return
             elif (chunk := pull.result()) is None:
                 return
             else:

@@ -154,6 +154,7 @@ class Stream:
                 filename=options.filename,
                 max_seconds=options.max_seconds,
                 limit=options.limit,
+                recheck_seconds=options.recheck_seconds,
             )
         self._options = self._options.or_else(options)
         self._controller = controller
@@ -255,12 +256,14 @@ class Stream:
                     "its items to the other stream: rows(...), a select() or a list"
                 )
             return iter(())
-        seconds = body.plan.traits.heartbeat
-        if not seconds:
-            return body.iterate(self)
-        # If the iterator is dropped, it closes the stream in a finaliser.
-        close, ending = body.close_as_wrapper, lambda: body.closing is not None
-        return add_heartbeats(body.iterate(self), body.worker, seconds, close, ending)
+        seconds, chunks = body.plan.traits.heartbeat, body.iterate(self)
+        if seconds:
+            # If the iterator is dropped, it closes the stream in a finaliser.
+            close, ending = body.close_as_wrapper, lambda: body.closing is not None
+            chunks = add_heartbeats(chunks, body.worker, seconds, close, ending)
+        if body.recheck is None or body.complete is not None:
+            return chunks
+        return body.recheck.iterate(chunks, body)
 
     def encode_member(self) -> Iterator[builtins.bytes]:
         """Encode the items as a part of the running stream, like a member of a ZIP.

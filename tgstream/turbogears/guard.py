@@ -217,8 +217,10 @@ def _let_server_send(
     """The server's own wrapper of the file, or the body if it must send the chunks."""
     body, file = outcome._body, outcome.file
     assert file is not None
-    wrapper = None if body is None else find_wrapper(environ, file, outcome.headers)
-    if body is None or wrapper is None or not guarded.passes_on(body.first):
+    if body is None or body.recheck is not None:
+        return guarded
+    wrapper = find_wrapper(environ, file, outcome.headers)
+    if wrapper is None or not guarded.passes_on(body.first):
         return guarded
     return wrapper(FileWindow(body, file, guarded.close), BLOCK_SIZE)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
 import tg
@@ -31,6 +31,7 @@ from ..core.options import (
     check_spoolable,
 )
 from ..core.ranges import Representation
+from ..core.recheck import Recheck
 from ..core.settings import read_option
 from ..core.source import make_missing_stream_error, needs_stream, resolve_proxy
 from ..core.stream import Stream
@@ -44,6 +45,7 @@ from .files import (
     withdraw_answer,
 )
 from .guard import Guard
+from .permissions import Permission
 from .response import check_headers, end_previous, end_with_request, send_off
 
 if TYPE_CHECKING:
@@ -75,6 +77,7 @@ class _Start:
 
     _measured: int | None = None  # bytes of the whole body, by its format or its file
     _file: FileParts | None = None  # that it sends
+    _recheck: Recheck | None = None
 
     def __init__(self, stream: Stream, tg_locals: Any) -> None:
         self._tg_locals = tg_locals
@@ -85,6 +88,15 @@ class _Start:
         )
         if stream._options.spool:
             self._plan = _add_spool(self._plan, self._options, tg_locals.config)
+        if stream._options.recheck_seconds is not None:
+            self._recheck = self._make_recheck(stream._options.recheck_seconds)
+
+    def _make_recheck(self, seconds: float) -> Recheck:
+        tg_locals, controller = self._tg_locals, self._plan.controller
+        manages = is_tm_enabled(tg_locals)
+        make_database = partial(_make_database, tg_locals.config, manages)
+        permission = Permission(tg_locals, self._function, controller, make_database)
+        return Recheck(controller, seconds, permission.is_granted)
 
     def run(self, stream: Stream) -> None:
         """Start it.
@@ -117,6 +129,7 @@ class _Start:
             return
         body = self._open(stream)
         body.file = self._file
+        body.recheck = self._recheck
         try:
             body.start(self._is_vetoed)
         except BaseException:

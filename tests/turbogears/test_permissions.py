@@ -1,0 +1,363 @@
+"""``recheck_seconds``: the permission of a stream is checked again while it runs."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from http.cookies import SimpleCookie
+from typing import Any
+
+import pytest
+import tg
+from repoze.who.plugins.auth_tkt import AuthTktCookiePlugin
+from repoze.who.plugins.basicauth import BasicAuthPlugin
+from tg import RestController, TGController, expose, predicates, require
+from tg.configuration.auth import TGAuthMetadata
+from webob import Request
+
+from tests.conftest import MakeApp, assert_clean, pool
+from tests.model import Model, Note, User
+from tests.turbogears.support import SESSION, UNTRACED
+from tests.wsgi import Call, get
+from tgstream import NDJSON, SSE, Report, Stream, StreamError, current_stream, stream
+from tgstream.core.heartbeat import HEARTBEAT
+from tgstream.core.monitor import monitor
+
+EACH = 1e-9
+"""Seconds after which each chunk has its own check."""
+LONG = 3600.0
+
+
+class Metadata(TGAuthMetadata):
+    """The notes of a user are the names of the groups and of the permissions."""
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+
+    def authenticate(self, environ: Any, identity: Any) -> str | None:
+        user = self.get_user(identity, identity["login"])
+        passwords = [note.text for note in user.notes] if user else []
+        return user.name if user and identity["password"] in passwords else None
+
+    def get_user(self, identity: Any, userid: str) -> User | None:
+        return self.model.DBSession.query(User).filter_by(name=userid).first()
+
+    def get_groups(self, identity: Any, userid: str) -> list[str]:
+        return [note.text for note in identity["user"].notes]
+
+    get_permissions = get_groups
+
+
+def auth_options(model: Model, **options: Any) -> dict[str, Any]:
+    """The options of an application that identifies its users, like quickstart's."""
+    return {
+        "sa_auth__enabled": True,
+        "sa_auth__cookie_secret": "secret",
+        "sa_auth__authmetadata": Metadata(model),
+        "sa_auth__challenge_decider": lambda *_: False,  # 401, and no login page
+        "identity__allow_missing_user": False,
+        **options,
+    }
+
+
+def cookie_of(user: str) -> str:
+    """The cookie with which the user is logged in."""
+    plugin = AuthTktCookiePlugin("secret", "authtkt")
+    environ = Request.blank("/").environ
+    [(_, value), *_] = plugin.remember(environ, {"repoze.who.userid": user})
+    return "; ".join(f"{m.key}={m.value}" for m in SimpleCookie(value).values())
+
+
+@pytest.fixture
+def users(model: Model) -> Model:
+    """The model with the user ``ada``, who is a member of ``staff``."""
+    add_users(model)
+    return model
+
+
+def add_users(model: Model) -> None:
+    model.seed("ada", "bob")
+    model.execute("INSERT INTO notes (text, user_id) VALUES ('staff', 1)")
+
+
+REVOKE = "DELETE FROM notes"
+DELETE = "DELETE FROM notes; DELETE FROM users WHERE name = 'ada'".split("; ")
+
+
+class IsStaff(predicates.Predicate):  # type: ignore[misc]
+    """A predicate of an application, which reads all that a request has."""
+
+    message = "You are not in the staff"
+
+    def __init__(self, model: Model) -> None:
+        super().__init__()
+        self.model = model
+        self.count = 0
+
+    def evaluate(self, environ: Any, credentials: Any) -> None:
+        self.count += 1
+        state = tg.request.dispatch_state
+        assert environ is tg.request.environ
+        assert tg.request.path == "/events"
+        assert state.action.__name__ == "events"
+        assert isinstance(state.controller, TGController)
+        if not tg.request.identity:
+            self.unmet()
+        name = tg.request.identity["repoze.who.userid"]
+        found = self.model.DBSession.query(User).filter_by(name=name).one()
+        assert found is tg.request.identity["user"]
+        if not found.notes:
+            self.unmet()
+
+
+def make_root(
+    predicate: Any,
+    seconds: float = EACH,
+    items: Callable[[], Any] = lambda: iter("abcdef"),
+    format: Any = SSE,
+    **options: Any,
+) -> TGController:
+    """A controller with one stream, which the predicate protects."""
+
+    class Root(TGController):
+        @expose()
+        @require(predicate)
+        @stream(format, recheck_seconds=seconds, **options)
+        def events(self) -> Any:
+            return items()
+
+    return Root()
+
+
+def open_events(app: Any, path: str = "/events", user: str = "ada") -> Call:
+    return Call(app, path, HTTP_COOKIE=cookie_of(user))
+
+
+def status(app: Any, path: str = "/events") -> int:
+    return get(app, path, HTTP_COOKIE=cookie_of("ada")).status_int
+
+
+def assert_refused(app: Any, users: Model, code: int, path: str = "/events") -> None:
+    """The stream runs, ends when the permission is gone, and cannot be opened again."""
+    call = open_events(app, path)
+    assert call.status == "200 OK"
+    assert [next(call), next(call)] == [b"data: a\n\n", b"data: b\n\n"]
+    for statement in DELETE if code == 401 else [REVOKE]:
+        users.execute(statement)
+    assert call.read() == b""
+    assert status(app, path) == code
+    assert_clean(users)
+
+
+PREDICATES: dict[str, tuple[Callable[[Model], Any], int]] = {
+    "not_anonymous": (lambda _: predicates.not_anonymous(), 401),
+    "is_user": (lambda _: predicates.is_user("ada"), 401),
+    "in_group": (lambda _: predicates.in_group("staff"), 403),
+    "has_permission": (lambda _: predicates.has_permission("staff"), 403),
+    "all": (
+        lambda _: predicates.All(
+            predicates.not_anonymous(), predicates.in_group("staff")
+        ),
+        403,
+    ),
+    "any": (lambda _: predicates.in_any_group("owners", "staff"), 403),
+    "custom": (IsStaff, 403),
+}
+
+
+@pytest.mark.parametrize("name", PREDICATES)
+def test_stream_ends_when_its_predicate_is_not_met_any_more(
+    make_app: MakeApp, users: Model, reports: list[Report], name: str
+) -> None:
+    """The event stream ends normally, and the client that reconnects is refused."""
+    make, code = PREDICATES[name]
+    app = make_app(make_root(make(users)), users, **auth_options(users))
+    assert_refused(app, users, code)
+    assert [(report.reason, report.error) for report in reports] == [("refused", None)]
+
+
+IN_STAFF = predicates.in_group("staff")
+
+
+def make_tree(name: str) -> TGController:
+    """Controllers of which one has ``allow_only``, or a requirement of its own kind."""
+
+    class Leaf(TGController):
+        allow_only = IN_STAFF if name == "leaf" else None
+
+        @expose()
+        @stream(SSE, recheck_seconds=EACH)
+        def events(self) -> Iterator[str]:
+            yield from "abcdef"
+
+        @expose()
+        def made(self) -> Stream:
+            return Stream(iter("abcdef"), SSE, recheck_seconds=EACH)
+
+    class Rest(RestController):
+        @expose()
+        @require(IN_STAFF if name == "rest" else predicates.not_anonymous())
+        @stream(SSE, recheck_seconds=EACH)
+        def get_all(self) -> Iterator[str]:
+            yield from "abcdef"
+
+    class Stacked(TGController):
+        @require(predicates.not_anonymous())
+        @expose()
+        @stream(SSE, recheck_seconds=EACH)
+        @require(IN_STAFF if name == "stacked" else predicates.not_anonymous())
+        def events(self) -> Iterator[str]:
+            yield from "abcdef"
+
+    class Base(TGController):
+        @expose(inherit=True)
+        @require(IN_STAFF)
+        def events(self) -> None:
+            """The method that the next class overrides."""
+
+    class Inherited(Base):
+        @expose(inherit=True)
+        @stream(SSE, recheck_seconds=EACH)
+        def events(self) -> Iterator[str]:
+            yield from "abcdef"
+
+    class Checked(TGController):
+        leaf = Leaf()
+
+        def _check_security(self) -> None:
+            if not IN_STAFF.is_met(tg.request.environ):
+                tg.abort(403)
+
+    class Middle(TGController):
+        allow_only = require(IN_STAFF) if name == "parent" else None
+        leaf = Leaf()
+        rest = Rest()
+        stacked = Stacked()
+        inherited = Inherited()
+        checked = Checked()
+
+        @expose()
+        def _lookup(self, *remainder: str) -> Any:
+            class Found(Leaf):
+                allow_only = IN_STAFF
+
+            return Found(), remainder[1:]
+
+    class Root(TGController):
+        allow_only = predicates.not_anonymous() if name != "checked" else None
+        middle = Middle()
+
+    return Root()
+
+
+PATHS = {
+    "leaf": "/middle/leaf/events",
+    "parent": "/middle/leaf/made",
+    "rest": "/middle/rest",
+    "stacked": "/middle/stacked/events",
+    "inherited": "/middle/inherited/events",
+    "checked": "/middle/checked/leaf/events",
+    "lookup": "/middle/found/events",
+}
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_all_requirements_of_the_path_are_checked_again(
+    make_app: MakeApp, sqlite_model: Model, reports: list[Report], name: str
+) -> None:
+    """Those of the method and of all controllers above it, however they are written."""
+    add_users(sqlite_model)
+    app = make_app(make_tree(name), sqlite_model, **auth_options(sqlite_model))
+    assert_refused(app, sqlite_model, 403, PATHS[name])
+    assert [report.reason for report in reports] == ["refused"]
+
+
+def test_parent_of_a_parent_is_checked_again(
+    make_app: MakeApp, sqlite_model: Model
+) -> None:
+    """``allow_only`` of the root controller ends the stream of a deleted user."""
+    add_users(sqlite_model)
+    app = make_app(make_tree("none"), sqlite_model, **auth_options(sqlite_model))
+    assert_refused(app, sqlite_model, 401, PATHS["leaf"])
+
+
+def test_stream_without_a_requirement_is_an_error(
+    make_app: MakeApp, sqlite_model: Model
+) -> None:
+    """The option would do nothing."""
+
+    class Root(TGController):
+        @expose()
+        @stream(SSE, recheck_seconds=30)
+        def events(self) -> Iterator[str]:
+            yield "a"
+
+    with pytest.raises(
+        StreamError,
+        match=r"^Root.events: recheck_seconds has nothing to check again. Put @require "
+        "on the controller, set allow_only on its class, or omit recheck_seconds$",
+    ):
+        get(make_app(Root(), sqlite_model, **UNTRACED), "/events")
+    assert_clean(sqlite_model)
+
+
+def test_aborted_response_shows_that_a_download_was_refused(
+    make_app: MakeApp,
+    sqlite_model: Model,
+    reports: list[Report],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A format that cannot end anywhere must not look complete."""
+    add_users(sqlite_model)
+    items = lambda: iter(range(6))  # noqa: E731
+    root = make_root(IN_STAFF, items=items, format=NDJSON, chunk_size=0)
+    app = make_app(root, sqlite_model, **auth_options(sqlite_model))
+    call = open_events(app)
+    assert [next(call), next(call)] == [b"0\n", b"1\n"]
+    sqlite_model.execute(REVOKE)
+    with pytest.raises(StreamError, match=r"Root.events was refused before its end"):
+        next(call)
+    call.close()
+    assert [report.reason for report in reports] == ["refused"]
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert_clean(sqlite_model)
+
+
+class Clock:
+    """The clock of the checks, which only the test moves on."""
+
+    now = 0.0
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("tgstream.core.recheck.clock", lambda: self.now)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    return Clock(monkeypatch)
+
+
+def test_permission_is_checked_at_most_once_an_interval(
+    make_app: MakeApp, sqlite_model: Model, clock: Clock
+) -> None:
+    """Chunks in between are sent without a check."""
+    add_users(sqlite_model)
+    is_staff = IsStaff(sqlite_model)
+    root = make_root(is_staff, seconds=30)
+    app = make_app(root, sqlite_model, **auth_options(sqlite_model))
+    call = open_events(app)
+    assert is_staff.count == 1
+    clock.now = start = call_started(call)
+    counts = []
+    for seconds in 0, 29, 30, 59, 60:
+        clock.now = start + seconds
+        next(call)
+        counts.append(is_staff.count)
+    assert counts == [1, 1, 2, 2, 3]
+    call.close()
+
+
+def call_started(call: Call) -> float:
+    """The time by the clock at which the stream of a call has started."""
+    [body] = monitor.running()
+    return body.started
