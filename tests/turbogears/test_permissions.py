@@ -19,7 +19,7 @@ from tests.conftest import MakeApp, assert_clean, pool
 from tests.model import Model, Note, User
 from tests.turbogears.support import SESSION, UNTRACED
 from tests.wsgi import Call, get
-from tgstream import NDJSON, SSE, Report, Stream, StreamError, current_stream, stream
+from tgstream import NDJSON, SSE, Report, Stream, StreamError, stream
 from tgstream.core.heartbeat import HEARTBEAT
 from tgstream.core.monitor import monitor
 
@@ -81,7 +81,7 @@ def add_users(model: Model) -> None:
 
 
 REVOKE = "DELETE FROM notes"
-DELETE = "DELETE FROM notes; DELETE FROM users WHERE name = 'ada'".split("; ")
+DELETE = ["DELETE FROM notes", "DELETE FROM users WHERE name = 'ada'"]
 
 
 class IsStaff(predicates.Predicate):  # type: ignore[misc]
@@ -210,7 +210,7 @@ def make_tree(name: str) -> TGController:
             yield from "abcdef"
 
     class Base(TGController):
-        @expose(inherit=True)
+        @expose("json", inherit=True)
         @require(IN_STAFF)
         def events(self) -> None:
             """The method that the next class overrides."""
@@ -228,6 +228,14 @@ def make_tree(name: str) -> TGController:
             if not IN_STAFF.is_met(tg.request.environ):
                 tg.abort(403)
 
+    class Found(TGController):
+        @expose()
+        def _lookup(self, *remainder: str) -> Any:
+            class Of(Leaf):
+                allow_only = IN_STAFF
+
+            return Of(), remainder[1:]
+
     class Middle(TGController):
         allow_only = require(IN_STAFF) if name == "parent" else None
         leaf = Leaf()
@@ -235,13 +243,7 @@ def make_tree(name: str) -> TGController:
         stacked = Stacked()
         inherited = Inherited()
         checked = Checked()
-
-        @expose()
-        def _lookup(self, *remainder: str) -> Any:
-            class Found(Leaf):
-                allow_only = IN_STAFF
-
-            return Found(), remainder[1:]
+        found = Found()
 
     class Root(TGController):
         allow_only = predicates.not_anonymous() if name != "checked" else None
@@ -257,7 +259,7 @@ PATHS = {
     "stacked": "/middle/stacked/events",
     "inherited": "/middle/inherited/events",
     "checked": "/middle/checked/leaf/events",
-    "lookup": "/middle/found/events",
+    "lookup": "/middle/found/1/events",
 }
 
 
@@ -361,3 +363,402 @@ def call_started(call: Call) -> float:
     """The time by the clock at which the stream of a call has started."""
     [body] = monitor.running()
     return body.started
+
+
+class Meddling(predicates.Predicate):  # type: ignore[misc]
+    """A predicate that changes all that it can in the checks, and is met."""
+
+    def __init__(self, model: Model) -> None:
+        super().__init__()
+        self.model = model
+        self.count = 0
+
+    def evaluate(self, environ: Any, credentials: Any) -> None:
+        self.count += 1
+        if self.count == 1:  # in the request
+            return
+        session = self.model.DBSession()
+        for user in session.query(User):
+            user.name = "changed"
+        session.expire_all()
+        environ["meddled"] = tg.request.meddled = tg.tmpl_context.meddled = True
+        tg.request.identity["user"] = None
+        tg.response.status = 500
+        tg.response.headers["X-Meddled"] = "yes"
+
+
+def test_check_changes_nothing_of_the_stream(
+    make_app: MakeApp, users: Model, reports: list[Report]
+) -> None:
+    """Its session, its uncommitted changes, its request and its identity are kept."""
+
+    def items() -> Iterator[str]:
+        session = users.DBSession()
+        user = session.query(User).filter_by(name="ada").one()
+        note = Note(text="pending", user=user)
+        session.add(note)
+        session.flush()
+        yield "a"
+        for item in "bc":
+            request, identity = tg.request._current_obj(), tg.request.identity
+            environ, found = {**request.environ}, {**identity}
+            yield item
+            assert users.DBSession() is session
+            assert note in session
+            assert "text" in note.__dict__  # it was not expired
+            assert tg.request._current_obj() is request
+            assert request.environ == environ
+            assert tg.request.identity is identity
+            assert identity == found
+            assert not hasattr(request, "meddled")
+            assert not hasattr(tg.tmpl_context, "meddled")
+            assert tg.response.status_int == 200
+
+    root = make_root(Meddling(users), items=items, commit="end")
+    call = open_events(make_app(root, users, **auth_options(users)))
+    for _ in range(3):
+        next(call)
+        assert pool(users).checkedout() == 1  # the connection of the stream
+    assert users.texts() == ["staff"]
+    assert call.read() == b""
+    assert users.texts() == ["staff", "pending"]
+    assert users.names() == ["ada", "bob"]
+    assert [report.reason for report in reports] == ["completed"]
+    assert "X-Meddled" not in call.headers
+    assert_clean(users)
+
+
+def test_check_leaves_no_open_connection(make_app: MakeApp, users: Model) -> None:
+    """A stream that waits for its next item holds none, although it was checked."""
+    app = make_app(make_root(IN_STAFF), users, **auth_options(users))
+    call = open_events(app)
+    for _ in range(3):
+        next(call)
+        assert pool(users).checkedout() == 0
+        assert_clean(users)
+    call.close()
+
+
+def test_waiting_stream_ends_at_a_heartbeat(
+    make_app: MakeApp, sqlite_model: Model, next_report: Callable[[], Report]
+) -> None:
+    """Its response ends at once, while the generator still waits for its event."""
+    add_users(sqlite_model)
+    go = threading.Event()
+
+    def items() -> Iterator[str]:
+        yield "a"
+        assert go.wait(10)
+        yield "secret"
+
+    root = make_root(IN_STAFF, items=items, format=SSE(heartbeat=0.02))
+    app = make_app(root, sqlite_model, **auth_options(sqlite_model))
+    call = open_events(app)
+    assert [next(call), next(call)] == [b"data: a\n\n", HEARTBEAT]
+    sqlite_model.execute(REVOKE)
+    assert call.read() == b""
+    go.set()
+    report = next_report()
+    assert (report.reason, report.error) == ("refused", None)
+    assert_clean(sqlite_model)
+
+
+def test_event_that_ends_a_wait_is_not_sent(
+    make_app: MakeApp, sqlite_model: Model, next_report: Callable[[], Report]
+) -> None:
+    """The generator of a stream with heartbeats makes it on another thread."""
+    add_users(sqlite_model)
+    go = threading.Event()
+
+    def items() -> Iterator[str]:
+        yield "a"
+        assert go.wait(10)
+        yield "secret"
+
+    root = make_root(IN_STAFF, items=items, format=SSE(heartbeat=60))
+    app = make_app(root, sqlite_model, **auth_options(sqlite_model))
+    call = open_events(app)
+    assert next(call) == b"data: a\n\n"
+    sqlite_model.execute(REVOKE)
+    go.set()
+    assert call.read() == b""
+    assert next_report().reason == "refused"
+    assert_clean(sqlite_model)
+
+
+@pytest.mark.parametrize("format", [SSE, NDJSON], ids=["events", "download"])
+def test_first_chunk_that_takes_long_is_checked(
+    make_app: MakeApp, sqlite_model: Model, reports: list[Report], format: Any
+) -> None:
+    """Nothing is sent if the permission was withdrawn while the chunk was made."""
+    add_users(sqlite_model)
+
+    def items() -> Iterator[str]:
+        sqlite_model.execute(REVOKE)
+        yield "secret"
+        yield "more"
+
+    root = make_root(IN_STAFF, items=items, format=format, chunk_size=0)
+    app = make_app(root, sqlite_model, **auth_options(sqlite_model, **UNTRACED))
+    call = open_events(app)
+    if format is SSE:
+        assert list(call) == [b""]
+    else:
+        with pytest.raises(StreamError, match=r"Root.events was refused"):
+            next(call)
+    call.close()
+    assert [report.reason for report in reports] == ["refused"]
+    assert_clean(sqlite_model)
+
+
+@pytest.mark.parametrize("end", [Call.close, Call.drop])
+def test_checked_stream_ends_with_its_client(
+    make_app: MakeApp,
+    sqlite_model: Model,
+    reports: list[Report],
+    end: Callable[[Call], None],
+) -> None:
+    """The body is closed or dropped, as without checks."""
+    add_users(sqlite_model)
+    app = make_app(make_root(IN_STAFF), sqlite_model, **auth_options(sqlite_model))
+    call = Call(app, "/events", checked=False, HTTP_COOKIE=cookie_of("ada"))
+    next(call)
+    end(call)
+    assert [report.reason for report in reports] == ["disconnected"]
+    assert_clean(sqlite_model)
+
+
+def test_async_generator_is_refused(
+    make_app: MakeApp, sqlite_model: Model, reports: list[Report]
+) -> None:
+    """It is cancelled, and its ``finally`` runs."""
+    add_users(sqlite_model)
+    ended = []
+
+    async def items() -> AsyncIterator[str]:
+        try:
+            for item in "abcdef":
+                yield item
+        finally:
+            ended.append(True)
+
+    app = make_app(
+        make_root(IN_STAFF, items=items), sqlite_model, **auth_options(sqlite_model)
+    )
+    assert_refused(app, sqlite_model, 403)
+    assert [report.reason for report in reports] == ["refused"]
+    assert ended == [True]
+
+
+# Errors.
+
+
+class Failing(predicates.Predicate):  # type: ignore[misc]
+    """A predicate that raises the errors of the test, one after the other."""
+
+    def __init__(self, *errors: BaseException | None) -> None:
+        super().__init__()
+        self.errors = [*errors]
+
+    def evaluate(self, environ: Any, credentials: Any) -> None:
+        error = self.errors.pop(0)
+        if error is not None:
+            raise error
+
+
+@pytest.mark.parametrize("error", [LookupError, SystemExit])
+def test_second_failed_check_in_a_row_ends_the_stream(
+    make_app: MakeApp,
+    reports: list[Report],
+    caplog: pytest.LogCaptureFixture,
+    error: type[BaseException],
+) -> None:
+    """One error is tolerated, because a database may be away for a moment."""
+    no = error("no answer")
+    predicate = Failing(None, no, None, no, no)
+    app = make_app(make_root(predicate))
+    call = Call(app, "/events")
+    assert [next(call) for _ in range(3)] == [
+        b"data: a\n\n",
+        b"data: b\n\n",
+        b"data: c\n\n",
+    ]
+    assert call.read() == b""
+    assert [report.reason for report in reports] == ["refused"]
+    assert [record.levelname for record in caplog.records] == [
+        "WARNING",
+        "WARNING",
+        "ERROR",
+    ]
+    first, _, last = [record.getMessage() for record in caplog.records]
+    assert first.startswith("Root.events: its permission could not be checked again: ")
+    assert first.endswith("The stream ends if the next check in 1e-09 s fails, too")
+    assert last.startswith("Root.events: its permission could not be checked twice")
+    assert all(record.exc_info for record in caplog.records)
+
+
+def test_database_that_fails_once_does_not_end_the_stream(
+    make_app: MakeApp, sqlite_model: Model, reports: list[Report]
+) -> None:
+    """The next check succeeds."""
+    add_users(sqlite_model)
+    app = make_app(make_root(IN_STAFF), sqlite_model, **auth_options(sqlite_model))
+    call = open_events(app)
+    next(call)
+    sqlite_model.execute("ALTER TABLE users RENAME TO gone")
+    next(call)
+    sqlite_model.execute("ALTER TABLE gone RENAME TO users")
+    next(call)
+    sqlite_model.execute("ALTER TABLE users RENAME TO gone")
+    next(call)
+    assert call.read() == b""
+    assert [report.reason for report in reports] == ["refused"]
+    assert_clean(sqlite_model)
+
+
+# Identification.
+
+
+def test_login_that_has_timed_out_is_refused(
+    make_app: MakeApp, sqlite_model: Model, reports: list[Report]
+) -> None:
+    """The cookie of the request is read again."""
+    add_users(sqlite_model)
+    timeouts = {"sa_auth__authtkt__timeout": 60, "sa_auth__authtkt__reissue_time": 30}
+    options = auth_options(sqlite_model, **timeouts)
+    app = make_app(make_root(predicates.not_anonymous()), sqlite_model, **options)
+    call = open_events(app)
+    next(call)
+    call.environ["repoze.who.plugins"]["cookie"].timeout = -1
+    assert call.read() == b""
+    assert [report.reason for report in reports] == ["refused"]
+    assert status(app) == 401
+    assert_clean(sqlite_model)
+
+
+def test_password_that_was_changed_is_refused(
+    make_app: MakeApp, sqlite_model: Model, reports: list[Report]
+) -> None:
+    """The requests of HTTP basic authentication have the password."""
+    add_users(sqlite_model)
+    basic = [("basic", BasicAuthPlugin("realm"))]
+    options = auth_options(sqlite_model, sa_auth__identifiers=basic)
+    app = make_app(make_root(predicates.not_anonymous()), sqlite_model, **options)
+    request = Request.blank("/events")
+    request.authorization = ("Basic", "YWRhOnN0YWZm")  # ada:staff
+    authorization = request.environ["HTTP_AUTHORIZATION"]
+    call = Call(app, "/events", HTTP_AUTHORIZATION=authorization)
+    assert next(call) == b"data: a\n\n"
+    sqlite_model.execute("UPDATE notes SET text = 'changed'")
+    assert call.read() == b""
+    assert [report.reason for report in reports] == ["refused"]
+    assert get(app, "/events", HTTP_AUTHORIZATION=authorization).status_int == 401
+    assert_clean(sqlite_model)
+
+
+def test_identity_of_another_middleware_is_read_again(
+    make_app: MakeApp, sqlite_model: Model, reports: list[Report]
+) -> None:
+    """Its groups are. The middleware itself is not called again."""
+    add_users(sqlite_model)
+    options = auth_options(sqlite_model, sa_auth__enabled=False)
+    app = make_app(make_root(IN_STAFF), sqlite_model, **options)
+    identity = {"repoze.who.userid": "ada"}
+    call = Call(app, "/events", **{"repoze.who.identity": identity})
+    assert next(call) == b"data: a\n\n"
+    sqlite_model.execute(REVOKE)
+    assert call.read() == b""
+    assert [report.reason for report in reports] == ["refused"]
+    assert_clean(sqlite_model)
+
+
+def test_anonymous_user_may_be_required(make_app: MakeApp, users: Model) -> None:
+    """A request without an identity is checked, too."""
+    app = make_app(make_root(predicates.is_anonymous()), users, **auth_options(users))
+    assert get(app, "/events").text.count("data: ") == 6
+    assert_clean(users)
+
+
+def test_session_that_was_deleted_is_refused(
+    make_app: MakeApp, reports: list[Report]
+) -> None:
+    """A predicate may read ``tg.session``, which is loaded again."""
+
+    class LoggedIn(predicates.Predicate):  # type: ignore[misc]
+        message = "Log in"
+
+        def evaluate(self, environ: Any, credentials: Any) -> None:
+            if not tg.session.get("user"):
+                self.unmet()
+
+    class Root(TGController):
+        @expose()
+        def log_in(self) -> str:
+            tg.session["user"] = "ada"
+            tg.session.save()
+            return ""
+
+        @expose()
+        def log_out(self) -> str:
+            tg.session.delete()
+            return ""
+
+        @expose()
+        @require(LoggedIn())
+        @stream(SSE, recheck_seconds=EACH)
+        def events(self) -> Iterator[str]:
+            assert tg.session["user"] == "ada"
+            yield "a"
+            yield "b"
+            yield "c"
+
+    app = make_app(Root(), **SESSION)
+    [value] = get(app, "/log_in").cookies
+    cookie = value.partition(";")[0]
+    call = Call(app, "/events", HTTP_COOKIE=cookie)
+    assert [next(call), next(call)] == [b"data: a\n\n", b"data: b\n\n"]
+    get(app, "/log_out", HTTP_COOKIE=cookie)
+    assert call.read() == b""
+    assert [report.reason for report in reports] == ["refused"]
+    assert get(app, "/events", HTTP_COOKIE=cookie).status_int == 401
+
+
+def test_denial_handler_decides_as_in_a_request(
+    make_app: MakeApp, sqlite_model: Model, reports: list[Report]
+) -> None:
+    """A handler that returns lets the request, and so the stream, go on."""
+    add_users(sqlite_model)
+    denied: list[str] = []
+
+    class Root(TGController):
+        @expose()
+        @require(IN_STAFF, denial_handler=denied.append)
+        @stream(SSE, recheck_seconds=EACH)
+        def events(self) -> Iterator[str]:
+            yield from "abc"
+
+    app = make_app(Root(), sqlite_model, **auth_options(sqlite_model))
+    call = open_events(app)
+    next(call)
+    assert denied == []
+    sqlite_model.execute(REVOKE)
+    assert call.read() == b"data: b\n\ndata: c\n\n"
+    assert set(denied) == {'The current user must belong to the group "staff"'}
+    assert [report.reason for report in reports] == ["completed"]
+    assert_clean(sqlite_model)
+
+
+def test_changes_of_a_predicate_are_rolled_back(
+    make_app: MakeApp, users: Model
+) -> None:
+    """In a request TurboGears commits them. A check has no request to commit."""
+
+    class Writing(predicates.Predicate):  # type: ignore[misc]
+        def evaluate(self, environ: Any, credentials: Any) -> None:
+            users.DBSession.add(Note(text="read"))
+            users.DBSession.flush()
+
+    app = make_app(make_root(Writing()), users, **auth_options(users))
+    assert get(app, "/events").text.count("data: ") == 6
+    assert users.texts() == ["staff", "read"]  # of the request
+    assert_clean(users)
