@@ -20,6 +20,7 @@ import sys
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from copy import copy
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -41,6 +42,8 @@ from gunicorn.http.wsgi import default_environ  # type: ignore[import-untyped]
 from psycopg import connect
 from psycopg.pq import TransactionStatus
 from psycopg2.extensions import TRANSACTION_STATUS_INERROR
+from repoze.who.middleware import PluggableAuthenticationMiddleware
+from repoze.who.plugins.auth_tkt import AuthTktCookiePlugin
 from sqlalchemy.engine import result_tuple
 from sqlalchemy.orm import (
     Session,
@@ -53,9 +56,10 @@ from sqlalchemy.orm.exc import StaleDataError
 from sqlalchemy.sql import visitors
 from sqlalchemy.sql.selectable import ForUpdateArg
 from stream_unzip import stream_unzip
-from tg import TGController, expose
+from tg import TGController, expose, require
 from tg.configuration import AppConfig, milestones
 from tg.decorators import Decoration
+from tg.predicates import not_anonymous
 from tg.renderers.genshi import GenshiRenderer
 from tg.renderers.jinja import JinjaRenderer
 from tg.renderers.kajiki import KajikiRenderer
@@ -65,6 +69,7 @@ from tg.wsgiapp import TGApp
 from transaction.interfaces import TransientError
 from transaction.weakset import WeakSet
 from webob import Response
+from webob.exc import HTTPUnauthorized
 from webob.request import LimitedLengthFile
 from zipstream import ZipStream
 from zipstream.ng import ZipStreamInfo
@@ -180,6 +185,60 @@ def milestone_calls_again_after_a_reset() -> bool:
         milestone.reach()
         milestone._reset()
     return calls == [1, 1]
+
+
+def requirement_is_a_hook_of_its_method() -> bool:
+    requirement = require(not_anonymous())
+    page = requirement(lambda self: None)
+    hook: Any
+    [hook] = Decoration.get_decoration(page).hooks["before_call"]
+    return bool(hook == requirement._check_authorization)
+
+
+def controller_checks_its_allow_only(make_app: MakeApp) -> bool:
+    class Protected(TGController):
+        allow_only = not_anonymous()
+
+    def look() -> Any:
+        with pytest.raises(HTTPUnauthorized):
+            Protected()._check_security()
+        return TGController()._check_security()
+
+    return in_request(make_app, look)["result"] is True
+
+
+def api_identifies_a_copy_of_the_request() -> bool:
+    plugin: Any = AuthTktCookiePlugin("secret")
+    environ = webob.Request.blank("/").environ
+    [(_, cookie), *_] = plugin.remember(environ, {"repoze.who.userid": "ada"})
+    environs = []
+
+    def app(environ: dict[str, Any], start_response: Any) -> list[bytes]:
+        environs.append(environ)
+        start_response("200 OK", [])
+        return []
+
+    named = [("cookie", plugin)]
+    who = PluggableAuthenticationMiddleware(
+        app, named, named, [], [], lambda _: "", lambda *_: False
+    )
+    webob.Request.blank("/", headers={"Cookie": cookie}).get_response(who)
+    [environ] = environs
+    api, copied = copy(environ["repoze.who.api"]), environ.copy()
+    del copied[api.remote_user_key]
+    del copied["repoze.who.identity"]
+    api.environ = copied
+    is_identified = api.authenticate()["repoze.who.userid"] == "ada"
+    return bool(is_identified and copied["REMOTE_USER"] == "ada")
+
+
+def session_keeps_its_options(make_app: MakeApp) -> bool:
+    def look() -> Any:
+        session = tg.session._current_obj()
+        return type(session)({}, **session.__dict__["_params"]).accessed()
+
+    options = {"session__enabled": True, "session__type": "memory"}
+    return in_request(make_app, look, **options)["result"] is False
 
 
 def context_leaves_the_environ(make_app: MakeApp) -> bool:
@@ -376,6 +435,38 @@ TURBOGEARS = [
         "answer the doctor's requests in place of the root controller",
         "the doctor runs the application's controllers",
         root_controller_is_an_entry,
+    ),
+    Part(
+        "_check_authorization",
+        "TurboGears2",
+        "turbogears/permissions",
+        "evaluate the @require of a controller again",
+        "recheck_seconds fails, or a user without permission keeps a stream",
+        requirement_is_a_hook_of_its_method,
+    ),
+    Part(
+        "_check_security",
+        "TurboGears2",
+        "turbogears/permissions",
+        "evaluate the allow_only of a controller again",
+        "recheck_seconds fails, or a user without permission keeps a stream",
+        controller_checks_its_allow_only,
+    ),
+    Part(
+        "repoze.who.api",
+        "repoze.who",
+        "turbogears/permissions",
+        "identify the user again, by the cookie or the headers of the request",
+        "a login that has timed out keeps a stream with recheck_seconds",
+        api_identifies_a_copy_of_the_request,
+    ),
+    Part(
+        "_params",
+        "Beaker",
+        "turbogears/permissions",
+        "load tg.session again when a predicate reads it again",
+        "a session that was deleted keeps a stream with recheck_seconds",
+        session_keeps_its_options,
     ),
     Part(
         "tg.locals",

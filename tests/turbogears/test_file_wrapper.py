@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import tg
-from tg import TGController, expose
+from tg import TGController, expose, predicates, require
 from waitress.buffers import (
     ReadOnlyFileBasedBuffer,
 )
@@ -71,6 +71,40 @@ def send(call: Call, size: int = 10**6) -> Iterator[bytes]:
         data = body.get(size)[:50_000]
         body.skip(len(data), True)
         yield data
+
+
+def test_file_whose_permission_is_checked_again_is_sent_in_chunks(
+    make_app: MakeApp, path: Path, next_report: NextReport
+) -> None:
+    """The wrapper would read the file without a check."""
+    permitted = [True]
+
+    class Permitted(predicates.Predicate):
+        message = "You are not permitted"
+
+        def evaluate(self, environ: Any, credentials: Any) -> None:
+            if not permitted[-1]:
+                self.unmet()
+
+    class Root(TGController):
+        @expose()
+        @require(Permitted())
+        @stream(recheck_seconds=1e-9)
+        def index(self) -> Any:
+            return send_file(path)
+
+    app = make_app(Root())
+    call = ask(app)
+    assert not is_wrapped(call)
+    assert call.read() == DATA
+    assert next_report().reason == "completed"
+    call = ask(app)
+    assert next(call)
+    permitted.append(False)
+    with pytest.raises(StreamError, match=r"Root.index was refused before its end"):
+        next(call)
+    call.close()
+    assert next_report().reason == "refused"
 
 
 @pytest.mark.parametrize("wiring", WIRINGS)

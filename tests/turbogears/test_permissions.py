@@ -3,69 +3,30 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from http.cookies import SimpleCookie
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import httpx
 import pytest
 import tg
-from repoze.who.plugins.auth_tkt import AuthTktCookiePlugin
 from repoze.who.plugins.basicauth import BasicAuthPlugin
 from tg import RestController, TGController, expose, predicates, require
-from tg.configuration.auth import TGAuthMetadata
 from webob import Request
 
-from tests.conftest import MakeApp, assert_clean, pool
+from tests.authentication import REVOKE, add_users, auth_options, cookie_of
+from tests.conftest import LiveServer, MakeApp, assert_clean, pool
 from tests.model import Model, Note, User
 from tests.turbogears.support import SESSION, UNTRACED
 from tests.wsgi import Call, get
 from tgstream import NDJSON, SSE, Report, Stream, StreamError, stream
 from tgstream.core.heartbeat import HEARTBEAT
-from tgstream.core.monitor import monitor
+from tgstream.live.backends.database_tables import create_tables
 
 EACH = 1e-9
 """Seconds after which each chunk has its own check."""
 LONG = 3600.0
-
-
-class Metadata(TGAuthMetadata):
-    """The notes of a user are the names of the groups and of the permissions."""
-
-    def __init__(self, model: Model) -> None:
-        self.model = model
-
-    def authenticate(self, environ: Any, identity: Any) -> str | None:
-        user = self.get_user(identity, identity["login"])
-        passwords = [note.text for note in user.notes] if user else []
-        return user.name if user and identity["password"] in passwords else None
-
-    def get_user(self, identity: Any, userid: str) -> User | None:
-        return self.model.DBSession.query(User).filter_by(name=userid).first()
-
-    def get_groups(self, identity: Any, userid: str) -> list[str]:
-        return [note.text for note in identity["user"].notes]
-
-    get_permissions = get_groups
-
-
-def auth_options(model: Model, **options: Any) -> dict[str, Any]:
-    """The options of an application that identifies its users, like quickstart's."""
-    return {
-        "sa_auth__enabled": True,
-        "sa_auth__cookie_secret": "secret",
-        "sa_auth__authmetadata": Metadata(model),
-        "sa_auth__challenge_decider": lambda *_: False,  # 401, and no login page
-        "identity__allow_missing_user": False,
-        **options,
-    }
-
-
-def cookie_of(user: str) -> str:
-    """The cookie with which the user is logged in."""
-    plugin = AuthTktCookiePlugin("secret", "authtkt")
-    environ = Request.blank("/").environ
-    [(_, value), *_] = plugin.remember(environ, {"repoze.who.userid": user})
-    return "; ".join(f"{m.key}={m.value}" for m in SimpleCookie(value).values())
 
 
 @pytest.fixture
@@ -75,16 +36,10 @@ def users(model: Model) -> Model:
     return model
 
 
-def add_users(model: Model) -> None:
-    model.seed("ada", "bob")
-    model.execute("INSERT INTO notes (text, user_id) VALUES ('staff', 1)")
-
-
-REVOKE = "DELETE FROM notes"
 DELETE = ["DELETE FROM notes", "DELETE FROM users WHERE name = 'ada'"]
 
 
-class IsStaff(predicates.Predicate):  # type: ignore[misc]
+class IsStaff(predicates.Predicate):
     """A predicate of an application, which reads all that a request has."""
 
     message = "You are not in the staff"
@@ -325,47 +280,27 @@ def test_aborted_response_shows_that_a_download_was_refused(
     assert_clean(sqlite_model)
 
 
-class Clock:
-    """The clock of the checks, which only the test moves on."""
-
-    now = 0.0
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("tgstream.core.recheck.clock", lambda: self.now)
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    return Clock(monkeypatch)
-
-
 def test_permission_is_checked_at_most_once_an_interval(
-    make_app: MakeApp, sqlite_model: Model, clock: Clock
+    make_app: MakeApp, sqlite_model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Chunks in between are sent without a check."""
     add_users(sqlite_model)
+    offset = 0.0
+    monkeypatch.setattr(
+        "tgstream.core.recheck.clock", lambda: time.perf_counter() + offset
+    )
     is_staff = IsStaff(sqlite_model)
     root = make_root(is_staff, seconds=30)
-    app = make_app(root, sqlite_model, **auth_options(sqlite_model))
-    call = open_events(app)
-    assert is_staff.count == 1
-    clock.now = start = call_started(call)
-    counts = []
-    for seconds in 0, 29, 30, 59, 60:
-        clock.now = start + seconds
+    call = open_events(make_app(root, sqlite_model, **auth_options(sqlite_model)))
+    counts = [is_staff.count]
+    for offset in 0, 25, 35, 60, 70:  # noqa: B007
         next(call)
         counts.append(is_staff.count)
-    assert counts == [1, 1, 2, 2, 3]
+    assert counts == [1, 1, 1, 2, 2, 3]
     call.close()
 
 
-def call_started(call: Call) -> float:
-    """The time by the clock at which the stream of a call has started."""
-    [body] = monitor.running()
-    return body.started
-
-
-class Meddling(predicates.Predicate):  # type: ignore[misc]
+class Meddling(predicates.Predicate):
     """A predicate that changes all that it can in the checks, and is met."""
 
     def __init__(self, model: Model) -> None:
@@ -553,7 +488,7 @@ def test_async_generator_is_refused(
 # Errors.
 
 
-class Failing(predicates.Predicate):  # type: ignore[misc]
+class Failing(predicates.Predicate):
     """A predicate that raises the errors of the test, one after the other."""
 
     def __init__(self, *errors: BaseException | None) -> None:
@@ -663,8 +598,8 @@ def test_identity_of_another_middleware_is_read_again(
     add_users(sqlite_model)
     options = auth_options(sqlite_model, sa_auth__enabled=False)
     app = make_app(make_root(IN_STAFF), sqlite_model, **options)
-    identity = {"repoze.who.userid": "ada"}
-    call = Call(app, "/events", **{"repoze.who.identity": identity})
+    environ: dict[str, Any] = {"repoze.who.identity": {"repoze.who.userid": "ada"}}
+    call = Call(app, "/events", **environ)
     assert next(call) == b"data: a\n\n"
     sqlite_model.execute(REVOKE)
     assert call.read() == b""
@@ -684,7 +619,7 @@ def test_session_that_was_deleted_is_refused(
 ) -> None:
     """A predicate may read ``tg.session``, which is loaded again."""
 
-    class LoggedIn(predicates.Predicate):  # type: ignore[misc]
+    class LoggedIn(predicates.Predicate):
         message = "Log in"
 
         def evaluate(self, environ: Any, credentials: Any) -> None:
@@ -753,7 +688,7 @@ def test_changes_of_a_predicate_are_rolled_back(
 ) -> None:
     """In a request TurboGears commits them. A check has no request to commit."""
 
-    class Writing(predicates.Predicate):  # type: ignore[misc]
+    class Writing(predicates.Predicate):
         def evaluate(self, environ: Any, credentials: Any) -> None:
             users.DBSession.add(Note(text="read"))
             users.DBSession.flush()
@@ -762,3 +697,45 @@ def test_changes_of_a_predicate_are_rolled_back(
     assert get(app, "/events").text.count("data: ") == 6
     assert users.texts() == ["staff", "read"]  # of the request
     assert_clean(users)
+
+
+# Real servers.
+
+
+@pytest.mark.parametrize("server", ["waitress", "gunicorn-gthread", "gunicorn-gevent"])
+def test_server_sends_no_event_after_the_interval(
+    sqlite_model: Model, live_server: Callable[..., LiveServer], server: str
+) -> None:
+    """Events are published all the time. Each has its time as its data."""
+    add_users(sqlite_model)
+    create_tables(sqlite_model.outside)
+    url = sqlite_model.url.render_as_string()
+    port = live_server(server, "permission_app", f"url={url}").port
+    paths = ["/feed", "/chosen"]
+    received: dict[str, list[float]] = {path: [] for path in paths}
+
+    with (
+        httpx.Client(
+            base_url=f"http://127.0.0.1:{port}", headers={"Cookie": cookie_of("ada")}
+        ) as client,
+        ThreadPoolExecutor(2) as threads,
+    ):
+
+        def read(path: str) -> None:
+            with client.stream("GET", path) as response:
+                for line in response.iter_lines():
+                    if line.startswith("data: "):
+                        received[path].append(float(line[6:]))
+
+        feeds = [threads.submit(read, path) for path in paths]
+        while not all(received.values()):
+            client.get("/publish")
+        sqlite_model.execute(REVOKE)
+        revoked = time.monotonic()
+        while not all(feed.done() for feed in feeds):
+            client.get("/publish")
+        ended = time.monotonic()
+        assert [feed.result() for feed in feeds] == [None, None]
+        assert max(max(times) for times in received.values()) < revoked + 0.3
+        assert ended < revoked + 2
+        assert [client.get(path).status_code for path in paths] == [403, 403]

@@ -7,13 +7,18 @@ heartbeat is sent. Nothing of the stream is bound to the thread then.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from .options import clock
-from .report import as_error, log
+from .report import Reason, as_error, log
 
-if TYPE_CHECKING:
-    from .body import Body
+
+class Checked(Protocol):
+    """The body of a stream, as a check uses it."""
+
+    started: float
+
+    def close(self, reason: Reason) -> None: ...
 
 
 class Recheck:
@@ -36,17 +41,17 @@ class Recheck:
         self._seconds = seconds
         self._is_permitted = is_permitted
 
-    def iterate(self, chunks: Iterator[bytes], body: Body) -> Iterator[bytes]:
+    def iterate(self, chunks: Iterator[bytes], body: Checked) -> Iterator[bytes]:
         """Yield the chunks, until the permission is withdrawn.
 
         :param chunks: the chunks of ``body``, maybe with heartbeats between them.
         """
         due, sent = body.started + self._seconds, False
         for chunk in chunks:
-            if clock() >= due:
+            if (now := clock()) >= due:
                 if not self._may_continue():
                     break
-                due = clock() + self._seconds
+                due = now + self._seconds
             yield chunk
             sent = True
         else:

@@ -40,6 +40,10 @@ if TYPE_CHECKING:
     from ..core.files import FileParts
 
 
+LOCALS_KEY = "tg.locals"
+"""The key of TG's context in the environ, where ``tg.caching`` looks for it."""
+
+
 class LateChanges(Protocol):
     """Changes of a response and its session that the client cannot see."""
 
@@ -92,7 +96,7 @@ class Outcome:
     def first_chunk(self, body: Body) -> None:
         self.started = True
         if body.reason is None:  # TG removed it when the response left
-            body.context.environ["tg.locals"] = body.context.tg_locals
+            body.context.environ[LOCALS_KEY] = body.context.tg_locals
 
     def pull_failed(self, error: BaseException) -> None:
         self.error = error
@@ -104,7 +108,7 @@ class Outcome:
         if body.reason == "failed":
             self.error = error
         else:
-            body.context.environ.pop("tg.locals", None)
+            body.context.environ.pop(LOCALS_KEY, None)
         late_changes, self._late_changes = self._late_changes, None
         if late_changes is not None:
             with suppress(BaseException):  # a warning changes nothing

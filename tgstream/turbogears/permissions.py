@@ -27,6 +27,7 @@ from webob.exc import HTTPException
 
 from ..core.context import Context
 from ..core.errors import StreamError
+from .guard import LOCALS_KEY
 
 if TYPE_CHECKING:
     from ..core.context import StreamTransaction
@@ -125,20 +126,24 @@ def _copy_locals(tg_locals: Any) -> Any:
     copied.response = Response()
     copied.tmpl_context = type(tg_locals.tmpl_context)()
     copied.tmpl_context.__dict__.update(tg_locals.tmpl_context.__dict__)
-    session = tg_locals.session
-    if session is not None:  # Beaker reads it again when a predicate uses it
-        copied.session = type(session)(request.environ, **session.__dict__["_params"])
-        request.environ["beaker.session"] = copied.session
-    request.environ["tg.locals"] = copied
+    copied.session = _copy_session(tg_locals.session, request.environ)
+    request.environ["beaker.session"] = copied.session
+    request.environ[LOCALS_KEY] = copied
     return copied
+
+
+def _copy_session(session: Any, environ: dict[str, Any]) -> Any:
+    """Beaker's session of the request, which it loads again on its first use."""
+    options = getattr(session, "__dict__", {}).get("_params")
+    return session if options is None else type(session)(environ, **options)
 
 
 def _copy_request(request: Any) -> Any:
     environ = request.environ.copy()
     environ["webob.adhoc_attrs"] = {**environ.get("webob.adhoc_attrs", {})}
     copied = type(request)(environ)
-    kept = request.__dict__.keys() - {"environ", "state"}  # the state has the environ
-    copied.__dict__.update({name: request.__dict__[name] for name in kept})
+    copied.__dict__.update(request.__dict__, environ=environ)
+    copied.__dict__.pop("state", None)  # it has the environ
     return copied
 
 
