@@ -1,15 +1,16 @@
 """A controller that the tests add to the application of the tutorial."""
 
 import logging
+import time
 from collections.abc import Iterator
 
 import tg
 from myapp.lib.base import BaseController
 from myapp.model import DBSession, User
 from tg import abort, expose, flash, request, require
-from tg.predicates import not_anonymous
+from tg.predicates import has_permission, not_anonymous
 
-from tgstream import CSV, stream
+from tgstream import CSV, SSE, stream
 
 
 class ProbeController(BaseController):
@@ -22,6 +23,15 @@ class ProbeController(BaseController):
             user = request.identity["user"]
             groups = [group.group_name for group in user.groups]
             yield f"{number} {user.user_name} {groups}\n"
+
+    @expose()
+    @require(has_permission("manage"))
+    @stream(SSE, recheck_seconds=0.1)
+    def ticks(self) -> Iterator[str]:
+        """Events without end, for those who may manage."""
+        while True:
+            yield request.identity["user"].user_name
+            time.sleep(0.02)
 
     @expose(content_type="text/plain")
     @stream

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import sqlite3
 import time
 from collections.abc import Iterator
 
@@ -74,6 +75,27 @@ def test_export_needs_the_permission(stack: Stack, client: httpx.Client) -> None
     export = client.get("/export/users")
     assert export.headers["Content-Disposition"] == 'attachment; filename="users.csv"'
     assert export.text.startswith(HEADER + "1,manager,manager@somedomain.com\r\n")
+
+
+def test_stream_of_a_user_without_permission_ends(
+    stack: Stack, client: httpx.Client
+) -> None:
+    """The groups of the user are read again. The client that reconnects gets 403."""
+    stack.log_in(*MANAGER)
+    with client.stream("GET", "/probe/ticks") as ticks:
+        lines = ticks.iter_lines()
+        assert [next(lines), next(lines)] == ["data: manager", ""]
+        database = sqlite3.connect(stack.folder / "devdata.db")
+        members = database.execute("SELECT * FROM tg_user_group").fetchall()
+        with database:
+            database.execute("DELETE FROM tg_user_group")
+        for line in lines:
+            assert line in ("data: manager", "")
+    assert client.get("/probe/ticks").status_code == 403
+    with database:
+        database.executemany("INSERT INTO tg_user_group VALUES (?, ?)", members)
+    database.close()
+    assert "refused" in logged(stack, "DEBUG [tgstream]", "/probe/ticks")
 
 
 def test_event_of_another_request_arrives(stack: Stack, client: httpx.Client) -> None:
