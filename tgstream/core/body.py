@@ -151,7 +151,7 @@ class Body:
     expires = float("inf")
     """The time by the clock at which ``max_seconds`` are over."""
     recheck: Recheck | None = None
-    """Checks its permission again while it runs, if an option says so."""
+    """Checks its permission again while it runs. None without ``recheck_seconds``."""
     callbacks: list[Callable[[], object]] | None = None
     """Called at the end, the last one first. None if :meth:`on_end` was not called."""
     _state = NEW

@@ -90,6 +90,5 @@ class Recheck:
             self._controller,
             error,
             self._seconds,
-            exc_info=error,
         )
         return True
