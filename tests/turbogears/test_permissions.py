@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -449,6 +450,22 @@ def test_first_chunk_that_takes_long_is_checked(
     assert_clean(sqlite_model)
 
 
+def test_compressed_stream_that_is_refused_ends_normally(
+    make_app: MakeApp, sqlite_model: Model, reports: list[Report]
+) -> None:
+    """Its client can decompress all of it."""
+    add_users(sqlite_model)
+    root = make_root(IN_STAFF, compress=True)
+    app = make_app(root, sqlite_model, **auth_options(sqlite_model))
+    cookie = cookie_of("ada")
+    call = Call(app, "/events", HTTP_COOKIE=cookie, HTTP_ACCEPT_ENCODING="gzip")
+    body = next(call)
+    sqlite_model.execute(REVOKE)
+    assert gzip.decompress(body + call.read()) == b"data: a\n\n"
+    assert [report.reason for report in reports] == ["refused"]
+    assert_clean(sqlite_model)
+
+
 @pytest.mark.parametrize("end", [Call.close, Call.drop])
 def test_checked_stream_ends_with_its_client(
     make_app: MakeApp,
@@ -800,7 +817,9 @@ def test_server_sends_no_event_after_the_interval(
 
     with (
         httpx.Client(
-            base_url=f"http://127.0.0.1:{port}", headers={"Cookie": cookie_of("ada")}
+            base_url=f"http://127.0.0.1:{port}",
+            headers={"Cookie": cookie_of("ada")},
+            timeout=30,
         ) as client,
         ThreadPoolExecutor(2) as threads,
     ):

@@ -89,9 +89,11 @@ class Stream:
         ends, with the reason ``'replaced'``. None for ``'refuse'``.
     :param busy: ``'retry'`` answers with an event stream without an event instead of
         the 503, so that a browser's ``EventSource`` tries again. None for the 503.
-    :param recheck_seconds: seconds after which the ``@require`` of the controller, and
-        the ``allow_only`` above it, are evaluated again. If they refuse, the stream
-        ends with the reason ``'refused'``. None for no other evaluation.
+    :param recheck_seconds: minimum seconds between two evaluations of the ``@require``
+        of the controller, and of the ``allow_only`` above it, while the stream runs:
+        before a chunk or a heartbeat is sent. If they refuse, the stream ends with the
+        reason ``'refused'``. A controller that has neither is an error. None for no
+        other evaluation than that of the request.
     :param spool: whether to make the whole body in the request, in a temporary file,
         and then send the file. An error at any item is an ordinary error page, clients
         can resume the download, and a slow client holds no database connection. The

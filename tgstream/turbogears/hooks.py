@@ -129,7 +129,8 @@ class _Start:
             return
         body = self._open(stream)
         body.file = self._file
-        body.recheck = self._recheck
+        if self._recheck is not None:
+            body.recheck = self._recheck
         try:
             body.start(self._is_vetoed)
         except BaseException:

@@ -85,8 +85,8 @@ class Permission:
                 context.unbind(record)
 
     def _evaluate(self, tg_locals: Any) -> bool:
-        _identify(tg_locals)
         try:
+            _identify(tg_locals)
             for controller in self._controllers:
                 controller._check_security()
             for requirement in self._requirements:
