@@ -126,12 +126,14 @@ PREDICATES: dict[str, tuple[Callable[[Model], Any], int]] = {
 
 @pytest.mark.parametrize("name", PREDICATES)
 def test_stream_ends_when_its_predicate_is_not_met_any_more(
-    make_app: MakeApp, users: Model, reports: list[Report], name: str
+    make_app: MakeApp, sqlite_model: Model, reports: list[Report], name: str
 ) -> None:
     """The event stream ends normally, and the client that reconnects is refused."""
     make, code = PREDICATES[name]
-    app = make_app(make_root(make(users)), users, **auth_options(users))
-    assert_refused(app, users, code)
+    add_users(sqlite_model)
+    root = make_root(make(sqlite_model))
+    app = make_app(root, sqlite_model, **auth_options(sqlite_model))
+    assert_refused(app, sqlite_model, code)
     assert [(report.reason, report.error) for report in reports] == [("refused", None)]
 
 
@@ -381,7 +383,7 @@ def test_check_leaves_no_open_connection(make_app: MakeApp, users: Model) -> Non
 def test_waiting_stream_ends_at_a_heartbeat(
     make_app: MakeApp, sqlite_model: Model, next_report: Callable[[], Report]
 ) -> None:
-    """Its response ends at once, while the generator still waits for its event."""
+    """Its response ends while the generator still waits for its event."""
     add_users(sqlite_model)
     go = threading.Event()
 
@@ -708,11 +710,13 @@ def test_identity_of_another_middleware_is_read_again(
     assert_clean(sqlite_model)
 
 
-def test_anonymous_user_may_be_required(make_app: MakeApp, users: Model) -> None:
+def test_anonymous_user_may_be_required(make_app: MakeApp, sqlite_model: Model) -> None:
     """A request without an identity is checked, too."""
-    app = make_app(make_root(predicates.is_anonymous()), users, **auth_options(users))
+    app = make_app(
+        make_root(predicates.is_anonymous()), sqlite_model, **auth_options(sqlite_model)
+    )
     assert get(app, "/events").text.count("data: ") == 6
-    assert_clean(users)
+    assert_clean(sqlite_model)
 
 
 def test_session_that_was_deleted_is_refused(
