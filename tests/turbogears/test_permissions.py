@@ -324,6 +324,7 @@ class Meddling(predicates.Predicate):
         session.expire_all()
         environ["meddled"] = tg.request.meddled = tg.tmpl_context.meddled = True
         tg.request.identity["user"] = None
+        tg.request.state["meddled"] = True
         tg.response.status = 500
         tg.response.headers["X-Meddled"] = "yes"
 
@@ -342,6 +343,7 @@ def test_check_changes_nothing_of_the_stream(
         yield "a"
         for item in "bc":
             request, identity = tg.request._current_obj(), tg.request.identity
+            assert "meddled" not in request.state
             environ, found = {**request.environ}, {**identity}
             yield item
             assert users.DBSession() is session
@@ -465,6 +467,24 @@ def test_compressed_stream_that_is_refused_ends_normally(
     sqlite_model.execute(REVOKE)
     assert gzip.decompress(body + call.read()) == b"data: a\n\n"
     assert [report.reason for report in reports] == ["refused"]
+    assert_clean(sqlite_model)
+
+
+def test_response_that_is_complete_with_its_first_chunk_is_sent(
+    make_app: MakeApp, sqlite_model: Model, reports: list[Report]
+) -> None:
+    """It is an ordinary response, whose length is declared."""
+    add_users(sqlite_model)
+
+    def items() -> Iterator[str]:
+        sqlite_model.execute(REVOKE)
+        yield "all"
+
+    root = make_root(IN_STAFF, items=items, format=NDJSON)
+    call = open_events(make_app(root, sqlite_model, **auth_options(sqlite_model)))
+    assert call.headers["Content-Length"] == "6"
+    assert call.read() == b'"all"\n'
+    assert [report.reason for report in reports] == ["completed"]
     assert_clean(sqlite_model)
 
 
@@ -657,14 +677,25 @@ def test_database_that_fails_once_does_not_end_the_stream(
 # Identification.
 
 
+class HasRemoteUser(predicates.Predicate):
+    """A predicate that reads what repoze.who sets for other middlewares."""
+
+    message = "Log in"
+
+    def evaluate(self, environ: Any, credentials: Any) -> None:
+        if "REMOTE_USER" not in environ:
+            self.unmet()
+
+
+@pytest.mark.parametrize("predicate", [predicates.not_anonymous(), HasRemoteUser()])
 def test_login_that_has_timed_out_is_refused(
-    make_app: MakeApp, sqlite_model: Model, reports: list[Report]
+    make_app: MakeApp, sqlite_model: Model, reports: list[Report], predicate: Any
 ) -> None:
     """The cookie of the request is read again."""
     add_users(sqlite_model)
     timeouts = {"sa_auth__authtkt__timeout": 60, "sa_auth__authtkt__reissue_time": 30}
     options = auth_options(sqlite_model, **timeouts)
-    app = make_app(make_root(predicates.not_anonymous()), sqlite_model, **options)
+    app = make_app(make_root(predicate), sqlite_model, **options)
     call = open_events(app)
     next(call)
     call.environ["repoze.who.plugins"]["cookie"].timeout = -1
@@ -699,11 +730,19 @@ def test_identity_of_another_middleware_is_read_again(
 ) -> None:
     """Its groups are. The middleware itself is not called again."""
     add_users(sqlite_model)
+    users = []
+
+    def items() -> Iterator[str]:
+        for item in "abc":
+            users.append(tg.request.identity["user"])
+            yield item
+
     options = auth_options(sqlite_model, sa_auth__enabled=False)
-    app = make_app(make_root(IN_STAFF), sqlite_model, **options)
+    app = make_app(make_root(IN_STAFF, items=items), sqlite_model, **options)
     environ: dict[str, Any] = {"repoze.who.identity": {"repoze.who.userid": "ada"}}
     call = Call(app, "/events", **environ)
-    assert next(call) == b"data: a\n\n"
+    assert [next(call), next(call)] == [b"data: a\n\n", b"data: b\n\n"]
+    assert users[0] is users[1]  # the object of the stream
     sqlite_model.execute(REVOKE)
     assert call.read() == b""
     assert [report.reason for report in reports] == ["refused"]
