@@ -129,8 +129,6 @@ class _Start:
             return
         body = self._open(stream)
         body.file = self._file
-        if self._recheck is not None:
-            body.recheck = self._recheck
         try:
             body.start(self._is_vetoed)
         except BaseException:
@@ -186,6 +184,8 @@ class _Start:
             database,
             None if self._plan.spool is None else self._respond_with_spool,
         )
+        if self._recheck is not None:
+            body.recheck = self._recheck
         end_with_request(tg_locals.request.environ, body)
         if database is not None:
             try:
