@@ -504,8 +504,24 @@ class Body:
             if self.observer is not None:
                 self.observer.pull_failed(error)
             raise error
-        if not self.chunks:
-            yield b""  # as above
+        last = self.encode_end()
+        if last or not self.chunks:
+            yield last or b""  # as above
+
+    def encode_end(self) -> bytes | None:
+        """The last chunk of a stream that must end early, None if it goes on.
+
+        It is empty unless a format has one for a stream that is replaced: after any
+        other end its client reconnects.
+        """
+        if self.closing != "replaced" or not self._ends_anywhere(self.closing):
+            return None if self.closing is None else b""
+        try:
+            return self.encoding.encode_replaced()
+        except BaseException:
+            controller, format = self.plan.controller, self.plan.format
+            reports.log_encode_error(controller, format, "encode_replaced")
+            return b""
 
     def _ends_anywhere(self, reason: Reason | None) -> bool:
         """Whether a client takes the body as complete if it ends for this reason."""
@@ -812,7 +828,7 @@ class Body:
         try:
             chunk = self.encoding.encode_failure(incident)
         except BaseException:
-            reports.log_encode_failure(controller, type(self.plan.format).__name__)
+            reports.log_encode_error(controller, self.plan.format, "encode_failure")
             return b""
         if chunk:
             self.incident = incident

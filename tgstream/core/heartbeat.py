@@ -118,15 +118,15 @@ def add_heartbeats(
     worker: Worker | None,
     seconds: float,
     close: Callable[[], None],
-    is_ending: Callable[[], bool],
+    encode_end: Callable[[], bytes | None],
 ) -> Iterator[bytes]:
     """Yield the chunks, and a comment whenever none has come for ``seconds``.
 
     :param chunks: an iterator whose first chunk is made already.
     :param worker: runs the iterator. Without it the chunks come without a heartbeat.
     :param close: ends the stream. Called when this generator is closed or dropped.
-    :param is_ending: whether the stream must end. It is called before a comment, and
-        True ends the response.
+    :param encode_end: returns the last chunk of a stream that must end, else None. It
+        is called before a comment, and its chunk ends the response.
     """
     first = next(chunks, None)
     if first is None:
@@ -141,7 +141,9 @@ def add_heartbeats(
         while True:
             pull.request(worker)
             if not pull.wait(seconds):
-                if is_ending():
+                if (last := encode_end()) is not None:
+                    if last:
+                        yield last
                     return  # the generator ends at its next yield
                 yield HEARTBEAT
             elif (chunk := pull.result()) is None:

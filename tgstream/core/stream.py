@@ -145,15 +145,18 @@ class Stream:
             self._claim(request.environ)
             self._claimant = request
         if slot is not None:
-            if self._options.limit is None:
-                self._slot = slot
-            else:
+            own = self._options
+            if own.limit or own.limit_by or own.limit_action:
                 slot.release()
+            else:
+                self._slot = slot
         if isinstance(self._source, StoredFile):  # its bytes need no format
             options = Options(
                 filename=options.filename,
                 max_seconds=options.max_seconds,
                 limit=options.limit,
+                limit_by=options.limit_by,
+                limit_action=options.limit_action,
             )
         self._options = self._options.or_else(options)
         self._controller = controller
@@ -259,8 +262,8 @@ class Stream:
         if not seconds:
             return body.iterate(self)
         # If the iterator is dropped, it closes the stream in a finaliser.
-        close, ending = body.close_as_wrapper, lambda: body.closing is not None
-        return add_heartbeats(body.iterate(self), body.worker, seconds, close, ending)
+        close, end = body.close_as_wrapper, body.encode_end
+        return add_heartbeats(body.iterate(self), body.worker, seconds, close, end)
 
     def encode_member(self) -> Iterator[builtins.bytes]:
         """Encode the items as a part of the running stream, like a member of a ZIP.
@@ -345,7 +348,9 @@ class Stream:
             transaction=transaction,
             stream=self,
         )
-        body.slot, self._slot = self._slot, None
+        if self._slot is not None:
+            self._slot.start(body)
+            body.slot, self._slot = self._slot, None
         self._source = None
         if self._callbacks is not None:
             body.callbacks, self._callbacks = self._callbacks, None
@@ -364,6 +369,7 @@ class Stream:
         """Release the slot at once: a traceback may keep the stream."""
         if self._slot is not None:
             self._slot.release()
+            self._slot = None
 
 
 def current_stream() -> Stream:
