@@ -12,7 +12,7 @@ from tg import TGController, expose
 
 import tgstream
 from tests.application import make_wsgi_app
-from tgstream import SSE, Channel, Event, Report, stream
+from tgstream import SSE, Channel, Event, stream
 
 ended: list[list[str]] = []
 """The path and the reason of each stream that has ended."""

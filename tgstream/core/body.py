@@ -62,6 +62,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from contextlib import suppress
 from enum import Enum
+from functools import partial
 from secrets import token_hex
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
@@ -263,13 +264,18 @@ class Body:
         """
         self._state = STARTING
         monitor.register(self, self.started)
-        if self.callbacks is not None and not self._watched:
-            self._watch()  # one of them may end a wait for the first item
         make_first: Callable[[], bytes | None] | None = self._make_first
-        if self.plan.traits.heartbeat:
-            make_first = self._start_worker()
-            if make_first is None:
-                return  # the response has begun
+        try:
+            if self.callbacks is not None and not self._watched:
+                self._watch()  # one of them may end a wait for the first item
+            if self.plan.traits.heartbeat:
+                make_first = self._start_worker()
+        except BaseException as error:  # gevent has killed the request, for example
+            if self.worker is not None:
+                raise  # the worker ends the stream
+            make_first = partial(_raise_again, error)
+        if make_first is None:
+            return  # the response has begun
         record = self.context.bind(self)
         try:
             self._keep_first(self.context.run(make_first))
@@ -856,8 +862,8 @@ class Body:
         finally:
             self._state = ENDED
             monitor.forget(self)
-        if self.slot is not None:
-            self.slot.release()
+            if self.slot is not None:
+                self.slot.release()
         if self.worker is not None:
             self.worker.stop()
         if self.observer is not None:
@@ -920,6 +926,10 @@ class Body:
         source, self._source = self._source, None
         if source is not self.encoding.iterator:
             close(source)
+
+
+def _raise_again(error: BaseException) -> NoReturn:
+    raise error
 
 
 class _Member:

@@ -34,9 +34,13 @@ class Worker:
 
     def __init__(self) -> None:
         self._jobs: SimpleQueue[Callable[[], object] | None] = SimpleQueue()
-        threading.Thread(
-            target=self._run, name="tgstream-heartbeat", daemon=True
-        ).start()
+        try:
+            threading.Thread(
+                target=self._run, name="tgstream-heartbeat", daemon=True
+            ).start()
+        except BaseException:  # gevent may have killed the caller after the start
+            self.stop()
+            raise
 
     def _run(self) -> None:
         while (job := self._jobs.get()) is not None:

@@ -39,25 +39,6 @@ class _Group(dict[int, _Entry]):
     The entry of a stream that has not started is None: its controller runs.
     """
 
-    def end_departed(self) -> None:
-        """End the streams whose client has left. Their slots are free at once."""
-        for number, entry in self.copy().items():
-            if entry is not None:
-                body = entry()
-                if body is None or _has_left(body):
-                    self.pop(number, None)
-                    if body is not None:
-                        end_soon(body, "disconnected")
-
-    def end_oldest(self) -> None:
-        """End the oldest stream. Its slot is free at once."""
-        for number, entry in self.copy().items():
-            if self.pop(number, self) is not self:  # it has not ended meanwhile
-                body = None if entry is None else entry()
-                if body is not None:
-                    end_soon(body, "replaced")
-                return
-
 
 def _has_left(body: Monitored) -> bool:
     """Whether a stream needs no slot: its client has left, or it is to end anyway.
@@ -89,30 +70,55 @@ class Slot:
 
         :raises HTTPException: the refusal, when the group is full.
         """
-        group = self._group
-        assert group is not None
-        if not self._enter(group, None):
-            group.end_departed()
-            if not self._enter(group, None):
-                raise make_refusal("Too many open streams.", self._as_events)
+        if not (self._enter(None) or (self._end_departed() and self._enter(None))):
+            self.release()  # the traceback keeps this object for a while
+            raise make_refusal("Too many open streams.", self._as_events)
 
     def start(self, body: Monitored) -> None:
         """Begin to count ``body``. If the group is full, it replaces the oldest one."""
-        group, entry = self._group, weakref.ref(body)
-        assert group is not None
-        if id(self) in group:  # acquire() was called
-            group[id(self)] = entry
-        elif not self._enter(group, entry):
-            group.end_departed()
-            while not self._enter(group, entry):
-                group.end_oldest()
+        entry = weakref.ref(body)
+        while not self._enter(entry):
+            if not self._end_departed():
+                self._end_oldest()
 
-    def _enter(self, group: _Group, entry: _Entry) -> bool:
+    def _enter(self, entry: _Entry) -> bool:
+        """Take a place in the group, or keep it. False if the group is full."""
+        number, group = id(self), self._group
+        assert group is not None
         with _lock:
-            if len(group) >= self._limit:
+            if number not in group and len(group) >= self._limit:
                 return False
-            group[id(self)] = entry
+            group[number] = entry
             return True
+
+    def _end_departed(self) -> bool:
+        """End the streams whose client has left. Their slots are free at once.
+
+        :returns: whether there were any.
+        """
+        ended, group = False, self._group
+        assert group is not None
+        for number, entry in group.copy().items():
+            if entry is None:
+                continue
+            body = entry()
+            if body is None or _has_left(body):
+                ended = True
+                group.pop(number, None)
+                if body is not None:
+                    end_soon(body, "disconnected")
+        return ended
+
+    def _end_oldest(self) -> None:
+        """End the oldest stream of the group. Its slot is free at once."""
+        group = self._group
+        assert group is not None
+        for number, entry in group.copy().items():
+            if group.pop(number, self) is not self:  # it has not ended meanwhile
+                body = None if entry is None else entry()
+                if body is not None:
+                    end_soon(body, "replaced")
+                return
 
     def release_unstarted(self) -> None:
         """Make room for another stream, unless :meth:`start` was called."""

@@ -24,7 +24,7 @@ from ..core.source import check_streamable, resolve_proxy
 from ..core.stream import Stream
 from ..formats.protocols import Format
 from .negotiation import check_formats, choose_format
-from .response import end_previous
+from .response import end_previous, release_with_request
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -138,6 +138,7 @@ def _streaming_caller(
             options = options._replace(format=format)
         if options.limit is not None:
             slot = reserve(function, name, options, tg_locals.request)
+            release_with_request(tg_locals.request.environ, slot)
         try:
             output = caller(*args)
             if type(output) is GeneratorType:  # the usual output
