@@ -206,7 +206,7 @@ def test_last_event_of_a_replaced_stream_is_compressed(make_app: MakeApp) -> Non
 
 
 class Lines:
-    """A format of one's own, whose body may end anywhere."""
+    """A custom format, whose body may end anywhere."""
 
     content_type = "text/plain"
     endless = True
@@ -306,21 +306,22 @@ def test_refused_event_stream_has_no_event(make_app: MakeApp, decorated: bool) -
     accepted.close()
 
 
-# Clients that have left.
+# Clients that have disconnected.
 
 
 @pytest.mark.parametrize("action", ["refuse", "replace"])
-def test_client_that_has_left_has_no_slot(
+def test_client_that_has_disconnected_has_no_slot(
     make_app: MakeApp, next_report: NextReport, action: str
 ) -> None:
-    """The server is asked when the limit is reached, before a stream is refused.
+    """The server is checked when the limit is reached, before a stream is refused.
 
-    It is not the oldest stream. Nobody who is connected is replaced.
+    Its stream is not the oldest one. A client that is connected keeps its stream.
     """
     left = threading.Event()
+    environ: dict[str, Any] = {"waitress.client_disconnected": left.is_set}
     app = make_app(Page(count_up, format=SSE, limit=2, limit_action=action))
     stays = Call(app)
-    leaves = Call(app, **{"waitress.client_disconnected": left.is_set})
+    leaves = Call(app, **environ)
     if action == "refuse":
         assert get(app).status_int == 503
     left.set()
@@ -334,14 +335,15 @@ def test_client_that_has_left_has_no_slot(
 
 
 @pytest.mark.parametrize("format", [SSE, None])
-def test_half_closed_client_of_events_has_left(
+def test_half_closed_client_of_events_has_disconnected(
     make_app: MakeApp, next_report: NextReport, format: Any
 ) -> None:
     """A client of a download may have ended only its own sending, and reads on."""
     app = make_app(Page(count_up, format=format, limit=1))
     client, server = connected()
     with client, server:
-        old = Call(app, **{"gunicorn.socket": server})
+        environ: dict[str, Any] = {"gunicorn.socket": server}
+        old = Call(app, **environ)
         assert get(app).status_int == 503
         client.shutdown(socket.SHUT_WR)
         assert server.recv(1) == b""
@@ -357,7 +359,7 @@ def test_half_closed_client_of_events_has_left(
 def test_stream_that_is_ending_has_no_slot(
     make_app: MakeApp, next_report: NextReport
 ) -> None:
-    """Its generator still runs, and the client has its end already, or has left."""
+    """Its generator still runs, and its client has disconnected."""
     go, waits = threading.Event(), threading.Event()
 
     def stuck() -> Iterator[str]:
@@ -374,7 +376,7 @@ def test_stream_that_is_ending_has_no_slot(
         rest = thread.submit(next, old)
         assert waits.wait(10)
         assert get(app).status_int == 503
-        old.close()  # its client has left, but the generator computes
+        old.close()  # its client has disconnected, but the generator runs
         assert get(app).text == "one"
         go.set()
         assert rest.result() == b"two"

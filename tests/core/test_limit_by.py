@@ -153,7 +153,7 @@ def count_groups(root: TGController, path: str) -> int:
 def test_key_is_forgotten_with_its_last_stream(
     make_app: MakeApp, path: str, action: str
 ) -> None:
-    """The memory does not grow with the number of users that have left."""
+    """The memory does not grow with the number of users that disconnect."""
     root = make_root(limit=2, limit_by=name_of, limit_action=action)
     app = make_app(root)
     for number in range(50):

@@ -1,4 +1,4 @@
-"""``limit=`` on real servers, with clients that leave, reload, and reconnect."""
+"""``limit=`` on real servers, with clients that disconnect, reload, and reconnect."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def get_json(server: LiveServer, path: str) -> Any:
 
 
 def test_reload_is_accepted_at_once(server: LiveServer, user: str) -> None:
-    """The server is asked whether the client of the old stream has left.
+    """The server is checked whether the client of the old stream is connected.
 
     A client that is connected keeps its slot.
     """

@@ -40,7 +40,7 @@ def slots(root: TGController) -> list[int]:
 
 
 def items(mode: str) -> Iterator[str]:
-    """Items that end, or fail, as ``mode`` says."""
+    """Items that end, or fail, by ``mode``."""
     if mode == "abort first":
         abort(404)
     if mode == "redirect first":
@@ -71,7 +71,7 @@ class FailingToClose:
 
 
 def call_in_mode(mode: str, source: Callable[[str], Any]) -> Any:
-    """The output of a controller, which fails or returns as ``mode`` says."""
+    """The output of a controller, which fails or returns by ``mode``."""
     if mode == "abort":
         abort(404)
     if mode == "redirect":
@@ -172,7 +172,7 @@ def test_slot_is_released_after_each_request(
     debug: bool,
     spool: bool | None,
 ) -> None:
-    """Whatever the controller and its generator do, for each method.
+    """The controller and its generator may do anything, with each method.
 
     TG's debugger keeps the traceback of each error, and with it the stream.
     """

@@ -4,17 +4,17 @@ The open streams of a controller are counted in groups, one for each key: a user
 address, or the controller itself. A slot is the right to one stream of a group. It is
 released once, however the stream ends.
 
-- *A group holds no stream, and no slot.* Its entries are weak references, so that a
-  stream that is dropped ends as usual, and a slot that is dropped is released.
-- *The slots hold their group.* The group of a user who has left disappears with its
-  last slot, and its key with it. Nothing has to be tidied up.
-- *A slot can move.* A stream that is replaced, or whose client has left, loses its
-  entry at once, and ends as soon as it can. To release its slot again does nothing.
+- *A group keeps no stream and no slot.* Its entries are weak references. A stream that
+  is dropped ends as usual, and a slot that is dropped is released.
+- *The slots keep their group.* When the last slot of a user is released, the group is
+  freed, and its key with it. Nothing has to be tidied up.
+- *A slot can move.* A stream that is replaced, or whose client has disconnected, loses
+  its entry at once, and ends as soon as it can. To release its slot again does nothing.
 - *To release takes no lock.* Python's garbage collector may release a slot on any
   thread, between any two byte codes. It removes one item of a ``dict``, which is
-  atomic. Only to find a group, and to enter it, is done under a lock, which is held for
-  a few operations of a ``dict``. No code of a user runs meanwhile, except the
-  ``__hash__`` and ``__eq__`` of a key.
+  atomic. Only to find a group and to enter it takes a lock, for a few operations of a
+  ``dict``. No code of a user runs meanwhile, except ``__hash__`` and ``__eq__`` of a
+  key.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import os
 import threading
 import weakref
 from collections.abc import Hashable
+from itertools import count
 from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
@@ -30,22 +31,24 @@ from .monitor import Monitored, end_soon, has_disconnected
 from .options import Options
 from .refusals import make_refusal
 
+_numbers = count()  # never reused, as an id() is
+
 _Entry: TypeAlias = "weakref.ref[Monitored] | None"
 
 
 class _Group(dict[int, _Entry]):
-    """The open streams of one key by the id of their slot, the oldest first.
+    """The open streams of one key by the number of their slot, the oldest first.
 
     The entry of a stream that has not started is None: its controller runs.
     """
 
 
-def _has_left(body: Monitored) -> bool:
-    """Whether a stream needs no slot: its client has left, or it is to end anyway.
+def _needs_no_slot(body: Monitored) -> bool:
+    """Whether a stream is to end anyway, or its client has disconnected.
 
-    A browser that closes an event stream only ends its own sending, as far as a server
-    can see. No client of an event stream does that and reads on. A client of a download
-    may do it.
+    To the server, a browser that closes an event stream looks like a client that has
+    only ended its own sending. No client of events does that and reads on. A client of
+    a download may do it, and gets the whole body.
     """
     return body.closing is not None or has_disconnected(
         body.context.environ, half_closed=body.plan.traits.endless
@@ -61,6 +64,7 @@ class Slot:
 
     def __init__(self, group: _Group, options: Options) -> None:
         assert options.limit is not None
+        self._number = next(_numbers)
         self._group: _Group | None = group
         self._limit = options.limit
         self._as_events = options.busy is not None
@@ -83,7 +87,7 @@ class Slot:
 
     def _enter(self, entry: _Entry) -> bool:
         """Take a place in the group, or keep it. False if the group is full."""
-        number, group = id(self), self._group
+        number, group = self._number, self._group
         assert group is not None
         with _lock:
             if number not in group and len(group) >= self._limit:
@@ -92,7 +96,7 @@ class Slot:
             return True
 
     def _end_departed(self) -> bool:
-        """End the streams whose client has left. Their slots are free at once.
+        """End the streams whose client has disconnected. Their slots are free at once.
 
         :returns: whether there were any.
         """
@@ -102,7 +106,7 @@ class Slot:
             if entry is None:
                 continue
             body = entry()
-            if body is None or _has_left(body):
+            if body is None or _needs_no_slot(body):
                 ended = True
                 group.pop(number, None)
                 if body is not None:
@@ -123,14 +127,14 @@ class Slot:
     def release_unstarted(self) -> None:
         """Make room for another stream, unless :meth:`start` was called."""
         group = self._group
-        if group is not None and group.get(id(self)) is None:
+        if group is not None and group.get(self._number) is None:
             self.release()
 
     def release(self) -> None:
         """Make room for another stream. A second call does nothing."""
         group, self._group = self._group, None
         if group is not None:
-            group.pop(id(self), None)
+            group.pop(self._number, None)
 
     __del__ = release
 

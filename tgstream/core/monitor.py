@@ -388,7 +388,7 @@ def has_disconnected(environ: Mapping[str, Any], half_closed: bool = False) -> b
     read.
 
     :param half_closed: whether a client that has ended its own sending counts as
-        disconnected. A client that has closed the connection cannot be told from it.
+        disconnected. A client that has closed its connection looks the same.
     :returns: False if it is not known.
     """
     disconnected: Callable[[], bool] | None = environ.get(

@@ -80,15 +80,20 @@ class Stream:
         is aborted. With such a format it is up to a tenth less, so that clients do not
         reconnect all at once.
     :param limit: the maximum number of open streams of the controller in this process.
-        None for no maximum. The next request gets 503 and ``Retry-After``, before
+        None for no maximum. Streams whose client has disconnected do not count, if the
+        server can report it. The next request gets 503 and ``Retry-After``, before
         anything runs (with ``Stream``, when the controller has returned).
-    :param limit_by: a function of the request, or ``'user'`` or ``'remote_addr'``. The
-        limit is then one for each result of the function, which must be hashable. None
-        for one limit of the controller.
-    :param limit_action: ``'refuse'`` for the 503, or ``'replace'``: the oldest stream
-        ends, with the reason ``'replaced'``. None for ``'refuse'``.
+    :param limit_by: a function of the request, or ``'user'`` for the user id of
+        repoze.who (without a user, the address), or ``'remote_addr'``. There is then
+        one limit for each result of the function, which must be hashable. None for one
+        limit of the controller.
+    :param limit_action: ``'refuse'`` for the 503, or ``'replace'``: the new stream
+        starts at once. The oldest one of the limit ends, with the reason
+        ``'replaced'``. ``SSE`` then sends the event ``replaced``, and browsers wait for
+        an hour before they reconnect. None for ``'refuse'``.
     :param busy: ``'retry'`` answers with an event stream without an event instead of
-        the 503, so that a browser's ``EventSource`` tries again. None for the 503.
+        the 503, so that a browser's ``EventSource`` tries again. Only with a format of
+        the type ``text/event-stream``. None for the 503.
     :param recheck_seconds: seconds after which the ``@require`` of the controller, and
         the ``allow_only`` above it, are evaluated again. If they refuse, the stream
         ends with the reason ``'refused'``. None for no other evaluation.
@@ -217,7 +222,8 @@ class Stream:
 
         Use it to close a connection for which the generator waits. The function is also
         called while the generator waits: if the client has disconnected, when
-        ``max_seconds`` are over, and by :func:`drain`. If the end has begun, it is
+        ``max_seconds`` are over, when a newer stream replaces it, and by
+        :func:`drain`. If the end has begun, it is
         called at once. If there are several, the last one is called first.
 
         .. code-block:: python

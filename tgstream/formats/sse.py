@@ -125,7 +125,9 @@ class SSE:
 
     The stream follows the HTML standard, section 9.2
     (https://html.spec.whatwg.org/multipage/server-sent-events.html). It is always
-    UTF-8, and is complete after any event.
+    UTF-8, and is complete after any event. If a newer stream replaces it
+    (``limit_action='replace'``), it ends with the event ``replaced``, except with
+    ``done='[DONE]'``.
 
     :param heartbeat: seconds after which a comment is sent if the generator has yielded
         nothing, so that proxies keep the connection open and a disconnect is noticed.
