@@ -1,6 +1,7 @@
 """A controller that the tests add to the application of the tutorial."""
 
 import logging
+import time
 from collections.abc import Iterator
 
 import tg
@@ -9,7 +10,7 @@ from myapp.model import DBSession, User
 from tg import abort, expose, flash, request, require
 from tg.predicates import not_anonymous
 
-from tgstream import CSV, stream
+from tgstream import CSV, SSE, current_stream, stream
 
 
 class ProbeController(BaseController):
@@ -52,3 +53,11 @@ class ProbeController(BaseController):
         logging.getLogger("myapp").info("chunks are made")
         for _ in range(100):
             yield ["x" * 98]
+
+    @expose()
+    @stream(SSE, limit=1, limit_by="user", max_seconds=3)
+    def mine(self) -> Iterator[str]:
+        """One stream for each user."""
+        yield "open"
+        while not current_stream().ending:
+            time.sleep(0.02)
