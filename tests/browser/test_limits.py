@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 
 import pytest
 
 from tests.browser.conftest import Browser
 from tests.conftest import LiveServer
+from tests.pages import DOCS, blocks
 from tests.test_servers import Client
 
 SERVERS = ["gunicorn-gthread", "gunicorn-gevent", "waitress"]
@@ -60,6 +62,36 @@ def test_two_tabs_do_not_replace_each_other_forever(
     browser.driver.switch_to.window(new)
     assert browser.run("return [state.opened, source.readyState]") == [1, 1]
     assert browser.run("return [state.events, state.replaced]") == [numbers, None]
+
+
+def test_script_of_the_docs_opens_the_stream_of_the_visible_tab(
+    server: LiveServer, browser: Browser
+) -> None:
+    """The user goes to and fro between two tabs, and sees a live one each time."""
+    [script] = blocks((DOCS / "operating.rst").read_text(), "javascript")
+    script = script.replace("let feed;", "")  # a global variable
+    script = script.replace("/feeds/news", "/replacing?user=ada")
+    tabs = []
+    for _ in range(2):
+        browser.driver.switch_to.new_window("tab")
+        browser.open(f"127.0.0.1:{server.port}/state")
+        browser.run(script)
+        browser.until("feed.readyState == EventSource.OPEN")
+        tabs.append(browser.driver.current_window_handle)
+    for number, tab in enumerate((tabs[0], tabs[1], tabs[0]), 1):
+        publish(server, "news")  # it wakes the stream that was replaced
+        while count_replaced(server) < number:
+            pass
+        browser.driver.switch_to.window(tab)  # makes it visible
+        browser.until("feed.readyState == EventSource.OPEN")
+
+
+def count_replaced(server: LiveServer) -> int:
+    """Return how many streams were replaced."""
+    client = Client(server, "/state")
+    ended = json.loads(client.response.read())["ended"]
+    client.close()
+    return sum(reason == "replaced" for _, reason in ended)
 
 
 def test_refused_browser_reconnects_until_a_slot_is_free(
