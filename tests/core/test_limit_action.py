@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import gzip
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -193,6 +194,52 @@ def test_replaced_stream_with_a_heartbeat_ends_normally(
     go.set()
     assert next_report().reason == "replaced"
     new.close()
+
+
+def test_replaced_async_generator_is_cancelled(
+    make_app: MakeApp, next_report: NextReport
+) -> None:
+    """It waits for something that does not come."""
+
+    async def wait() -> AsyncIterator[Event]:
+        yield Event(comment="open")
+        await asyncio.sleep(3600)
+
+    app = make_app(Page(wait, format=SSE, limit=1, limit_action="replace"))
+    old = Call(app)
+    assert next(old) == b": open\n\n"
+    with ThreadPoolExecutor(1) as thread:
+        rest = thread.submit(old.read)
+        new = Call(app)
+        assert rest.result() == REPLACED
+    assert next_report().reason == "replaced"
+    new.close()
+
+
+def test_replaced_stream_that_is_spooled_is_an_error_page(
+    make_app: MakeApp, next_report: NextReport
+) -> None:
+    """Its client has received nothing yet."""
+    go, started = threading.Event(), threading.Event()
+
+    def slow() -> Iterator[str]:
+        yield "one"
+        if not started.is_set():
+            started.set()
+            assert go.wait(10)
+            yield "two"
+            yield "three"
+
+    app = make_app(Page(slow, spool=True, limit=1, limit_action="replace"))
+    with ThreadPoolExecutor(1) as thread:
+        old = thread.submit(get, app)
+        assert started.wait(10)
+        assert get(app).text == "one"
+        go.set()
+        call = old.result()
+    assert call.status_int == 500
+    assert "was replaced before its end" in call.errors.getvalue()
+    assert {next_report().reason for _ in range(2)} == {"completed", "replaced"}
 
 
 def test_last_event_of_a_replaced_stream_is_compressed(make_app: MakeApp) -> None:
