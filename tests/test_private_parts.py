@@ -68,6 +68,8 @@ from tg.support.registry import Registry, RegistryManager, StackedObjectProxy
 from tg.wsgiapp import TGApp
 from transaction.interfaces import TransientError
 from transaction.weakset import WeakSet
+from waitress.channel import HTTPChannel
+from waitress.task import WSGITask
 from webob import Response
 from webob.exc import HTTPUnauthorized
 from webob.request import LimitedLengthFile
@@ -728,6 +730,18 @@ AROUND = [
                 ),
             )["gunicorn.socket"]
             == "socket"
+        ),
+    ),
+    Part(
+        "waitress.client_disconnected",
+        "waitress",
+        "core/monitor",
+        "find the socket, which shows that a client has disconnected",
+        "a client that reloads a page is refused until its old stream ends",
+        lambda: (
+            "self.channel.check_client_disconnected"
+            in inspect.getsource(WSGITask.get_environment)
+            and "self.socket = sock" in inspect.getsource(HTTPChannel.set_socket)
         ),
     ),
     Part(

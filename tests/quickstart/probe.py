@@ -10,7 +10,7 @@ from myapp.model import DBSession, User
 from tg import abort, expose, flash, request, require
 from tg.predicates import has_permission, not_anonymous
 
-from tgstream import CSV, SSE, stream
+from tgstream import CSV, SSE, current_stream, stream
 
 
 class ProbeController(BaseController):
@@ -62,3 +62,11 @@ class ProbeController(BaseController):
         logging.getLogger("myapp").info("chunks are made")
         for _ in range(100):
             yield ["x" * 98]
+
+    @expose()
+    @stream(SSE, limit=1, limit_by="user", max_seconds=3)
+    def mine(self) -> Iterator[str]:
+        """One stream for each user."""
+        yield "open"
+        while not current_stream().ending:
+            time.sleep(0.02)

@@ -56,6 +56,19 @@ def test_stream_has_the_user_who_is_logged_in(
     assert client.get("/probe/who").text == expected
 
 
+def test_each_user_has_a_limit(stack: Stack, client: httpx.Client) -> None:
+    """``limit_by='user'`` counts by the user who is logged in."""
+    with contextlib.ExitStack() as opened:
+        for login in MANAGER, EDITOR, None:
+            client.cookies.clear()
+            if login is not None:
+                stack.log_in(*login)
+            mine = opened.enter_context(client.stream("GET", "/probe/mine"))
+            chunks = mine.iter_bytes()  # closes the connection when it is dropped
+            assert next(chunks) == b"data: open\n\n"
+            assert client.get("/probe/mine").status_code == 503
+
+
 def test_anonymous_is_redirected_to_the_login(client: httpx.Client) -> None:
     """@require protects a stream like any other controller."""
     for path in "/probe/who", "/export/users", "/live/feed":

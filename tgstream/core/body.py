@@ -62,6 +62,7 @@ import weakref
 from collections.abc import Callable, Generator, Iterator
 from contextlib import suppress
 from enum import Enum
+from functools import partial
 from secrets import token_hex
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
@@ -266,13 +267,18 @@ class Body:
         """
         self._state = STARTING
         monitor.register(self, self.started)
-        if self.callbacks is not None and not self._watched:
-            self._watch()  # one of them may end a wait for the first item
         make_first: Callable[[], bytes | None] | None = self._make_first
-        if self.plan.traits.heartbeat:
-            make_first = self._start_worker()
-            if make_first is None:
-                return  # the response has begun
+        try:
+            if self.callbacks is not None and not self._watched:
+                self._watch()  # one of them may end a wait for the first item
+            if self.plan.traits.heartbeat:
+                make_first = self._start_worker()
+        except BaseException as error:  # gevent has killed the request, for example
+            if self.worker is not None:
+                raise  # the worker ends the stream
+            make_first = partial(_raise_again, error)
+        if make_first is None:
+            return  # the response has begun
         record = self.context.bind(self)
         try:
             self._keep_first(self.context.run(make_first))
@@ -507,8 +513,24 @@ class Body:
             if self.observer is not None:
                 self.observer.pull_failed(error)
             raise error
-        if not self.chunks:
-            yield b""  # as above
+        last = self.encode_end()
+        if last or not self.chunks:
+            yield last or b""  # as above
+
+    def encode_end(self) -> bytes | None:
+        """The last chunk of a stream that must end early, None if it goes on.
+
+        It is empty unless a format has one for a stream that is replaced: after any
+        other end its client reconnects.
+        """
+        if self.closing != "replaced" or not self._ends_anywhere(self.closing):
+            return None if self.closing is None else b""
+        try:
+            return self.encoding.encode_replaced()
+        except BaseException:
+            controller, format = self.plan.controller, self.plan.format
+            reports.log_encode_error(controller, format, "encode_replaced")
+            return b""
 
     def _ends_anywhere(self, reason: Reason | None) -> bool:
         """Whether a client takes the body as complete if it ends for this reason."""
@@ -815,7 +837,7 @@ class Body:
         try:
             chunk = self.encoding.encode_failure(incident)
         except BaseException:
-            reports.log_encode_failure(controller, type(self.plan.format).__name__)
+            reports.log_encode_error(controller, self.plan.format, "encode_failure")
             return b""
         if chunk:
             self.incident = incident
@@ -843,8 +865,8 @@ class Body:
         finally:
             self._state = ENDED
             monitor.forget(self)
-        if self.slot is not None:
-            self.slot.release()
+            if self.slot is not None:
+                self.slot.release()
         if self.worker is not None:
             self.worker.stop()
         if self.observer is not None:
@@ -907,6 +929,10 @@ class Body:
         source, self._source = self._source, None
         if source is not self.encoding.iterator:
             close(source)
+
+
+def _raise_again(error: BaseException) -> NoReturn:
+    raise error
 
 
 class _Member:

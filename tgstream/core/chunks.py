@@ -428,6 +428,12 @@ class Chunks:
         output = None if encode is None else encode(incident)
         return self._encode(output) if output else b""
 
+    def encode_replaced(self) -> bytes:
+        """The last bytes of a replaced body. Empty if the format has no such bytes."""
+        encode = getattr(self._plan.format, "encode_replaced", None)
+        output = None if encode is None else encode()
+        return self._encode(output) if output else b""
+
     def _finish_encoding(self) -> bytes:
         return b"" if self._encoder is None else self._encoder.encode("", final=True)
 

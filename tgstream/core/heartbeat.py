@@ -34,9 +34,13 @@ class Worker:
 
     def __init__(self) -> None:
         self._jobs: SimpleQueue[Callable[[], object] | None] = SimpleQueue()
-        threading.Thread(
-            target=self._run, name="tgstream-heartbeat", daemon=True
-        ).start()
+        try:
+            threading.Thread(
+                target=self._run, name="tgstream-heartbeat", daemon=True
+            ).start()
+        except BaseException:  # gevent may have killed the caller after the start
+            self.stop()
+            raise
 
     def _run(self) -> None:
         while (job := self._jobs.get()) is not None:
@@ -118,15 +122,15 @@ def add_heartbeats(
     worker: Worker | None,
     seconds: float,
     close: Callable[[], None],
-    is_ending: Callable[[], bool],
+    encode_end: Callable[[], bytes | None],
 ) -> Iterator[bytes]:
     """Yield the chunks, and a comment whenever none has come for ``seconds``.
 
     :param chunks: an iterator whose first chunk is made already.
     :param worker: runs the iterator. Without it the chunks come without a heartbeat.
     :param close: ends the stream. Called when this generator is closed or dropped.
-    :param is_ending: whether the stream must end. It is called before and after a
-        comment, and True ends the response.
+    :param encode_end: returns the last chunk of a stream that must end, else None. It
+        is called before and after a comment, and its chunk ends the response.
     """
     first = next(chunks, None)
     if first is None:
@@ -141,11 +145,13 @@ def add_heartbeats(
         while True:
             pull.request(worker)
             if not pull.wait(seconds):
-                if is_ending():
+                if (last := encode_end()) is None:
+                    yield HEARTBEAT
+                    last = encode_end()
+                if last is not None:
+                    if last:
+                        yield last
                     return  # the generator ends at its next yield
-                yield HEARTBEAT
-                if is_ending():
-                    return
             elif (chunk := pull.result()) is None:
                 return
             else:

@@ -375,17 +375,23 @@ if hasattr(os, "register_at_fork"):  # not on Windows
 _CLOSED = 7
 """TCP_CLOSE of Linux: the client has reset the connection, or the system gave it up."""
 
+_HALF_CLOSED = 8
+"""TCP_CLOSE_WAIT of Linux: the client has ended its sending, and maybe its reading."""
+
 _STATE: int | None = getattr(socket, "TCP_INFO", None)
 """The option that returns the state of a socket. Not every system has it."""
 
 
-def has_disconnected(environ: Mapping[str, Any]) -> bool:
+def has_disconnected(environ: Mapping[str, Any], half_closed: bool = False) -> bool:
     """Whether the client of a request is known to have disconnected.
 
     It does not wait, and reads nothing. A client that has only ended its own sending is
     still connected, unless the server reports a disconnect. waitress reports it with
-    ``channel_request_lookahead``. gunicorn passes the socket, whose state is read.
+    ``channel_request_lookahead``. gunicorn and waitress pass the socket, whose state is
+    read.
 
+    :param half_closed: whether a client that has ended its own sending counts as
+        disconnected. A client that has closed its connection looks the same.
     :returns: False if it is not known.
     """
     disconnected: Callable[[], bool] | None = environ.get(
@@ -394,10 +400,12 @@ def has_disconnected(environ: Mapping[str, Any]) -> bool:
     connection = environ.get("gunicorn.socket")
     try:
         if disconnected is not None:
-            return disconnected()
+            if disconnected():
+                return True
+            connection = disconnected.__self__.socket  # type: ignore[attr-defined]
         if connection is None or _STATE is None:
             return False
-        state: bytes = connection.getsockopt(socket.IPPROTO_TCP, _STATE, 1)
+        state: int = connection.getsockopt(socket.IPPROTO_TCP, _STATE, 1)[0]
     except Exception:  # a Unix socket of a proxy, a closed socket, or another object
         return False
-    return state == bytes([_CLOSED])
+    return state == _CLOSED or (half_closed and state == _HALF_CLOSED)

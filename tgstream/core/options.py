@@ -125,6 +125,36 @@ def _check_limit(where: str, options: Options) -> None:
         )
     _check_word(where, "limit_action", options.limit_action, ("refuse", "replace"))
     _check_word(where, "busy", options.busy, ("retry",))
+    if options.format is not None:
+        _check_busy(where, options)
+
+
+def check_limit_is_whole(where: str, options: Options) -> None:
+    """Check that the options of a limit can be used with the others.
+
+    A :class:`Stream` may have some of them from its decorator.
+
+    :raises ValueError: when there is no limit, or the format has no ``busy``.
+    """
+    if options.limit is None:
+        for name in ("limit_by", "limit_action", "busy"):
+            if (value := getattr(options, name)) is not None:
+                raise ValueError(
+                    f"{where}: {name}={value!r:.80} needs limit, the number of open "
+                    "streams. Set limit, or omit it"
+                )
+    _check_busy(where, options)
+
+
+def _check_busy(where: str, options: Options) -> None:
+    format = options.format
+    media_type = str(getattr(format, "content_type", "")).partition(";")[0]
+    if options.busy is not None and media_type.strip().lower() != "text/event-stream":
+        got = "no format" if format is None else type(format).__name__
+        raise ValueError(
+            f"{where}: busy={options.busy!r} is for clients of events, and needs a "
+            f"format such as SSE, got {got}. Omit it for the status 503"
+        )
 
 
 def _check_word(where: str, option: str, value: Any, words: tuple[str, ...]) -> None:

@@ -111,9 +111,12 @@ def _describe_reason(report: Report) -> str:
     return f"{report.reason} (incident {report.incident})"
 
 
-def log_encode_failure(controller: str, format: str) -> None:
-    """Log the error of a format that cannot encode the failure of its stream."""
-    log.exception("%s: %s.encode_failure() failed", controller, format)
+def log_encode_error(controller: str, format: object, method: str) -> None:
+    """Log the error of a format that cannot encode the last bytes of a body.
+
+    :param method: ``encode_failure`` or ``encode_replaced``.
+    """
+    log.exception("%s: %s.%s() failed", controller, type(format).__name__, method)
 
 
 def log_disconnect(controller: str, error: BaseException) -> None:

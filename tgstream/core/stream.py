@@ -80,15 +80,20 @@ class Stream:
         is aborted. With such a format it is up to a tenth less, so that clients do not
         reconnect all at once.
     :param limit: the maximum number of open streams of the controller in this process.
-        None for no maximum. The next request gets 503 and ``Retry-After``, before
+        None for no maximum. Streams whose client has disconnected do not count, if the
+        server can report it. The next request gets 503 and ``Retry-After``, before
         anything runs (with ``Stream``, when the controller has returned).
-    :param limit_by: a function of the request, or ``'user'`` or ``'remote_addr'``. The
-        limit is then one for each result of the function, which must be hashable. None
-        for one limit of the controller.
-    :param limit_action: ``'refuse'`` for the 503, or ``'replace'``: the oldest stream
-        ends, with the reason ``'replaced'``. None for ``'refuse'``.
+    :param limit_by: a function of the request, or ``'user'`` for the user id of
+        repoze.who (without a user, the address), or ``'remote_addr'``. There is then
+        one limit for each result of the function, which must be hashable. None for one
+        limit of the controller.
+    :param limit_action: ``'refuse'`` for the 503, or ``'replace'``: the new stream
+        starts at once. The oldest one of the limit ends, with the reason
+        ``'replaced'``. ``SSE`` then sends the event ``replaced``, and browsers wait for
+        an hour before they reconnect. None for ``'refuse'``.
     :param busy: ``'retry'`` answers with an event stream without an event instead of
-        the 503, so that a browser's ``EventSource`` tries again. None for the 503.
+        the 503, so that a browser's ``EventSource`` tries again. Only with a format of
+        the type ``text/event-stream``. None for the 503.
     :param recheck_seconds: minimum seconds between two evaluations of the ``@require``
         of the controller, and of the ``allow_only`` above it, while the stream runs:
         before a chunk or a heartbeat is sent. If they refuse, the stream ends with the
@@ -147,15 +152,18 @@ class Stream:
             self._claim(request.environ)
             self._claimant = request
         if slot is not None:
-            if self._options.limit is None:
-                self._slot = slot
-            else:
+            own = self._options
+            if own.limit or own.limit_by or own.limit_action:
                 slot.release()
+            else:
+                self._slot = slot
         if isinstance(self._source, StoredFile):  # its bytes need no format
             options = Options(
                 filename=options.filename,
                 max_seconds=options.max_seconds,
                 limit=options.limit,
+                limit_by=options.limit_by,
+                limit_action=options.limit_action,
                 recheck_seconds=options.recheck_seconds,
             )
         self._options = self._options.or_else(options)
@@ -217,7 +225,8 @@ class Stream:
 
         Use it to close a connection for which the generator waits. The function is also
         called while the generator waits: if the client has disconnected, when
-        ``max_seconds`` are over, and by :func:`drain`. If the end has begun, it is
+        ``max_seconds`` are over, when a newer stream replaces it, and by
+        :func:`drain`. If the end has begun, it is
         called at once. If there are several, the last one is called first.
 
         .. code-block:: python
@@ -261,8 +270,8 @@ class Stream:
         seconds, chunks = body.plan.traits.heartbeat, body.iterate(self)
         if seconds:
             # If the iterator is dropped, it closes the stream in a finaliser.
-            close, ending = body.close_as_wrapper, lambda: body.closing is not None
-            chunks = add_heartbeats(chunks, body.worker, seconds, close, ending)
+            close, end = body.close_as_wrapper, body.encode_end
+            chunks = add_heartbeats(chunks, body.worker, seconds, close, end)
         if body.recheck is None or body.complete is not None:
             return chunks
         return body.recheck.iterate(chunks, body)
@@ -350,7 +359,9 @@ class Stream:
             transaction=transaction,
             stream=self,
         )
-        body.slot, self._slot = self._slot, None
+        if self._slot is not None:
+            self._slot.start(body)
+            body.slot, self._slot = self._slot, None
         self._source = None
         if self._callbacks is not None:
             body.callbacks, self._callbacks = self._callbacks, None
@@ -369,6 +380,7 @@ class Stream:
         """Release the slot at once: a traceback may keep the stream."""
         if self._slot is not None:
             self._slot.release()
+            self._slot = None
 
 
 def current_stream() -> Stream:

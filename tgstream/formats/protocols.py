@@ -33,7 +33,9 @@ class Format(Protocol):
     first item is taken, else None. ``encode_failure(incident)`` returns the last bytes
     of a body whose stream has failed after its first chunk, as text or bytes. They must
     be valid after any output of ``encode()``. Its argument is the id of the failure, 16
-    hexadecimal digits that the log has too.
+    hexadecimal digits that the log has too. ``encode_replaced()`` returns the last
+    bytes of a body that may end after any item, and whose stream was replaced
+    (``limit_action='replace'``).
     """
 
     content_type: str

@@ -109,6 +109,12 @@ class Event(_EventBytes):
         return json.loads(self.data) if isinstance(self.data, JSONText) else self.data
 
 
+_DONE_LINE = b"event: [DONE]\n"
+
+REPLACED_RETRY = 3_600_000
+"""Milliseconds that the browser of a replaced stream waits before it reconnects."""
+
+
 class SSE:
     """Server-sent events, for a browser's ``EventSource``.
 
@@ -119,7 +125,9 @@ class SSE:
 
     The stream follows the HTML standard, section 9.2
     (https://html.spec.whatwg.org/multipage/server-sent-events.html). It is always
-    UTF-8, and is complete after any event.
+    UTF-8, and is complete after any event. If a newer stream replaces it
+    (``limit_action='replace'``), it ends with the event ``replaced``, except with
+    ``done='[DONE]'``.
 
     :param heartbeat: seconds after which a comment is sent if the generator has yielded
         nothing, so that proxies keep the connection open and a disconnect is noticed.
@@ -196,6 +204,16 @@ class SSE:
             return b""
         return b"%bdata: %b\n\n" % (self._failed_line, incident.encode())
 
+    def encode_replaced(self) -> bytes:
+        """Return the event of a stream that a newer one replaces.
+
+        It also has the browser wait for an hour before it reconnects. Otherwise two
+        open tabs would replace each other forever.
+        """
+        if self._done_line == _DONE_LINE:  # clients of OpenAI do not reconnect
+            return b""
+        return b"event: replaced\nretry: %d\ndata: \n\n" % REPLACED_RETRY
+
     def _encode_items(self, items: Iterable[Any]) -> Iterator[bytes]:
         number, encoder = 0, None
         for item in items:
@@ -213,7 +231,7 @@ class SSE:
                 encoder = Encoder()
             text = _encode_item_data(data, number, encoder)
             yield b"%b%b\n" % (lines, _split_data(text))
-        if self._done_line == b"event: [DONE]\n":
+        if self._done_line == _DONE_LINE:
             yield b"data: [DONE]\n\n"
         elif self._done_line is not None:
             yield b"%bdata: %d\n\n" % (self._done_line, number)

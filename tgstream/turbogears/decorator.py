@@ -12,13 +12,19 @@ from tg.decorators import Decoration
 from webob import Response
 
 from ..core import context
-from ..core.limits import acquire
-from ..core.options import Options, StreamOptions, check, check_spoolable
+from ..core.limits import reserve
+from ..core.options import (
+    Options,
+    StreamOptions,
+    check,
+    check_limit_is_whole,
+    check_spoolable,
+)
 from ..core.source import check_streamable, resolve_proxy
 from ..core.stream import Stream
 from ..formats.protocols import Format
 from .negotiation import check_formats, choose_format
-from .response import end_previous
+from .response import end_previous, release_with_request
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -70,6 +76,8 @@ def stream(format: Any = None, **options: Unpack[StreamOptions]) -> Any:
         checked = check(where, format, **options)._replace(formats=formats)
         for each in formats or () if checked.spool else ():
             check_spoolable(where, each)
+        for each in formats or (format,):
+            check_limit_is_whole(where, checked._replace(format=each))
         method = getattr(function, "__func__", function)  # of a bound method
         Decoration.get_decoration(method)._register_controller_wrapper(
             lambda caller: _streaming_caller(caller, method, checked)
@@ -129,7 +137,8 @@ def _streaming_caller(
             format = choose_format(options.formats, request, response)
             options = options._replace(format=format)
         if options.limit is not None:
-            slot = acquire(function, options.limit)
+            slot = reserve(function, name, options, tg_locals.request)
+            release_with_request(tg_locals.request.environ, slot)
         try:
             output = caller(*args)
             if type(output) is GeneratorType:  # the usual output

@@ -15,19 +15,19 @@ from typing import TYPE_CHECKING, Any
 import tg
 from tg.configuration import milestones
 from tg.support.converters import asbool
-from webob.exc import HTTPException
 
 from ..core import context
 from ..core.compression import is_compressible, is_text
 from ..core.context import Context
 from ..core.files import StoredFile
 from ..core.headers import find_charset, has_no_body, set_headers
-from ..core.limits import acquire
+from ..core.limits import reserve
 from ..core.options import (
     FormatTraits,
     Options,
     Plan,
     SpoolSettings,
+    check_limit_is_whole,
     check_spoolable,
 )
 from ..core.ranges import Representation
@@ -114,12 +114,8 @@ class _Start:
             self._measured = self._plan.traits.measure(stream._source)
         if stream._controller is None:  # no decorator has done it
             end_previous(response)
-        if options.limit is not None and stream._slot is None:
-            try:
-                stream._slot = acquire(self._function, options.limit)
-            except HTTPException:
-                stream._discard()
-                raise
+        if options.limit or options.limit_by or options.limit_action or options.busy:
+            self._reserve_slot(stream)
         checked = check_headers(response, stream, self._plan.controller)
         method = request.environ["REQUEST_METHOD"]
         if type(stream._source) is StoredFile:
@@ -141,6 +137,22 @@ class _Start:
             send_off(response, stream, self._plan, checked)
         except BaseException as error:
             body.fail(error, in_request=True)
+            raise
+
+    def _reserve_slot(self, stream: Stream) -> None:
+        """Reserve the slot of a stream, unless the decorator has reserved it.
+
+        :raises HTTPException: when the limit is reached.
+        :raises ValueError: when the options do not go together.
+        """
+        name, options = self._plan.controller, self._options
+        request = self._tg_locals.request
+        try:
+            check_limit_is_whole(name, options)
+            if stream._slot is None:
+                stream._slot = reserve(self._function, name, options, request)
+        except BaseException:
+            stream._discard()
             raise
 
     def _answer_with_file(

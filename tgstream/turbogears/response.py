@@ -31,6 +31,7 @@ from .guard import Outcome, get_outcome, remember_error
 
 if TYPE_CHECKING:
     from ..core.context import StreamTransaction
+    from ..core.limits import Slot
     from ..core.options import Plan
 
 
@@ -48,6 +49,27 @@ class _CloseOnCleanup:
         body.close()
         if body.transaction is not None:
             body.transaction.remove_request_sessions()  # TG removes only the first
+
+
+class _ReleaseOnCleanup:
+    """Releases the slot of a request whose stream has not started."""
+
+    _is_preserved = False
+
+    def _push_object(self, slot: Slot) -> None:
+        """Nothing: it is registered for the clean-up."""
+
+    def _pop_object(self, slot: Slot) -> None:
+        slot.release_unstarted()
+
+
+def release_with_request(environ: dict[str, Any], slot: Slot) -> None:
+    """Release the slot with the request, unless its stream starts.
+
+    A decorator or a hook of the application may fail after the controller has returned
+    a stream. The traceback of the error keeps the stream, and with it the slot.
+    """
+    environ["paste.registry"].register(_ReleaseOnCleanup(), slot)
 
 
 def end_with_request(environ: dict[str, Any], body: Body) -> None:
