@@ -51,6 +51,9 @@ LINGER = 10.0
 FIRST_LOOK = 10.0
 """Maximum seconds until the first look at a stream."""
 
+LONGEST_PAUSE = 1.0
+"""Maximum seconds between two attempts to wake a generator that is to end."""
+
 LONGEST = 3600.0
 """Maximum seconds of one wait. A longer timeout can overflow."""
 
@@ -67,7 +70,8 @@ class Monitored(Protocol):
     def ended(self) -> bool: ...
     @property
     def idle(self) -> bool: ...
-    def ask_to_end(self, reason: Reason) -> bool: ...
+    def ask_to_end(self, reason: Reason, detail: str | None = None) -> bool: ...
+    def wake(self) -> None: ...
     def close(self) -> None: ...
     def interrupt(self) -> None: ...
     def disown(self) -> None: ...
@@ -78,6 +82,7 @@ class _Entry(weakref.ref[Monitored]):
 
     due: float
     seen: Any = None
+    pause = 0.25  # seconds until the generator, which is to end, is woken again
 
 
 class Monitor:
@@ -96,8 +101,8 @@ class Monitor:
         self._lock = threading.RLock()
         self._running = False
         self._next_look = float("inf")
-        # Dropped streams to end, and None to wake the thread.
-        self._queue: queue.SimpleQueue[Monitored | None] = queue.SimpleQueue()
+        # Dropped streams to end, entries to look at, and None to wake the thread.
+        self._queue: queue.SimpleQueue[Monitored | _Entry | None] = queue.SimpleQueue()
 
     def register(self, body: Monitored, now: float) -> None:
         """Count ``body`` among the running streams, until it has ended."""
@@ -135,6 +140,22 @@ class Monitor:
         entry = self._entries.get(id(body))
         if entry is not None and entry.due < self._next_look:
             self._queue.put(None)
+
+    def look_soon(self, body: Monitored) -> None:
+        """Wake the generator of ``body``, which is to end, until it has ended.
+
+        More than once: the generator may be about to wait when it is woken.
+        """
+        entry = self._entries.get(id(body))
+        if entry is None:
+            return
+        try:
+            if not self._running:
+                self._start()
+        except RuntimeError:  # no thread can be started
+            body.wake()
+        else:
+            self._queue.put(entry)
 
     def _start(self) -> None:
         with self._lock:
@@ -190,12 +211,14 @@ class Monitor:
 
     def _wait(self, seconds: float) -> None:
         try:
-            dropped = self._queue.get(timeout=max(seconds, 0.0))
+            item = self._queue.get(timeout=max(seconds, 0.0))
             while True:
-                if dropped is not None:
-                    dropped.ask_to_end("disconnected")
-                    _end_on_a_thread(dropped)
-                dropped = self._queue.get_nowait()
+                if isinstance(item, _Entry):
+                    item.due = 0.0
+                elif item is not None:
+                    item.ask_to_end("disconnected")
+                    _end_on_a_thread(item)
+                item = self._queue.get_nowait()
         except queue.Empty:
             pass
 
@@ -207,8 +230,10 @@ class Monitor:
             end_soon(body, "expired")
         elif has_disconnected(body.context.environ):
             end_soon(body, "disconnected")
-        if body.closing is not None:
-            entry.due = float("inf")  # its owner ends it
+        if body.closing is not None:  # its owner ends it
+            body.wake()
+            entry.due = now + entry.pause
+            entry.pause = min(2 * entry.pause, LONGEST_PAUSE)
             return
         due = min(now + body.plan.disconnect_check_seconds, body.expires)
         try:
@@ -232,15 +257,20 @@ def start_thread(name: str, target: Callable[[], object]) -> None:
     threading.Thread(target=target, name=name, daemon=True).start()
 
 
-def end_soon(body: Monitored, reason: Reason) -> None:
+def end_soon(body: Monitored, reason: Reason, detail: str | None = None) -> bool:
     """Ask ``body`` to end, and do not wait for it. A second call does nothing.
 
-    If a pull runs, the thread that pulls ends the stream when the pull returns, and
-    callbacks of the stream may end the wait of its generator. Otherwise a thread of its
-    own ends it, because an end may take long.
+    If a pull runs, the thread that pulls ends the stream when the pull returns. A
+    generator that waits for an event is woken, and callbacks of the stream may end
+    another wait. Otherwise a thread of its own ends it, because an end may take long.
+
+    :param detail: a text for the log and the report.
+    :returns: False if it is ending already.
     """
-    if body.ask_to_end(reason):
+    asked = body.ask_to_end(reason, detail)
+    if asked:
         _end_on_a_thread(body)
+    return asked
 
 
 def _end_on_a_thread(body: Monitored) -> None:
@@ -336,8 +366,12 @@ def must_not_wait() -> bool:
     generators, whose ``finally`` closes a stream there, too. Also true on the thread of
     an event loop, because the end of an async generator waits for that thread.
     """
-    ident = threading.get_ident()
-    return ident in _collecting or ident in event_loops
+    return is_collecting_garbage() or threading.get_ident() in event_loops
+
+
+def is_collecting_garbage() -> bool:
+    """Whether this thread runs a finaliser that the garbage collector has called."""
+    return threading.get_ident() in _collecting
 
 
 gc.callbacks.append(_note_collection)

@@ -29,7 +29,9 @@ from collections import deque
 from collections.abc import Callable, Generator
 from weakref import WeakValueDictionary
 
+from ..core.heartbeat import is_ending
 from ..core.monitor import on_drain
+from ..core.options import clock
 from ..formats.sse import Event
 
 Position = tuple[int, int]
@@ -141,7 +143,15 @@ class _Signal:
     :param last_position: the position of the newest event.
     """
 
-    __slots__ = ("first_position", "last_position", "lock", "next_number", "timeout")
+    __slots__ = (
+        "due",
+        "first_position",
+        "last_position",
+        "lock",
+        "next_number",
+        "quiet",
+        "timeout",
+    )
 
     def __init__(
         self, next_number: int, first_position: Position, last_position: Position
@@ -152,6 +162,8 @@ class _Signal:
         self.lock = threading.Lock()  # held until the signal is replaced
         self.lock.acquire()
         self.timeout = float("inf")  # seconds, of the listener that waits with one
+        self.due = float("inf")  # the time by the clock at which they are over
+        self.quiet = False  # whether it only wakes listeners whose streams are to end
 
     def wait(self, seconds: float | None) -> bool:
         """Wait until the signal is replaced.
@@ -159,7 +171,7 @@ class _Signal:
         :param seconds: the maximum time to wait. None means no limit.
         :returns: False if the time passed before.
         """
-        timeout = -1 if seconds is None else min(seconds, MAX_WAIT)
+        timeout = -1 if seconds is None else max(0.0, min(seconds, MAX_WAIT))
         if not self.lock.acquire(timeout=timeout):
             return False
         self.lock.release()  # for the next listener that waits
@@ -186,6 +198,10 @@ class Waiter:
         has_event = self._lock.acquire(timeout=max(0.0, min(seconds, MAX_WAIT)))
         woken, self._woken = self._woken, False
         return has_event and not woken
+
+    def wake_ending(self) -> None:
+        """Wake the listener, whose stream is to end."""
+        apply_change(lambda: self.notify(woken=True))
 
     def notify(self, woken: bool = False) -> None:
         """End the wait, within a change.
@@ -348,11 +364,16 @@ class ChannelHistory:
 
         apply_change(change)
 
-    def _wake(self) -> None:
+    def wake_ending(self) -> None:
+        """Wake the listeners whose streams are to end. The others go on waiting."""
+        apply_change(lambda: self._wake(quiet=True))
+
+    def _wake(self, quiet: bool = False) -> None:
         signal = self._signal
-        self._replace_signal(
-            _Signal(signal.next_number, signal.first_position, signal.last_position)
-        )
+        new = _Signal(signal.next_number, signal.first_position, signal.last_position)
+        if quiet:
+            signal.quiet, new.due = True, signal.due
+        self._replace_signal(new)
 
     def _replace_signal(self, new: _Signal) -> None:
         # The new state and the new signal are one object: a listener that has seen the
@@ -396,8 +417,11 @@ class ChannelHistory:
         signal = self._signal
         if signal.next_number == number:
             self._wait(signal, seconds)
-            if self._signal.next_number == number:
-                return HEARTBEAT
+            while (new := self._signal).next_number == number:
+                if not signal.quiet or is_ending():
+                    return HEARTBEAT
+                signal = new
+                self._wait(signal, seconds)
         entry = self._events.get(number)
         return None if entry is None else entry[1]
 
@@ -410,9 +434,11 @@ class ChannelHistory:
         if signal.timeout <= seconds:
             signal.wait(None)
             return
-        replaced = False
+        replaced, now = False, clock()
         try:
             signal.timeout = seconds
+            seconds = min(seconds, signal.due - now)
+            signal.due = now + seconds
             replaced = signal.wait(seconds)
         finally:  # also if the greenlet is killed: the other listeners depend on it
             if not replaced:
