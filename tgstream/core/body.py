@@ -45,9 +45,10 @@ even if the step before failed. The first error is the one reported.
   the body ends nothing. If the child comes out of the generator, it exits, because the
   connections to the database and to the client are its parent's.
 
-The token is an item of a ``deque``, not a lock. To take and return it costs a third of
-a lock's time (27 and 100 ns). A finaliser can take it, and under gevent a failed
-attempt does not switch to another greenlet, as a lock's does.
+The token is an item of a list, not a lock. To take and return it costs a third of a
+lock's time (27 and 100 ns). A finaliser can take it, and under gevent a failed attempt
+does not switch to another greenlet, as a lock's does. A ``deque`` is as fast, and needs
+0.7 KiB more for each open stream.
 
 The body reports to the response and its error guard by the methods of an
 :class:`Observer`. It writes no attribute of it.
@@ -58,7 +59,6 @@ from __future__ import annotations
 import errno
 import logging
 import weakref
-from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from contextlib import suppress
 from enum import Enum
@@ -153,9 +153,7 @@ class Body:
     """The id of a failure that the client receives."""
     detail: str | None = None
     """The text of the note to the owner."""
-    id: str | None = None
-    """Its name in the lists of :func:`running`, made by the first of them."""
-    waits: list[Wakeable] | None = None
+    waits: tuple[Wakeable, ...] = ()
     """The listeners of channels that the generator has open."""
     expires = float("inf")
     """The time by the clock at which ``max_seconds`` are over."""
@@ -189,7 +187,7 @@ class Body:
         self.chunks = self.bytes = 0
         self.closing: Reason | None = None
         """The note to the owner: the reason to end."""
-        self._token: deque[None] = deque()
+        self._token: list[None] = []
         self._source = source
         self._declared_length = length
         self.started = now = clock()
@@ -710,7 +708,7 @@ class Body:
 
     def wake(self) -> None:
         """Wake the generator and the thread that pulls, if they wait for an event."""
-        for listener in tuple(self.waits or ()):
+        for listener in self.waits:
             listener.wake_ending()
         if self.worker is not None:
             self.worker.end_wait()

@@ -186,15 +186,14 @@ def begin_wait(listeners: Wakeable) -> None:
     """The stream that runs here waits for events from now on, and can be woken."""
     body = thread.record.body
     if body is not None:
-        body.__dict__.setdefault("waits", []).append(listeners)  # atomic
+        body.waits += (listeners,)
 
 
 def end_wait(listeners: Wakeable) -> None:
     """The stream that runs here does not wait for these events any more."""
     body = thread.record.body
-    if body is not None and body.waits:
-        with suppress(ValueError):  # dropped, and closed in another stream
-            body.waits.remove(listeners)
+    if body is not None:
+        body.waits = tuple([each for each in body.waits if each is not listeners])
 
 
 def is_ending() -> bool:

@@ -51,8 +51,11 @@ LINGER = 10.0
 FIRST_LOOK = 10.0
 """Maximum seconds until the first look at a stream."""
 
-LONGEST_PAUSE = 1.0
-"""Maximum seconds between two attempts to wake a generator that is to end."""
+WAKE_PAUSE = 0.25
+"""Seconds after which a generator that is to end is woken again. They double."""
+
+LONGEST_WAKE_PAUSE = 1.0
+"""Maximum seconds between two such attempts."""
 
 LONGEST = 3600.0
 """Maximum seconds of one wait. A longer timeout can overflow."""
@@ -80,9 +83,10 @@ class Monitored(Protocol):
 class _Entry(weakref.ref[Monitored]):
     """A stream that does not keep it, the time of its next look, and its last look."""
 
+    __slots__ = ("due", "seen")
+
     due: float
-    seen: Any = None
-    pause = 0.25  # seconds until the generator, which is to end, is woken again
+    seen: Any
 
 
 class Monitor:
@@ -107,6 +111,7 @@ class Monitor:
     def register(self, body: Monitored, now: float) -> None:
         """Count ``body`` among the running streams, until it has ended."""
         entry = _Entry(body)
+        entry.seen = None
         seconds, plan = FIRST_LOOK, body.plan
         if plan.disconnect_check_seconds < seconds:
             seconds = plan.disconnect_check_seconds
@@ -232,8 +237,8 @@ class Monitor:
             end_soon(body, "disconnected")
         if body.closing is not None:  # its owner ends it
             body.wake()
-            entry.due = now + entry.pause
-            entry.pause = min(2 * entry.pause, LONGEST_PAUSE)
+            pause = entry.seen if isinstance(entry.seen, float) else WAKE_PAUSE
+            entry.due, entry.seen = now + pause, min(2 * pause, LONGEST_WAKE_PAUSE)
             return
         due = min(now + body.plan.disconnect_check_seconds, body.expires)
         try:

@@ -5,8 +5,10 @@ A stream pays nothing for it: the lists read everything from the running streams
 
 from __future__ import annotations
 
+import os
 import weakref
-from secrets import token_hex
+from hashlib import blake2b
+from secrets import token_bytes
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, cast
 
 from .monitor import end_soon, monitor
@@ -96,7 +98,7 @@ def _describe(body: Body, now: float) -> RunningStream:
     environ = body.context.environ
     user = find_user(environ)
     described = RunningStream(
-        id=body.__dict__.setdefault("id", token_hex(6)),  # atomic
+        id=_make_id(body),
         controller=body.plan.controller,
         path=body.context.tg_locals.request.path,
         user=None if user is None else str(user),
@@ -110,6 +112,15 @@ def _describe(body: Body, now: float) -> RunningStream:
     )
     described._body = weakref.ref(body)
     return described
+
+
+_KEY = token_bytes(16)
+
+
+def _make_id(body: Body) -> str:
+    """A text that no other stream has: no other is at this place since this time."""
+    place = f"{os.getpid()} {id(body)} {body.started}".encode()
+    return blake2b(place, key=_KEY, digest_size=6).hexdigest()
 
 
 def find_user(environ: Mapping[str, Any]) -> Any:
