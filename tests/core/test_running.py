@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import json
 import logging
+import socket
 import threading
 import time
+import urllib.request
 import weakref
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,9 +22,10 @@ import tg
 from tg import TGController, expose
 
 import tgstream
-from tests.conftest import MakeApp, assert_clean
+from tests.conftest import LiveServer, MakeApp, assert_clean
 from tests.core.support import run_on_another_thread
 from tests.model import Model, Note
+from tests.upstream import wait_until
 from tests.valkey import Valkey
 from tests.wsgi import Call, get
 from tgstream import (
@@ -521,6 +525,27 @@ def test_other_listeners_of_the_channel_are_not_disturbed(
     Channel("running").publish("hello", now=True)
     assert chunk.result(10).endswith(b"data: hello\n\n")
     stays.close()
+
+
+def test_end_frees_a_server_whose_client_does_not_read(
+    live_server: Callable[..., LiveServer],
+) -> None:
+    """Otherwise its thread would wait for as long as the client does."""
+    live = live_server("gunicorn-gthread", "stopping")
+
+    def read(path: str) -> tuple[Any, int]:
+        url = f"http://127.0.0.1:{live.port}{path}"
+        with urllib.request.urlopen(url, timeout=10) as response:
+            return json.load(response), int(response.headers["Closes"])
+
+    with socket.create_connection(("127.0.0.1", live.port)) as client:
+        client.sendall(b"GET /endless HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        sizes = [-1]
+        while sizes[-1] in (-1, 0) or sizes[-1] != sizes[-2]:  # until it is blocked
+            sizes += [each["bytes"] for each in read("/streams")[0]] or [-1]
+            time.sleep(0.05)
+        assert read("/end") == ([True], 0)
+        wait_until(lambda: read("/streams") == ([], 1))
 
 
 # The callers of Stream.close().

@@ -6,12 +6,16 @@ A stream pays nothing for it: the lists read everything from the running streams
 from __future__ import annotations
 
 import os
+import socket
+import time
 import weakref
+from contextlib import suppress
+from functools import partial
 from hashlib import blake2b
 from secrets import token_bytes
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, cast
 
-from .monitor import end_soon, monitor
+from .monitor import end_soon, monitor, start_thread
 from .options import clock
 
 if TYPE_CHECKING:
@@ -76,9 +80,27 @@ class RunningStream(_Fields):
                 f"{reason!r:.80}"
             )
         body = self._body()
-        if body is None or body.ended:
+        if body is None or body.ended or not end_soon(body, "stopped", reason):
             return False
-        return end_soon(body, "stopped", reason)
+        if "gunicorn.socket" in body.context.environ:
+            with suppress(RuntimeError):  # no thread can be started
+                start_thread("tgstream-end", partial(_free_server, body))
+        return True
+
+
+SERVER_SECONDS = 2.0
+"""Seconds that a server has to close the response of a stream that was stopped."""
+
+
+def _free_server(body: Body) -> None:
+    """Shut down the connection, if the server is blocked by a client that never reads.
+
+    The other servers do not pass their socket.
+    """
+    time.sleep(SERVER_SECONDS)
+    if body.ended and not body.server_closes:
+        with suppress(OSError):  # the client has disconnected
+            body.context.environ["gunicorn.socket"].shutdown(socket.SHUT_RDWR)
 
 
 def running() -> list[RunningStream]:
