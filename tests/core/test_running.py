@@ -527,6 +527,25 @@ def test_other_listeners_of_the_channel_are_not_disturbed(
     stays.close()
 
 
+def test_end_completes_the_event_streams_of_a_server(
+    live_server: Callable[..., LiveServer],
+) -> None:
+    """Their clients receive the end of a complete response at once."""
+    url = f"http://127.0.0.1:{live_server('gunicorn-gevent', 'stopping').port}"
+    with (
+        urllib.request.urlopen(f"{url}/feed", timeout=10) as feed,
+        urllib.request.urlopen(f"{url}/blocked", timeout=10) as blocked,
+    ):
+        assert feed.readline().startswith(b": open")
+        assert blocked.readline() == b"data: one\n"
+        started = time.monotonic()
+        with urllib.request.urlopen(f"{url}/end", timeout=10) as ended:
+            assert json.load(ended) == [True, True]
+        assert feed.read().endswith(b"\n\n")
+        assert blocked.read() == b"\n"
+        assert time.monotonic() - started < 2.5  # not when the generator goes on
+
+
 def test_end_frees_a_server_whose_client_does_not_read(
     live_server: Callable[..., LiveServer],
 ) -> None:

@@ -1,25 +1,38 @@
-"""An application with an endless stream, which another request ends."""
+"""An application with endless streams, which another request ends."""
 
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from typing import Any
 
 from tg import TGController, expose
 
 from tests.application import make_wsgi_app
-from tgstream import running, stream
+from tgstream import SSE, Event, listen, running, stream
 
 
 class Root(TGController):
-    """The stream, the list of the open streams, and their end."""
+    """The streams, the list of those that are open, and their end."""
 
     @expose(content_type="text/plain")
     @stream
     def endless(self) -> Iterator[bytes]:
         while True:
             yield bytes(1 << 16)
+
+    @expose()
+    @stream(SSE)
+    def feed(self) -> Iterator[Event]:
+        return listen("stopping")
+
+    @expose()
+    @stream(SSE(heartbeat=3600))
+    def blocked(self) -> Iterator[str]:
+        yield "one"
+        time.sleep(3)
+        yield "two"
 
     @expose(content_type="text/plain")
     def streams(self) -> str:

@@ -5,6 +5,9 @@ number of its next event. A listener whose next event is no longer stored is too
 behind, and its stream ends. Of the listeners that wait, only one has a timeout. When
 it is over, all of them send their heartbeat.
 
+If a stream is to end, the listeners of its channels are woken. The others wait again,
+up to the time of the heartbeat that they waited for.
+
 Python's garbage collector runs finalisers (the ``finally`` of a generator, ``__del__``)
 on whichever thread allocates memory, between any two byte codes. A finaliser may
 publish, listen, or wake listeners. So nothing here waits for a lock that its own thread
@@ -161,9 +164,10 @@ class _Signal:
         self.last_position = last_position
         self.lock = threading.Lock()  # held until the signal is replaced
         self.lock.acquire()
-        self.timeout = float("inf")  # seconds, of the listener that waits with one
-        self.due = float("inf")  # the time by the clock at which they are over
-        self.quiet = False  # whether it only wakes listeners whose streams are to end
+        # Of the listener that waits with a timeout: its seconds, and the time by the
+        # clock at which they are over.
+        self.timeout = self.due = float("inf")
+        self.quiet = False  # whether it is replaced for listeners that are to end
 
     def wait(self, seconds: float | None) -> bool:
         """Wait until the signal is replaced.
