@@ -41,6 +41,11 @@ even if the step before failed. The first error is the one reported.
   :meth:`Body.on_end`. The thread that leaves the note has the callbacks called, so that
   the generator can go on to its end. If it returns or raises then, the stream ends for
   the reason of the note. Each callback is taken from a list, which is atomic.
+- *The generator waits for an event when the stream is to end.* The monitor wakes the
+  listeners of its channels, and the thread that pulls. It wakes them again until the
+  stream has ended: the generator may be about to wait, or wait a second time.
+- *Another request calls* ``Stream.close()``. The server and its middlewares close
+  another object. It writes ``server_closes``, so that each call has its reason.
 - *The process forks while the stream runs.* In the child the token is gone forever, and
   the body ends nothing. If the child comes out of the generator, it exits, because the
   connections to the database and to the client are its parent's.
