@@ -107,7 +107,7 @@ def running() -> list[RunningStream]:
     """The open streams of this process, the oldest first.
 
     Several processes can report their streams on a channel, see
-    ``examples/operator.py``.
+    ``examples/operator_page.py``.
 
     :returns: a list of :class:`RunningStream`.
     """
