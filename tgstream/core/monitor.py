@@ -415,6 +415,11 @@ _STATE: int | None = getattr(socket, "TCP_INFO", None)
 """The option that returns the state of a socket. Not every system has it."""
 
 
+def find_connection(environ: Mapping[str, Any]) -> Any:
+    """The socket of a client. None if the server does not pass it, as gunicorn does."""
+    return environ.get("gunicorn.socket")
+
+
 def has_disconnected(environ: Mapping[str, Any]) -> bool:
     """Whether the client of a request is known to have disconnected.
 
@@ -427,7 +432,7 @@ def has_disconnected(environ: Mapping[str, Any]) -> bool:
     disconnected: Callable[[], bool] | None = environ.get(
         "waitress.client_disconnected"
     )
-    connection = environ.get("gunicorn.socket")
+    connection = find_connection(environ)
     try:
         if disconnected is not None:
             return disconnected()

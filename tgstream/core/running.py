@@ -15,7 +15,7 @@ from hashlib import blake2b
 from secrets import token_bytes
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, cast
 
-from .monitor import end_soon, monitor, start_thread
+from .monitor import end_soon, find_connection, monitor, start_thread
 from .options import clock
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ class RunningStream(_Fields):
         body = self._body()
         if body is None or body.ended or not end_soon(body, "stopped", reason):
             return False
-        if "gunicorn.socket" in body.context.environ:
+        if find_connection(body.context.environ) is not None:
             with suppress(RuntimeError):  # no thread can be started
                 start_thread("tgstream-end", partial(_free_server, body))
         return True
@@ -93,14 +93,11 @@ SERVER_SECONDS = 2.0
 
 
 def _free_server(body: Body) -> None:
-    """Shut down the connection, if the server is blocked by a client that never reads.
-
-    The other servers do not pass their socket.
-    """
+    """Shut down the connection, if a client that never reads blocks the server."""
     time.sleep(SERVER_SECONDS)
     if body.ended and not body.server_closes:
         with suppress(OSError):  # the client has disconnected
-            body.context.environ["gunicorn.socket"].shutdown(socket.SHUT_RDWR)
+            find_connection(body.context.environ).shutdown(socket.SHUT_RDWR)
 
 
 def running() -> list[RunningStream]:
