@@ -719,8 +719,9 @@ AROUND = [
         "gunicorn.socket",
         "gunicorn",
         "core/monitor",
-        "notice that a client has disconnected",
-        "the stream of a client that has disconnected runs until its next write",
+        "notice that a client has disconnected, and disconnect one that does not read",
+        "the stream of a client that has disconnected runs until its next write, and "
+        "end() does not free the thread of a client that does not read",
         lambda: (
             default_environ(
                 SimpleNamespace(body=None, method="", query="", uri="", version=(1, 1)),

@@ -41,4 +41,4 @@ def test_mypy_checks_the_calls_of_applications(tmp_path: Path) -> None:
         timeout=120,
     )
     assert (mypy.returncode, mypy.stderr) == (0, ""), mypy.stdout
-    assert "no issues found in 5 source files" in mypy.stdout
+    assert "no issues found in 6 source files" in mypy.stdout

@@ -18,6 +18,7 @@ from .channels import Channel
 from .core.errors import StreamError
 from .core.monitor import drain
 from .core.report import Report
+from .core.running import RunningStream, running
 from .core.source import register_adapter as _register_adapter
 from .core.stream import Stream, commit, current_stream, flush, rollback
 from .exports.copy import copy
@@ -51,6 +52,7 @@ __all__ = [
     "JSONArray",
     "Parquet",
     "Report",
+    "RunningStream",
     "Stream",
     "StreamError",
     "commit",
@@ -65,6 +67,7 @@ __all__ = [
     "render",
     "rollback",
     "rows",
+    "running",
     "send_file",
     "stream",
 ]

@@ -173,7 +173,7 @@ def test_heartbeat_ends_the_response_while_the_generator_waits(
 
     class Root(TGController):
         @expose()
-        @stream(SSE(heartbeat=SHORT), max_seconds=0.1 if reason == "expired" else None)
+        @stream(SSE(heartbeat=SHORT), max_seconds=0.5 if reason == "expired" else None)
         def events(self) -> Iterator[Event]:
             yield Event(comment="open")
             assert go.wait(10)

@@ -672,7 +672,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.parametrize("first", [True, False], ids=["first", "later"])
-@pytest.mark.parametrize("end", ["expired", "drained", "disconnected"])
+@pytest.mark.parametrize("end", ["expired", "drained", "stopped"])
 def test_stream_of_items_without_output_can_be_ended(
     make_app: MakeApp,
     sqlite_model: Model,
@@ -708,7 +708,7 @@ def test_stream_of_items_without_output_can_be_ended(
             assert making.wait(10)
             if end == "drained":
                 assert drain(timeout=10)
-            elif end == "disconnected":
+            elif end == "stopped":
                 streams[0].close()
             report = next_report()
         finally:

@@ -156,12 +156,12 @@ def test_close_on_many_threads_ends_a_stream_once(
     for thread in threads:
         thread.join(20)
     sys.setswitchinterval(interval)
-    assert reasons(reports) == ["disconnected"] * 50
+    assert reasons(reports) == ["stopped"] * 50
     for call in calls:
         call.close()
 
 
-@pytest.mark.parametrize("end", ["expired", "drained", "disconnected"])
+@pytest.mark.parametrize("end", ["expired", "drained", "stopped"])
 def test_generator_can_commit_in_its_finally_while_the_server_pulls(
     make_app: MakeApp, model: Model, next_report: Callable[[], Report], end: str
 ) -> None:
@@ -189,7 +189,7 @@ def test_generator_can_commit_in_its_finally_while_the_server_pulls(
     with ThreadPoolExecutor(1) as other:
         if end == "drained":
             other.submit(drain)
-        elif end == "disconnected":
+        elif end == "stopped":
             other.submit(streams[0].close)
         assert ending.wait(10)
         with pytest.raises(StreamError, match="before its end"):

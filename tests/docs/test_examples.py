@@ -322,3 +322,77 @@ def test_live_page_ends_with_ctrl_c(tmp_path: Path) -> None:
     errors = (tmp_path / "errors").read_text()
     assert "Traceback" not in errors
     assert "still running" not in errors  # waitress logs it after it has waited
+
+
+class Operator:
+    """A user of ``examples/operator_page.py`` who has logged in."""
+
+    def __init__(self, example: Example) -> None:
+        self.example = example
+        form = {"login": "operator", "password": "secret"}
+        with example.post("/login_handler", **form) as response:
+            assert response.headers["Location"].endswith("/operator")
+            cookie = response.headers["Set-Cookie"]
+        assert "SameSite=Lax" in cookie
+        self.cookie = cookie.partition(";")[0]
+
+    def get(self, path: str) -> http.client.HTTPResponse:
+        return self.example.get(path, Cookie=self.cookie)
+
+    def ask(self, **order: str) -> None:
+        form = {"Content-Type": "application/x-www-form-urlencoded"}
+        headers = {"Cookie": self.cookie, **form}
+        response = self.example._request(
+            "POST", "/operator/ask", urlencode(order), headers
+        )
+        assert response.status == 204
+
+
+@pytest.fixture(scope="module")
+def operator_pages(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[tuple[Example, Example]]:
+    """Two processes of the example, which share their channels."""
+    with Valkey(tmp_path_factory.mktemp("valkey")) as valkey:
+        options = f"--channels={valkey.url}", "--password=secret"
+        folders = [tmp_path_factory.mktemp("operator") for _ in range(2)]
+        here, there = (Example(each, "operator_page", *options) for each in folders)
+        yield here, there
+        assert [here.stop(), there.stop()] == [0, 0]
+
+
+def test_operator_page_is_for_operators(
+    operator_pages: tuple[Example, Example],
+) -> None:
+    """Without a login each of its addresses leads to the login form."""
+    page, _ = operator_pages
+    for path in "/operator", "/operator/answers", "/operator/ask":
+        with page.get(path) as response:
+            assert response.status == 302
+            assert "/login?" in response.headers["Location"]
+    with page.post("/login_handler", login="operator", password="x") as response:
+        assert "authtkt" not in response.headers.get("Set-Cookie", "")
+    operator = Operator(page)
+    assert b"<h1>Open streams</h1>" in operator.get("/operator").read()
+    assert operator.get("/operator/ask").status == 405  # an order needs a POST
+
+
+def test_operator_ends_a_stream_of_another_process(
+    operator_pages: tuple[Example, Example],
+) -> None:
+    """The page of one process lists the streams of both, and ends one."""
+    here, there = operator_pages
+    operator = Operator(here)
+    with there.get("/clock") as clock, operator.get("/operator/answers") as answers:
+        assert next_event(clock) == {"retry": "1000"}
+        assert next_event(answers) == {"retry": "1000"}
+        assert "data" not in next_event(answers)
+        operator.ask()
+        lists = [json.loads(next_event(answers)["data"]) for _ in range(2)]
+        assert len({each["process"] for each in lists}) == 2
+        streams = {one["path"]: one for each in lists for one in each["streams"]}
+        assert streams.keys() == {"/clock", "/operator/answers"}
+        assert streams["/clock"]["controller"] == "RootController.clock"
+        assert streams["/operator/answers"]["user"] == "operator"
+        operator.ask(end=streams["/clock"]["id"])
+        assert clock.read().endswith(b"\n\n")  # the end of a complete response

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
+import time
 from itertools import islice
 from typing import Any
 
@@ -69,6 +70,25 @@ def test_only_one_listener_waits_with_a_timeout(
     for listener in listeners:
         listener.join(10)
     assert timeouts == [600.0, None, None, None]
+
+
+def test_listeners_that_end_do_not_delay_the_heartbeat_of_the_others() -> None:
+    """The others are woken, too, and then wait for the rest of the time."""
+    events, received = ChannelHistory((1, 0), 10), list[Any]()
+    others = [
+        threading.Thread(
+            target=lambda: received.append(events.wait_for_event(0, 0.2)), daemon=True
+        )
+        for _ in range(2)
+    ]
+    started = time.monotonic()
+    for other in others:
+        other.start()
+    while any(other.is_alive() for other in others):
+        events.wake_ending()
+        assert time.monotonic() < started + 10
+    assert received == [history.HEARTBEAT] * 2
+    assert time.monotonic() >= started + 0.2
 
 
 KILLED = """

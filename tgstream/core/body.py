@@ -41,6 +41,11 @@ even if the step before failed. The first error is the one reported.
   :meth:`Body.on_end`. The thread that leaves the note has the callbacks called, so that
   the generator can go on to its end. If it returns or raises then, the stream ends for
   the reason of the note. Each callback is taken from a list, which is atomic.
+- *The generator waits for an event when the stream is to end.* The monitor wakes the
+  listeners of its channels, and the thread that pulls. It wakes them again until the
+  stream has ended: the generator may be about to wait, or wait a second time.
+- *Another request calls* ``Stream.close()``. The server and its middlewares close
+  another object. It writes ``server_closes``, so that each call has its reason.
 - *The process forks while the stream runs.* In the child the token is gone forever, and
   the body ends nothing. If the child comes out of the generator, it exits, because the
   connections to the database and to the client are its parent's.
@@ -72,11 +77,13 @@ from webob.request import DisconnectionError
 from . import report as reports
 from .chunks import Chunks, StreamEnding
 from .cleanup import close, run_all
+from .context import thread
 from .errors import StreamError
-from .heartbeat import Pull, Worker
+from .heartbeat import Pull, Wakeable, Worker
 from .monitor import (
     has_disconnected,
     has_greenlets,
+    is_collecting_garbage,
     monitor,
     must_not_wait,
     second_pull_checks,
@@ -140,6 +147,8 @@ class Body:
     observer: Observer | None = None
     departed = False
     """Whether its response has left the application."""
+    server_closes = False
+    """Whether the server closes its response, or has dropped it."""
     slot: Slot | None = None
     file: FileParts | None = None
     """The file that it sends, if it is one."""
@@ -149,6 +158,10 @@ class Body:
     """The thread of its generator, if its format has a heartbeat."""
     incident: str | None = None
     """The id of a failure that the client receives."""
+    detail: str | None = None
+    """The text of the note to the owner."""
+    waits: tuple[Wakeable, ...] = ()
+    """The listeners of channels that the generator has open."""
     expires = float("inf")
     """The time by the clock at which ``max_seconds`` are over."""
     recheck: Recheck | None = None
@@ -226,10 +239,15 @@ class Body:
         if self._disowned:
             reports.leave_child(self.plan.controller, None)
 
-    def ask_to_end(self, reason: Reason) -> bool:
-        """Leave a note for the owner. False if there was a note."""
+    def ask_to_end(self, reason: Reason, detail: str | None = None) -> bool:
+        """Leave a note for the owner. False if there was a note.
+
+        :param detail: a text for the log and the report.
+        """
         if self.closing is not None:
             return False
+        if detail is not None:
+            self.detail = detail
         self.closing = reason
         return True
 
@@ -507,7 +525,7 @@ class Body:
             plan = self.plan
             error = StreamError(
                 reports.describe_early_end(
-                    plan.controller, self.closing, plan.max_seconds
+                    plan.controller, self.closing, plan.max_seconds, self.detail
                 )
             )
             if self.observer is not None:
@@ -620,15 +638,16 @@ class Body:
 
     # The end.
 
-    def close(self, reason: Reason = "disconnected") -> None:
+    def close(self, reason: Reason = "disconnected", detail: str | None = None) -> None:
         """End the stream. If a pull runs elsewhere, it ends when that pull returns.
 
+        :param detail: a text for the log and the report.
         :raises BaseException: only a kill or a timeout of gevent that came while it
             ended. The stream has ended all the same.
         """
         if self._state is ENDED:
             return
-        self.ask_to_end(reason)
+        self.ask_to_end(reason, detail)
         if not (must_not_wait() and monitor.hand_over(self)):
             self._end_if_asked()
 
@@ -658,6 +677,26 @@ class Body:
             self.close()
         else:
             self.drop()
+
+    def close_as_stream(self) -> None:
+        """End the stream for ``Stream.close()``, which anyone may call.
+
+        Its response, and whatever the application has wrapped around it, call it for
+        the server. The generator calls it for itself. Any other call stops the stream.
+        """
+        if self._state is not ENDED and self._is_called_from_outside():
+            self.close("stopped", "closed by another request")
+        else:
+            self.close_as_wrapper()
+
+    def _is_called_from_outside(self) -> bool:
+        record = thread.record
+        if self.server_closes or record.body is self or is_collecting_garbage():
+            return False
+        if self.departed:
+            return True
+        stack = record.context
+        return not stack or stack[-1][0] is not self.context.tg_locals
 
     def fail(self, error: BaseException, in_request: bool = False) -> None:
         """End an idle stream whose response cannot be sent, unless it has ended.
@@ -697,12 +736,20 @@ class Body:
         elif not self._watched and self._state is not NEW:
             self._watch()
 
+    def wake(self) -> None:
+        """Wake the generator and the thread that pulls, if they wait for an event."""
+        for listener in self.waits:
+            listener.wake_ending()
+        if self.worker is not None:
+            self.worker.end_wait()
+
     def interrupt(self) -> None:
-        """Call the callbacks while the generator runs, on a thread of its own.
+        """Wake the generator, and call the callbacks while it runs.
 
         The generator may wait for a resource that a callback closes. A callback may
-        wait, too, and the caller must not.
+        wait, too, and the caller must not, so that it has a thread of its own.
         """
+        monitor.look_soon(self)
         if not self.callbacks or self._interrupted:
             return
         self._interrupted = True
@@ -917,6 +964,7 @@ class Body:
             first_chunk_seconds=self.first_chunk_seconds,
             commits=0 if self.transaction is None else self.transaction.commits,
             incident=self.incident,
+            detail=self.detail if self.reason == "stopped" else None,
         )
 
     def _log_level(self, error: BaseException | None) -> int:

@@ -64,7 +64,7 @@ class StreamTransaction(Protocol):
         """
 
 
-class RunningStream(Protocol):
+class BoundStream(Protocol):
     """The stream whose generator runs on a thread."""
 
     transaction: StreamTransaction | None
@@ -126,10 +126,10 @@ class Context:
         self.environ: dict[str, Any] = tg_locals.request.environ
         self._config = (tg_locals.config, False)
         self._context = (tg_locals, False)
-        self._outer: RunningStream | None = None
+        self._outer: BoundStream | None = None
         self.run: Callable[..., Any] = contextvars.copy_context().run
 
-    def bind(self, body: RunningStream) -> Record:
+    def bind(self, body: BoundStream) -> Record:
         """Make this the context of the current thread, above what is bound there.
 
         :param body: the body that runs here until :meth:`unbind`.

@@ -5,6 +5,9 @@ worker. The thread that pulls waits for the next chunk no longer than the interv
 the heartbeat, and then sends a comment. The generator makes one chunk for each chunk
 that the server pulls, and never works ahead.
 
+If the stream is to end, the thread that pulls is woken. It waits a moment for the chunk
+that the generator may still make, and then ends the response.
+
 The first chunk is made on the worker, too, while the request waits. A generator that is
 about to wait for an event without an item to yield can begin the response with a
 comment, by :func:`begin_response`. The request then goes on while the generator waits.
@@ -17,6 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
 from queue import Empty, SimpleQueue
+from typing import Protocol
 
 from .context import thread
 
@@ -30,6 +34,8 @@ class Worker:
     :raises RuntimeError: when no thread can be started.
     """
 
+    pulled: threading.Event | None = None
+    """Set to end the wait of the thread that pulls."""
     _stopped = False
 
     def __init__(self) -> None:
@@ -64,6 +70,11 @@ class Worker:
         if self._stopped:
             self._run_rest()
 
+    def end_wait(self) -> None:
+        """Let the thread that pulls end the response, if it waits for a chunk."""
+        if self.pulled is not None:
+            self.pulled.set()
+
     def stop(self) -> None:
         """Let the thread end after the functions that it was given."""
         self._jobs.put(None)
@@ -77,7 +88,7 @@ class Pull:
 
     def __init__(self, function: Callable[[], bytes | None]) -> None:
         self._function = function
-        self._done = threading.Event()
+        self.done = threading.Event()
         self._chunk: bytes | None = None
         self._error: BaseException | None = None
         self._requested = False
@@ -86,27 +97,34 @@ class Pull:
         """Request the next chunk, unless it is requested already."""
         if not self._requested:
             self._requested = True
-            self._done.clear()
+            self._chunk = b""
+            self.done.clear()
             worker.submit(self._run)
 
     def _run(self) -> None:
-        self._chunk = None
         try:
             self._chunk = self._function()
         except BaseException as error:
             self._error = error
-        self._done.set()
+        self.done.set()
 
     def wait(self, seconds: float | None) -> bool:
         """Wait for the requested chunk. True if it is there in time."""
-        return self._done.wait(seconds)
+        return self.done.wait(seconds)
 
     def end_wait(self) -> None:
         """Let :meth:`wait` return before the chunk is there."""
-        self._done.set()
+        self.done.set()
+
+    def resume_wait(self) -> None:
+        """Let :meth:`wait` wait again, if the chunk is not there."""
+        self._requested = True
+        self.done.clear()
+        if self._chunk != b"" or self._error is not None:
+            self.done.set()
 
     def result(self) -> bytes | None:
-        """The requested chunk, or None at the end.
+        """The requested chunk, or None at the end. Empty if the wait was ended.
 
         :raises BaseException: the error that the function raised instead.
         """
@@ -140,7 +158,9 @@ def add_heartbeats(
         yield from chunks
         return
     pull = Pull(partial(next, chunks, None))
+    worker.pulled = pull.done
     del chunks
+    was_woken = False
     try:
         while True:
             pull.request(worker)
@@ -152,12 +172,46 @@ def add_heartbeats(
                     if last:
                         yield last
                     return  # the generator ends at its next yield
-            elif (chunk := pull.result()) is None:
-                return
-            else:
+            elif chunk := pull.result():
                 yield chunk
+            elif chunk is None:
+                return
+            elif (last := encode_end()) is not None:
+                if was_woken:
+                    if last:
+                        yield last
+                    return
+                was_woken = True  # the monitor ends the wait a second time
+                pull.resume_wait()
     finally:
         close()
+
+
+class Wakeable(Protocol):
+    """The listeners of a channel, as a stream wakes the ones that are its own."""
+
+    def wake_ending(self) -> None:
+        """Wake the listeners whose streams are to end."""
+
+
+def begin_wait(listeners: Wakeable) -> None:
+    """The stream that runs here waits for events from now on, and can be woken."""
+    body = thread.record.body
+    if body is not None:
+        body.waits += (listeners,)
+
+
+def end_wait(listeners: Wakeable) -> None:
+    """The stream that runs here does not wait for these events any more."""
+    body = thread.record.body
+    if body is not None:
+        body.waits = tuple([each for each in body.waits if each is not listeners])
+
+
+def is_ending() -> bool:
+    """Whether the stream that runs here is to end."""
+    body = thread.record.body
+    return body is not None and body.closing is not None
 
 
 def begin_response(comment: bytes) -> None:

@@ -51,6 +51,12 @@ LINGER = 10.0
 FIRST_LOOK = 10.0
 """Maximum seconds until the first look at a stream."""
 
+WAKE_PAUSE = 0.25
+"""Seconds after which a generator that is to end is woken again. They double."""
+
+LONGEST_WAKE_PAUSE = 1.0
+"""Maximum seconds between two such attempts."""
+
 LONGEST = 3600.0
 """Maximum seconds of one wait. A longer timeout can overflow."""
 
@@ -67,7 +73,8 @@ class Monitored(Protocol):
     def ended(self) -> bool: ...
     @property
     def idle(self) -> bool: ...
-    def ask_to_end(self, reason: Reason) -> bool: ...
+    def ask_to_end(self, reason: Reason, detail: str | None = None) -> bool: ...
+    def wake(self) -> None: ...
     def close(self) -> None: ...
     def interrupt(self) -> None: ...
     def disown(self) -> None: ...
@@ -98,8 +105,8 @@ class Monitor:
         self._lock = threading.RLock()
         self._running = False
         self._next_look = float("inf")
-        # Dropped streams to end, and None to wake the thread.
-        self._queue: queue.SimpleQueue[Monitored | None] = queue.SimpleQueue()
+        # Dropped streams to end, entries to look at, and None to wake the thread.
+        self._queue: queue.SimpleQueue[Monitored | _Entry | None] = queue.SimpleQueue()
 
     def register(self, body: Monitored, now: float) -> None:
         """Count ``body`` among the running streams, until it has ended."""
@@ -138,6 +145,22 @@ class Monitor:
         entry = self._entries.get(id(body))
         if entry is not None and entry.due < self._next_look:
             self._queue.put(None)
+
+    def look_soon(self, body: Monitored) -> None:
+        """Wake the generator of ``body``, which is to end, until it has ended.
+
+        More than once: the generator may be about to wait when it is woken.
+        """
+        entry = self._entries.get(id(body))
+        if entry is None:
+            return
+        try:
+            if not self._running:
+                self._start()
+        except RuntimeError:  # no thread can be started
+            body.wake()
+        else:
+            self._queue.put(entry)
 
     def _start(self) -> None:
         with self._lock:
@@ -193,12 +216,14 @@ class Monitor:
 
     def _wait(self, seconds: float) -> None:
         try:
-            dropped = self._queue.get(timeout=max(seconds, 0.0))
+            item = self._queue.get(timeout=max(seconds, 0.0))
             while True:
-                if dropped is not None:
-                    dropped.ask_to_end("disconnected")
-                    _end_on_a_thread(dropped)
-                dropped = self._queue.get_nowait()
+                if isinstance(item, _Entry):
+                    item.due = 0.0
+                elif item is not None:
+                    item.ask_to_end("disconnected")
+                    _end_on_a_thread(item)
+                item = self._queue.get_nowait()
         except queue.Empty:
             pass
 
@@ -210,8 +235,10 @@ class Monitor:
             end_soon(body, "expired")
         elif has_disconnected(body.context.environ):
             end_soon(body, "disconnected")
-        if body.closing is not None:
-            entry.due = float("inf")  # its owner ends it
+        if body.closing is not None:  # its owner ends it
+            body.wake()
+            pause = entry.seen if isinstance(entry.seen, float) else WAKE_PAUSE
+            entry.due, entry.seen = now + pause, min(2 * pause, LONGEST_WAKE_PAUSE)
             return
         due = min(now + body.plan.disconnect_check_seconds, body.expires)
         try:
@@ -235,15 +262,20 @@ def start_thread(name: str, target: Callable[[], object]) -> None:
     threading.Thread(target=target, name=name, daemon=True).start()
 
 
-def end_soon(body: Monitored, reason: Reason) -> None:
+def end_soon(body: Monitored, reason: Reason, detail: str | None = None) -> bool:
     """Ask ``body`` to end, and do not wait for it. A second call does nothing.
 
-    If a pull runs, the thread that pulls ends the stream when the pull returns, and
-    callbacks of the stream may end the wait of its generator. Otherwise a thread of its
-    own ends it, because an end may take long.
+    If a pull runs, the thread that pulls ends the stream when the pull returns. A
+    generator that waits for an event is woken, and callbacks of the stream may end
+    another wait. Otherwise a thread of its own ends it, because an end may take long.
+
+    :param detail: a text for the log and the report.
+    :returns: False if it is ending already.
     """
-    if body.ask_to_end(reason):
+    asked = body.ask_to_end(reason, detail)
+    if asked:
         _end_on_a_thread(body)
+    return asked
 
 
 def _end_on_a_thread(body: Monitored) -> None:
@@ -339,8 +371,12 @@ def must_not_wait() -> bool:
     generators, whose ``finally`` closes a stream there, too. Also true on the thread of
     an event loop, because the end of an async generator waits for that thread.
     """
-    ident = threading.get_ident()
-    return ident in _collecting or ident in event_loops
+    return is_collecting_garbage() or threading.get_ident() in event_loops
+
+
+def is_collecting_garbage() -> bool:
+    """Whether this thread runs a finaliser that the garbage collector has called."""
+    return threading.get_ident() in _collecting
 
 
 gc.callbacks.append(_note_collection)
@@ -382,6 +418,11 @@ _STATE: int | None = getattr(socket, "TCP_INFO", None)
 """The option that returns the state of a socket. Not every system has it."""
 
 
+def find_connection(environ: Mapping[str, Any]) -> Any:
+    """The socket of a client. None if the server does not pass it, as gunicorn does."""
+    return environ.get("gunicorn.socket")
+
+
 def has_disconnected(environ: Mapping[str, Any], half_closed: bool = False) -> bool:
     """Whether the client of a request is known to have disconnected.
 
@@ -397,7 +438,7 @@ def has_disconnected(environ: Mapping[str, Any], half_closed: bool = False) -> b
     disconnected: Callable[[], bool] | None = environ.get(
         "waitress.client_disconnected"
     )
-    connection = environ.get("gunicorn.socket")
+    connection = find_connection(environ)
     try:
         if disconnected is not None:
             if disconnected():

@@ -58,6 +58,8 @@ class Report(NamedTuple):
     compression. ``commits`` is the number of committed transactions. ``incident`` is
     the id of a failure that ``SSE(failed=...)``, ``NDJSON(end=True)`` or the
     ``encode_failure()`` of another format reports to the client, otherwise None.
+    ``detail`` is the text of :meth:`RunningStream.end`, or how else the stream was
+    ``'stopped'``, otherwise None.
 
     A spooled stream has one report. If it was made completely, the report comes at the
     end of the sending: ``chunks`` and ``bytes`` are those that were sent, which are
@@ -76,6 +78,7 @@ class Report(NamedTuple):
     first_chunk_seconds: float | None
     commits: int
     incident: str | None = None
+    detail: str | None = None
 
 
 def is_needed(level: int) -> bool:
@@ -106,9 +109,16 @@ def log_end(report: Report, level: int) -> None:
 
 
 def _describe_reason(report: Report) -> str:
-    if report.incident is None:
-        return report.reason
-    return f"{report.reason} (incident {report.incident})"
+    if report.incident is not None:
+        return f"{report.reason} (incident {report.incident})"
+    if report.detail is not None:
+        return f"{report.reason} ({describe_detail(report.detail)})"
+    return report.reason
+
+
+def describe_detail(text: str) -> str:
+    """The text on one line: a line break must not start a new line of the log."""
+    return text if text.isprintable() else ascii(text)
 
 
 def log_encode_error(controller: str, format: object, method: str) -> None:
@@ -187,7 +197,10 @@ def leave_child(controller: str, error: BaseException | None) -> NoReturn:
 
 
 def describe_early_end(
-    controller: str, reason: Reason | None, max_seconds: float | None
+    controller: str,
+    reason: Reason | None,
+    max_seconds: float | None,
+    detail: str | None,
 ) -> str:
     """The sentence for a stream that was ended before its last chunk."""
     if reason == "expired" and max_seconds is not None:
@@ -198,7 +211,8 @@ def describe_early_end(
         how = f"was {reason}"
     else:
         how = "was closed"
-    return f"{controller} {how} before its end"
+    why = "" if detail is None else f": {describe_detail(detail)}"
+    return f"{controller} {how} before its end{why}"
 
 
 def as_error(controller: str, error: BaseException) -> BaseException:

@@ -191,7 +191,9 @@ class SpooledBody(Body):
         if has_disconnected(self.context.environ):
             raise ClientClosedRequest
         name, seconds = self.plan.controller, self.plan.max_seconds
-        raise StreamError(reports.describe_early_end(name, self.closing, seconds))
+        raise StreamError(
+            reports.describe_early_end(name, self.closing, seconds, self.detail)
+        )
 
     def _close_source(self) -> None:
         super()._close_source()

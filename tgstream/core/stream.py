@@ -214,9 +214,9 @@ class Stream:
     def ending(self) -> bool:
         """Whether the stream must end at its next item.
 
-        The reason is :func:`drain`, its ``max_seconds``, or a client that has
-        disconnected. A generator that works long before its next item may check it, and
-        return.
+        The reason is :func:`drain`, its ``max_seconds``, :meth:`RunningStream.end`, or
+        a client that has disconnected. A generator that works long before its next item
+        may check it, and return.
         """
         return self._body is not None and self._body.closing is not None
 
@@ -225,9 +225,9 @@ class Stream:
 
         Use it to close a connection for which the generator waits. The function is also
         called while the generator waits: if the client has disconnected, when
-        ``max_seconds`` are over, when a newer stream replaces it, and by
-        :func:`drain`. If the end has begun, it is
-        called at once. If there are several, the last one is called first.
+        ``max_seconds`` are over, when a newer stream replaces it, and by :func:`drain`
+        and :meth:`RunningStream.end`. If the end has begun, it is called at once. If
+        there are several, the last one is called first.
 
         .. code-block:: python
 
@@ -310,7 +310,11 @@ class Stream:
         return self._options.length
 
     def close(self) -> None:
-        """End the stream, as a server does at its end or if the client disconnects.
+        """End the stream from another request, as :meth:`RunningStream.end` does.
+
+        The reason of the report is ``'stopped'``. If the generator runs, the call does
+        not wait for its end. In its own generator, and for a server, the reason is
+        ``'disconnected'``.
 
         It does not raise. It may be called twice, and from any thread. The items of a
         stream that has not started are closed.
@@ -319,7 +323,7 @@ class Stream:
             with suppress(Exception):
                 self._discard()
         else:
-            self._body.close_as_wrapper()
+            self._body.close_as_stream()
 
     def __del__(self) -> None:
         if self._body is not None:

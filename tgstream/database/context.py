@@ -9,7 +9,7 @@ import transaction
 from ..core.context import Context, Record, remove_from, thread
 
 if TYPE_CHECKING:
-    from ..core.context import RunningStream
+    from ..core.context import BoundStream
     from .sessions import StreamSessions
 
 
@@ -36,7 +36,7 @@ class DatabaseContext(Context):
         self._managers: dict[str, Any]
         self._outer_manager: Any
 
-    def bind(self, body: RunningStream) -> Record:
+    def bind(self, body: BoundStream) -> Record:
         """Make this the context of the current thread, above what is bound there.
 
         :param body: the body that runs here until :meth:`unbind`.

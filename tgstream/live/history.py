@@ -5,6 +5,9 @@ number of its next event. A listener whose next event is no longer stored is too
 behind, and its stream ends. Of the listeners that wait, only one has a timeout. When
 it is over, all of them send their heartbeat.
 
+If a stream is to end, the listeners of its channels are woken. The others wait again,
+up to the time of the heartbeat that they waited for.
+
 Python's garbage collector runs finalisers (the ``finally`` of a generator, ``__del__``)
 on whichever thread allocates memory, between any two byte codes. A finaliser may
 publish, listen, or wake listeners. So nothing here waits for a lock that its own thread
@@ -29,7 +32,9 @@ from collections import deque
 from collections.abc import Callable, Generator
 from weakref import WeakValueDictionary
 
+from ..core.heartbeat import is_ending
 from ..core.monitor import on_drain
+from ..core.options import clock
 from ..formats.sse import Event
 
 Position = tuple[int, int]
@@ -141,7 +146,15 @@ class _Signal:
     :param last_position: the position of the newest event.
     """
 
-    __slots__ = ("first_position", "last_position", "lock", "next_number", "timeout")
+    __slots__ = (
+        "due",
+        "first_position",
+        "last_position",
+        "lock",
+        "next_number",
+        "quiet",
+        "timeout",
+    )
 
     def __init__(
         self, next_number: int, first_position: Position, last_position: Position
@@ -151,7 +164,10 @@ class _Signal:
         self.last_position = last_position
         self.lock = threading.Lock()  # held until the signal is replaced
         self.lock.acquire()
-        self.timeout = float("inf")  # seconds, of the listener that waits with one
+        # Of the listener that waits with a timeout: its seconds, and the time by the
+        # clock at which they are over.
+        self.timeout = self.due = float("inf")
+        self.quiet = False  # whether it is replaced for listeners that are to end
 
     def wait(self, seconds: float | None) -> bool:
         """Wait until the signal is replaced.
@@ -159,7 +175,7 @@ class _Signal:
         :param seconds: the maximum time to wait. None means no limit.
         :returns: False if the time passed before.
         """
-        timeout = -1 if seconds is None else min(seconds, MAX_WAIT)
+        timeout = -1 if seconds is None else max(0.0, min(seconds, MAX_WAIT))
         if not self.lock.acquire(timeout=timeout):
             return False
         self.lock.release()  # for the next listener that waits
@@ -186,6 +202,10 @@ class Waiter:
         has_event = self._lock.acquire(timeout=max(0.0, min(seconds, MAX_WAIT)))
         woken, self._woken = self._woken, False
         return has_event and not woken
+
+    def wake_ending(self) -> None:
+        """Wake the listener, whose stream is to end."""
+        apply_change(lambda: self.notify(woken=True))
 
     def notify(self, woken: bool = False) -> None:
         """End the wait, within a change.
@@ -348,11 +368,16 @@ class ChannelHistory:
 
         apply_change(change)
 
-    def _wake(self) -> None:
+    def wake_ending(self) -> None:
+        """Wake the listeners whose streams are to end. The others go on waiting."""
+        apply_change(lambda: self._wake(quiet=True))
+
+    def _wake(self, quiet: bool = False) -> None:
         signal = self._signal
-        self._replace_signal(
-            _Signal(signal.next_number, signal.first_position, signal.last_position)
-        )
+        new = _Signal(signal.next_number, signal.first_position, signal.last_position)
+        if quiet:
+            signal.quiet, new.due = True, signal.due
+        self._replace_signal(new)
 
     def _replace_signal(self, new: _Signal) -> None:
         # The new state and the new signal are one object: a listener that has seen the
@@ -396,8 +421,11 @@ class ChannelHistory:
         signal = self._signal
         if signal.next_number == number:
             self._wait(signal, seconds)
-            if self._signal.next_number == number:
-                return HEARTBEAT
+            while (new := self._signal).next_number == number:
+                if not signal.quiet or is_ending():
+                    return HEARTBEAT
+                signal = new
+                self._wait(signal, seconds)
         entry = self._events.get(number)
         return None if entry is None else entry[1]
 
@@ -410,9 +438,11 @@ class ChannelHistory:
         if signal.timeout <= seconds:
             signal.wait(None)
             return
-        replaced = False
+        replaced, now = False, clock()
         try:
             signal.timeout = seconds
+            seconds = min(seconds, signal.due - now)
+            signal.due = now + seconds
             replaced = signal.wait(seconds)
         finally:  # also if the greenlet is killed: the other listeners depend on it
             if not replaced:

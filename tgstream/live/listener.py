@@ -6,16 +6,21 @@ While the server of the back end cannot be reached, a listener receives heartbea
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Iterator
 
 from ..core.context import thread
 from ..core.errors import StreamError
-from ..core.heartbeat import begin_response, check_ending
+from ..core.heartbeat import (
+    begin_response,
+    begin_wait,
+    check_ending,
+    end_wait,
+    is_ending,
+)
 from ..core.monitor import event_loops
 from ..core.options import clock
 from ..formats.sse import SSE, Event
-from .history import HEARTBEAT, Subscription, reset_event
+from .history import HEARTBEAT, Subscription, Waiter, reset_event
 from .protocols import Backend, ConnectionLost
 
 INVALID_ID = "lost"
@@ -71,10 +76,16 @@ def iter_events(
         number = yield from subscription.backlog
     if number is not None:
         check_thread()
-        while (event := history.wait_for_event(number, heartbeat_seconds)) is not None:
-            number += event is not HEARTBEAT
-            yield event
-            del event
+        begin_wait(history)
+        try:
+            while (
+                event := history.wait_for_event(number, heartbeat_seconds)
+            ) is not None:
+                number += event is not HEARTBEAT
+                yield event
+                del event
+        finally:
+            end_wait(history)
     yield from end_lagging()
 
 
@@ -136,12 +147,16 @@ def wait_until_connected(
 
     :param connect: makes an attempt. False if it failed.
     """
-    next_heartbeat = clock() + heartbeat_seconds
-    while not connect():
-        if clock() > next_heartbeat:
-            yield HEARTBEAT
-            next_heartbeat = clock() + heartbeat_seconds
-        time.sleep(min(MAX_PAUSE, heartbeat_seconds))
+    next_heartbeat, waiter = clock() + heartbeat_seconds, Waiter()
+    begin_wait(waiter)
+    try:
+        while not connect():
+            if clock() > next_heartbeat or is_ending():
+                yield HEARTBEAT
+                next_heartbeat = clock() + heartbeat_seconds
+            waiter.wait(min(MAX_PAUSE, heartbeat_seconds))
+    finally:
+        end_wait(waiter)
 
 
 def without_comments(events: Iterator[Event]) -> Iterator[Event]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Final
 
+from ..core.heartbeat import begin_wait, end_wait
 from ..core.options import clock
 from ..formats.sse import Event, replace_id
 from .history import HEARTBEAT, Backlog, Subscription, Waiter, reset_event
@@ -127,21 +128,25 @@ def _iter_started(
         numbers.append(number)
     check_thread()
     heartbeat_due = clock() + heartbeat_seconds
-    while True:
-        for index, history in enumerate(histories):
-            last = history.next_number  # a busy channel does not delay the others
-            while numbers[index] < last:
-                event = history.wait_for_event(numbers[index], 0.0)
-                if event is None:
-                    yield from end_lagging()
-                    return
-                numbers[index] += 1
-                yield _place_event(places, index, event)
-                del event
+    begin_wait(waiter)
+    try:
+        while True:
+            for index, history in enumerate(histories):
+                last = history.next_number  # a busy channel does not delay the others
+                while numbers[index] < last:
+                    event = history.wait_for_event(numbers[index], 0.0)
+                    if event is None:
+                        yield from end_lagging()
+                        return
+                    numbers[index] += 1
+                    yield _place_event(places, index, event)
+                    del event
+                    heartbeat_due = clock() + heartbeat_seconds
+            if not waiter.wait(heartbeat_due - clock()):
+                yield HEARTBEAT
                 heartbeat_due = clock() + heartbeat_seconds
-        if not waiter.wait(heartbeat_due - clock()):
-            yield HEARTBEAT
-            heartbeat_due = clock() + heartbeat_seconds
+    finally:
+        end_wait(waiter)
 
 
 def _iter_backlog(places: Places, index: int, backlog: Backlog) -> Backlog:

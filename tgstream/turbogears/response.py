@@ -30,7 +30,6 @@ from .diagnostics import OUTCOME_KEY, check_departing, warn_of_dropped_headers
 from .guard import Outcome, get_outcome, remember_error
 
 if TYPE_CHECKING:
-    from ..core.context import StreamTransaction
     from ..core.limits import Slot
     from ..core.options import Plan
 
@@ -123,9 +122,9 @@ class StreamingResponse:
         # once when it is dropped.
         response._app_iter = []
         _depart(body, environ)
-        if body.transaction is None:
-            return app_iter
-        return _DepartedBody(app_iter, body.transaction)
+        if app_iter is stream:
+            return _DepartedBody(app_iter, body)
+        return _WrappedBody(app_iter, body)
 
 
 _COMPLETE = list, tuple
@@ -162,22 +161,36 @@ def _declare_bodiless(response: Any, environ: dict[str, Any]) -> None:
 
 
 class _DepartedBody:
-    """Keeps ``DBSessionRemoverMiddleware`` from removing a session that is in use.
+    """The stream as the server and its middlewares have it. Only they close it.
 
+    It also keeps ``DBSessionRemoverMiddleware`` from removing a session that is in use.
     That middleware of TG closes the body, and then removes the session of whatever runs
     on the thread.
     """
 
-    def __init__(self, app_iter: Any, database: StreamTransaction) -> None:
+    __slots__ = "_app_iter", "_body"
+
+    def __init__(self, app_iter: Any, body: Body) -> None:
         self._app_iter = app_iter
-        self._database = database
+        self._body = body
 
     def __iter__(self) -> Iterator[bytes]:
         return iter(self._app_iter)
 
     def close(self) -> None:
+        self._body.server_closes = True
         close(self._app_iter)
-        self._database.keep_over_next_remove()
+        if self._body.transaction is not None:
+            self._body.transaction.keep_over_next_remove()
+
+
+class _WrappedBody(_DepartedBody):
+    """The stream in a wrapper of the application, which may close it when dropped."""
+
+    __slots__ = ()
+
+    def __del__(self) -> None:
+        self._body.server_closes = True
 
 
 @cache
