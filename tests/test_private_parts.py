@@ -333,8 +333,8 @@ TURBOGEARS = [
         "_hooks",
         "TurboGears2",
         "core/report",
-        "make no report if no hook receives it",
-        "the hook tgstream.finished is not called",
+        "call the hooks of a stream, and make no report if no hook receives it",
+        "the hooks tgstream.started and tgstream.finished are not called",
         hooks_are_lists_by_name,
     ),
     Part(

@@ -130,6 +130,7 @@ class _Start:
         except BaseException as error:
             body.fail(error, in_request=True)
             raise
+        body.announce()
 
     def _answer_with_file(
         self, stream: Stream, stored: StoredFile, method: str
