@@ -452,7 +452,7 @@ TURBOGEARS = [
     Part(
         "milestones",
         "TurboGears2",
-        "turbogears/hooks",
+        "core/hooks",
         "register the hooks again after tests have reset TG",
         "no stream starts in the second application of a test suite",
         milestone_calls_again_after_a_reset,

@@ -129,7 +129,7 @@ class Observer(Protocol):
 class Meter(Protocol):
     """Measures the stream of a body."""
 
-    def measure(self, chunks: Iterator[bytes]) -> Iterator[bytes]:
+    def measure(self, body: Body, chunks: Iterator[bytes]) -> Iterator[bytes]:
         """The chunks, as the server pulls them."""
 
 

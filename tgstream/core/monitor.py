@@ -336,8 +336,12 @@ def must_not_wait() -> bool:
     generators, whose ``finally`` closes a stream there, too. Also true on the thread of
     an event loop, because the end of an async generator waits for that thread.
     """
-    ident = threading.get_ident()
-    return ident in _collecting or ident in event_loops
+    return is_collecting() or threading.get_ident() in event_loops
+
+
+def is_collecting() -> bool:
+    """Whether the cyclic garbage collector runs on this thread, in a finaliser."""
+    return threading.get_ident() in _collecting
 
 
 gc.callbacks.append(_note_collection)

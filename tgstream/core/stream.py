@@ -280,7 +280,7 @@ class Stream:
             # If the iterator is dropped, it closes the stream in a finaliser.
             close, ending = body.close_as_wrapper, lambda: body.closing is not None
             chunks = add_heartbeats(chunks, body.worker, seconds, close, ending)
-        return chunks if body.meter is None else body.meter.measure(chunks)
+        return chunks if body.meter is None else body.meter.measure(body, chunks)
 
     def encode_member(self) -> Iterator[builtins.bytes]:
         """Encode the items as a part of the running stream, like a member of a ZIP.
