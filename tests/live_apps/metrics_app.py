@@ -6,6 +6,7 @@ The ``gunicorn`` command finds it as ``tests.live_apps.metrics_app:make_app()``.
 from __future__ import annotations
 
 import os
+import tempfile
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -17,6 +18,8 @@ from tests.pages import DOCS, blocks
 from tgstream import NDJSON, SSE, Channel, Stream, listen, plugme, stream
 
 GENERATED = 120
+FILE_SIZE = 2**21
+"""So large that waitress reads the file itself."""
 BLOCKS = blocks((DOCS / "operating.rst").read_text())
 
 
@@ -93,6 +96,13 @@ class Root(TGController):
     def spooled(self) -> Iterator[str]:
         yield "one"
         yield "two"
+
+    @expose(content_type="application/octet-stream")
+    @stream
+    def file(self) -> Any:
+        made = tempfile.TemporaryFile()  # noqa: SIM115 - the stream closes it
+        made.truncate(FILE_SIZE)
+        return made
 
     @expose(content_type="text/plain")
     def publish(self, data: str, channel: str = "events") -> str:

@@ -234,8 +234,11 @@ class Exporter:
             _apply(partial(self._count_end, report, meter.finish(report)))
 
     def _refuse(self) -> None:
-        controller = find_controller(context.current().request)
-        _apply(partial(self._count_refusal, get_controller_name(controller)))
+        try:
+            name = get_controller_name(find_controller(context.current().request))
+        except (AttributeError, TypeError):  # refused before TG's dispatch
+            name = OTHERS
+        _apply(partial(self._count_refusal, name))
 
     # Changes, each by _apply().
 
