@@ -20,6 +20,7 @@ MAY_IMPORT = {
     "exports": {"formats", "core", "database"},
     "live": {"formats", "core", "database"},
     "turbogears": {"formats", "core", "database"},
+    "metrics": {"formats", "core", "live"},
     "testing": {"formats", "core", "database"},
     "doctor": {"core", "database", "live", "turbogears", "testing"},
 }

@@ -394,8 +394,8 @@ TURBOGEARS = [
         "_hooks",
         "TurboGears2",
         "core/report",
-        "make no report if no hook receives it",
-        "the hook tgstream.finished is not called",
+        "call the hooks of a stream, and make no report if no hook receives it",
+        "the hooks tgstream.started and tgstream.finished are not called",
         hooks_are_lists_by_name,
     ),
     Part(
@@ -545,7 +545,7 @@ TURBOGEARS = [
     Part(
         "milestones",
         "TurboGears2",
-        "turbogears/hooks",
+        "core/hooks",
         "register the hooks again after tests have reset TG",
         "no stream starts in the second application of a test suite",
         milestone_calls_again_after_a_reset,

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from tests.soak.client import Received
+from tests.soak.counters import Totals
 from tests.soak.ledger import Account, Ending, Row, balance
 from tests.soak.plans import Plan, visits
 from tests.soak.run import SERVERS, SoakResult, soak
@@ -24,6 +25,8 @@ def test_soak_finds_no_fault(server: str, postgresql: str) -> None:
     assert result.wrongs == [], "\n".join(result.wrongs)
     assert result.account.streams == STREAMS
     assert 0 < result.account.expected <= result.account.found
+    assert result.ledger.started > STREAMS / 2
+    assert result.counters == result.ledger
 
 
 def account(received: Received, rows: list[Row], reason: str, items: int) -> Account:
@@ -185,3 +188,16 @@ def test_soak_finds_leaks(changed: dict[str, Any]) -> None:
     assert SoakResult("waitress", Account(), REST, REST, REST, "").wrongs == []
     end = REST._replace(**changed)
     assert len(SoakResult("waitress", Account(), REST, REST, end, "").wrongs) == 1
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"started": 2}, {"ended": (("failed", 1),)}, {"bytes": 7}, {"open": 1}],
+)
+def test_soak_compares_the_metrics_with_the_ledger(changed: dict[str, Any]) -> None:
+    """Each count must be that of the hooks."""
+    ledger = Totals(1, (("completed", 1),), 6)
+    result = SoakResult("waitress", Account(), REST, REST, REST, "", ledger, ledger)
+    assert result.wrongs == []
+    wrong = result._replace(counters=ledger._replace(**changed))
+    assert len(wrong.wrongs) == 1

@@ -231,7 +231,7 @@ def test_report_hook_that_fails_does_not_change_the_end(
     reports: list[Report],
     wiring: dict[str, Any],
 ) -> None:
-    """TG logs the error, and calls the next hook."""
+    """The error is logged, and the next hook is called."""
     sqlite_model.seed("ada", "bob")
 
     def fail(report: Report) -> None:

@@ -16,13 +16,14 @@ from typing import Any
 import sqlalchemy as sa
 import tg
 import transaction
+from prometheus_client import make_wsgi_app as make_metrics_app
 from tg import TGController, expose
 
 import tgstream
 from tests.application import database_options, make_wsgi_app
 from tests.live_apps.stream_app import Mounted
 from tests.model import Model, Note, User
-from tgstream import NDJSON, Stream
+from tgstream import NDJSON, Report, Stream, metrics
 from tgstream.core.body import Body
 
 USERS = [f"user{number}" for number in range(20)]
@@ -34,23 +35,26 @@ def make_app(url: str, endings: str) -> Any:
     """Return the application, with TG's error tracing, which is the default.
 
     :param url: of its database.
-    :param endings: a file to which each ended stream appends a line.
+    :param endings: a file to which each stream appends a line when it starts and ends.
     """
     # Streams fail on purpose. Formatting their tracebacks would take most of the time.
     logging.disable(logging.CRITICAL)
     model = Model(url)
     model.seed(*USERS)
-    tg.hooks.register("tgstream.finished", ending_writer(endings))
+    register_writer(endings)
+    metrics.register()
     options = {"root_controller": make_root(model), **database_options(model)}
     app = make_wsgi_app(options, tgstream.plugme)
     return CountingMounted({"soak": app}, {"soak": model})
 
 
 class CountingMounted(Mounted):
-    """Also reports how many streams are alive in memory."""
+    """Also reports how many streams are alive in memory, and the metrics."""
 
     def __call__(self, environ: dict[str, Any], start_response: Any) -> Any:
-        """Answer ``/soak/alive``, and leave all other paths to the base class."""
+        """Answer two paths, and leave all other paths to the base class."""
+        if environ["PATH_INFO"] == "/soak/metrics":
+            return make_metrics_app()(environ, start_response)
         if environ["PATH_INFO"] != "/soak/alive":
             return super().__call__(environ, start_response)
         gc.collect()
@@ -60,16 +64,23 @@ class CountingMounted(Mounted):
         return [json.dumps(alive).encode()]
 
 
-def ending_writer(path: str) -> Callable[[Any], None]:
-    """Return a hook that appends a line to a file for each ended stream."""
+def register_writer(path: str) -> None:
+    """Register hooks that append a line to a file for each start and end."""
     file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
 
-    def write_ending(report: Any) -> None:
+    def write(*fields: object) -> None:
         """Write the line at once, so that lines of several threads do not mix."""
-        stream = tg.request.params["stream"]
-        os.write(file, f"{stream} {report.reason} {report.items}\n".encode())
+        line = " ".join(map(str, [tg.request.params["stream"], *fields]))
+        os.write(file, f"{line}\n".encode())
 
-    return write_ending
+    def write_start(stream: Stream) -> None:
+        write("started", stream.items, stream.bytes)
+
+    def write_end(report: Report) -> None:
+        write(report.reason, report.items, report.bytes)
+
+    tg.hooks.register("tgstream.started", write_start)
+    tg.hooks.register("tgstream.finished", write_end)
 
 
 def make_root(model: Model) -> TGController:

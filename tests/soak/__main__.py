@@ -3,13 +3,16 @@
     python -m tests.soak --streams 20000 --seconds 120 [--server waitress] [--seed 1]
 
 Each server gets its part of the streams, or as many as fit into its seconds. The exit
-code is 1 if a row is lost, extra or of another stream, or if a server has grown.
+code is 1 if a row is lost, extra or of another stream, if a server has grown, or if its
+metrics differ from what its hooks have written.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator
+from itertools import chain
 
 from tests.servers.__main__ import postgresql
 
@@ -65,6 +68,13 @@ def cells(result: SoakResult) -> tuple[str, ...]:
     )
 
 
+def totals(result: SoakResult) -> Iterator[tuple[str, ...]]:
+    """Yield the rows of a server: its ledger, and its metrics."""
+    for name, total in (("ledger", result.ledger), ("metrics", result.counters)):
+        ended = ", ".join(f"{count} {reason}" for reason, count in total.ended)
+        yield (result.server, name, str(total.started), ended, str(total.bytes))
+
+
 def table(rows: list[tuple[str, ...]]) -> str:
     """Format the rows, a line each."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -95,6 +105,9 @@ def main() -> int:
     print(table([("streams", *NAMES), *map(fates, results)]))
     print()
     print(table([HEAD, *map(cells, results)]))
+    print()
+    head = ("server", "totals", "started", "ended", "bytes")
+    print(table([head, *chain.from_iterable(map(totals, results))]))
     for result in results:
         for wrong in result.wrongs[:20]:
             print(f"WRONG {result.server}: {wrong}")

@@ -15,6 +15,7 @@ from tests.conftest import LiveServer
 from tests.model import Model
 
 from .client import Clients, Received
+from .counters import Totals, add_up, scrape
 from .ledger import Account, Ending, Row, balance
 from .plans import STUCK, Plan, visits
 from .vitals import Vitals, settle
@@ -40,6 +41,9 @@ class SoakResult(NamedTuple):
     """While the clients that never read are still connected."""
     end: Vitals
     log: str
+    ledger: Totals = Totals()
+    counters: Totals = Totals()
+    """The totals, as the server's metrics have counted them."""
 
     @property
     def growth(self) -> float:
@@ -62,6 +66,8 @@ class SoakResult(NamedTuple):
             wrongs.append(f"left while clients stay: {self.staying}")
         if not self.end.at_rest(self.warm.threads):
             wrongs.append(f"left in the end: {self.end}")
+        if self.counters != self.ledger:
+            wrongs.append(f"counted {self.counters} instead of {self.ledger}")
         _, ignored, text = self.log.partition("Exception ignored")
         if ignored:
             wrongs.append(f"the server's log has: {ignored}{text:.2000}")
@@ -89,11 +95,13 @@ def soak(server: str, url: str, seed: int, streams: int, seconds: float) -> Soak
             staying = settle(live, staying=STUCK)
             clients.close()
             end = settle(live, warm.threads)
+            counters = scrape(live.port)
         finally:
             clients.close()
             log = live.stop()
         account = balance(received, rows_of(url), endings_of(endings))
-    return SoakResult(server, account, warm, staying, end, log)
+        ledger = add_up(endings)
+    return SoakResult(server, account, warm, staying, end, log, ledger, counters)
 
 
 def load(
@@ -131,6 +139,7 @@ def endings_of(path: Path) -> dict[str, list[Ending]]:
     """Return the server's reports about ended streams."""
     endings: dict[str, list[Ending]] = defaultdict(list)
     for line in path.read_text().splitlines():
-        stream, reason, items = line.split()
-        endings[stream].append(Ending(reason, int(items)))
+        stream, reason, items, _ = line.split()
+        if reason != "started":
+            endings[stream].append(Ending(reason, int(items)))
     return endings

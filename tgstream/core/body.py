@@ -57,6 +57,10 @@ does not switch to another greenlet, as a lock's does. A ``deque`` is as fast, a
 
 The body reports to the response and its error guard by the methods of an
 :class:`Observer`. It writes no attribute of it.
+
+The hooks of ``tgstream.started`` are called by an owner, so that the stream cannot end
+and be reported meanwhile: by the request when its response can be sent, by the worker
+in :meth:`Body.begin`, or just before the report if the stream has ended by then.
 """
 
 from __future__ import annotations
@@ -77,7 +81,7 @@ from webob.request import DisconnectionError
 from . import report as reports
 from .chunks import Chunks, StreamEnding
 from .cleanup import close, run_all
-from .context import thread
+from .context import Context, thread
 from .errors import StreamError
 from .heartbeat import Pull, Wakeable, Worker
 from .monitor import (
@@ -94,7 +98,7 @@ from .report import Reason, Report
 from .sockets import shut_down_socket
 
 if TYPE_CHECKING:
-    from .context import Context, StreamTransaction
+    from .context import StreamTransaction
     from .files import FileParts
     from .limits import Slot
     from .recheck import Recheck
@@ -130,6 +134,13 @@ class Observer(Protocol):
         """The body has ended. ``error`` is given if it failed."""
 
 
+class Meter(Protocol):
+    """Measures the stream of a body."""
+
+    def measure(self, body: Body, chunks: Iterator[bytes]) -> Iterator[bytes]:
+        """The chunks, as the server pulls them."""
+
+
 class Body:
     """One run of a stream, in one request.
 
@@ -145,6 +156,8 @@ class Body:
     """
 
     observer: Observer | None = None
+    meter: Meter | None = None
+    """Measures the pulls of the server, if it was set before the first one."""
     departed = False
     """Whether its response has left the application."""
     server_closes = False
@@ -169,7 +182,7 @@ class Body:
     callbacks: list[Callable[[], object]] | None = None
     """Called at the end, the last one first. None if :meth:`on_end` was not called."""
     _state = NEW
-    _disowned = _watched = _interrupted = False
+    _disowned = _watched = _interrupted = _announced = False
     _chunks: Generator[bytes, None, None] = (chunk for chunk in [b""])
     _first: bytes | None = None
     _first_pull: Pull | None = None  # of the worker, until the response begins
@@ -192,6 +205,7 @@ class Body:
         self.transaction = transaction
         # Weak: a stream that is dropped must end at once, not with the next collection.
         self.stream = weakref.ref(stream)
+        self._stream_class = type(stream)
         self.encoding = Chunks(plan, charset, self)
         self.chunks = self.bytes = 0
         self.closing: Reason | None = None
@@ -391,6 +405,8 @@ class Body:
             self.chunks, self.bytes = 1, len(comment)
             self.first_chunk_seconds = clock() - self.started
             self._state = OPEN
+            if reports.has_hooks(reports.STARTED):
+                self._announce()
             pull.end_wait()
 
     def _end_before_first(self) -> None:
@@ -414,6 +430,40 @@ class Body:
             self._end("completed")
         elif not self._watched:
             self._watch()
+
+    def announce(self) -> None:
+        """Call the hooks of ``tgstream.started``, because the response can be sent."""
+        if not reports.has_hooks(reports.STARTED) or not self._acquire():
+            return  # it has ended, or its worker has called them
+        try:
+            if not self._announced:
+                self.context.run(self._announce)
+        finally:
+            self._release()
+
+    def _announce(self) -> None:
+        """Call the hooks, which get a session and a transaction of their own."""
+        self._announced = True
+        own, tg_locals = self.transaction, self.context.tg_locals
+        self.transaction = other = None if own is None else own.make_separate()
+        context = Context(tg_locals) if other is None else other.make_context(tg_locals)
+        record = context.bind(self)
+        try:
+            self._call_started()
+            if other is not None:
+                with suppress(BaseException):  # a hook may have used a session
+                    other.release(False)
+        finally:
+            context.unbind(record)
+            self.transaction = own
+
+    def _call_started(self) -> None:
+        reports.call_hooks(reports.STARTED, self.find_stream(), self.plan.controller)
+
+    def find_stream(self) -> Any:
+        """The stream, or a substitute if it was dropped."""
+        stream = self.stream()
+        return self._stream_class._of_body(self) if stream is None else stream
 
     def depart(self) -> None:
         """Its response leaves the application: the request ends without it."""
@@ -942,13 +992,22 @@ class Body:
         level = logging.DEBUG
         if error is not None or self.reason in reports.EARLY:
             level = self._log_level(error)
-        if not silent and reports.is_needed(level):
-            with suppress(BaseException):  # a report changes nothing
-                reports.log_end(self._make_report(error), level)
-            if transaction is not None:
-                with suppress(BaseException):  # a hook may have used a session
-                    transaction.release(False)
+        if not silent:
+            self._report(error, level)
         return error
+
+    def _report(self, error: BaseException | None, level: int) -> None:
+        is_new = not self._announced and reports.has_hooks(reports.STARTED)
+        if not (is_new or reports.is_needed(level)):
+            return
+        with suppress(BaseException):  # a report changes nothing
+            if is_new:
+                self._announced = True
+                self._call_started()
+            reports.log_end(self._make_report(error), level)
+        if self.transaction is not None:
+            with suppress(BaseException):  # a hook may have used a session
+                self.transaction.release(False)
 
     def _make_report(self, error: BaseException | None) -> Report:
         assert self.reason is not None

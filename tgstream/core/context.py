@@ -53,6 +53,9 @@ class StreamTransaction(Protocol):
     def keep_over_next_remove(self) -> None:
         """Keep the thread's own session over the next removal, which is TG's."""
 
+    def make_separate(self) -> StreamTransaction:
+        """Other sessions and another transaction, for a hook. They never commit."""
+
     def make_context(self, tg_locals: Any) -> Context:
         """A context in which the sessions and the transaction are bound, too."""
 

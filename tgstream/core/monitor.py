@@ -375,7 +375,7 @@ def must_not_wait() -> bool:
 
 
 def is_collecting_garbage() -> bool:
-    """Whether this thread runs a finaliser that the garbage collector has called."""
+    """Whether the cyclic garbage collector runs on this thread, in a finaliser."""
     return threading.get_ident() in _collecting
 
 

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from webob.exc import HTTPException, HTTPOk, HTTPServiceUnavailable
 
 RETRY_SECONDS = 5
 """Seconds after which the client may try again."""
+
+
+_on_refusal: list[Callable[[], None]] = []
+
+
+def on_refusal(callback: Callable[[], None]) -> None:
+    """Call ``callback`` for each refusal from now on, in the request."""
+    _on_refusal.append(callback)
 
 
 def make_refusal(reason: str, as_events: bool) -> HTTPException:
@@ -15,6 +25,8 @@ def make_refusal(reason: str, as_events: bool) -> HTTPException:
     :param as_events: whether to answer with an event stream without an event. After a
         503 a browser's ``EventSource`` gives up (WHATWG HTML, server-sent events).
     """
+    for callback in _on_refusal:
+        callback()
     if as_events:
         return HTTPOk(
             body=b"retry: %d\n\n" % (RETRY_SECONDS * 1000),

@@ -41,7 +41,8 @@ EARLY: tuple[Reason, ...] = (
 )
 """The reasons for which tgstream itself ends a stream before its last item."""
 
-HOOK = "tgstream.finished"
+STARTED = "tgstream.started"
+FINISHED = "tgstream.finished"
 
 
 class Report(NamedTuple):
@@ -83,7 +84,21 @@ class Report(NamedTuple):
 
 def is_needed(level: int) -> bool:
     """Whether a log handler or a hook may receive the report of a stream."""
-    return log.isEnabledFor(level) or bool(tg.hooks._hooks.get(HOOK))
+    return log.isEnabledFor(level) or has_hooks(FINISHED)
+
+
+def has_hooks(name: str) -> bool:
+    """Whether a hook is registered under a name."""
+    return bool(tg.hooks._hooks.get(name))
+
+
+def call_hooks(name: str, argument: object, controller: str) -> None:
+    """Call each hook of a name, and log its error. TG would log an Exception only."""
+    for hook in [*tg.hooks._hooks.get(name, ())]:
+        try:
+            hook(argument)
+        except BaseException:
+            log.exception("%s: a hook of %s failed", controller, name)
 
 
 def log_end(report: Report, level: int) -> None:
@@ -102,10 +117,7 @@ def log_end(report: Report, level: int) -> None:
         report.seconds,
         exc_info=None if error is None else (type(error), error, error.__traceback__),
     )
-    try:
-        tg.hooks.notify(HOOK, args=(report,), trap_exceptions=True)
-    except BaseException:  # TG traps Exception alone
-        log.exception("%s: a hook of tgstream.finished failed", report.controller)
+    call_hooks(FINISHED, report, report.controller)
 
 
 def _describe_reason(report: Report) -> str:

@@ -15,7 +15,7 @@ from .context import thread
 from .errors import StreamError
 from .files import BLOCK_SIZE, StoredFile, find_stored
 from .heartbeat import add_heartbeats
-from .options import FormatTraits, Options, StreamOptions, check
+from .options import FormatTraits, Options, StreamOptions, check, clock
 from .report import call_logged
 from .source import (
     adapt_items,
@@ -132,6 +132,13 @@ class Stream:
         stream._slot = slot
         return stream
 
+    @classmethod
+    def _of_body(cls, body: Body) -> Stream:
+        """A substitute for the stream of a body, which was dropped."""
+        stream = cls._of((), Options(), None)
+        stream._body = body
+        return stream
+
     _body: Body | None = None
     _slot: Slot | None = None
     _length: int | None = None  # bytes of the whole body, for HEAD
@@ -194,6 +201,19 @@ class Stream:
         if stored is None or options.length in (None, stored.content.size):
             return stored
         return None  # it is sent up to the wrong length
+
+    @property
+    def controller(self) -> str:
+        """The name of the controller, such as ``RootController.users``.
+
+        It is empty before the stream starts.
+        """
+        return self._body.plan.controller if self._body else ""
+
+    @property
+    def seconds(self) -> float:
+        """The seconds since the stream has started."""
+        return clock() - self._body.started if self._body else 0.0
 
     @property
     def items(self) -> int:
@@ -272,9 +292,9 @@ class Stream:
             # If the iterator is dropped, it closes the stream in a finaliser.
             close, end = body.close_as_wrapper, body.encode_end
             chunks = add_heartbeats(chunks, body.worker, seconds, close, end)
-        if body.recheck is None or body.complete is not None:
-            return chunks
-        return body.recheck.iterate(chunks, body)
+        if body.recheck is not None and body.complete is None:
+            chunks = body.recheck.iterate(chunks, body)
+        return chunks if body.meter is None else body.meter.measure(body, chunks)
 
     def encode_member(self) -> Iterator[builtins.bytes]:
         """Encode the items as a part of the running stream, like a member of a ZIP.
@@ -393,11 +413,8 @@ def current_stream() -> Stream:
     :returns: the :class:`Stream`, which counts ``items``, ``chunks`` and ``bytes``.
     :raises StreamError: when no stream's generator is running.
     """
-    body = _running_body("current_stream")
-    stream: Stream | None = body.stream()
-    if stream is None:  # dropped: the generator is being closed, and may still ask
-        stream = Stream._of((), Options(), None)
-        stream._body = body
+    # Of a stream that was dropped, the generator is being closed, and may call this.
+    stream: Stream = _running_body("current_stream").find_stream()
     return stream
 
 

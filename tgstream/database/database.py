@@ -129,6 +129,12 @@ class StreamDatabase(StreamSessions):
         """
         return DatabaseContext(tg_locals, self)
 
+    def make_separate(self) -> StreamDatabase:
+        """Other sessions and another transaction, for a hook. They never commit."""
+        other = StreamDatabase(self.registries, self._removed)
+        other.ended = True  # so that events are published at once
+        return other
+
     def adopt_request_sessions(
         self, tm_enabled: bool, vetoed: Callable[[], bool]
     ) -> None:

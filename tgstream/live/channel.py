@@ -26,6 +26,7 @@ from .backends import DATABASE, create_backend
 from .listener import INVALID_ID, without_comments
 from .listener import listen as listen_to_one
 from .merged import listen_to_all
+from .observation import add_backend, watch_events
 from .places import MAX_LENGTH, read_position
 from .protocols import Backend, ChannelSettings, ConnectionLost
 
@@ -211,6 +212,7 @@ def _listen(
         events = listen_to_one(backend, *names, after, seconds, since)
     else:
         events = listen_to_all(backend, names, after, seconds, since)
+    events = watch_events(events)
     return events if comments else without_comments(events)
 
 
@@ -277,7 +279,7 @@ def _running_backend() -> Backend:
     key = os.getpid(), url, settings  # a forked process needs its own back end
     # setdefault(), so that two threads get the same back end.
     return _backends.get(key) or _backends.setdefault(
-        key, create_backend(url, settings)
+        key, add_backend(create_backend(url, settings))
     )
 
 

@@ -44,6 +44,10 @@ class Backend(Protocol):
     and causes a reset.
     """
 
+    @property
+    def backlog(self) -> int:
+        """The number of events that this process keeps until it can send them."""
+
     def publish(self, messages: Sequence[Message]) -> None:
         """Send events to all listeners at once, in order.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
 from types import GeneratorType
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
@@ -13,6 +12,7 @@ from webob import Response
 
 from ..core import context
 from ..core.limits import reserve
+from ..core.names import get_controller_name
 from ..core.options import (
     Options,
     StreamOptions,
@@ -182,10 +182,3 @@ def _check_page(function: Any, options: Options, tg_locals: Any) -> None:
             f"@stream({type(options.format).__name__}) does not send. Return rows, or "
             "name a template in @expose for a page"
         )
-
-
-@lru_cache
-def get_controller_name(function: Any) -> str:
-    """The name of a controller in messages: ``RootController.users``."""
-    name: str = getattr(function, "__qualname__", repr(function))
-    return name.rpartition("<locals>.")[2]

@@ -12,8 +12,6 @@ from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
-import tg
-from tg.configuration import milestones
 from tg.support.converters import asbool
 
 from ..core import context
@@ -21,7 +19,9 @@ from ..core.compression import is_compressible, is_text
 from ..core.context import Context
 from ..core.files import StoredFile
 from ..core.headers import find_charset, has_no_body, set_headers
+from ..core.hooks import keep_hooks
 from ..core.limits import reserve
+from ..core.names import find_controller, get_controller_name
 from ..core.options import (
     FormatTraits,
     Options,
@@ -37,7 +37,7 @@ from ..core.source import make_missing_stream_error, needs_stream, resolve_proxy
 from ..core.stream import Stream
 from ..database.on_commit import is_tm_enabled
 from ..database.registry import install_registry, scoped_sessions
-from .decorator import find_exposed, get_controller_name
+from .decorator import find_exposed
 from .files import (
     remember_answer,
     respond_with_file,
@@ -65,7 +65,7 @@ def _before_render(remainder: Any, params: Any, output: Any) -> None:
             output._release_slot()
             raise
     elif needs_stream(output):
-        where = get_controller_name(_find_controller(context.current().request))
+        where = get_controller_name(find_controller(context.current().request))
         raise make_missing_stream_error(output, where)
 
 
@@ -82,7 +82,7 @@ class _Start:
     def __init__(self, stream: Stream, tg_locals: Any) -> None:
         self._tg_locals = tg_locals
         self._options = stream._options
-        self._function = stream._controller or _find_controller(tg_locals.request)
+        self._function = stream._controller or find_controller(tg_locals.request)
         self._plan = _make_plan(
             get_controller_name(self._function), stream._options, tg_locals.config
         )
@@ -138,6 +138,7 @@ class _Start:
         except BaseException as error:
             body.fail(error, in_request=True)
             raise
+        body.announce()
 
     def _reserve_slot(self, stream: Stream) -> None:
         """Reserve the slot of a stream, unless the decorator has reserved it.
@@ -278,12 +279,6 @@ _RUN_NOTHING = {"HEAD", "OPTIONS", "TRACE", "CONNECT"}
 """Methods that do not ask for the resource's content, so no generator runs."""
 
 
-def _find_controller(request: Any) -> Any:
-    """The controller that TG's dispatch chose, when no decorator named it."""
-    action = request.dispatch_state.action
-    return getattr(action, "__func__", action)
-
-
 def _make_plan(controller: str, options: Options, config: Any) -> Plan:
     """The given options, completed by the format and by the application.
 
@@ -396,20 +391,6 @@ def _database_class() -> Any:
     return importlib.import_module("tgstream.database.database").StreamDatabase
 
 
-class _Installer:
-    """Its method is bound: TG's own tests read ``__self__`` of milestone callbacks."""
-
-    def register(self) -> None:
-        """Register the hooks with TG, once, however often its milestones are reset."""
-        for name, hook in (
-            ("before_render", _before_render),
-            ("after_wsgi_middlewares", Guard),
-        ):
-            tg.hooks.disconnect(name, hook)
-            tg.hooks.register(name, hook)
-
-
 def install() -> None:
     """Register the hooks, when TG's configuration is ready or at once if it is."""
-    register = _Installer().register
-    milestones.config_ready.register(register, persist_on_reset=True)
+    keep_hooks(("before_render", _before_render), ("after_wsgi_middlewares", Guard))

@@ -38,6 +38,7 @@ from ...database.session_transactions import get_connection
 from ...database.writes import has_written
 from ...formats.sse import Event, Message
 from ..history import Backlog, Position, Subscription
+from ..observation import add_backend, report_reconnect
 from ..protocols import ChannelSettings, ConnectionLost
 from .database_changes import Wakeup, watch_changes
 from .database_history import (
@@ -145,7 +146,7 @@ def find_backend(
     backend = backends.get(key)
     if backend is None:
         # setdefault(), so that two threads get the same back end.
-        new = DatabaseBackend(*find_engine(config), settings)
+        new = add_backend(DatabaseBackend(*find_engine(config), settings))
         backend = backends.setdefault(key, new)
         for other in [*backends]:
             if other[2] is not bind:
@@ -188,6 +189,8 @@ class DatabaseBackend:
 
     # Publishing.
 
+    backlog = 0
+
     @property
     def scoped(self) -> Any:
         """The scoped session whose transactions contain the events."""
@@ -229,7 +232,7 @@ class DatabaseBackend:
                 raise self._report_lock(seconds) from error
         else:
             self._publish(messages, seconds)
-        self.publish_committed(messages)
+        self._wake_listeners()
 
     def _publish(self, messages: Sequence[Message], seconds: float) -> None:
         # The connection is given back first: the pool may have only one.
@@ -238,6 +241,9 @@ class DatabaseBackend:
 
     def publish_committed(self, messages: Sequence[Message]) -> None:
         """Wake the listeners, because a transaction with events has committed."""
+        self._wake_listeners()
+
+    def _wake_listeners(self) -> None:
         wakeup = self._wakeup  # the reader may end meanwhile
         if wakeup is not None:
             wakeup.set()
@@ -580,6 +586,7 @@ class DatabaseBackend:
         if self._connection_lost:
             self._connection_lost = False
             log.info("Reconnected to the database (tgstream.channels)")
+            report_reconnect()
 
 
 def _create_own_engine(engine: sa.Engine) -> sa.Engine:

@@ -83,6 +83,8 @@ class MemoryBackend:
         )
         self._used_last: OrderedDict[str, _MemoryHistory] = OrderedDict()
 
+    backlog = 0
+
     def publish(self, messages: Sequence[Message]) -> None:
         """Send events to all listeners of this process."""
         for message in messages:

@@ -39,6 +39,11 @@ class RedisBackend:
         self._reader = RedisReader(self._streams, settings, self._outage)
         self._backlog_lock = threading.Lock()
 
+    @property
+    def backlog(self) -> int:
+        """The number of events that this process keeps until it can send them."""
+        return self._publisher.backlog
+
     def publish(self, messages: Sequence[Message]) -> None:
         """Send events to all listeners of all processes."""
         self._publisher.publish(messages)

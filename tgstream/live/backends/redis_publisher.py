@@ -43,6 +43,7 @@ import redis
 from ...core.options import clock
 from ...core.report import log
 from ...formats.sse import Message
+from ..observation import report_backlog, report_reconnect
 from ..protocols import ChannelSettings
 from .redis_connection import CONNECTION_ERRORS, create_pool, explain_refusal
 from .redis_script import Names
@@ -132,6 +133,11 @@ class RedisPublisher:
         if self._is_lost():
             self._limit_backlog()
         self._send(events)
+
+    @property
+    def backlog(self) -> int:
+        """The number of events that are kept while the server is lost."""
+        return 0 if self._outage is None else len(self._queue)
 
     def _is_lost(self) -> bool:
         return self._give_up_at <= clock()
@@ -243,6 +249,8 @@ class RedisPublisher:
         if self._outage is not None:
             self._outage = None
             log.info("Events are sent to Redis again (tgstream.channels)")
+            report_reconnect()
+            report_backlog()
 
     def _limit_backlog(self) -> None:
         """Drop the newest events that are too many. It needs no lock."""

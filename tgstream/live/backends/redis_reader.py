@@ -35,6 +35,7 @@ from ...core.errors import StreamError
 from ...core.options import clock
 from ...core.report import log
 from ..history import ChannelHistory, Position, reset_event
+from ..observation import report_reconnect
 from ..protocols import ChannelSettings, ConnectionLost
 from .redis_connection import CONNECTION_ERRORS, explain_refusal, is_outage
 from .redis_script import KEY_PREFIX
@@ -81,6 +82,7 @@ class Outage:
         if self.is_lost:
             self.is_lost = False
             log.info("Reconnected to Redis (tgstream.channels)")
+            report_reconnect()
 
 
 class _Request:

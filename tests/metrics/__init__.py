@@ -1,0 +1,1 @@
+"""Tests of ``tgstream.metrics``, with real servers that export their metrics."""
