@@ -71,6 +71,7 @@ from webob.request import DisconnectionError
 from . import report as reports
 from .chunks import Chunks, StreamEnding
 from .cleanup import close, run_all
+from .draining import make_drain_refusal
 from .errors import StreamError
 from .heartbeat import Pull, Worker
 from .monitor import (
@@ -83,7 +84,7 @@ from .monitor import (
 )
 from .options import Plan, clock
 from .report import Reason, Report
-from .sockets import shut_down_socket
+from .sockets import end_requests, shut_down_socket
 
 if TYPE_CHECKING:
     from .context import Context, StreamTransaction
@@ -259,10 +260,14 @@ class Body:
         """Make the first chunk inside the request, where an error page is possible.
 
         :param vetoed: whether TG would abort the transaction for an HTTP exception.
+        :raises HTTPException: when the process drains. Nothing has run.
         :raises Exception: the error of the generator. The stream has then ended.
         """
         self._state = STARTING
         monitor.register(self, self.started)
+        if monitor.draining:  # now that drain() finds it, or has set this before
+            self.cancel()
+            raise make_drain_refusal(self.context.environ, self.plan.format)
         if self.callbacks is not None and not self._watched:
             self._watch()  # one of them may end a wait for the first item
         make_first: Callable[[], bytes | None] | None = self._make_first
@@ -840,6 +845,8 @@ class Body:
         finally:
             self._state = ENDED
             monitor.forget(self)
+            if monitor.draining:
+                end_requests(self.context.environ)
         if self.slot is not None:
             self.slot.release()
         if self.worker is not None:

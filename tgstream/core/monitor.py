@@ -1,7 +1,7 @@
 """The monitor of the running streams: one thread of a process, while there are any.
 
 It ends streams from outside: those whose ``max_seconds`` are over, whose client has
-disconnected, that :func:`drain` ends, and those that Python's cyclic garbage collector
+disconnected, that ``drain()`` ends, and those that Python's cyclic garbage collector
 has dropped. It also runs the checks of streams that wait.
 
 - The monitor looks at a stream when a look is due, whether a server pulls the stream or
@@ -91,6 +91,8 @@ class Monitor:
 
     def reset(self) -> None:
         """Forget all streams, and the thread: a forked process has none of them."""
+        self.draining = False
+        """Whether no stream may start any more. A part of ``core/draining``."""
         self._entries: dict[int, _Entry] = {}
         # Re-entrant: a finaliser may interrupt its holder.
         self._lock = threading.RLock()
@@ -273,41 +275,6 @@ def register_checks(at_second_pull: Callable[[Any], None], at_look: _Check) -> N
     """
     second_pull_checks.append(at_second_pull)
     _checks.append(at_look)
-
-
-_on_drain: list[Callable[[], None]] = []
-
-
-def on_drain(callback: Callable[[], None]) -> None:
-    """Call ``callback`` while streams are drained, so that a waiting generator ends."""
-    _on_drain.append(callback)
-
-
-def drain(timeout: float = 5.0) -> bool:
-    """Ask every running stream of this process to end, and wait until all have ended.
-
-    Call it when the server shuts down. A stream that waits for its server ends at once.
-    A stream whose generator runs ends at its next item, as with ``max_seconds``:
-    uncommitted changes are rolled back, a format whose body may end anywhere (``SSE``)
-    ends normally, and any other response is aborted. The report has the reason
-    ``drained``.
-
-    A stream whose generator is still making its first item ends after that item.
-
-    :param timeout: the maximum seconds to wait.
-    :returns: whether all streams have ended.
-    """
-    deadline = clock() + timeout
-    while bodies := monitor.running():
-        for body in bodies:
-            end_soon(body, "drained")
-        for wake in _on_drain:
-            wake()
-        left = deadline - clock()
-        if left <= 0:
-            return not monitor.running()
-        time.sleep(min(left, PAUSE / 5))
-    return True
 
 
 # Dropped streams, and forked processes.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from webob.exc import HTTPException, HTTPOk, HTTPServiceUnavailable
 
 RETRY_SECONDS = 5
@@ -26,3 +28,9 @@ def make_refusal(reason: str, as_events: bool) -> HTTPException:
         f"{reason} Please try again in {RETRY_SECONDS} seconds.",
         headers=[("Retry-After", str(RETRY_SECONDS))],
     )
+
+
+def is_of_events(format: Any) -> bool:
+    """Whether a format sends an event stream. False for None."""
+    content_type: str = getattr(format, "content_type", "")
+    return content_type.partition(";")[0].strip().lower() == "text/event-stream"

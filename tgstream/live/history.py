@@ -29,7 +29,7 @@ from collections import deque
 from collections.abc import Callable, Generator
 from weakref import WeakValueDictionary
 
-from ..core.monitor import on_drain
+from ..core.draining import on_drain
 from ..formats.sse import Event
 
 Position = tuple[int, int]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
+from inspect import isasyncgenfunction, iscoroutinefunction, isgeneratorfunction
 from types import GeneratorType
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
@@ -12,8 +12,11 @@ from tg.decorators import Decoration
 from webob import Response
 
 from ..core import context
+from ..core.draining import make_drain_refusal
 from ..core.limits import acquire
+from ..core.monitor import monitor
 from ..core.options import Options, StreamOptions, check, check_spoolable
+from ..core.refusals import is_of_events
 from ..core.source import check_streamable, resolve_proxy
 from ..core.stream import Stream
 from ..formats.protocols import Format
@@ -62,7 +65,7 @@ def stream(format: Any = None, **options: Unpack[StreamOptions]) -> Any:
     def decorate(function: F) -> F:
         _check_function(function)
         where = f"@stream on {get_controller_name(function)}"
-        if inspect.iscoroutinefunction(function):
+        if iscoroutinefunction(function):
             raise TypeError(
                 f"{where}: TurboGears calls controllers without an event loop, so an "
                 "async def must be a generator. Yield its items, or write def"
@@ -119,6 +122,7 @@ def _streaming_caller(
     """TG's controller caller, with a stream made of the controller's output."""
 
     name, given = get_controller_name(function), options
+    is_generator = isgeneratorfunction(function) or isasyncgenfunction(function)
 
     def call(*args: Any) -> Any:
         tg_locals = context.current()
@@ -128,6 +132,8 @@ def _streaming_caller(
             request, response = tg_locals.request, tg_locals.response
             format = choose_format(options.formats, request, response)
             options = options._replace(format=format)
+        if monitor.draining and (is_generator or is_of_events(options.format)):
+            raise make_drain_refusal(tg_locals.request.environ, options.format)
         if options.limit is not None:
             slot = acquire(function, options.limit)
         try:
