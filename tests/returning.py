@@ -6,7 +6,7 @@ import http.client
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 
 from tests.conftest import LiveServer
 
@@ -14,58 +14,66 @@ FAILED = (OSError, http.client.HTTPException)
 
 
 class ReturningClient(threading.Thread):
-    """Reads a path again and again, on a connection that it keeps.
+    """Requests an event stream again and again, and reads it line by line.
+
+    It keeps its connection while the server does. A response stays open until the next
+    request, because ``readline()`` does not close it after its ``Content-Length``.
 
     :param pause: the seconds between two requests.
     """
 
     def __init__(self, port: int, path: str, pause: float) -> None:
-        super().__init__(daemon=True)
+        super().__init__()
         self._path, self._pause = path, pause
         self._connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+        self._response: http.client.HTTPResponse | None = None
         self._stopped = threading.Event()
         self.opened = threading.Event()
-        """Set when the first bytes of a response have come."""
+        """Set when it has received the first bytes."""
         self.answers: list[tuple[int, bytes]] = []
         """The status and the body of each complete response."""
 
     def run(self) -> None:
-        while not self._stopped.is_set():
+        while not self._stopped.wait(self._pause if self.answers else 0):
             try:
                 self._read()
             except FAILED:
-                self._connection.close()
-            self._stopped.wait(self._pause)
+                self._close()
+        self._close()
 
     def _read(self) -> None:
+        if self._response is not None:
+            self._response.close()
         self._connection.request("GET", self._path)
-        response = self._connection.getresponse()
+        self._response = response = self._connection.getresponse()
         body = b""
-        while chunk := response.read1():
-            body += chunk
+        while line := response.readline():
+            body += line
             self.opened.set()
         self.answers.append((response.status, body))
 
-    def stop(self) -> None:
-        """Stop it, also while it waits for the server."""
-        self._stopped.set()
-        sock = self._connection.sock
-        if sock is not None:
-            with suppress(OSError):
-                sock.shutdown(2)
+    def _close(self) -> None:
+        if self._response is not None:
+            self._response.close()
         self._connection.close()
+
+    def stop(self) -> None:
+        """Request nothing any more. Call it when the server has stopped."""
+        self._stopped.set()
+        self.join()
 
 
 @contextmanager
 def returning(
     live: LiveServer, count: int, path: str, pause: float
 ) -> Iterator[list[ReturningClient]]:
-    """Run clients, each of which has received bytes."""
+    """Clients that have received bytes. The server is killed before they stop."""
     with ExitStack() as stack:
         clients = [ReturningClient(live.port, path, pause) for _ in range(count)]
         for client in clients:
             client.start()
             stack.callback(client.stop)
+        stack.callback(live.kill)
         assert all(client.opened.wait(20) for client in clients)
         yield clients
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -18,6 +19,11 @@ together = threading.Barrier(4)
 
 
 class RootController(TGController):
+    @expose(content_type="text/plain")
+    def page(self) -> str:
+        """An ordinary page: the number of the process."""
+        return str(os.getpid())
+
     @expose(content_type="text/plain")
     @stream
     def fail(self, tell: str = "") -> Iterator[str]:

@@ -142,7 +142,7 @@ def gunicorn(worker_class: str) -> Serve:
                     "bind": f"{host()}:0",
                     "worker_class": worker_class,
                     "threads": threads() if worker_class == "gthread" else 1,
-                    "loglevel": os.environ.get("GL","warning"),
+                    "loglevel": "warning",
                     "graceful_timeout": 30 if DRAINS in os.environ[APP] else 1,
                     "max_requests": int(option("max_requests", 0)),
                     "when_ready": when_ready,

@@ -122,7 +122,6 @@ def _streaming_caller(
     """TG's controller caller, with a stream made of the controller's output."""
 
     name, given = get_controller_name(function), options
-    is_generator = isgeneratorfunction(function) or isasyncgenfunction(function)
 
     def call(*args: Any) -> Any:
         tg_locals = context.current()
@@ -132,8 +131,8 @@ def _streaming_caller(
             request, response = tg_locals.request, tg_locals.response
             format = choose_format(options.formats, request, response)
             options = options._replace(format=format)
-        if monitor.draining and (is_generator or is_of_events(options.format)):
-            raise make_drain_refusal(tg_locals.request.environ, options.format)
+        if monitor.draining:
+            _refuse_stream(function, options.format, tg_locals.request.environ)
         if options.limit is not None:
             slot = acquire(function, options.limit)
         try:
@@ -159,6 +158,19 @@ def _streaming_caller(
         return output
 
     return call
+
+
+def _refuse_stream(function: Any, format: Any, environ: dict[str, Any]) -> None:
+    """In a process that drains: refuse a request that can only be for a stream.
+
+    Another controller may return a page. If it returns a stream, the stream is refused
+    when it starts.
+
+    :raises HTTPException: the refusal.
+    """
+    is_generator = isgeneratorfunction(function) or isasyncgenfunction(function)
+    if is_generator or is_of_events(format):
+        raise make_drain_refusal(environ, format)
 
 
 def find_exposed(function: Any, tg_locals: Any) -> Any:
