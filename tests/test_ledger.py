@@ -169,11 +169,19 @@ def test_reset_of_a_merged_stream_concerns_its_channels() -> None:
 
 def test_listener_is_complete_with_the_last_events_or_a_reset() -> None:
     """A reset from before the last events were published does not count."""
-    last = Last(1.5, {"0": {"0 a 1"}, "1": set()})
+    last = Last(0.5, 1.5, {"0": {"0 a 1"}, "1": set()})
     assert last.arrived(["0", "1"], notes_of([("event", "0 a 1")]))
     assert not last.arrived(["0"], notes_of([("reset", ""), ("reset", "")]))
     assert last.arrived(["0"], notes_of([("reset", "")] * 3))
     assert last.arrived(["1"], [])
+
+
+def test_listener_that_begins_during_the_last_events_waits_for_its_share() -> None:
+    """It is complete when it has listened for a second after they were published."""
+    last = Last(-0.5, 1.5, {"0": {"0 a 1"}})
+    notes = notes_of([("open", ""), ("beat", ""), ("beat", ""), ("beat", "")])
+    assert not last.arrived(["0"], notes[:3])
+    assert last.arrived(["0"], notes)
 
 
 def test_plans_are_the_same_for_the_same_seed() -> None:

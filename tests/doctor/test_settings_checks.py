@@ -230,6 +230,13 @@ def test_reserved_option_in_the_channels_url_fails() -> None:
     assert "sets decode_responses, protocol, which only tgstream may" in channels.result
 
 
+def test_unknown_option_in_the_channels_url_fails() -> None:
+    """No connection could be made, and listeners would wait forever."""
+    channels = find({"tgstream.channels": "redis://127.0.0.1/0?speed=3"}, "channels")
+    assert channels.mark == "FAIL"
+    assert "argument 'speed'. Remove the option from the URL" in channels.result
+
+
 def test_missing_package_redis_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is an extra of tgstream."""
     monkeypatch.setitem(sys.modules, "redis", None)

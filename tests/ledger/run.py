@@ -20,7 +20,7 @@ from tests.ledger import model
 from tests.ledger.book import Account, Committed, Reset, balance
 from tests.ledger.chaos import Chaos, Fault, process_acts, store_acts
 from tests.ledger.clients import FAILURES, Listener, Publisher, get
-from tests.ledger.notes import Last, Note, read_notes, records
+from tests.ledger.notes import RECEIVED_SECONDS, Last, Note, read_notes, records
 from tests.ledger.plans import CHANNELS, LAST, Plan
 from tests.ledger.servers import KINDS, SCRIPT, Process
 from tests.ledger.stores import PostgreSQL, SQLite, Store, Valkey
@@ -30,8 +30,6 @@ from tgstream import channels
 PUBLISHERS, LISTENERS = 4, 10
 END_SECONDS = 20.0
 """Seconds for the last events to arrive."""
-RECEIVED_SECONDS = 1.0
-"""Seconds in which the listeners of a process receive an event."""
 GRACE = 3.0
 """Seconds after an outage in which a process may still have to send events."""
 
@@ -211,13 +209,16 @@ class World:
         """Publish the last events, and wait until the listeners have received them."""
         for publisher in self._publishers:
             publisher.join()
+        self._wait_for_listeners()
+        begun = time.monotonic()
         for script in self._scripts:
             script.close()
         works = {self._publish_last(server) for server in self._servers}
         works |= {work for work in self._done() if work.startswith("end-")}
-        last = Last(time.monotonic(), {channel: set() for channel in CHANNELS})
+        last = Last(begun, time.monotonic(), {channel: set() for channel in CHANNELS})
         for entry in model.read(self._database.url):
-            if entry.work in works:
+            # A script that was terminated before has published last events, too.
+            if entry.work in works and (entry.published or 0.0) > begun:
                 last.texts[entry.channel].add(model.text_of(entry, entry.number))
         for listener in self._listeners:
             listener.close(last, END_SECONDS)
@@ -225,6 +226,14 @@ class World:
             listener.join()
         self._alive = self._wait_for_processes(last)
         self._close_processes()
+
+    def _wait_for_listeners(self) -> None:
+        """Wait until each listener has begun, so that it receives the last events."""
+        until = time.monotonic() + END_SECONDS
+        while time.monotonic() < until and not all(
+            listener.notes for listener in self._listeners if listener.is_alive()
+        ):
+            time.sleep(0.1)
 
     def _publish_last(self, server: Process) -> str:
         """Publish the last events of a server, and return their transaction's name."""

@@ -424,6 +424,16 @@ def test_redis_url_without_the_package_redis_is_rejected(
     Channel(name).publish("x")
 
 
+@pytest.mark.parametrize("url", ["redis://h", "redis+sentinel://h/s", "unix:///s"])
+def test_redis_url_with_an_unknown_option_is_rejected(
+    make_app: MakeApp, name: str, url: str
+) -> None:
+    """A listener would wait forever, because no connection can be made."""
+    make_app(TGController(), tgstream__channels=f"{url}?speed=3")
+    with pytest.raises(ValueError, match=r"'speed'\. Remove the option"):
+        Channel(name).publish("x")
+
+
 # Failures of the server.
 
 

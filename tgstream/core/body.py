@@ -45,9 +45,10 @@ even if the step before failed. The first error is the one reported.
   the body ends nothing. If the child comes out of the generator, it exits, because the
   connections to the database and to the client are its parent's.
 
-The token is an item of a ``deque``, not a lock. To take and return it costs a third of
-a lock's time (27 and 100 ns). A finaliser can take it, and under gevent a failed
-attempt does not switch to another greenlet, as a lock's does.
+The token is an item of a list, not a lock. To take and return it costs a third of a
+lock's time (27 and 100 ns). A finaliser can take it, and under gevent a failed attempt
+does not switch to another greenlet, as a lock's does. A ``deque`` is as fast, and needs
+0.7 KiB more for each open stream.
 
 The body reports to the response and its error guard by the methods of an
 :class:`Observer`. It writes no attribute of it.
@@ -58,7 +59,6 @@ from __future__ import annotations
 import errno
 import logging
 import weakref
-from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from contextlib import suppress
 from enum import Enum
@@ -180,7 +180,7 @@ class Body:
         self.chunks = self.bytes = 0
         self.closing: Reason | None = None
         """The note to the owner: the reason to end."""
-        self._token: deque[None] = deque()
+        self._token: list[None] = []
         self._source = source
         self._declared_length = length
         self.started = now = clock()

@@ -76,8 +76,10 @@ class Monitored(Protocol):
 class _Entry(weakref.ref[Monitored]):
     """A stream that does not keep it, the time of its next look, and its last look."""
 
+    __slots__ = ("due", "seen")
+
     due: float
-    seen: Any = None
+    seen: Any
 
 
 class Monitor:
@@ -104,6 +106,7 @@ class Monitor:
     def register(self, body: Monitored, now: float) -> None:
         """Count ``body`` among the running streams, until it has ended."""
         entry = _Entry(body)
+        entry.seen = None
         seconds, plan = FIRST_LOOK, body.plan
         if plan.disconnect_check_seconds < seconds:
             seconds = plan.disconnect_check_seconds

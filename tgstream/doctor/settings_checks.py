@@ -18,6 +18,7 @@ from ..core.settings import OPTIONS, read_option
 from ..database.engines import get_factory_binds, has_one_connection
 from ..database.registry import scoped_sessions
 from ..live.backends import DATABASE, REDIS_SCHEMES, redact_url, reserved_url_options
+from ..live.protocols import UnknownUrlOption
 from .channel_tables import check_channel_tables
 from .finding import FAIL, NOTE, OK, WARN, Finding, describe_error
 
@@ -123,6 +124,8 @@ def _check_channels(config: Config) -> Finding:
     except ImportError:
         result = f"{shown} needs the package redis, which is not installed"
         return Finding(FAIL, "channels", result, "pip install 'tgstream[redis]'")
+    except UnknownUrlOption as error:
+        return Finding(FAIL, "channels", f"{shown}: {error}")
     except ValueError:  # its message may contain a part of the password
         return _report_invalid_url(shown)
     except Exception as error:

@@ -314,5 +314,5 @@ def _warn_of_multiple_processes(url: str) -> None:
         log.warning(
             "The server runs several processes, but tgstream.channels is memory://, so "
             "other processes do not receive the events of this one. Set it to "
-            "redis://host:6379/0 (Redis or Valkey), or run one process"
+            "redis://host:6379/0 (Redis or Valkey) or database://, or run one process"
         )

@@ -32,6 +32,10 @@ class ConnectionLost(Exception):
     """The server of a back end cannot be reached. The back end has logged it."""
 
 
+class UnknownUrlOption(ValueError):
+    """The URL of a back end has an option that its package does not have."""
+
+
 class Backend(Protocol):
     """The channels of one application, in this process.
 

@@ -66,7 +66,7 @@ class Outcome:
     error: BaseException | None = None
     """The error of the stream."""
     headers: Any = ()
-    """The headers that the server has got."""
+    """The headers that the server has got, until the guard has looked at them."""
     file: FileParts | None = None
     """The file that the stream sends, if it is one."""
     refusal: BaseException | None = None
@@ -207,6 +207,7 @@ def _guard_body(body: Any, outcome: Outcome, environ: dict[str, Any]) -> Any:
         guarded = _GuardedBody(body, outcome)
         if outcome.file is not None and outcome.responded:
             return _let_server_send(guarded, outcome, environ)
+        outcome.headers = ()
         return guarded
     return body
 

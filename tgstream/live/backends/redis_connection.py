@@ -28,6 +28,7 @@ except ImportError as error:
         "installed. Run: pip install 'tgstream[redis]'"
     ) from error
 
+from ..protocols import UnknownUrlOption
 from .redis_script import CLUSTER_PREFIX
 
 CONNECTION_ERRORS = redis.RedisError, OSError
@@ -62,6 +63,7 @@ def create_pool(
     :param seconds: maximum time to connect, and to wait for an answer.
     :param pool_class: a class of pools of the package redis.
     :param options: more options of the pool and of its connections.
+    :raises UnknownUrlOption: if the package redis does not have an option of the URL.
     """
     if url.startswith(SENTINEL_SCHEME):
         url, sentinel_options = _parse_sentinel_url(url)
@@ -75,7 +77,15 @@ def create_pool(
         "socket_timeout": seconds,
         "retry": Retry(NoBackoff(), 0),  # no second attempt
     }
-    return pool_class.from_url(url, **defaults | options)
+    pool = pool_class.from_url(url, **defaults | options)
+    try:
+        pool.connection_class(**pool.connection_kwargs)  # it does not connect
+    except TypeError as error:
+        raise UnknownUrlOption(
+            "tgstream.channels has an unknown option after '?'. The package redis "
+            f"raised TypeError: {error}. Remove the option from the URL"
+        ) from None
+    return pool
 
 
 def is_outage(error: Exception) -> bool:
