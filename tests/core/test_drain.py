@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,18 +13,22 @@ from typing import Any
 import pytest
 from tg import TGController, expose
 
-from tests.conftest import LiveServer, MakeApp, assert_clean
+from tests.conftest import LiveServer, MakeApp, assert_clean, stop_draining
+from tests.core.support import fork
 from tests.model import Model, Note, User
 from tests.wsgi import Call, get
 from tgstream import (
+    NDJSON,
     SSE,
     Channel,
     Event,
     Report,
+    Stream,
     StreamError,
     current_stream,
     drain,
     flush,
+    health,
     stream,
 )
 
@@ -214,6 +219,195 @@ def test_stream_is_drained_after_its_first_item(
         assert body.result() == b"data: one\n\n"
     assert [report.reason for report in reports] == ["drained"]
     assert_clean(sqlite_model)
+
+
+# Streams that start later.
+
+
+def make_late_root(ran: list[str]) -> TGController:
+    """A root of streams of all kinds, which note in ``ran`` that they have run."""
+
+    def items() -> Iterator[str]:
+        ran.append("generator")
+        yield "one"
+
+    class Root(TGController):
+        @expose()
+        @stream(SSE, limit=1)
+        def events(self) -> Iterator[str]:
+            yield from items()
+
+        @expose()
+        @stream(SSE)
+        def listening(self) -> Iterator[str]:
+            ran.append("controller")
+            return items()
+
+        @expose()
+        @stream([NDJSON, SSE])
+        def either(self) -> Iterator[str]:
+            yield from items()
+
+        @expose(content_type="text/event-stream")
+        @stream
+        def written(self) -> Iterator[str]:
+            yield from items()
+
+        @expose(content_type="text/plain")
+        @stream(limit=1)
+        def words(self) -> Iterator[str]:
+            yield from items()
+
+        @expose(content_type="text/plain")
+        @stream(limit=1)
+        def perhaps(self, page: str = "") -> Any:
+            return "a page" if page else items()
+
+        @expose()
+        def returned(self) -> Stream:
+            return Stream(items(), SSE, limit=1)
+
+        @expose(content_type="text/plain")
+        def page(self) -> str:
+            return "a page"
+
+    return Root()
+
+
+EVENTS = {"HTTP_ACCEPT": "text/event-stream"}
+
+
+@pytest.mark.parametrize(
+    ("path", "environ"),
+    [
+        ("/events", {}),
+        ("/listening", {}),
+        ("/either", EVENTS),
+        ("/written", EVENTS),
+        ("/returned", {}),
+    ],
+)
+def test_event_stream_that_starts_after_drain_is_empty(
+    make_app: MakeApp,
+    model: Model,
+    reports: list[Report],
+    path: str,
+    environ: dict[str, str],
+) -> None:
+    """Browsers reconnect after it. No generator runs, and no slot is kept."""
+    ran: list[str] = []
+    app = make_app(make_late_root(ran), model)
+    assert drain()
+    for _ in range(2):
+        answer = get(app, path, **environ)
+        assert (answer.status_int, answer.text) == (200, "retry: 5000\n\n")
+        assert answer.headers["Content-Type"].startswith("text/event-stream")
+        assert "Content-Length" not in answer.headers  # some servers close after it
+    assert ran == []
+    assert reports == []
+    assert_clean(model)
+    stop_draining()
+    assert get(app, path, **environ).text == "data: one\n\n" or path == "/written"
+
+
+@pytest.mark.parametrize(
+    ("path", "environ"), [("/words", {}), ("/perhaps", {}), ("/either", {})]
+)
+def test_other_stream_that_starts_after_drain_is_answered_with_503(
+    make_app: MakeApp,
+    model: Model,
+    reports: list[Report],
+    path: str,
+    environ: dict[str, str],
+) -> None:
+    """The response has ``Retry-After``. No generator runs, and no slot is kept."""
+    ran: list[str] = []
+    app = make_app(make_late_root(ran), model)
+    assert drain()
+    for _ in range(2):
+        answer = get(app, path, **environ)
+        assert answer.status_int == 503
+        assert answer.headers["Retry-After"] == "5"
+        assert "Content-Length" not in answer.headers
+        assert answer.text == "The server restarts. Please try again in 5 seconds.\n"
+    assert ran == []
+    assert reports == []
+    assert_clean(model)
+    stop_draining()
+    assert get(app, path).status_int == 200
+
+
+@pytest.mark.parametrize("path", ["/page", "/perhaps?page=1"])
+def test_page_is_served_after_drain(
+    make_app: MakeApp, sqlite_model: Model, path: str
+) -> None:
+    """``@stream`` refuses a controller that is not a generator only for a stream."""
+    app = make_app(make_late_root([]), sqlite_model)
+    assert drain()
+    assert get(app, path).text == "a page"
+    assert_clean(sqlite_model)
+
+
+@pytest.mark.parametrize("heartbeat", [None, 5])
+def test_generator_does_not_run_if_the_process_drains_in_its_controller(
+    make_app: MakeApp, model: Model, reports: list[Report], heartbeat: float | None
+) -> None:
+    """The changes of the controller are committed, like before a redirect."""
+    ran: list[str] = []
+
+    def items() -> Iterator[str]:
+        ran.append("generator")
+        yield "one"
+
+    class Root(TGController):
+        @expose()
+        @stream(SSE(heartbeat=heartbeat))
+        def index(self) -> Iterator[str]:
+            model.DBSession.add(Note(text="of the controller"))
+            assert drain()
+            return items()
+
+    assert get(make_app(Root(), model)).text == "retry: 5000\n\n"
+    assert ran == []
+    assert reports == []
+    assert model.texts() == ["of the controller"]
+    assert_clean(model)
+
+
+def test_forked_process_is_not_draining() -> None:
+    """A server may fork new workers after it has drained."""
+    assert drain()
+    child = fork()
+    if not child:
+        os._exit(health()["draining"])
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert health()["draining"]
+
+
+@pytest.mark.parametrize("attempt", [1, 2])
+def test_process_is_not_draining_in_the_next_test(attempt: int) -> None:
+    """The suite, and the pytest plugin, let each test start streams."""
+    assert not health()["draining"]
+    assert drain()
+
+
+def test_health_has_the_state_of_the_process(
+    make_app: MakeApp, sqlite_model: Model
+) -> None:
+    """It counts the streams that have started and not ended."""
+    app = make_app(make_root(sqlite_model, format=SSE), sqlite_model)
+    assert health() == {"draining": False, "open_streams": 0}
+    calls = [Call(app, "/words") for _ in range(3)]
+    assert [next(call) for call in calls] == [b"data: 1\ndata: \n\n"] * 3
+    calls.pop().close()
+    assert health() == {"draining": False, "open_streams": 2}
+    assert drain()
+    assert health() == {"draining": True, "open_streams": 0}
+    for call in calls:
+        assert call.read() == b""
+
+
+# Servers that stop.
 
 
 @pytest.mark.parametrize(

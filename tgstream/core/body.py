@@ -265,13 +265,12 @@ class Body:
         """
         self._state = STARTING
         monitor.register(self, self.started)
-        if monitor.draining:  # now that drain() finds it, or has set this before
-            self.cancel()
-            raise make_drain_refusal(self.context.environ, self.plan.format)
         if self.callbacks is not None and not self._watched:
             self._watch()  # one of them may end a wait for the first item
         make_first: Callable[[], bytes | None] | None = self._make_first
-        if self.plan.traits.heartbeat:
+        if monitor.draining:  # drain() has set it before, or finds this stream
+            make_first = self._refuse_to_start
+        elif self.plan.traits.heartbeat:
             make_first = self._start_worker()
             if make_first is None:
                 return  # the response has begun
@@ -289,6 +288,9 @@ class Body:
             self.context.unbind(record)
             if self._state is STARTING:
                 self._release()
+
+    def _refuse_to_start(self) -> NoReturn:
+        raise make_drain_refusal(self.context.environ, self.plan.format)
 
     def _start_worker(self) -> Callable[[], bytes | None] | None:
         """Make the first chunk on a worker. Returns a function that returns it.

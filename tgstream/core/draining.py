@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable
 from typing import Any, TypedDict
 
-from webob.exc import HTTPException
+from webob.exc import WSGIHTTPException
 
 from .monitor import PAUSE, end_soon, monitor
 from .options import clock
@@ -82,7 +82,7 @@ def health() -> Health:
     return {"draining": monitor.draining, "open_streams": len(monitor.running())}
 
 
-def make_drain_refusal(environ: dict[str, Any], format: Any) -> HTTPException:
+def make_drain_refusal(environ: dict[str, Any], format: Any) -> WSGIHTTPException:
     """The response to a request for a stream in a process that drains.
 
     :param format: of the stream. Without it, ``Accept`` decides about an event stream.

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from webob.exc import HTTPException, HTTPOk, HTTPServiceUnavailable
+from webob.exc import HTTPOk, HTTPServiceUnavailable, WSGIHTTPException
 
 RETRY_SECONDS = 5
 """Seconds after which the client may try again."""
 
 
-def make_refusal(reason: str, as_events: bool) -> HTTPException:
+def make_refusal(reason: str, as_events: bool) -> WSGIHTTPException:
     """The response that refuses a stream, to be raised before anything runs.
 
     :param reason: a sentence for the client.

@@ -1,8 +1,8 @@
 """Shuts down sockets: the one from which a generator reads, and that of the client.
 
 ``close()`` from another thread does not wake a generator that is blocked in a read.
-Linux goes on waiting on a socket that was closed, and the ``close()`` of a buffered file
-waits for the read that it should end.
+Linux goes on waiting on a socket that was closed, and the ``close()`` of a buffered
+file waits for the read that it should end.
 """
 
 from __future__ import annotations
