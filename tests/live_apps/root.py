@@ -13,7 +13,7 @@ import tg
 from tg import TGController, abort, expose
 
 from tests.model import User
-from tgstream import NDJSON, SSE, Event, current_stream, stream
+from tgstream import NDJSON, SSE, Event, current_stream, drain, stream
 
 together = threading.Barrier(4)
 
@@ -23,6 +23,11 @@ class RootController(TGController):
     def page(self) -> str:
         """An ordinary page: the number of the process."""
         return str(os.getpid())
+
+    @expose(content_type="text/plain")
+    def drain(self) -> str:
+        """Drain the process, which goes on."""
+        return str(drain())
 
     @expose(content_type="text/plain")
     @stream

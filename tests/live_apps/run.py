@@ -239,11 +239,12 @@ def uwsgi(options: str) -> Serve:
 
     def arguments(port: int, folder: Path) -> list[str]:
         commands = Path(sys.executable).parent
+        mercy = "60" if DRAINS in os.environ[APP] else "1"  # as uWSGI has it, or soon
         common = "--master --need-app --enable-threads --die-on-term --disable-logging"
         return [
             str(commands / "uwsgi"),
             *(f"--http-socket 127.0.0.1:{port} {common} {options}").split(),
-            *("--worker-reload-mercy", "1", "--virtualenv", sys.prefix),
+            *("--worker-reload-mercy", mercy, "--virtualenv", sys.prefix),
             *("--pythonpath", str(ROOT), "--module", "tests.live_apps.named"),
         ]
 
