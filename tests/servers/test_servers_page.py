@@ -165,7 +165,7 @@ def test_uwsgi_drains_its_streams(
         assert select.select([reader], [], [], 10)[0]
         assert os.read(reader, 100) in (b"drained", b"completed")
         os.close(reader)
-        assert response.read().endswith(b": close\n\n")
+        assert (b": open\n" + response.read()).endswith(b"\n\n")
         response.close()
     live.process.wait(10)
     assert time.monotonic() - started < 2

@@ -717,6 +717,8 @@ class Body:
         if self._disowned or self.closing is None:
             return
         if not self._acquire():
+            if self.worker is not None:
+                self.context.keep_environ()
             self.interrupt()
             return
         record = self.context.bind(self)
