@@ -626,8 +626,9 @@ AROUND = [
         "gunicorn.socket",
         "gunicorn",
         "core/monitor",
-        "notice that a client has disconnected",
-        "the stream of a client that has disconnected runs until its next write",
+        "notice that a client has disconnected, and close its connection after drain()",
+        "the stream of a client that has disconnected runs until its next write, and "
+        "gunicorn keeps the connections of clients while it stops",
         lambda: (
             default_environ(
                 SimpleNamespace(body=None, method="", query="", uri="", version=(1, 1)),

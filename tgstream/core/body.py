@@ -75,6 +75,7 @@ from .draining import make_drain_refusal
 from .errors import StreamError
 from .heartbeat import Pull, Worker
 from .monitor import (
+    end_requests,
     has_disconnected,
     has_greenlets,
     monitor,
@@ -84,7 +85,7 @@ from .monitor import (
 )
 from .options import Plan, clock
 from .report import Reason, Report
-from .sockets import end_requests, shut_down_socket
+from .sockets import shut_down_socket
 
 if TYPE_CHECKING:
     from .context import Context, StreamTransaction

@@ -20,10 +20,9 @@ from typing import Any, TypedDict
 
 from webob.exc import WSGIHTTPException
 
-from .monitor import PAUSE, end_soon, monitor
+from .monitor import PAUSE, end_requests, end_soon, monitor
 from .options import clock
 from .refusals import is_of_events, make_refusal
-from .sockets import end_requests
 
 
 class Health(TypedDict):

@@ -336,7 +336,7 @@ if hasattr(os, "register_at_fork"):  # not on Windows
     os.register_at_fork(after_in_child=_disown)
 
 
-# Whether a client has disconnected.
+# The connection of a client.
 
 
 _CLOSED = 7
@@ -368,3 +368,18 @@ def has_disconnected(environ: Mapping[str, Any]) -> bool:
     except Exception:  # a Unix socket of a proxy, a closed socket, or another object
         return False
     return state == bytes([_CLOSED])
+
+
+def end_requests(environ: Mapping[str, Any]) -> None:
+    """Have gunicorn read no other request from the connection of this one.
+
+    The half of its socket that is read is shut down, as if the client had done it.
+    gunicorn still sends the response. Then it finds the end of the requests, and closes
+    the connection. It does not wait for the client, as after ``Connection: close``: the
+    gthread worker waits up to 2 s for each, one after the other. HTTP/2 has other
+    requests on the connection, and an end of its own.
+    """
+    if environ.get("SERVER_PROTOCOL", "").startswith("HTTP/1"):
+        with suppress(Exception):  # closed meanwhile, or another server
+            # Not the method of its class: that of TLS would end the writing, too.
+            socket.socket.shutdown(environ["gunicorn.socket"], socket.SHUT_RD)

@@ -1,8 +1,7 @@
-"""Shuts down sockets: the one from which a generator reads, and that of the client.
+"""Wakes a generator that is blocked in a read from a socket.
 
-``close()`` from another thread does not wake a generator that is blocked in a read.
-Linux goes on waiting on a socket that was closed, and the ``close()`` of a buffered
-file waits for the read that it should end.
+``close()`` from another thread does not. Linux goes on waiting on a socket that was
+closed, and the ``close()`` of a buffered file waits for the read that it should end.
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ from __future__ import annotations
 import os
 import socket
 import stat
-from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -51,18 +49,3 @@ def _shut_down(source: Any) -> bool:
     with socket.socket(fileno=copy) as connection, suppress(OSError):
         connection.shutdown(socket.SHUT_RDWR)
     return True
-
-
-def end_requests(environ: Mapping[str, Any]) -> None:
-    """Have gunicorn read no other request from the connection of this one.
-
-    The half of its socket that is read is shut down, as if the client had done it.
-    gunicorn still sends the response. Then it finds the end of the requests, and closes
-    the connection. It does not wait for the client, as after ``Connection: close``: the
-    gthread worker waits up to 2 s for each, one after the other. HTTP/2 has other
-    requests on the connection, and an end of its own.
-    """
-    if environ.get("SERVER_PROTOCOL", "").startswith("HTTP/1"):
-        with suppress(Exception):  # closed meanwhile, or another server
-            # Not the method of its class: that of TLS would end the writing, too.
-            socket.socket.shutdown(environ["gunicorn.socket"], socket.SHUT_RD)

@@ -128,9 +128,7 @@ def _streaming_caller(
         end_previous(tg_locals.response)
         options, slot = given, None
         if options.formats is not None:
-            request, response = tg_locals.request, tg_locals.response
-            format = choose_format(options.formats, request, response)
-            options = options._replace(format=format)
+            options = _choose_format(options, options.formats, tg_locals)
         if monitor.draining:
             _refuse_stream(function, options.format, tg_locals.request.environ)
         if options.limit is not None:
@@ -158,6 +156,14 @@ def _streaming_caller(
         return output
 
     return call
+
+
+def _choose_format(
+    options: Options, formats: tuple[Format, ...], tg_locals: Any
+) -> Options:
+    """The options with the format that the request has chosen."""
+    format = choose_format(formats, tg_locals.request, tg_locals.response)
+    return options._replace(format=format)
 
 
 def _refuse_stream(function: Any, format: Any, environ: dict[str, Any]) -> None:
