@@ -148,9 +148,9 @@ def gunicorn(worker_class: str) -> Serve:
                     "when_ready": when_ready,
                 }.items():
                     self.cfg.set(name, value)
-                hook = "post_worker_init"
-                if function := run_drain_block(f"def {hook}").get(hook):
-                    self.cfg.set(hook, function)
+                block = run_drain_block("def post_worker_init")
+                for name in block.keys() & self.cfg.settings.keys():
+                    self.cfg.set(name, block[name])
 
             def load(self) -> Any:
                 return make_app()
