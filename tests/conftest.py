@@ -29,6 +29,8 @@ import tgstream
 from tests.application import Plug, database_options, make_wsgi_app
 from tests.model import MakeModel, Model
 from tgstream import Report, Stream
+from tgstream.core.monitor import monitor
+from tgstream.pytest_plugin import tgstream_is_not_draining as tgstream_is_not_draining
 
 MakeApp = Callable[..., Any]
 
@@ -203,6 +205,11 @@ def unfreeze_at_exit() -> Iterator[None]:
     """Unfreeze the garbage, because some extensions check at exit for leaks."""
     yield
     gc.unfreeze()
+
+
+def stop_draining() -> None:
+    """Let this process start streams after ``drain()``, as the next process does."""
+    monitor.draining = False
 
 
 @pytest.fixture(autouse=True)

@@ -719,9 +719,11 @@ AROUND = [
         "gunicorn.socket",
         "gunicorn",
         "core/monitor",
-        "notice that a client has disconnected, and disconnect one that does not read",
-        "the stream of a client that has disconnected runs until its next write, and "
-        "end() does not free the thread of a client that does not read",
+        "notice that a client has disconnected, disconnect one that does not read, and "
+        "close the connection of a client after drain()",
+        "the stream of a client that has disconnected runs until its next write, end() "
+        "does not free the thread of a client that does not read, and gunicorn keeps "
+        "the connections of clients while it stops",
         lambda: (
             default_environ(
                 SimpleNamespace(body=None, method="", query="", uri="", version=(1, 1)),

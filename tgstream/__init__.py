@@ -15,8 +15,8 @@ stream's own, with a transaction that is committed when the generator ends.
 """
 
 from .channels import Channel
+from .core.draining import drain, health
 from .core.errors import StreamError
-from .core.monitor import drain
 from .core.report import Report
 from .core.running import RunningStream, running
 from .core.source import register_adapter as _register_adapter
@@ -60,6 +60,7 @@ __all__ = [
     "current_stream",
     "drain",
     "flush",
+    "health",
     "last_event_id",
     "listen",
     "plugme",

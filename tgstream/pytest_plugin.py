@@ -1,4 +1,4 @@
-"""The fixture ``open_stream``, for a ``conftest.py``.
+"""The fixture ``open_stream``, for a ``conftest.py``, and a fresh start of each test.
 
 tgstream itself does not import this module, because it does not need pytest.
 """
@@ -12,6 +12,13 @@ from typing import Any
 import pytest
 
 from . import testing
+from .core.monitor import monitor
+
+
+@pytest.fixture(autouse=True)
+def tgstream_is_not_draining() -> None:
+    """Let each test start streams, also after one that has called ``drain()``."""
+    monitor.draining = False
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 from collections.abc import Callable, Iterator
 from http.client import HTTPConnection
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 from tests.browser.conftest import Browser
 from tests.browser.proxy import Proxy
 from tests.conftest import LiveServer
+from tests.returning import measure_stop
 
 ROWS = "[...document.querySelectorAll('#users > li')].map(row => row.textContent)"
 
@@ -117,3 +119,29 @@ def test_page_loads_its_data_again_if_events_are_missing(site: Site) -> None:
     site.await_rows(*reversed(missed), "bob", "ada")
     site.register("zoe")
     site.await_rows("zoe", *reversed(missed), "bob", "ada")
+
+
+@pytest.mark.parametrize("server", ["gunicorn-gthread", "gunicorn-gevent"])
+def test_server_with_an_open_page_stops_soon(
+    live_server: Callable[..., LiveServer],
+    browser: Browser,
+    tmp_path: Path,
+    server: str,
+) -> None:
+    """The page reconnects forever, and its connections for files are idle."""
+    live = live_server(
+        server,
+        "htmx_app",
+        "drains=yes",
+        f"url=sqlite:///{tmp_path}/test.db",
+        f"folder={tmp_path}/app",
+        f"npm={os.environ['TGSTREAM_NPM']}",
+    )
+    site = Site(live, browser, "htmx")
+    browser.open(f"127.0.0.1:{live.port}/htmx/")
+    browser.until("document.querySelector('#users')")
+    site.register("ada")
+    site.await_rows("ada")
+    assert measure_stop(live) < 4  # with the idle connections: 2 s, and 1 s of gevent
+    socket.create_server(("127.0.0.1", live.port)).close()
+    site.proxy.close()

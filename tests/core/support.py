@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -73,3 +75,10 @@ class Words(TGController):
 
     def words(self, seconds: str = str(SHORT)) -> Stream:
         return Stream(iter(["one", "two"]), max_seconds=float(seconds))
+
+
+def fork() -> int:
+    """Fork this process, without the warning of Python 3.12 about its threads."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return os.fork()

@@ -5,24 +5,16 @@ from __future__ import annotations
 import gc
 import os
 import sys
-import warnings
 from collections.abc import Callable, Iterator
 
 import pytest
 from tg import TGController, expose
 
 from tests.conftest import MakeApp, assert_clean
-from tests.core.support import Words, reasons
+from tests.core.support import Words, fork, reasons
 from tests.model import MakeModel, User
 from tests.wsgi import Call
 from tgstream import Report, flush, stream
-
-
-def fork() -> int:
-    """Fork this process, without the warning of Python 3.12 about its threads."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        return os.fork()
 
 
 @pytest.mark.parametrize("outcome", ["raises", "exits", "returns", "yields"])

@@ -168,8 +168,11 @@ def test_heartbeat_ends_the_response_while_the_generator_waits(
     next_report: Callable[[], Report],
     reason: str,
 ) -> None:
-    """The client can reconnect at once. The generator ends at its next yield."""
-    go = threading.Event()
+    """The client can reconnect at once. The generator ends at its next yield.
+
+    It keeps its request. uWSGI clears the environ when the response has ended.
+    """
+    go, paths = threading.Event(), []
 
     class Root(TGController):
         @expose()
@@ -177,6 +180,7 @@ def test_heartbeat_ends_the_response_while_the_generator_waits(
         def events(self) -> Iterator[Event]:
             yield Event(comment="open")
             assert go.wait(10)
+            paths.append(tg.request.path)
             yield Event("never")
 
     call = Call(make_app(Root(), sqlite_model), "/events")
@@ -184,9 +188,11 @@ def test_heartbeat_ends_the_response_while_the_generator_waits(
     if reason == "drained":
         assert not drain(timeout=0)
     assert call.read().replace(HEARTBEAT, b"") == b""
+    call.environ.clear()
     go.set()
     report = next_report()
     assert (report.reason, report.error) == (reason, None)
+    assert [*paths, report.path] == ["/events"] * 2
     assert_clean(sqlite_model)
 
 

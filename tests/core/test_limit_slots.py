@@ -19,7 +19,7 @@ from tg.decorators import Decoration
 from transaction.interfaces import TransientError
 
 from tests.conftest import MakeApp, assert_clean
-from tests.core.test_fork import fork
+from tests.core.support import fork
 from tests.model import Model
 from tests.wsgi import Call, get
 from tgstream import Report, Stream, StreamError, stream

@@ -144,8 +144,8 @@ def main() -> None:
     check_many(app)
     assert set(reports) == {"completed"}
     check_kill(app)
-    check_drain(app)
     check_block(app)
+    check_drain(app)
     assert threading.get_ident() == threading.main_thread().ident
     print(*reports[200:])
 

@@ -14,6 +14,7 @@ import tgstream
 from tests.application import make_wsgi_app
 from tests.live_apps import page_app
 from tests.pages import DOCS, provide, run_blocks
+from tgstream.core.monitor import monitor
 
 SCRIPTS = {
     "htmx.min.js": "htmx.org/dist/htmx.min.js",
@@ -44,13 +45,14 @@ def write_templates(page: str, folder: Path) -> None:
     import myapp.templates  # noqa: F401  # before page_app provides other modules
 
 
-def make_app(url: str, folder: str, npm: str = "") -> Any:
+def make_app(url: str, folder: str, npm: str = "", drains: str = "") -> Any:
     """Return the application.
 
     :param url: of the database. Its tables are created again.
     :param folder: an empty folder, for the templates and the scripts.
     :param npm: the folder ``node_modules`` with the packages. Without it the pages have
         no scripts.
+    :param drains: ``yes`` for a server that drains at SIGTERM. ``run.py`` reads it.
     """
     page = (DOCS / "htmx.rst").read_text()
     write_templates(page, Path(folder))
@@ -80,8 +82,9 @@ def make_app(url: str, folder: str, npm: str = "") -> Any:
 
         @expose()
         def drain(self) -> None:
-            """End all streams, like a server that stops."""
+            """End all streams, like a server that stops, and start as the next one."""
             tgstream.drain()
+            monitor.draining = False
 
     return make_wsgi_app(
         {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -12,12 +13,22 @@ import tg
 from tg import TGController, abort, expose
 
 from tests.model import User
-from tgstream import NDJSON, SSE, Event, current_stream, stream
+from tgstream import NDJSON, SSE, Event, current_stream, drain, stream
 
 together = threading.Barrier(4)
 
 
 class RootController(TGController):
+    @expose(content_type="text/plain")
+    def page(self) -> str:
+        """An ordinary page: the number of the process."""
+        return str(os.getpid())
+
+    @expose(content_type="text/plain")
+    def drain(self) -> str:
+        """Drain the process, which goes on."""
+        return str(drain())
+
     @expose(content_type="text/plain")
     @stream
     def fail(self, tell: str = "") -> Iterator[str]:

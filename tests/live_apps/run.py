@@ -143,13 +143,14 @@ def gunicorn(worker_class: str) -> Serve:
                     "worker_class": worker_class,
                     "threads": threads() if worker_class == "gthread" else 1,
                     "loglevel": "warning",
-                    "graceful_timeout": 1,
+                    "graceful_timeout": 30 if DRAINS in os.environ[APP] else 1,
+                    "max_requests": int(option("max_requests", 0)),
                     "when_ready": when_ready,
                 }.items():
                     self.cfg.set(name, value)
-                hook = "post_worker_init"
-                if function := run_drain_block(f"def {hook}").get(hook):
-                    self.cfg.set(hook, function)
+                block = run_drain_block("def post_worker_init")
+                for name in block.keys() & self.cfg.settings.keys():
+                    self.cfg.set(name, block[name])
 
             def load(self) -> Any:
                 return make_app()
@@ -238,11 +239,12 @@ def uwsgi(options: str) -> Serve:
 
     def arguments(port: int, folder: Path) -> list[str]:
         commands = Path(sys.executable).parent
+        mercy = "60" if DRAINS in os.environ[APP] else "1"  # as uWSGI has it, or soon
         common = "--master --need-app --enable-threads --die-on-term --disable-logging"
         return [
             str(commands / "uwsgi"),
             *(f"--http-socket 127.0.0.1:{port} {common} {options}").split(),
-            *("--worker-reload-mercy", "1", "--virtualenv", sys.prefix),
+            *("--worker-reload-mercy", mercy, "--virtualenv", sys.prefix),
             *("--pythonpath", str(ROOT), "--module", "tests.live_apps.named"),
         ]
 

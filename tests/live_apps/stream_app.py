@@ -33,13 +33,19 @@ WIRINGS: dict[str, dict[str, Any]] = {
 
 
 def make_app(
-    plugged: str = "yes", drains: str = "no", looks: str = "10", **urls: str
+    plugged: str = "yes",
+    drains: str = "no",
+    looks: str = "10",
+    threads: str = "",
+    max_requests: str = "",
+    **urls: str,
 ) -> Any:
     """Return all applications as one WSGI application.
 
     :param plugged: ``no`` for applications without the plug.
     :param drains: ``yes`` for a server that drains at SIGTERM. ``run.py`` reads it.
     :param looks: the seconds between two checks whether a client has disconnected.
+    :param threads: of the server. ``run.py`` reads it, and ``max_requests``.
     :param urls: databases by name. Each gets an application.
     """
     # TG warns when a process makes a second application.

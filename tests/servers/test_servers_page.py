@@ -23,6 +23,7 @@ import pytest
 from tests.conftest import LiveServer
 from tests.live_apps.run import APACHE, MOD_WSGI, accepts_connections
 from tests.pages import DOCS, blocks, commands
+from tests.returning import measure_stop, returning
 
 PAGE = (DOCS / "servers.rst").read_text()
 ROOT = Path(__file__).parents[2]
@@ -164,7 +165,19 @@ def test_uwsgi_drains_its_streams(
         assert select.select([reader], [], [], 10)[0]
         assert os.read(reader, 100) in (b"drained", b"completed")
         os.close(reader)
-        assert response.read().endswith(b": close\n\n")
+        assert (b": open\n" + response.read()).endswith(b"\n\n")
         response.close()
     live.process.wait(10)
     assert time.monotonic() - started < 2
+
+
+@pytest.mark.parametrize("server", ["uwsgi-threads", "uwsgi-gevent"])
+def test_uwsgi_stops_soon_although_its_clients_reconnect(
+    server: str, live_server: Callable[..., LiveServer]
+) -> None:
+    """It stops within 2 s of SIGTERM. The next server can bind the address at once."""
+    live = live_server(server, "stream_app", "drains=yes")
+    with returning(live, 3, "/untraced/clock", pause=0.01) as clients:
+        assert measure_stop(live) < 2
+        socket.create_server(("127.0.0.1", live.port)).close()
+    assert all(client.answers[0][1].endswith(b"\n\n") for client in clients)

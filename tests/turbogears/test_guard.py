@@ -19,7 +19,7 @@ import webob
 from tg import TGController, expose
 
 import tgstream
-from tests.conftest import MakeApp, assert_clean, assert_thread_clean
+from tests.conftest import MakeApp, assert_clean, assert_thread_clean, stop_draining
 from tests.model import Model
 from tests.turbogears.support import (
     BUFFERED,
@@ -456,6 +456,7 @@ def test_failure_reaches_the_server_after_a_middleware_has_read_the_body(
         assert "Traceback" in errors
     else:
         assert status.upper() == "500 INTERNAL SERVER ERROR"
+    stop_draining()
     if how != "write":
         with contextlib.suppress(LookupError, StreamError):
             call = Call(app, checked=False, lenient=True)
@@ -463,6 +464,7 @@ def test_failure_reaches_the_server_after_a_middleware_has_read_the_body(
             assert call.status.upper() == "500 INTERNAL SERVER ERROR"
     for drainer in drainers:
         drainer.join()
+    stop_draining()
     assert serve(app, "/words")[1].endswith("onetwo")
 
 

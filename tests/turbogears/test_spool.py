@@ -16,7 +16,7 @@ import tg
 import transaction
 from tg import TGController, abort, expose, redirect
 
-from tests.conftest import MakeApp, Root, assert_clean
+from tests.conftest import MakeApp, Root, assert_clean, stop_draining
 from tests.core.test_downloads import read_until_error
 from tests.live_apps.spooled import count_files
 from tests.model import Model, Note, User
@@ -691,6 +691,7 @@ def test_drained_stream_is_aborted_while_it_is_sent(
     assert rest == b""
     assert "was drained before its end" in str(error)
     assert [report.reason for report in reports] == ["drained"]
+    stop_draining()
     call = get_raw(app, HTTP_RANGE=f"bytes={len(begun)}-")
     assert begun + call.text.encode() == BLOCKS
 

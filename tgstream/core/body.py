@@ -82,9 +82,11 @@ from . import report as reports
 from .chunks import Chunks, StreamEnding
 from .cleanup import close, run_all
 from .context import Context, thread
+from .draining import make_drain_refusal
 from .errors import StreamError
 from .heartbeat import Pull, Wakeable, Worker
 from .monitor import (
+    end_requests,
     has_disconnected,
     has_greenlets,
     is_collecting_garbage,
@@ -295,6 +297,7 @@ class Body:
         """Make the first chunk inside the request, where an error page is possible.
 
         :param vetoed: whether TG would abort the transaction for an HTTP exception.
+        :raises HTTPException: when the process drains. Nothing has run.
         :raises Exception: the error of the generator. The stream has then ended.
         """
         self._state = STARTING
@@ -303,7 +306,9 @@ class Body:
         try:
             if self.callbacks is not None and not self._watched:
                 self._watch()  # one of them may end a wait for the first item
-            if self.plan.traits.heartbeat:
+            if monitor.draining:  # drain() has set it before, or finds this stream
+                make_first = self._refuse_to_start
+            elif self.plan.traits.heartbeat:
                 make_first = self._start_worker()
         except BaseException as error:  # gevent has killed the request, for example
             if self.worker is not None:
@@ -325,6 +330,9 @@ class Body:
             self.context.unbind(record)
             if self._state is STARTING:
                 self._release()
+
+    def _refuse_to_start(self) -> NoReturn:
+        raise make_drain_refusal(self.context.environ, self.plan.format)
 
     def _start_worker(self) -> Callable[[], bytes | None] | None:
         """Make the first chunk on a worker. Returns a function that returns it.
@@ -832,6 +840,8 @@ class Body:
         if self._disowned or self.closing is None:
             return
         if not self._acquire():
+            if self.worker is not None:
+                self.context.keep_environ()
             self.interrupt()
             return
         record = self.context.bind(self)
@@ -964,6 +974,8 @@ class Body:
             monitor.forget(self)
             if self.slot is not None:
                 self.slot.release()
+            if monitor.draining:
+                end_requests(self.context.environ)
         if self.worker is not None:
             self.worker.stop()
         if self.observer is not None:

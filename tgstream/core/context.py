@@ -132,6 +132,14 @@ class Context:
         self._outer: BoundStream | None = None
         self.run: Callable[..., Any] = contextvars.copy_context().run
 
+    def keep_environ(self) -> None:
+        """Copy the environ, because uWSGI clears its own when the response has ended.
+
+        The generator of a stream with a heartbeat may run for longer.
+        """
+        self.environ = self.environ.copy()
+        self.tg_locals.request.__dict__["environ"] = self.environ
+
     def bind(self, body: BoundStream) -> Record:
         """Make this the context of the current thread, above what is bound there.
 

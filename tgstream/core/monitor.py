@@ -1,7 +1,7 @@
 """The monitor of the running streams: one thread of a process, while there are any.
 
 It ends streams from outside: those whose ``max_seconds`` are over, whose client has
-disconnected, that :func:`drain` ends, and those that Python's cyclic garbage collector
+disconnected, that ``drain()`` ends, and those that Python's cyclic garbage collector
 has dropped. It also runs the checks of streams that wait.
 
 - The monitor looks at a stream when a look is due, whether a server pulls the stream or
@@ -100,6 +100,8 @@ class Monitor:
 
     def reset(self) -> None:
         """Forget all streams, and the thread: a forked process has none of them."""
+        self.draining = False
+        """Whether no stream may start any more. A part of ``core/draining``."""
         self._entries: dict[int, _Entry] = {}
         # Re-entrant: a finaliser may interrupt its holder.
         self._lock = threading.RLock()
@@ -310,41 +312,6 @@ def register_checks(at_second_pull: Callable[[Any], None], at_look: _Check) -> N
     _checks.append(at_look)
 
 
-_on_drain: list[Callable[[], None]] = []
-
-
-def on_drain(callback: Callable[[], None]) -> None:
-    """Call ``callback`` while streams are drained, so that a waiting generator ends."""
-    _on_drain.append(callback)
-
-
-def drain(timeout: float = 5.0) -> bool:
-    """Ask every running stream of this process to end, and wait until all have ended.
-
-    Call it when the server shuts down. A stream that waits for its server ends at once.
-    A stream whose generator runs ends at its next item, as with ``max_seconds``:
-    uncommitted changes are rolled back, a format whose body may end anywhere (``SSE``)
-    ends normally, and any other response is aborted. The report has the reason
-    ``drained``.
-
-    A stream whose generator is still making its first item ends after that item.
-
-    :param timeout: the maximum seconds to wait.
-    :returns: whether all streams have ended.
-    """
-    deadline = clock() + timeout
-    while bodies := monitor.running():
-        for body in bodies:
-            end_soon(body, "drained")
-        for wake in _on_drain:
-            wake()
-        left = deadline - clock()
-        if left <= 0:
-            return not monitor.running()
-        time.sleep(min(left, PAUSE / 5))
-    return True
-
-
 # Dropped streams, and forked processes.
 
 
@@ -405,7 +372,7 @@ if hasattr(os, "register_at_fork"):  # not on Windows
     os.register_at_fork(after_in_child=_disown)
 
 
-# Whether a client has disconnected.
+# The connection of a client.
 
 
 _CLOSED = 7
@@ -450,3 +417,18 @@ def has_disconnected(environ: Mapping[str, Any], half_closed: bool = False) -> b
     except Exception:  # a Unix socket of a proxy, a closed socket, or another object
         return False
     return state == _CLOSED or (half_closed and state == _HALF_CLOSED)
+
+
+def end_requests(environ: Mapping[str, Any]) -> None:
+    """Have gunicorn read no other request from the connection of this one.
+
+    The half of its socket that is read is shut down, as if the client had done it.
+    gunicorn still sends the response. Then it finds the end of the requests, and closes
+    the connection. It does not wait for the client, as after ``Connection: close``: the
+    gthread worker waits up to 2 s for each, one after the other. HTTP/2 has other
+    requests on the connection, and an end of its own.
+    """
+    if environ.get("SERVER_PROTOCOL", "").startswith("HTTP/1"):
+        with suppress(Exception):  # closed meanwhile, or another server
+            # Not the method of its class: that of TLS would end the writing, too.
+            socket.socket.shutdown(environ["gunicorn.socket"], socket.SHUT_RD)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, TypedDict
 
 from ..formats.protocols import Batched, Format, find_method
+from .refusals import is_of_events
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -148,8 +149,7 @@ def check_limit_is_whole(where: str, options: Options) -> None:
 
 def _check_busy(where: str, options: Options) -> None:
     format = options.format
-    media_type = str(getattr(format, "content_type", "")).partition(";")[0]
-    if options.busy is not None and media_type.strip().lower() != "text/event-stream":
+    if options.busy is not None and not is_of_events(format):
         got = "no format" if format is None else type(format).__name__
         raise ValueError(
             f"{where}: busy={options.busy!r} is for clients of events, and needs a "

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
-from webob.exc import HTTPException, HTTPOk, HTTPServiceUnavailable
+from webob.exc import HTTPOk, HTTPServiceUnavailable, WSGIHTTPException
 
 RETRY_SECONDS = 5
 """Seconds after which the client may try again."""
@@ -18,7 +19,7 @@ def on_refusal(callback: Callable[[], None]) -> None:
     _on_refusal.append(callback)
 
 
-def make_refusal(reason: str, as_events: bool) -> HTTPException:
+def make_refusal(reason: str, as_events: bool) -> WSGIHTTPException:
     """The response that refuses a stream, to be raised before anything runs.
 
     :param reason: a sentence for the client.
@@ -38,3 +39,9 @@ def make_refusal(reason: str, as_events: bool) -> HTTPException:
         f"{reason} Please try again in {RETRY_SECONDS} seconds.",
         headers=[("Retry-After", str(RETRY_SECONDS))],
     )
+
+
+def is_of_events(format: Any) -> bool:
+    """Whether a format sends an event stream. False for None."""
+    content_type: str = getattr(format, "content_type", "")
+    return content_type.partition(";")[0].strip().lower() == "text/event-stream"

@@ -32,8 +32,8 @@ from collections import deque
 from collections.abc import Callable, Generator
 from weakref import WeakValueDictionary
 
+from ..core.draining import on_drain
 from ..core.heartbeat import is_ending
-from ..core.monitor import on_drain
 from ..core.options import clock
 from ..formats.sse import Event
 

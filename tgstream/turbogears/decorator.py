@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
+from inspect import isasyncgenfunction, iscoroutinefunction, isgeneratorfunction
 from types import GeneratorType
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
@@ -11,7 +11,9 @@ from tg.decorators import Decoration
 from webob import Response
 
 from ..core import context
+from ..core.draining import make_drain_refusal
 from ..core.limits import reserve
+from ..core.monitor import monitor
 from ..core.names import get_controller_name
 from ..core.options import (
     Options,
@@ -20,6 +22,7 @@ from ..core.options import (
     check_limit_is_whole,
     check_spoolable,
 )
+from ..core.refusals import is_of_events
 from ..core.source import check_streamable, resolve_proxy
 from ..core.stream import Stream
 from ..formats.protocols import Format
@@ -68,7 +71,7 @@ def stream(format: Any = None, **options: Unpack[StreamOptions]) -> Any:
     def decorate(function: F) -> F:
         _check_function(function)
         where = f"@stream on {get_controller_name(function)}"
-        if inspect.iscoroutinefunction(function):
+        if iscoroutinefunction(function):
             raise TypeError(
                 f"{where}: TurboGears calls controllers without an event loop, so an "
                 "async def must be a generator. Yield its items, or write def"
@@ -133,9 +136,9 @@ def _streaming_caller(
         end_previous(tg_locals.response)
         options, slot = given, None
         if options.formats is not None:
-            request, response = tg_locals.request, tg_locals.response
-            format = choose_format(options.formats, request, response)
-            options = options._replace(format=format)
+            options = _choose_format(options, options.formats, tg_locals)
+        if monitor.draining:
+            _refuse_stream(function, options.format, tg_locals.request.environ)
         if options.limit is not None:
             slot = reserve(function, name, options, tg_locals.request)
             release_with_request(tg_locals.request.environ, slot)
@@ -162,6 +165,27 @@ def _streaming_caller(
         return output
 
     return call
+
+
+def _choose_format(
+    options: Options, formats: tuple[Format, ...], tg_locals: Any
+) -> Options:
+    """The options with the format that the request has chosen."""
+    format = choose_format(formats, tg_locals.request, tg_locals.response)
+    return options._replace(format=format)
+
+
+def _refuse_stream(function: Any, format: Any, environ: dict[str, Any]) -> None:
+    """In a process that drains: refuse a request that can only be for a stream.
+
+    Another controller may return a page. If it returns a stream, the stream is refused
+    when it starts.
+
+    :raises HTTPException: the refusal.
+    """
+    is_generator = isgeneratorfunction(function) or isasyncgenfunction(function)
+    if is_generator or is_of_events(format):
+        raise make_drain_refusal(environ, format)
 
 
 def find_exposed(function: Any, tg_locals: Any) -> Any:
