@@ -21,11 +21,12 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import types
 import warnings
 from importlib import import_module
-from typing import TextIO
+from typing import IO
 
 PACKAGES = [
     *("gunicorn.app.base", "psutil", "psycopg", "waitress.server", "zope.sqlalchemy"),
@@ -58,25 +59,26 @@ def _start_template() -> socket.socket:
 class ForkedProcess:
     """A Python process with the attributes of ``Popen``.
 
-    Like with ``Popen``, the ended process is a zombie until its status is read. Its
-    ``stdout`` has the output to stderr too.
+    Like with ``Popen``, the ended process is a zombie until its status is read.
 
     :param arguments: those of ``python``: ``-m MODULE``, ``-c SCRIPT`` or a file, and
         the arguments of the program.
+    :param stderr: a file for the errors. By default ``stdout`` has them too.
     """
 
-    def __init__(self, *arguments: str) -> None:
+    def __init__(self, *arguments: str, stderr: IO[str] | None = None) -> None:
         request = {
             "arguments": arguments,
             "environ": {**os.environ},
             "folder": os.getcwd(),
         }
         reader, writer = os.pipe()
-        self.stdout: TextIO = os.fdopen(reader)
+        self.stdout: IO[str] = os.fdopen(reader)
         self._status, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        errors = writer if stderr is None else stderr.fileno()
         with theirs, open(writer, "wb"), _lock:
             message = json.dumps(request).encode()
-            files = [writer, theirs.fileno()]
+            files = [theirs.fileno(), writer, errors]
             socket.send_fds(_start_template(), [message], files)
         self.pid = int(self._status.recv(STATUS_BYTES))
         self.returncode: int | None = None
@@ -112,19 +114,19 @@ class ForkedProcess:
         self.send_signal(signal.SIGKILL)
 
 
-def run_python(*arguments: str) -> tuple[str, int]:
-    """Run a ``ForkedProcess`` to its end.
-
-    :returns: its whole output, and its status, which is -SIGKILL after 60 seconds.
-    """
-    process = ForkedProcess(*arguments)
-    timer = threading.Timer(60, process.kill)
-    timer.start()
-    with process.stdout:
-        output = process.stdout.read()
-    timer.cancel()
-    timer.join()
-    return output, process.wait()
+def run_python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a ``ForkedProcess`` for at most 60 seconds, and return its result."""
+    with tempfile.TemporaryFile("w+") as errors:
+        process = ForkedProcess(*arguments, stderr=errors)
+        timer = threading.Timer(60, process.kill)
+        timer.start()
+        with process.stdout:
+            output = process.stdout.read()
+        timer.cancel()
+        timer.join()
+        status = process.wait()
+        errors.seek(0)
+        return subprocess.CompletedProcess(arguments, status, output, errors.read())
 
 
 # In the process that forks.
@@ -148,7 +150,7 @@ def wait_for_request(requests: socket.socket) -> list[str] | None:
         forks, None when the tests have ended.
     """
     while True:
-        message, files, _, _ = socket.recv_fds(requests, REQUEST_BYTES, 2)
+        message, files, _, _ = socket.recv_fds(requests, REQUEST_BYTES, 3)
         if not message:
             return None
         if os.fork() == 0:
@@ -156,15 +158,16 @@ def wait_for_request(requests: socket.socket) -> list[str] | None:
         for file in files:
             os.close(file)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    output, status = files[0], socket.socket(fileno=files[1])
+    status, outputs = socket.socket(fileno=files[0]), files[1:]
     if pid := os.fork():
-        os.close(output)
+        for output in outputs:
+            os.close(output)
         supervise(status, pid)
         os._exit(0)
     status.close()
-    for standard in 1, 2:
+    for standard, output in enumerate(outputs, start=1):
         os.dup2(output, standard)
-    os.close(output)
+        os.close(output)
     request = json.loads(message)
     os.environ.clear()
     os.environ.update(request["environ"])

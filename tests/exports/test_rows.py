@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import tracemalloc
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -34,6 +32,7 @@ from tg import TGController, expose
 
 import tgstream
 from tests.conftest import MakeApp, Root, assert_clean, pool
+from tests.forks import run_python
 from tests.model import MakeModel, Model, Note, User
 from tests.wsgi import Call, get
 from tgstream import CSV, NDJSON, JSONArray, Stream, StreamError, rows, stream
@@ -659,6 +658,5 @@ print([name for name in ("mysql", "postgresql") if f"sqlalchemy.dialects.{name}"
 
 def test_rows_on_sqlite_import_no_other_dialect() -> None:
     """Importing the dialect of PostgreSQL takes longer than a short export."""
-    command = [sys.executable, "-c", ON_SQLITE]
-    ran = subprocess.run(command, capture_output=True, text=True)
+    ran = run_python("-c", ON_SQLITE)
     assert ran.stdout == "[]\n", ran.stderr

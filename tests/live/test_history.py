@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import MakeApp
+from tests.forks import run_python
 from tgstream import Event
 from tgstream.live import history
 from tgstream.live.history import ChannelHistory, Subscription
@@ -290,6 +291,5 @@ print("complete")
 
 def test_finaliser_can_publish_at_every_byte_code(make_app: MakeApp) -> None:
     """It can listen and wake, too. Its event is received once, before the next one."""
-    command = [sys.executable, "-W", "ignore", "-c", INTERRUPTED]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    result = run_python("-c", INTERRUPTED)
     assert result.stdout == "complete\n", result.stderr[-3000:]
