@@ -64,12 +64,15 @@ class ForkedProcess:
     :param arguments: those of ``python``: ``-m MODULE``, ``-c SCRIPT`` or a file, and
         the arguments of the program.
     :param stderr: a file for the errors. By default ``stdout`` has them too.
+    :param variables: of the environment, beside those of this process.
     """
 
-    def __init__(self, *arguments: str, stderr: IO[str] | None = None) -> None:
+    def __init__(
+        self, *arguments: str, stderr: IO[str] | None = None, **variables: str
+    ) -> None:
         request = {
             "arguments": arguments,
-            "environ": {**os.environ},
+            "environ": {**os.environ, **variables},
             "folder": os.getcwd(),
         }
         reader, writer = os.pipe()

@@ -251,7 +251,7 @@ class Root(tg.TGController):
 app = make_application(Root())
 tg.hooks.register("tgstream.finished", lambda report: channel.publish(report.reason))
 for where in ("hook", "finally"):
-    for round in range(150):
+    for round in range(60):
         call = Call(app, f"/words?where={where}", checked=False)
         next(call)
         cycle = [call.body, call._chunks]
@@ -339,7 +339,7 @@ def requests():
         drops += 1
         gevent.sleep(0)
 
-for round in range(150):
+for round in range(60):
     with gevent.Timeout(5):
         greenlet = gevent.spawn(requests)
         gevent.sleep(0.002)
@@ -351,7 +351,7 @@ def until_timeout():
     with gevent.Timeout(0.002):
         requests()
 
-for round in range(100):
+for round in range(40):
     greenlet = gevent.spawn(until_timeout)
     greenlet.join(timeout=4)
     assert greenlet.ready(), round

@@ -243,7 +243,9 @@ ACTIONS = {
     "wake": history.wake_all_listeners,
     "time out": lambda: history.ChannelHistory((0, 0), 9).wait_for_event(0, 0.0),
 }
-STEPS = {"merge": 11, "store a place": 101}  # they have many byte codes
+# These have many byte codes. "wake" repeats 150 for each channel, and is interrupted at
+# others of them in each pass.
+STEPS = {"merge": 11, "store a place": 101, "wake": 11}
 channel = Channel("one")
 id = next(channel.listen()).id
 many = ["one", *map(str, range(20))]
