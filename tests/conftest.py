@@ -27,6 +27,7 @@ from tg.request_local import context
 
 import tgstream
 from tests.application import Plug, database_options, make_wsgi_app
+from tests.forks import ForkedProcess
 from tests.model import MakeModel, Model
 from tgstream import Report, Stream
 from tgstream.core.monitor import monitor
@@ -231,10 +232,11 @@ class LiveServer:
         self, server: str, app: str, *options: str, run: str = "tests.live_apps.run"
     ) -> None:
         self.name = server
-        self.start(
-            [sys.executable, "-m", run, server, app, *options],
-            r"port (\d+)",
-        )
+        arguments = [run, server, app, *options]
+        if "gevent" in server:  # it must patch before the imports
+            self.start([sys.executable, "-m", *arguments], r"port (\d+)")
+        else:
+            self.wait_for_port(ForkedProcess("-m", *arguments), r"port (\d+)")
 
     def start(self, command: list[str], pattern: str, **options: Any) -> None:
         """Start a command, and wait until it prints its port.
@@ -243,13 +245,20 @@ class LiveServer:
         :param options: the options of ``Popen``.
         :raises RuntimeError: with the output, if the command ends before that.
         """
-        self.process = subprocess.Popen(
+        process = subprocess.Popen(
             command,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
             **options,
         )
+        self.wait_for_port(process, pattern)
+
+    def wait_for_port(
+        self, process: subprocess.Popen[str] | ForkedProcess, pattern: str
+    ) -> None:
+        """Wait until a process prints its port."""
+        self.process = process
         assert self.process.stdout is not None
         self.log: list[str] = []
         for line in self.process.stdout:

@@ -22,6 +22,7 @@ from tg import TGController, abort, expose, redirect
 import tgstream
 from tests.conftest import MakeApp, assert_clean, assert_thread_clean
 from tests.core.support import reasons
+from tests.forks import run_python
 from tests.model import Model, Note, User
 from tests.wsgi import Call, get
 from tgstream import (
@@ -1057,8 +1058,7 @@ print("child ended", os.wait()[1], flush=True)
 print("parent", call.read().decode(), flush=True)
 print("parent", get(app, "/?fork=1").text, os.wait()[1] >> 8, flush=True)
 """
-    command = [sys.executable, "-c", script]
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    ran = run_python("-c", script)
     assert ran.stdout.splitlines() == [
         "child 0 1 2 ",
         "child ended 0",

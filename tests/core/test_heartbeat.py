@@ -15,6 +15,7 @@ from tg import TGController, expose
 
 import tgstream
 from tests.conftest import LiveServer, MakeApp, assert_clean
+from tests.forks import run_python
 from tests.model import Model, Note
 from tests.test_servers import Client, assert_settles
 from tests.wsgi import Call, get
@@ -301,6 +302,5 @@ print(get(app, "/events").text, end="")
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc and RLIMIT_AS")
 def test_events_are_sent_without_a_heartbeat_if_no_thread_can_be_started() -> None:
     """No event is lost. Without this, backlash would hide the error of the thread."""
-    command = [sys.executable, "-c", NO_THREAD]
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    ran = run_python("-c", NO_THREAD)
     assert ran.stdout == "data: a\n\ndata: b\n\ndata: c\n\n", ran.stderr

@@ -6,8 +6,6 @@ import gc
 import http.client
 import os
 import socket
-import subprocess
-import sys
 import threading
 import urllib.request
 import weakref
@@ -23,6 +21,7 @@ from tg import TGController, abort, expose
 import tgstream
 from tests.conftest import MakeApp, assert_clean
 from tests.core.support import reasons, run_on_another_thread
+from tests.forks import run_python
 from tests.model import Model, Note
 from tests.wsgi import Call, get
 from tgstream import SSE, Event, Report, Stream, current_stream, drain, stream
@@ -519,8 +518,7 @@ print("parent", flush=True)
 next(call)
 call.close()
 """
-    command = [sys.executable, "-c", script]
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    ran = run_python("-c", script)
     assert ran.stdout == "parent\nof the child\ncalled\n", ran.stderr
 
 

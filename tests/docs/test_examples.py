@@ -1,4 +1,4 @@
-"""The examples, started as in the README, and used by an HTTP client."""
+"""The examples, with the options of the README, and used by an HTTP client."""
 
 from __future__ import annotations
 
@@ -6,12 +6,9 @@ import csv
 import http.client
 import io
 import json
-import os
 import re
 import signal
 import sqlite3
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -20,7 +17,7 @@ from urllib.parse import urlencode
 import pytest
 import python_calamine
 
-import tgstream
+from tests.forks import ForkedProcess
 from tests.upstream import Upstream, wait_until
 from tests.valkey import Valkey
 
@@ -34,21 +31,11 @@ class Example:
     def __init__(self, folder: Path, name: str, *options: str) -> None:
         self.folder = folder
         with (folder / "errors").open("w") as errors:
-            self.process = subprocess.Popen(
-                [sys.executable, f"examples/{name}.py", "--port=0", *options],
-                cwd=ROOT,
-                env={
-                    **os.environ,
-                    "PYTHONPATH": str(Path(tgstream.__file__).parents[1]),
-                    "TMPDIR": str(folder),
-                },
-                stdout=subprocess.PIPE,
+            self.process = ForkedProcess(
+                *(f"{ROOT}/examples/{name}.py", "--port=0", *options),
                 stderr=errors,
-                text=True,
-                # A background process of a script would ignore Ctrl-C.
-                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+                TMPDIR=str(folder),
             )
-        assert self.process.stdout is not None
         printed = re.match(r"Open http://([^/]*)/", self.process.stdout.readline())
         assert printed is not None, (folder / "errors").read_text()
         self.address = printed[1]
@@ -85,8 +72,9 @@ class Example:
     def stop(self) -> int:
         """Stop it by Ctrl-C, and return its exit code."""
         self.process.send_signal(signal.SIGINT)
-        self.process.communicate(timeout=20)
-        return self.process.returncode
+        status = self.process.wait(20)
+        self.process.stdout.close()
+        return status
 
 
 @pytest.fixture(scope="module")

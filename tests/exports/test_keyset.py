@@ -78,10 +78,10 @@ def test_rows_by_key_come_once_in_every_order(
 ) -> None:
     """All combinations of direction and NULL order, with many equal keys and NULLs."""
     chance = random.Random(1)
-    values = [None, 1, 2, 3]
+    values = [None, 1, 2]
     table = fill(
         [sa.Column("a", sa.Integer), sa.Column("b", sa.Integer)],
-        [(chance.choice(values), chance.choice(values)) for _ in range(24)],
+        [(chance.choice(values), chance.choice(values)) for _ in range(14)],
     )
     for first, second in itertools.product(ORDERS, ORDERS):
         for third in (table.c.id, table.c.id.desc()):

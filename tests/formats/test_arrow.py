@@ -9,8 +9,6 @@ import gc
 import io
 import json
 import math
-import subprocess
-import sys
 import uuid
 from collections import namedtuple
 from collections.abc import Callable, Iterator, Sequence
@@ -34,6 +32,7 @@ from sqlalchemy.dialects import postgresql as pg
 from tg import TGController, expose
 
 from tests.conftest import MakeApp, Root, assert_clean
+from tests.forks import run_python
 from tests.formats.support import Batches, Plain, sqlite_rows
 from tests.formats.support import Model as Pydantic
 from tests.model import Model, User
@@ -586,12 +585,7 @@ for make in (tgstream.Parquet, tgstream.Arrow):
     except ImportError as error:
         print(error)
 """
-    ran = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", program],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    ran = run_python("-c", program)
     assert ran.stdout.splitlines() == [
         "Parquet needs pyarrow. Install it with: pip install 'tgstream[arrow]'",
         "Arrow needs pyarrow. Install it with: pip install 'tgstream[arrow]'",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import os
-import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ import tg
 from tg import TGController
 
 from tests.conftest import MakeApp
+from tests.forks import run_python
 from tests.formats.support import encode_events, parse_events
 from tests.live.listeners import (
     LiveController,
@@ -469,9 +469,7 @@ for text in "one", "two":
 
 def test_publish_without_an_application_logs_one_warning() -> None:
     """No other process receives the event, whatever the option of the application."""
-    result = subprocess.run(
-        [sys.executable, "-c", SCRIPT], capture_output=True, text=True
-    )
+    result = run_python("-c", SCRIPT)
     [line] = [line for line in result.stderr.splitlines() if "WARNING" in line]
     assert line.startswith("WARNING publish() was called without a loaded application")
     assert "paste.deploy.loadapp()" in line

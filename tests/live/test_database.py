@@ -32,6 +32,7 @@ from tg import TGController
 from zope.sqlalchemy import register
 
 from tests.conftest import MakeApp
+from tests.forks import run_python
 from tests.live.listeners import (
     LiveController,
     assert_reset,
@@ -683,10 +684,8 @@ def test_killed_publisher_loses_no_event_and_sends_none_without_its_row(
     """It is killed before its commit, and between the commit and the notification."""
     events = open_listener(make_backend(), name)
     for end in "open", "committed":
-        command = [sys.executable, "-W", "ignore", "-c", KILLED, url, name, end]
-        environ = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
-        process = subprocess.run(command, env=environ, timeout=60)
-        assert process.returncode == -signal.SIGKILL
+        process = run_python("-c", KILLED, url, name, end)
+        assert process.returncode == -signal.SIGKILL, process.stderr
     assert receive(events, 1) == ["committed"]
     assert model.names() == ["committed"]
 

@@ -6,8 +6,6 @@ A script, a job or a thread publishes in a transaction that it has begun itself.
 from __future__ import annotations
 
 import gc
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +19,7 @@ from tg import TGController
 from zope.sqlalchemy import register
 
 from tests.conftest import MakeApp, Root
+from tests.forks import run_python
 from tests.live.listeners import open_listener, receive
 from tests.live.test_transactions import ActionController
 from tests.model import MakeModel, Model, User
@@ -295,8 +294,8 @@ def test_script_that_ends_without_a_commit_logs_the_loss(
 ) -> None:
     """The last chance to report it is the exit of the interpreter."""
     end = "transaction.commit(); DBSession.remove()" if ends else ""
-    command = [sys.executable, "-c", SCRIPT.format(end=end), session]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = run_python("-c", SCRIPT.format(end=end), session)
+    assert done.returncode == 0, done.stderr
     assert ("Events are lost: their transaction" in done.stderr) is not ends
 
 

@@ -16,6 +16,7 @@ import pytest
 from tg import TGController
 
 from tests.conftest import MakeApp
+from tests.forks import run_python
 from tests.live.listeners import (
     LiveController,
     assert_reset,
@@ -113,7 +114,7 @@ def test_redis_sends_events_to_other_processes(
         "message = Message(sys.argv[2], '{\"a\":\"é\\\\nb\"}', 'greeting', True)\n"
         "RedisBackend(sys.argv[1], ChannelSettings(9)).publish([message])"
     )
-    subprocess.run([sys.executable, "-c", publish, server.url, name], check=True)
+    run_python("-c", publish, server.url, name).check_returncode()
     event = next(events)
     assert (event.data, event.event) == ('{"a":"é\\nb"}', "greeting")
     assert receive(Channel(name).listen(after=id_of(event)), 1) == ["open"]

@@ -19,6 +19,7 @@ import redis
 from redis.exceptions import MovedError
 
 from tests.conftest import MakeApp
+from tests.forks import run_python
 from tests.live.listeners import LiveController, receive
 from tests.live.redis_servers import RedisProxy, once, paused, wait_for
 from tests.valkey import DurableValkey, Valkey
@@ -845,8 +846,7 @@ print(*sorted(sent), sep="\\n")
 
 def test_finaliser_can_publish_at_every_byte_code(server: Valkey, name: str) -> None:
     """It does not wait for a lock that its thread has. No event is lost."""
-    command = [sys.executable, "-W", "ignore", "-c", INTERRUPTED, server.url, name]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    result = run_python("-c", INTERRUPTED, server.url, name)
     sent = result.stdout.splitlines()
     assert len(sent) > 200, result.stderr[-3000:]
     assert sorted(wait_for(server, name, "last")) == sent

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import socket
@@ -86,23 +87,36 @@ def gearbox(folder: Path, *arguments: str) -> str:
 
 @pytest.fixture(scope="session")
 def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Quickstart:
-    """Makes each kind of application once, with the changes of the tutorial."""
-    made: dict[str, Path] = {}
+    """Makes each kind of application once, with the changes of the tutorial.
+
+    The workers of pytest-xdist share the applications. Nothing may change them.
+    """
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
 
     def make(kind: str) -> Path:
-        if kind not in made:
-            base = tmp_path_factory.mktemp(kind)
-            gearbox(base, *QUICKSTARTS[kind], "myapp")
-            made[kind] = base / "myapp"
-            # As pip install -e does: PasteDeploy finds the application by its metadata.
-            run(made[kind], "-c", "import setuptools; setuptools.setup()", "egg_info")
-            for block in blocks(TUTORIAL.read_text()):
-                if block.is_for_a_file:
-                    apply(block, made[kind])
-            gearbox(made[kind], "setup-app")
-        return made[kind]
+        base = shared / f"quickstart-{kind}"
+        with (shared / f"quickstart-{kind}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not base.exists():
+                base.mkdir()
+                make_application(kind, base)
+        return base / "myapp"
 
     return make
+
+
+def make_application(kind: str, base: Path) -> None:
+    """Make an application in a folder, and follow the tutorial."""
+    gearbox(base, *QUICKSTARTS[kind], "myapp")
+    app = base / "myapp"
+    # As pip install -e does: PasteDeploy finds the application by its metadata.
+    run(app, "-c", "import setuptools; setuptools.setup()", "egg_info")
+    for block in blocks(TUTORIAL.read_text()):
+        if block.is_for_a_file:
+            apply(block, app)
+    gearbox(app, "setup-app")
 
 
 class GearboxServe(LiveServer):
@@ -142,11 +156,11 @@ def serve_with_waitress(config: Path) -> LiveServer:
 
 
 SERVERS = {"gearbox": serve_with_gearbox, "waitress": serve_with_waitress}
-STACKS = [
-    f"{server}-{kind}-debug-{debug}"
-    for server in SERVERS
-    for kind in QUICKSTARTS
-    for debug in ("true", "false")
+STACKS = [  # each pair of server, kind and debug is in one of them
+    "gearbox-full-debug-true",
+    "gearbox-minimal-debug-false",
+    "waitress-full-debug-false",
+    "waitress-minimal-debug-true",
 ]
 
 

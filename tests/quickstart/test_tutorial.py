@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from itertools import pairwise
 from pathlib import Path
 
@@ -13,9 +14,12 @@ from tests.quickstart.tutorial import TUTORIAL, Block, apply, blocks, matches
 
 
 @pytest.mark.parametrize("kind", QUICKSTARTS)
-def test_application_tests_pass(quickstart: Quickstart, kind: str) -> None:
+def test_application_tests_pass(
+    quickstart: Quickstart, kind: str, tmp_path: Path
+) -> None:
     """Its own tests and the tutorial's tests pass, with the required coverage."""
-    output = run(quickstart(kind), "-m", "pytest", "-v", "-p", "no:cacheprovider")
+    app = shutil.copytree(quickstart(kind), tmp_path / "myapp")
+    output = run(app, "-m", "pytest", "-v", "-p", "no:cacheprovider")
     assert " failed" not in output
     assert "TestExport::test_manager_gets_every_user PASSED" in output
     assert "TestLive::test_what_one_says_the_other_hears PASSED" in output

@@ -6,8 +6,6 @@ import contextlib
 import json
 import logging
 import queue
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +19,7 @@ from tg import FullStackApplicationConfigurator, TGController, expose
 from tg.appwrappers.base import ApplicationWrapper
 
 from tests.conftest import MakeApp
+from tests.forks import run_python
 from tests.model import Model, User
 from tests.wsgi import Call, get
 from tgstream import stream
@@ -226,8 +225,7 @@ def test_stream_that_slow_request_tracing_excludes_has_no_warning(
 
 def test_debugbar_is_warned_of(tmp_path: Path) -> None:
     """It really keeps the queries of the stream."""
-    command = [sys.executable, "-m", "tests.live_apps.debugbar", f"{tmp_path}/test.db"]
-    ran = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, check=True)
+    ran = run_python("-m", "tests.live_apps.debugbar", f"{tmp_path}/test.db")
     kept, [line] = json.loads(ran.stdout)
     assert kept == [1, 2, 3]
     assert "RootController.words streams, and tgext.debugbar is on" in line
