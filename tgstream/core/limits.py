@@ -184,7 +184,7 @@ def _find_key(name: str, limit_by: Any, request: Any) -> Hashable:
     if limit_by is None:
         return None
     if isinstance(limit_by, str):
-        user = _find_user(request.environ) if limit_by == "user" else None
+        user = find_user(request.environ) if limit_by == "user" else None
         return ("remote_addr", request.remote_addr) if user is None else ("user", user)
     value = limit_by(request)
     try:
@@ -197,7 +197,7 @@ def _find_key(name: str, limit_by: Any, request: Any) -> Hashable:
     return "function", value
 
 
-def _find_user(environ: dict[str, Any]) -> Hashable | None:
+def find_user(environ: dict[str, Any]) -> Hashable | None:
     """The id of the user who is logged in: repoze.who's, else the server's."""
     identity = environ.get("repoze.who.identity") or {}
     return identity.get("repoze.who.userid") or environ.get("REMOTE_USER") or None
