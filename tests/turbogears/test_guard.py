@@ -407,7 +407,7 @@ def make_interrupted_root(end: str, drainers: list[threading.Thread]) -> TGContr
 
     class Root(TGController):
         @expose(content_type="text/plain")
-        @stream(max_seconds=0.2 if end == "expired" else None)
+        @stream(max_seconds=0.1 if end == "expired" else None)
         def index(self) -> Iterator[str]:
             for number in range(3):
                 if end == str(number):
