@@ -13,14 +13,13 @@ from contextlib import suppress
 from functools import partial
 from hashlib import blake2b
 from secrets import token_bytes
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, cast
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias, cast
 
+from .limits import find_user
 from .monitor import end_soon, find_connection, monitor, start_thread
 from .options import clock
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from .body import Body
 
 StreamState: TypeAlias = Literal["waiting for client", "running", "idle"]
@@ -140,12 +139,6 @@ def _make_id(body: Body) -> str:
     """A text that no other stream has: no other is at this place since this time."""
     place = f"{os.getpid()} {id(body)} {body.started}".encode()
     return blake2b(place, key=_KEY, digest_size=6).hexdigest()
-
-
-def find_user(environ: Mapping[str, Any]) -> Any:
-    """The user id of a request: that of repoze.who, or ``REMOTE_USER``, or None."""
-    identity = environ.get("repoze.who.identity") or {}
-    return identity.get("repoze.who.userid") or environ.get("REMOTE_USER") or None
 
 
 def _find_state(body: Body) -> StreamState:
