@@ -25,7 +25,7 @@ from tg import TGController, expose
 
 from tests.conftest import MakeApp
 from tests.model import MakeModel, Model, User
-from tgstream import CSV, NDJSON, SSE, Event, JSONArray, Stream, stream
+from tgstream import CSV, NDJSON, SSE, Event, JSONArray, Stream, drain, health, stream
 from tgstream.testing import OpenStream, assert_clean, open_stream
 from tgstream.testing.decoders import decode_text, parse_array, parse_events
 
@@ -33,6 +33,18 @@ DOCS = Path(__file__).parents[2] / "docs"
 FORMATS: dict[str, Any] = {"array": JSONArray, "lines": NDJSON, "csv": CSV, "sse": SSE}
 
 pytest_plugins = ["tgstream.pytest_plugin"]
+
+
+@pytest.fixture(autouse=True)
+def is_not_draining() -> None:
+    """Not the fixture of the suite, so that only the plugin does it."""
+
+
+@pytest.mark.parametrize("attempt", [1, 2])
+def test_process_is_not_draining_in_the_next_test(attempt: int) -> None:
+    """The plugin lets each test start streams."""
+    assert not health()["draining"]
+    assert drain()
 
 
 class Endless(TGController):
