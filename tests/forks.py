@@ -26,6 +26,7 @@ import threading
 import types
 import warnings
 from importlib import import_module
+from pathlib import Path
 from typing import IO
 
 PACKAGES = [
@@ -34,6 +35,7 @@ PACKAGES = [
     *("tg.renderers.genshi", "tg.renderers.jinja", "tg.renderers.kajiki"),
     *("tg.renderers.mako", "backlash", "backlash.tracing.slowrequests"),
 ]
+ROOT = Path(__file__).parents[1]
 REQUEST_BYTES = 1 << 20
 STATUS_BYTES = 16
 _lock = threading.Lock()
@@ -46,7 +48,7 @@ def _start_template() -> socket.socket:
     number = theirs.fileno()
     command = [sys.executable, "-m", "tests.forks", str(number)]
     with theirs:
-        template = subprocess.Popen(command, pass_fds=[number])
+        template = subprocess.Popen(command, pass_fds=[number], cwd=ROOT)
 
     def stop() -> None:
         ours.close()
