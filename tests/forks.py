@@ -29,6 +29,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import IO
 
+import psutil  # type: ignore[import-untyped]
+
 PACKAGES = [
     *("gunicorn.app.base", "psutil", "psycopg", "waitress.server", "zope.sqlalchemy"),
     *("tg", "tg.appwrappers.caching", "tg.appwrappers.session"),
@@ -94,15 +96,19 @@ class ForkedProcess:
             self._status.settimeout(timeout)
             try:
                 self.returncode = int(self._status.recv(STATUS_BYTES))
-            except (BlockingIOError, TimeoutError):
+            except TimeoutError:
                 raise subprocess.TimeoutExpired(str(self.pid), timeout or 0) from None
             self._status.close()
         return self.returncode
 
     def poll(self) -> int | None:
         """Return the status, or None while the process runs."""
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.wait(0)
+        # The process that sends the status may not have run since the end.
+        if (
+            self.returncode is None
+            and psutil.Process(self.pid).status() == psutil.STATUS_ZOMBIE
+        ):
+            self.wait()
         return self.returncode
 
     def send_signal(self, number: int) -> None:
