@@ -24,7 +24,7 @@ from tests.core.support import run_on_another_thread
 from tests.model import Model, User
 from tests.wsgi import Call
 from tgstream import SSE, Report, current_stream, stream
-from tgstream.core.context import Context
+from tgstream.core.context import Context, Record, thread
 
 STACKS = [(True, False), (True, True), (False, False), (False, True)]
 
@@ -322,3 +322,23 @@ def test_context_variable_of_the_controller_is_set_in_its_generator(
     tg.hooks.disconnect("tgstream.finished", hook)
     assert body == b"data: set\n\n" * 2
     assert hooked == ["set"]
+
+
+def test_finaliser_finds_the_record_of_a_thread_that_has_none_yet() -> None:
+    """It may interrupt the thread while its record is made."""
+    found: list[Record] = []
+
+    def interrupt(frame: Any, event: str, argument: Any) -> None:
+        if frame.f_code is Record.__init__.__code__ and not found:
+            found.append(thread.record)
+
+    def use() -> tuple[Any, Any]:
+        sys.setprofile(interrupt)
+        try:
+            return thread.record.context, thread.record
+        finally:
+            sys.setprofile(None)
+
+    stack, record = run_on_another_thread(use)
+    assert [each.context for each in found] == [stack]
+    assert record.context is stack
