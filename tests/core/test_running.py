@@ -43,6 +43,7 @@ from tgstream import (
     stream,
 )
 from tgstream.channels import metadata
+from tgstream.core import running as running_module
 
 WHY = "the disk is full"
 LONG = 3600
@@ -565,6 +566,61 @@ def test_end_frees_a_server_whose_client_does_not_read(
             time.sleep(0.05)
         assert read("/end") == ([True], 0)
         wait_until(lambda: read("/streams") == ([], 1))
+
+
+def test_end_keeps_the_connection_of_a_stream_that_has_not_left_its_request(
+    make_app: MakeApp,
+    pulls: ThreadPoolExecutor,
+    next_report: Callable[[], Report],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its client gets an error page, and may send its next request there."""
+    monkeypatch.setattr(running_module, "SERVER_SECONDS", 0.0)
+    root, threads = Root(), set(threading.enumerate())
+    app = make_app(root, trace_errors__enable=False)
+    client, server = socket.socketpair()
+    with client, server:
+        environ: dict[str, Any] = {"gunicorn.socket": server}
+        answer = pulls.submit(get, app, "/spooled", **environ)
+        assert root.waits.wait(10)
+        end_by_operator(root)
+        assert next_report().reason == "stopped"
+        with pytest.raises(StreamError, match="was stopped before its end: "):
+            answer.result(10)
+        for thread in set(threading.enumerate()) - threads:
+            if thread.name == "tgstream-end":
+                thread.join(10)
+        client.setblocking(False)
+        with pytest.raises(BlockingIOError):  # open, and nothing was sent
+            client.recv(1)
+
+
+def test_stream_that_ends_after_its_response_has_its_path(
+    make_app: MakeApp, next_report: Callable[[], Report]
+) -> None:
+    """uWSGI clears the environ when the response has ended."""
+    closing, go = threading.Event(), threading.Event()
+
+    class Slow(TGController):
+        @expose(content_type="text/plain")
+        @stream
+        def lines(self) -> Iterator[str]:
+            try:
+                yield "one"
+                yield "two"
+            finally:
+                closing.set()
+                assert go.wait(10)
+
+    call = Call(make_app(Slow()), "/lines")
+    next(call)
+    assert find_one().end()
+    assert closing.wait(10)
+    call.close()
+    call.environ.clear()
+    assert find_one().path == "/lines"
+    go.set()
+    assert next_report().path == "/lines"
 
 
 # The callers of Stream.close().

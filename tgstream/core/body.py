@@ -308,6 +308,8 @@ class Body:
                 self._watch()  # one of them may end a wait for the first item
             if monitor.draining:  # drain() has set it before, or finds this stream
                 make_first = self._refuse_to_start
+            elif self.closing is not None:  # a newer stream has replaced it
+                make_first = partial(_raise_again, StreamEnding())
             elif self.plan.traits.heartbeat:
                 make_first = self._start_worker()
         except BaseException as error:  # gevent has killed the request, for example
@@ -325,7 +327,9 @@ class Body:
         except StreamEnding:
             self._end_before_first()
         except BaseException as error:
-            self._fail(error)
+            if not self._is_of_interrupt(error):
+                self._fail(error)
+            self._end_before_first()
         finally:
             self.context.unbind(record)
             if self._state is STARTING:
@@ -840,7 +844,7 @@ class Body:
         if self._disowned or self.closing is None:
             return
         if not self._acquire():
-            if self.worker is not None:
+            if self.worker is not None or self.server_closes:
                 self.context.keep_environ()
             self.interrupt()
             return
@@ -884,15 +888,21 @@ class Body:
 
     def _end_by_interrupt(self, error: BaseException) -> bool:
         """End for an error that a callback caused when the stream was to end."""
-        if not (
+        if self.closing is None or not self._is_of_interrupt(error):
+            return False
+        self._end(self.closing)
+        return True
+
+    def _is_of_interrupt(self, error: BaseException) -> bool:
+        """Whether a callback caused an error, which is then logged."""
+        is_of_interrupt = (
             self._interrupted
             and isinstance(error, Exception)
             and self.closing in reports.EARLY
-        ):
-            return False
-        reports.log_interrupt(self.plan.controller, self.closing, error)
-        self._end(self.closing)
-        return True
+        )
+        if is_of_interrupt:
+            reports.log_interrupt(self.plan.controller, str(self.closing), error)
+        return is_of_interrupt
 
     def _is_of_client(self, error: BaseException) -> bool:
         return isinstance(error, Exception) and (
