@@ -38,6 +38,7 @@ from tgstream import (
     Stream,
     StreamError,
     current_stream,
+    last_event_id,
     listen,
     running,
     stream,
@@ -410,6 +411,42 @@ def test_generator_that_waits_is_ended_within_a_second(
     assert next_report().reason == "stopped"
     assert time.monotonic() - started < 1
     assert running() == []
+
+
+def test_generator_that_has_listened_twice_is_ended(
+    make_app: MakeApp, pulls: ThreadPoolExecutor, next_report: Callable[[], Report]
+) -> None:
+    """It waits for the events of a channel that it has listened to for a while."""
+    waits = threading.Event()
+
+    class Twice(TGController):
+        @expose()
+        @stream(SSE)
+        def events(self) -> Iterator[Event]:
+            events = listen("running")
+            yield next(events)
+            yield next(events)
+            for event in listen("running", after=last_event_id()):
+                if event.data is not None:
+                    break
+            waits.set()
+            yield from events
+
+    app = make_app(Twice(), tgstream__heartbeat_seconds=LONG)
+    first = Channel("running").position()
+    call = Call(app, "/events", HTTP_LAST_EVENT_ID=first)
+    next(call)
+    Channel("running").publish("one", now=True)
+    next(call)
+    rest = pull_rest(pulls, call)
+    assert waits.wait(10)
+    while find_one().state != "idle":
+        pass
+    started = time.monotonic()
+    assert find_one().end()
+    assert rest.result(10).endswith(b":\n\n")
+    assert time.monotonic() - started < 1
+    assert next_report().reason == "stopped"
 
 
 def test_generator_that_waits_only_then_is_ended(

@@ -84,7 +84,7 @@ from .cleanup import close, run_all
 from .context import Context, thread
 from .draining import make_drain_refusal
 from .errors import StreamError
-from .heartbeat import Pull, Wakeable, Worker
+from .heartbeat import Pull, Worker
 from .monitor import (
     end_requests,
     has_disconnected,
@@ -175,8 +175,8 @@ class Body:
     """The id of a failure that the client receives."""
     detail: str | None = None
     """The text of the note to the owner."""
-    waits: tuple[Wakeable, ...] = ()
-    """The listeners of channels that the generator has open."""
+    waits: tuple[Callable[[], None], ...] = ()
+    """Wake the listeners of channels that the generator has open."""
     expires = float("inf")
     """The time by the clock at which ``max_seconds`` are over."""
     recheck: Recheck | None = None
@@ -800,8 +800,8 @@ class Body:
 
     def wake(self) -> None:
         """Wake the generator and the thread that pulls, if they wait for an event."""
-        for listener in self.waits:
-            listener.wake_ending()
+        for wake in self.waits:
+            wake()
         if self.worker is not None:
             self.worker.end_wait()
 
