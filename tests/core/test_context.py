@@ -23,7 +23,7 @@ from tests.conftest import MakeApp, assert_clean, assert_thread_clean
 from tests.core.support import run_on_another_thread
 from tests.model import Model, User
 from tests.wsgi import Call
-from tgstream import SSE, Report, current_stream, stream
+from tgstream import SSE, Channel, Report, current_stream, stream
 from tgstream.core.context import Context, Record, thread
 
 STACKS = [(True, False), (True, True), (False, False), (False, True)]
@@ -324,21 +324,44 @@ def test_context_variable_of_the_controller_is_set_in_its_generator(
     assert hooked == ["set"]
 
 
-def test_finaliser_finds_the_record_of_a_thread_that_has_none_yet() -> None:
-    """It may interrupt the thread while its record is made."""
-    found: list[Record] = []
+def test_finaliser_of_a_listener_leaves_the_stacks_of_a_new_thread(
+    make_app: MakeApp,
+) -> None:
+    """It may interrupt TG, or tgstream, at each byte code of their first use."""
+    make_app(TGController())  # for channels
+    channel = Channel("stacks")
+    codes = {context._push_object.__func__.__code__, Record.__init__.__code__}
 
-    def interrupt(frame: Any, event: str, argument: Any) -> None:
-        if frame.f_code is Record.__init__.__code__ and not found:
-            found.append(thread.record)
+    def use(at: int, listener: Any) -> tuple[bool, Any, Any]:
+        count = 0
 
-    def use() -> tuple[Any, Any]:
-        sys.setprofile(interrupt)
+        def interrupt(frame: Any, event: str, argument: Any) -> Any:
+            nonlocal count
+            if frame.f_code not in codes:
+                return None
+            frame.f_trace_opcodes = True
+            if event == "opcode":
+                count += 1
+                if count == at:
+                    sys.settrace(None)
+                    listener.close()
+            return interrupt
+
+        sys.settrace(interrupt)
         try:
-            return thread.record.context, thread.record
+            context._push_object("request")
+            stack = thread.record.context
         finally:
-            sys.setprofile(None)
+            sys.settrace(None)
+        return count >= at, stack, context._object_stack()
 
-    stack, record = run_on_another_thread(use)
-    assert [each.context for each in found] == [stack]
-    assert record.context is stack
+    at, interrupted = 0, True
+    while interrupted:
+        at += 1
+        listener = channel.listen()
+        next(listener)
+        channel.publish("hello", now=True)
+        next(listener)
+        interrupted, stack, expected = run_on_another_thread(partial(use, at, listener))
+        assert stack == expected == [("request", False)], at
+    assert at > 20

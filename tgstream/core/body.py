@@ -81,7 +81,7 @@ from webob.request import DisconnectionError
 from . import report as reports
 from .chunks import Chunks, StreamEnding
 from .cleanup import close, run_all
-from .context import Context, thread
+from .context import Context, find_body, thread
 from .draining import make_drain_refusal
 from .errors import StreamError
 from .heartbeat import Pull, Worker
@@ -752,12 +752,11 @@ class Body:
             self.close_as_wrapper()
 
     def _is_called_from_outside(self) -> bool:
-        record = thread.record
-        if self.server_closes or record.body is self or is_collecting_garbage():
+        if self.server_closes or is_collecting_garbage() or find_body() is self:
             return False
         if self.departed:
             return True
-        stack = record.context
+        stack = thread.record.context
         return not stack or stack[-1][0] is not self.context.tg_locals
 
     def fail(self, error: BaseException, in_request: bool = False) -> None:

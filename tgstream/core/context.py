@@ -108,8 +108,7 @@ def _stack_of(proxy: Any) -> list[tuple[Any, bool]]:
 class _FirstUse:
     """Makes the record of a thread when it is used for the first time.
 
-    Also for a finaliser that interrupts this: it finds a record. The method
-    ``__init__`` of a ``threading.local`` would be interrupted before it has set one.
+    ``__init__`` would make it for each access, also for that of :func:`find_body`.
     """
 
     def __get__(self, local: Any, owner: Any = None) -> Record:
@@ -125,6 +124,16 @@ class _Thread(threading.local):
 
 # Never keyed by a thread's ident: idents are reused.
 thread = _Thread()
+
+
+def find_body() -> Any:
+    """The body whose generator runs on this thread, for a finaliser. None if none does.
+
+    It makes no record. A finaliser may run while TG makes its stacks of the thread, and
+    TG would then replace those of the record.
+    """
+    record: Record | None = thread.__dict__.get("record")
+    return None if record is None else record.body
 
 
 class Context:

@@ -21,7 +21,7 @@ from contextlib import suppress
 from functools import partial
 from queue import Empty, SimpleQueue
 
-from .context import thread
+from .context import find_body, thread
 
 HEARTBEAT = b":\n\n"
 """A comment, which clients of an event stream ignore."""
@@ -199,7 +199,7 @@ def begin_wait(wake: Callable[[], None]) -> None:
 
 def end_wait(wake: Callable[[], None]) -> None:
     """The stream that runs here does not wait for these events any more."""
-    body = thread.record.body
+    body = find_body()
     if body is not None:
         body.waits = tuple([each for each in body.waits if each is not wake])
 
