@@ -22,8 +22,8 @@ from tests.core.support import run_on_another_thread
 from tests.forks import run_python
 from tests.model import Model, User
 from tests.wsgi import Call
-from tgstream import SSE, Report, current_stream, stream
-from tgstream.core.context import Context
+from tgstream import SSE, Channel, Report, current_stream, stream
+from tgstream.core.context import Context, Record, thread
 
 STACKS = [(True, False), (True, True), (False, False), (False, True)]
 
@@ -320,3 +320,46 @@ def test_context_variable_of_the_controller_is_set_in_its_generator(
     tg.hooks.disconnect("tgstream.finished", hook)
     assert body == b"data: set\n\n" * 2
     assert hooked == ["set"]
+
+
+def test_finaliser_of_a_listener_leaves_the_stacks_of_a_new_thread(
+    make_app: MakeApp,
+) -> None:
+    """It may interrupt TG, or tgstream, at each byte code of their first use."""
+    make_app(TGController())  # for channels
+    channel = Channel("stacks")
+    codes = {context._push_object.__func__.__code__, Record.__init__.__code__}
+
+    def use(at: int, listener: Any) -> tuple[bool, Any, Any]:
+        count = 0
+
+        def interrupt(frame: Any, event: str, argument: Any) -> Any:
+            nonlocal count
+            if frame.f_code not in codes:
+                return None
+            frame.f_trace_opcodes = True
+            if event == "opcode":
+                count += 1
+                if count == at:
+                    sys.settrace(None)
+                    listener.close()
+            return interrupt
+
+        sys.settrace(interrupt)
+        try:
+            context._push_object("request")
+            stack = thread.record.context
+        finally:
+            sys.settrace(None)
+        return count >= at, stack, context._object_stack()
+
+    at, interrupted = 0, True
+    while interrupted:
+        at += 1
+        listener = channel.listen()
+        next(listener)
+        channel.publish("hello", now=True)
+        next(listener)
+        interrupted, stack, expected = run_on_another_thread(partial(use, at, listener))
+        assert stack == expected == [("request", False)], at
+    assert at > 20

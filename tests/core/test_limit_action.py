@@ -12,11 +12,13 @@ from typing import Any
 
 import pytest
 import tg
+import transaction
 from tg import TGController, abort, expose
 
 from tests.conftest import MakeApp
 from tests.conftest import Root as Page
 from tests.core.test_disconnect import connected
+from tests.model import Model
 from tests.wsgi import Call, get
 from tgstream import SSE, Event, Report, Stream, StreamError, stream
 
@@ -136,6 +138,46 @@ def test_stream_is_replaced_while_it_makes_its_first_chunk(
         assert old.result() == b"data: 1\n\n" + REPLACED
     assert next_report().reason == "replaced"
     assert next(new) == b"data: 2\n\n"
+    new.close()
+
+
+def test_stream_that_is_replaced_before_it_starts_does_not_run(
+    make_app: MakeApp, sqlite_model: Model, next_report: NextReport
+) -> None:
+    """The request commits meanwhile. A callback has closed what the generator reads."""
+    ran: list[str] = []
+    committing, go, closed = threading.Event(), threading.Event(), threading.Event()
+
+    def wait_in_commit(*_: Any) -> None:
+        committing.set()
+        assert go.wait(10)
+
+    def read(name: str) -> Iterator[str]:
+        ran.append(name)
+        yield from count_up()
+
+    class Root(TGController):
+        @expose()
+        @stream(SSE, limit=1, limit_action="replace")
+        def events(self, name: str) -> Stream:
+            made = Stream(read(name))
+            if name == "old":
+                made.on_end(closed.set)
+                transaction.get().addAfterCommitHook(wait_in_commit)
+            return made
+
+    app = make_app(Root(), sqlite_model)
+    with ThreadPoolExecutor(1) as thread:
+        old = thread.submit(lambda: Call(app, "/events?name=old").read())
+        assert committing.wait(10)
+        new = Call(app, "/events?name=new")
+        assert next(new) == b"data: 1\n\n"
+        go.set()
+        assert old.result() == REPLACED
+    report = next_report()
+    assert (report.reason, report.error, report.items) == ("replaced", None, 0)
+    assert ran == ["new"]
+    assert closed.is_set()
     new.close()
 
 

@@ -10,6 +10,7 @@ import threading
 import urllib.request
 import weakref
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from typing import Any
 
@@ -199,6 +200,55 @@ def test_drain_calls_the_callbacks_of_a_stream_that_waits(
     assert waiting.calls == ["second", "first"]
     assert sqlite_model.texts() == []
     assert_clean(sqlite_model)
+
+
+@pytest.mark.parametrize("path", ["/lines", "/events", "/worker", "/spooled"])
+def test_first_item_that_a_callback_interrupts_is_not_a_failure(
+    make_app: MakeApp, next_report: Callable[[], Report], path: str
+) -> None:
+    """The generator fails because the callback has closed what it reads."""
+    waits, go = threading.Event(), threading.Event()
+
+    def read() -> Iterator[str]:
+        current_stream().on_end(go.set)
+        waits.set()
+        assert go.wait(10)
+        raise LookupError("the upstream was closed")
+        yield ""
+
+    class Root(TGController):
+        @expose(content_type="text/plain")
+        @stream
+        def lines(self) -> Iterator[str]:
+            return read()
+
+        @expose()
+        @stream(SSE)
+        def events(self) -> Iterator[str]:
+            return read()
+
+        @expose()
+        @stream(SSE(heartbeat=20))
+        def worker(self) -> Iterator[str]:
+            return read()
+
+        @expose(content_type="text/plain")
+        @stream(spool=True)
+        def spooled(self) -> Iterator[str]:
+            return read()
+
+    app = make_app(Root(), trace_errors__enable=False)
+    with ThreadPoolExecutor(1) as thread:
+        answer = thread.submit(get, app, path)
+        assert waits.wait(10)
+        drain(timeout=0)
+        if path in ("/events", "/worker"):
+            assert answer.result().text == ""
+        else:
+            with pytest.raises(tgstream.StreamError, match="was drained before"):
+                answer.result()
+    report = next_report()
+    assert (report.reason, report.error) == ("drained", None)
 
 
 def test_max_seconds_call_the_callbacks(

@@ -38,11 +38,13 @@ from tgstream import (
     Stream,
     StreamError,
     current_stream,
+    last_event_id,
     listen,
     running,
     stream,
 )
 from tgstream.channels import metadata
+from tgstream.core import running as running_module
 
 WHY = "the disk is full"
 LONG = 3600
@@ -411,6 +413,42 @@ def test_generator_that_waits_is_ended_within_a_second(
     assert running() == []
 
 
+def test_generator_that_has_listened_twice_is_ended(
+    make_app: MakeApp, pulls: ThreadPoolExecutor, next_report: Callable[[], Report]
+) -> None:
+    """It waits for the events of a channel that it has listened to for a while."""
+    waits = threading.Event()
+
+    class Twice(TGController):
+        @expose()
+        @stream(SSE)
+        def events(self) -> Iterator[Event]:
+            events = listen("running")
+            yield next(events)
+            yield next(events)
+            for event in listen("running", after=last_event_id()):
+                if event.data is not None:
+                    break
+            waits.set()
+            yield from events
+
+    app = make_app(Twice(), tgstream__heartbeat_seconds=LONG)
+    first = Channel("running").position()
+    call = Call(app, "/events", HTTP_LAST_EVENT_ID=first)
+    next(call)
+    Channel("running").publish("one", now=True)
+    next(call)
+    rest = pull_rest(pulls, call)
+    assert waits.wait(10)
+    while find_one().state != "idle":
+        pass
+    started = time.monotonic()
+    assert find_one().end()
+    assert rest.result(10).endswith(b":\n\n")
+    assert time.monotonic() - started < 1
+    assert next_report().reason == "stopped"
+
+
 def test_generator_that_waits_only_then_is_ended(
     make_app: MakeApp, pulls: ThreadPoolExecutor, next_report: Callable[[], Report]
 ) -> None:
@@ -565,6 +603,61 @@ def test_end_frees_a_server_whose_client_does_not_read(
             time.sleep(0.05)
         assert read("/end") == ([True], 0)
         wait_until(lambda: read("/streams") == ([], 1))
+
+
+def test_end_keeps_the_connection_of_a_stream_that_has_not_left_its_request(
+    make_app: MakeApp,
+    pulls: ThreadPoolExecutor,
+    next_report: Callable[[], Report],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its client gets an error page, and may send its next request there."""
+    monkeypatch.setattr(running_module, "SERVER_SECONDS", 0.0)
+    root, threads = Root(), set(threading.enumerate())
+    app = make_app(root, trace_errors__enable=False)
+    client, server = socket.socketpair()
+    with client, server:
+        environ: dict[str, Any] = {"gunicorn.socket": server}
+        answer = pulls.submit(get, app, "/spooled", **environ)
+        assert root.waits.wait(10)
+        end_by_operator(root)
+        assert next_report().reason == "stopped"
+        with pytest.raises(StreamError, match="was stopped before its end: "):
+            answer.result(10)
+        for thread in set(threading.enumerate()) - threads:
+            if thread.name == "tgstream-end":
+                thread.join(10)
+        client.setblocking(False)
+        with pytest.raises(BlockingIOError):  # open, and nothing was sent
+            client.recv(1)
+
+
+def test_stream_that_ends_after_its_response_has_its_path(
+    make_app: MakeApp, next_report: Callable[[], Report]
+) -> None:
+    """uWSGI clears the environ when the response has ended."""
+    closing, go = threading.Event(), threading.Event()
+
+    class Slow(TGController):
+        @expose(content_type="text/plain")
+        @stream
+        def lines(self) -> Iterator[str]:
+            try:
+                yield "one"
+                yield "two"
+            finally:
+                closing.set()
+                assert go.wait(10)
+
+    call = Call(make_app(Slow()), "/lines")
+    next(call)
+    assert find_one().end()
+    assert closing.wait(10)
+    call.close()
+    call.environ.clear()
+    assert find_one().path == "/lines"
+    go.set()
+    assert next_report().path == "/lines"
 
 
 # The callers of Stream.close().

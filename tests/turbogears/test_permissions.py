@@ -24,7 +24,16 @@ from tests.model import MakeModel, Model, Note, User
 from tests.pages import DOCS, blocks
 from tests.turbogears.support import SESSION, UNTRACED
 from tests.wsgi import Call, get
-from tgstream import NDJSON, SSE, Report, Stream, StreamError, stream
+from tgstream import (
+    NDJSON,
+    SSE,
+    Report,
+    Stream,
+    StreamError,
+    current_stream,
+    rows,
+    stream,
+)
 from tgstream.core.heartbeat import HEARTBEAT
 from tgstream.live.backends.database_tables import create_tables
 
@@ -840,6 +849,27 @@ def test_changes_of_a_predicate_are_rolled_back(
     app = make_app(make_root(Writing()), users, **auth_options(users))
     assert get(app, "/events").text.count("data: ") == 6
     assert users.texts() == ["staff", "read"]  # of the request
+    assert_clean(users)
+
+
+def test_predicate_is_not_a_part_of_its_generator(
+    make_app: MakeApp, users: Model
+) -> None:
+    """It may read rows, and finds no stream, as in a request."""
+
+    class ReadsRows(predicates.Predicate):
+        message = "You are unknown"
+
+        def evaluate(self, environ: Any, credentials: Any) -> None:
+            with pytest.raises(StreamError, match="where no stream is running"):
+                current_stream()
+            query = users.DBSession.query(User)
+            names = [user.name for user in rows(query)]
+            if "ada" not in names:
+                self.unmet()
+
+    call = Call(make_app(make_root(ReadsRows()), users), "/events")
+    assert call.read() == b"".join(b"data: %c\n\n" % each for each in b"abcdef")
     assert_clean(users)
 
 

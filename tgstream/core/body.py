@@ -84,10 +84,10 @@ from webob.request import DisconnectionError
 from . import report as reports
 from .chunks import Chunks, StreamEnding
 from .cleanup import close, run_all
-from .context import Context, thread
+from .context import Context, find_body, thread
 from .draining import make_drain_refusal
 from .errors import StreamError
-from .heartbeat import Pull, Wakeable, Worker
+from .heartbeat import Pull, Worker
 from .monitor import (
     end_requests,
     has_disconnected,
@@ -178,8 +178,8 @@ class Body:
     """The id of a failure that the client receives."""
     detail: str | None = None
     """The text of the note to the owner."""
-    waits: tuple[Wakeable, ...] = ()
-    """The listeners of channels that the generator has open."""
+    waits: tuple[Callable[[], None], ...] = ()
+    """Wake the listeners of channels that the generator has open."""
     expires = float("inf")
     """The time by the clock at which ``max_seconds`` are over."""
     recheck: Recheck | None = None
@@ -311,6 +311,8 @@ class Body:
                 self._watch()  # one of them may end a wait for the first item
             if monitor.draining:  # drain() has set it before, or finds this stream
                 make_first = self._refuse_to_start
+            elif self.closing is not None:  # a newer stream has replaced it
+                make_first = partial(_raise_again, StreamEnding())
             elif self.plan.traits.heartbeat:
                 make_first = self._start_worker()
         except BaseException as error:  # gevent has killed the request, for example
@@ -328,7 +330,9 @@ class Body:
         except StreamEnding:
             self._end_before_first()
         except BaseException as error:
-            self._fail(error)
+            if not self._is_of_interrupt(error):
+                self._fail(error)
+            self._end_before_first()
         finally:
             self.context.unbind(record)
             if self._state is STARTING:
@@ -751,12 +755,11 @@ class Body:
             self.close_as_wrapper()
 
     def _is_called_from_outside(self) -> bool:
-        record = thread.record
-        if self.server_closes or record.body is self or is_collecting_garbage():
+        if self.server_closes or is_collecting_garbage() or find_body() is self:
             return False
         if self.departed:
             return True
-        stack = record.context
+        stack = thread.record.context
         return not stack or stack[-1][0] is not self.context.tg_locals
 
     def fail(self, error: BaseException, in_request: bool = False) -> None:
@@ -799,8 +802,8 @@ class Body:
 
     def wake(self) -> None:
         """Wake the generator and the thread that pulls, if they wait for an event."""
-        for listener in self.waits:
-            listener.wake_ending()
+        for wake in self.waits:
+            wake()
         if self.worker is not None:
             self.worker.end_wait()
 
@@ -843,7 +846,7 @@ class Body:
         if self._disowned or self.closing is None:
             return
         if not self._acquire():
-            if self.worker is not None:
+            if self.worker is not None or self.server_closes:
                 self.context.keep_environ()
             self.interrupt()
             return
@@ -887,15 +890,21 @@ class Body:
 
     def _end_by_interrupt(self, error: BaseException) -> bool:
         """End for an error that a callback caused when the stream was to end."""
-        if not (
+        if self.closing is None or not self._is_of_interrupt(error):
+            return False
+        self._end(self.closing)
+        return True
+
+    def _is_of_interrupt(self, error: BaseException) -> bool:
+        """Whether a callback caused an error, which is then logged."""
+        is_of_interrupt = (
             self._interrupted
             and isinstance(error, Exception)
             and self.closing in reports.EARLY
-        ):
-            return False
-        reports.log_interrupt(self.plan.controller, self.closing, error)
-        self._end(self.closing)
-        return True
+        )
+        if is_of_interrupt:
+            reports.log_interrupt(self.plan.controller, str(self.closing), error)
+        return is_of_interrupt
 
     def _is_of_client(self, error: BaseException) -> bool:
         return isinstance(error, Exception) and (

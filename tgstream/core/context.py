@@ -79,7 +79,7 @@ class Record:
     With gevent it is the record of a greenlet, like TG's own stacks.
     """
 
-    __slots__ = ("body", "config", "context")
+    __slots__ = ("body", "config", "context", "sessions")
 
     def __init__(self) -> None:
         # TG's stacks of this thread, which are made once and never replaced.
@@ -87,12 +87,14 @@ class Record:
         self.context = _stack_of(request_local.context)
         # The body whose generator runs on this thread.
         self.body: Any = None
+        # Used without a body: those of a check that runs between two pulls.
+        self.sessions: StreamTransaction | None = None
 
     @property
     def database(self) -> Any:
         """The sessions and the transaction of the stream that runs on this thread."""
         body = self.body
-        return None if body is None else body.transaction
+        return self.sessions if body is None else body.transaction
 
 
 def _stack_of(proxy: Any) -> list[tuple[Any, bool]]:
@@ -103,13 +105,35 @@ def _stack_of(proxy: Any) -> list[tuple[Any, bool]]:
     return stack
 
 
+class _FirstUse:
+    """Makes the record of a thread when it is used for the first time.
+
+    ``__init__`` would make it for each access, also for that of :func:`find_body`.
+    """
+
+    def __get__(self, local: Any, owner: Any = None) -> Record:
+        if local is None:  # gevent looks it up in the class
+            return self  # type: ignore[return-value]
+        local.record = record = Record()
+        return record
+
+
 class _Thread(threading.local):
-    def __init__(self) -> None:
-        self.record = Record()
+    record = _FirstUse()
 
 
 # Never keyed by a thread's ident: idents are reused.
 thread = _Thread()
+
+
+def find_body() -> Any:
+    """The body whose generator runs on this thread, for a finaliser. None if none does.
+
+    It makes no record. A finaliser may run while TG makes its stacks of the thread, and
+    TG would then replace those of the record.
+    """
+    record: Record | None = thread.__dict__.get("record")
+    return None if record is None else record.body
 
 
 class Context:
@@ -135,15 +159,17 @@ class Context:
     def keep_environ(self) -> None:
         """Copy the environ, because uWSGI clears its own when the response has ended.
 
-        The generator of a stream with a heartbeat may run for longer.
+        The generator of a stream with a heartbeat may run for longer, and so may the
+        end of a stream that another thread ends.
         """
         self.environ = self.environ.copy()
         self.tg_locals.request.__dict__["environ"] = self.environ
 
-    def bind(self, body: BoundStream) -> Record:
+    def bind(self, body: BoundStream | None) -> Record:
         """Make this the context of the current thread, above what is bound there.
 
-        :param body: the body that runs here until :meth:`unbind`.
+        :param body: the body that runs here until :meth:`unbind`. None if no generator
+            runs here.
         :returns: the thread's record, for :meth:`unbind`.
         """
         record = thread.record

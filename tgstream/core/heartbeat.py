@@ -20,9 +20,8 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
 from queue import Empty, SimpleQueue
-from typing import Protocol
 
-from .context import thread
+from .context import find_body, thread
 
 HEARTBEAT = b":\n\n"
 """A comment, which clients of an event stream ignore."""
@@ -196,25 +195,22 @@ def _iterate_pulls(
             return
 
 
-class Wakeable(Protocol):
-    """The listeners of a channel, as a stream wakes the ones that are its own."""
+def begin_wait(wake: Callable[[], None]) -> None:
+    """The stream that runs here waits for events from now on, and can be woken.
 
-    def wake_ending(self) -> None:
-        """Wake the listeners whose streams are to end."""
-
-
-def begin_wait(listeners: Wakeable) -> None:
-    """The stream that runs here waits for events from now on, and can be woken."""
+    :param wake: wakes it if it is to end. A new object for each wait, such as a bound
+        method, because a stream may listen to a channel twice.
+    """
     body = thread.record.body
     if body is not None:
-        body.waits += (listeners,)
+        body.waits += (wake,)
 
 
-def end_wait(listeners: Wakeable) -> None:
+def end_wait(wake: Callable[[], None]) -> None:
     """The stream that runs here does not wait for these events any more."""
-    body = thread.record.body
+    body = find_body()
     if body is not None:
-        body.waits = tuple([each for each in body.waits if each is not listeners])
+        body.waits = tuple([each for each in body.waits if each is not wake])
 
 
 def is_ending() -> bool:

@@ -94,7 +94,8 @@ SERVER_SECONDS = 2.0
 def _free_server(body: Body) -> None:
     """Shut down the connection, if a client that never reads blocks the server."""
     time.sleep(SERVER_SECONDS)
-    if body.ended and not body.server_closes:
+    stopped = body.departed and body.reason == "stopped"
+    if stopped and body.ended and not body.server_closes:
         with suppress(OSError):  # the client has disconnected
             find_connection(body.context.environ).shutdown(socket.SHUT_RDWR)
 

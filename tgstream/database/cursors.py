@@ -54,7 +54,7 @@ def refuse_automatic_commits(hook: str, session: Session) -> None:
     """
     if find_database(session) is not None:
         body: Any = thread.record.body
-        if body.plan.commit_every:
+        if body is not None and body.plan.commit_every:
             raise automatic_commit_error(body.plan.controller, hook)
 
 

@@ -76,7 +76,8 @@ def iter_events(
         number = yield from subscription.backlog
     if number is not None:
         check_thread()
-        begin_wait(history)
+        wake = history.wake_ending
+        begin_wait(wake)
         try:
             while (
                 event := history.wait_for_event(number, heartbeat_seconds)
@@ -85,7 +86,7 @@ def iter_events(
                 yield event
                 del event
         finally:
-            end_wait(history)
+            end_wait(wake)
     yield from end_lagging()
 
 
@@ -148,7 +149,8 @@ def wait_until_connected(
     :param connect: makes an attempt. False if it failed.
     """
     next_heartbeat, waiter = clock() + heartbeat_seconds, Waiter()
-    begin_wait(waiter)
+    wake = waiter.wake_ending
+    begin_wait(wake)
     try:
         while not connect():
             if clock() > next_heartbeat or is_ending():
@@ -156,7 +158,7 @@ def wait_until_connected(
                 next_heartbeat = clock() + heartbeat_seconds
             waiter.wait(min(MAX_PAUSE, heartbeat_seconds))
     finally:
-        end_wait(waiter)
+        end_wait(wake)
 
 
 def without_comments(events: Iterator[Event]) -> Iterator[Event]:

@@ -128,7 +128,8 @@ def _iter_started(
         numbers.append(number)
     check_thread()
     heartbeat_due = clock() + heartbeat_seconds
-    begin_wait(waiter)
+    wake = waiter.wake_ending
+    begin_wait(wake)
     try:
         while True:
             for index, history in enumerate(histories):
@@ -146,7 +147,7 @@ def _iter_started(
                 yield HEARTBEAT
                 heartbeat_due = clock() + heartbeat_seconds
     finally:
-        end_wait(waiter)
+        end_wait(wake)
 
 
 def _iter_backlog(places: Places, index: int, backlog: Backlog) -> Backlog:
