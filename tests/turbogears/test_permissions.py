@@ -12,6 +12,7 @@ from typing import Any
 
 import httpx
 import pytest
+import sqlalchemy as sa
 import tg
 from repoze.who.plugins.basicauth import BasicAuthPlugin
 from tg import RestController, TGController, expose, predicates, require
@@ -24,7 +25,20 @@ from tests.model import MakeModel, Model, Note, User
 from tests.pages import DOCS, blocks
 from tests.turbogears.support import SESSION, UNTRACED
 from tests.wsgi import Call, get
-from tgstream import NDJSON, SSE, Report, Stream, StreamError, stream
+from tgstream import (
+    NDJSON,
+    SSE,
+    Report,
+    Stream,
+    StreamError,
+    commit,
+    current_stream,
+    flush,
+    listen,
+    rollback,
+    rows,
+    stream,
+)
 from tgstream.core.heartbeat import HEARTBEAT
 from tgstream.live.backends.database_tables import create_tables
 
@@ -840,6 +854,27 @@ def test_changes_of_a_predicate_are_rolled_back(
     app = make_app(make_root(Writing()), users, **auth_options(users))
     assert get(app, "/events").text.count("data: ") == 6
     assert users.texts() == ["staff", "read"]  # of the request
+    assert_clean(users)
+
+
+def test_predicate_may_call_functions_of_tgstream(
+    make_app: MakeApp, users: Model, reports: list[Report]
+) -> None:
+    """In a check they do the same as in the request, where no stream runs."""
+    outside = "no stream is running"
+
+    class Calling(predicates.Predicate):
+        def evaluate(self, environ: Any, credentials: Any) -> None:
+            found = rows(sa.select(User.name).order_by(User.name))
+            assert [row.name for row in found] == ["ada", "bob"]
+            for function in current_stream, commit, rollback, flush:
+                with pytest.raises(StreamError, match=outside):
+                    function()
+            assert next(listen("staff")).data is None
+
+    app = make_app(make_root(Calling()), users, **auth_options(users))
+    assert get(app, "/events").text.count("data: ") == 6
+    assert [report.reason for report in reports] == ["completed"]
     assert_clean(users)
 
 

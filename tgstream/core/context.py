@@ -79,7 +79,7 @@ class Record:
     With gevent it is the record of a greenlet, like TG's own stacks.
     """
 
-    __slots__ = ("body", "config", "context")
+    __slots__ = ("body", "checking", "config", "context")
 
     def __init__(self) -> None:
         # TG's stacks of this thread, which are made once and never replaced.
@@ -87,12 +87,14 @@ class Record:
         self.context = _stack_of(request_local.context)
         # The body whose generator runs on this thread.
         self.body: Any = None
+        # The sessions and the transaction of a check that runs here, and is no stream.
+        self.checking: StreamTransaction | None = None
 
     @property
     def database(self) -> Any:
         """The sessions and the transaction of the stream that runs on this thread."""
         body = self.body
-        return None if body is None else body.transaction
+        return self.checking if body is None else body.transaction
 
 
 def _stack_of(proxy: Any) -> list[tuple[Any, bool]]:
@@ -140,10 +142,10 @@ class Context:
         self.environ = self.environ.copy()
         self.tg_locals.request.__dict__["environ"] = self.environ
 
-    def bind(self, body: BoundStream) -> Record:
+    def bind(self, body: BoundStream | None) -> Record:
         """Make this the context of the current thread, above what is bound there.
 
-        :param body: the body that runs here until :meth:`unbind`.
+        :param body: the body that runs here until :meth:`unbind`, if it is one.
         :returns: the thread's record, for :meth:`unbind`.
         """
         record = thread.record

@@ -36,10 +36,10 @@ class DatabaseContext(Context):
         self._managers: dict[str, Any]
         self._outer_manager: Any
 
-    def bind(self, body: BoundStream) -> Record:
+    def bind(self, body: BoundStream | None) -> Record:
         """Make this the context of the current thread, above what is bound there.
 
-        :param body: the body that runs here until :meth:`unbind`.
+        :param body: the body that runs here until :meth:`unbind`, if it is one.
         :returns: the thread's record, for :meth:`unbind`.
         """
         record = thread.record

@@ -53,8 +53,8 @@ def refuse_automatic_commits(hook: str, session: Session) -> None:
     :raises StreamError: when the stream commits after its items.
     """
     if find_database(session) is not None:
-        body: Any = thread.record.body
-        if body.plan.commit_every:
+        body: Any = thread.record.body  # None in a check of a permission
+        if body is not None and body.plan.commit_every:
             raise automatic_commit_error(body.plan.controller, hook)
 
 

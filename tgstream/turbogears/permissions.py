@@ -74,7 +74,8 @@ class Permission:
             context = Context(tg_locals)
         else:
             context = transaction.make_context(tg_locals)
-        record = context.bind(_Evaluation(transaction))
+        record = context.bind(None)
+        outer, record.checking = record.checking, transaction
         try:
             return self._run(self._evaluate, tg_locals)
         finally:
@@ -82,6 +83,7 @@ class Permission:
                 if transaction is not None:
                     transaction.release(False)
             finally:
+                record.checking = outer
                 context.unbind(record)
 
     def _evaluate(self, tg_locals: Any) -> bool:
@@ -94,13 +96,6 @@ class Permission:
         except (HTTPException, NotAuthorizedError):
             return False
         return True
-
-
-class _Evaluation:
-    """Gives the thread the sessions of an evaluation, like a stream that runs."""
-
-    def __init__(self, transaction: StreamTransaction | None) -> None:
-        self.transaction = transaction
 
 
 def _is_protected(controller: Any) -> bool:
