@@ -87,7 +87,7 @@ class Record:
         self.context = _stack_of(request_local.context)
         # The body whose generator runs on this thread.
         self.body: Any = None
-        # The sessions and the transaction of a check that runs here, and is no stream.
+        # The sessions and the transaction of a check of a permission that runs here.
         self.checking: StreamTransaction | None = None
 
     @property

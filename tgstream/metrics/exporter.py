@@ -15,6 +15,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING, get_args
 from weakref import WeakSet
@@ -140,7 +141,8 @@ class Exporter:
         self._create_channel_metrics()
         self._series: dict[str, _Series] = {}
         self._registries: WeakSet[CollectorRegistry] = WeakSet()
-        keep_hooks((STARTED, self._begin), (FINISHED, self._finish))
+        # In this order: a stream that ends meanwhile must not be counted as open.
+        keep_hooks((FINISHED, self._finish), (STARTED, self._begin))
         on_refusal(self._refuse)
         set_observer(self)
 
@@ -214,11 +216,15 @@ class Exporter:
                 "register: registry must be a prometheus_client.CollectorRegistry or "
                 f"None, got {type(registry).__name__}: {registry!r:.80}"
             )
-        if registry not in self._registries:
+        if registry in self._registries:
+            return
+        with ExitStack() as stack:  # all of them, or none
             for metric in vars(self).values():
                 if isinstance(metric, Counter | Gauge | Histogram):
                     registry.register(metric)
-            self._registries.add(registry)
+                    stack.callback(registry.unregister, metric)
+            stack.pop_all()
+        self._registries.add(registry)
 
     # Streams.
 
