@@ -5,10 +5,13 @@ from __future__ import annotations
 import http.client
 import os
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -391,6 +394,38 @@ def test_process_is_not_draining_in_the_next_test(attempt: int) -> None:
     """The suite, and the pytest plugin, let each test start streams."""
     assert not health()["draining"]
     assert drain()
+
+
+DRAINED = """
+import pytest
+import tgstream
+
+def test_drain():
+    assert tgstream.drain()
+
+@pytest.fixture(scope="module")
+def health():
+    return tgstream.health()
+
+def test_fixture(health):
+    assert not health["draining"]
+"""
+
+
+def test_plugin_lets_fixtures_start_streams_after_a_test_has_drained(
+    tmp_path: Path,
+) -> None:
+    """A fixture of a module is made before those of a test."""
+    (tmp_path / "test_drained.py").write_text(DRAINED)
+    ran = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "tgstream.pytest_plugin"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        timeout=60,
+    )
+    assert ran.returncode == 0, ran.stdout
 
 
 def test_health_has_the_state_of_the_process(

@@ -13,7 +13,7 @@ __all__ = ["register"]
 def register(registry: CollectorRegistry | None = None) -> None:
     """Measure the streams and channels of this process, and export the metrics.
 
-    Call it once, before the first request, for example in ``config/app_cfg.py``. Streams
+    Call it once before the first request, for example in ``config/app_cfg.py``. Streams
     that have started before may not be counted. A call with another registry adds the
     same metrics to it. A second call with the same registry does nothing.
     :doc:`operating` lists the metrics.
