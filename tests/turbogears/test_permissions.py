@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -276,6 +277,24 @@ def test_stream_without_a_requirement_is_an_error(
     ):
         get(make_app(Root(), sqlite_model, **UNTRACED), "/events")
     assert_clean(sqlite_model)
+
+
+def test_stream_that_cannot_start_is_closed(make_app: MakeApp) -> None:
+    """Its callbacks are called, and its file is closed, although the error keeps it."""
+    ended: list[str] = []
+    file = io.BytesIO(b"abc")
+
+    class Root(TGController):
+        @expose()
+        def events(self) -> Stream:
+            made = Stream(file, recheck_seconds=EACH)
+            made.on_end(lambda: ended.append("end"))
+            return made
+
+    with pytest.raises(StreamError, match="has nothing to check again"):
+        get(make_app(Root(), **UNTRACED), "/events")
+    assert ended == ["end"]
+    assert file.closed
 
 
 def test_aborted_response_shows_that_a_download_was_refused(
