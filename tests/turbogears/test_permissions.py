@@ -17,14 +17,17 @@ import sqlalchemy as sa
 import tg
 from repoze.who.plugins.basicauth import BasicAuthPlugin
 from tg import RestController, TGController, expose, predicates, require
+from tg.appwrappers.base import ApplicationWrapper
+from tg.appwrappers.identity import IdentityApplicationWrapper
 from webob import Request
 from webtest import TestApp
 
+import tgstream
 from tests.authentication import REVOKE, add_users, auth_options, cookie_of
 from tests.conftest import LiveServer, MakeApp, assert_clean, pool
 from tests.model import MakeModel, Model, Note, User
 from tests.pages import DOCS, blocks
-from tests.turbogears.support import SESSION, UNTRACED
+from tests.turbogears.support import SESSION, UNTRACED, Middleware, install_middleware
 from tests.wsgi import Call, get
 from tgstream import (
     NDJSON,
@@ -776,6 +779,68 @@ def test_identity_of_another_middleware_is_read_again(
     call = Call(app, "/events", **environ)
     assert [next(call), next(call)] == [b"data: a\n\n", b"data: b\n\n"]
     assert users[0] is users[1]  # the object of the stream
+    sqlite_model.execute(REVOKE)
+    assert call.read() == b""
+    assert [report.reason for report in reports] == ["refused"]
+    assert_clean(sqlite_model)
+
+
+class ByToken(Middleware):
+    """Identifies users beside the logins of repoze.who."""
+
+    def __call__(self, environ: Any, start_response: Any) -> Any:
+        if token := environ.get("HTTP_X_TOKEN"):
+            environ["repoze.who.identity"] = {"repoze.who.userid": token}
+        return self.app(environ, start_response)
+
+
+class ByKey(ApplicationWrapper):
+    """The same, without TurboGears' metadata of the user."""
+
+    def __call__(self, controller: Any, environ: Any, context: Any) -> Any:
+        if name := environ.get("HTTP_X_KEY"):
+            credentials = {"repoze.what.userid": name, "groups": ["staff"]}
+            context.request.identity = credentials
+            environ["repoze.what.credentials"] = credentials
+        return self.next_handler(controller, environ, context)
+
+
+@pytest.mark.parametrize("header", ["X_TOKEN", "X_KEY"])
+def test_identity_of_the_application_is_kept(
+    make_app: MakeApp, sqlite_model: Model, reports: list[Report], header: str
+) -> None:
+    """repoze.who has not identified the user, and cannot do so in a check."""
+    add_users(sqlite_model)
+
+    def plug(base_config: Any) -> None:
+        tgstream.plugme(base_config)
+        base_config.register_application_wrapper(
+            ByKey, after=IdentityApplicationWrapper
+        )
+
+    options = auth_options(sqlite_model)
+    with install_middleware(ByToken):
+        app = make_app(make_root(IN_STAFF), sqlite_model, plug=plug, **options)
+    call = Call(app, "/events", **{f"HTTP_{header}": "ada"})
+    assert [next(call), next(call)] == [b"data: a\n\n", b"data: b\n\n"]
+    sqlite_model.execute(REVOKE)
+    is_read_again = header == "X_TOKEN"
+    assert call.read().count(b"data: ") == (0 if is_read_again else 4)
+    assert [report.reason for report in reports] == [
+        "refused" if is_read_again else "completed"
+    ]
+    assert_clean(sqlite_model)
+
+
+def test_forged_user_of_a_test_is_checked(
+    make_app: MakeApp, sqlite_model: Model, reports: list[Report]
+) -> None:
+    """Tests of quickstarted applications identify users by ``REMOTE_USER``."""
+    add_users(sqlite_model)
+    options = auth_options(sqlite_model, skip_authentication=True)
+    app = make_app(make_root(IN_STAFF), sqlite_model, **options)
+    call = Call(app, "/events", REMOTE_USER="ada")
+    assert [next(call), next(call)] == [b"data: a\n\n", b"data: b\n\n"]
     sqlite_model.execute(REVOKE)
     assert call.read() == b""
     assert [report.reason for report in reports] == ["refused"]
