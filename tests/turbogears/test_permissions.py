@@ -322,6 +322,29 @@ def test_aborted_response_shows_that_a_download_was_refused(
     assert_clean(sqlite_model)
 
 
+def test_spooled_stream_is_checked_while_its_file_is_sent(
+    make_app: MakeApp, sqlite_model: Model, reports: list[Report]
+) -> None:
+    """It is made in the request, which has evaluated the permission."""
+    add_users(sqlite_model)
+
+    def items() -> Iterator[bytes]:
+        for _ in range(4):
+            yield bytes(2**16)
+
+    root = make_root(IN_STAFF, format=None, items=items, spool=True)
+    app = make_app(root, sqlite_model, **auth_options(sqlite_model), **UNTRACED)
+    call = open_events(app)
+    received = len(next(call))
+    assert call.headers["Content-Length"] == str(2**18)
+    sqlite_model.execute(REVOKE)
+    with pytest.raises(StreamError, match="was refused"):
+        call.read()
+    assert received < 2**18
+    assert [report.reason for report in reports] == ["refused"]
+    assert_clean(sqlite_model)
+
+
 def test_permission_is_checked_at_most_once_an_interval(
     make_app: MakeApp, sqlite_model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -821,7 +844,8 @@ def test_identity_of_the_application_is_kept(
     options = auth_options(sqlite_model)
     with install_middleware(ByToken):
         app = make_app(make_root(IN_STAFF), sqlite_model, plug=plug, **options)
-    call = Call(app, "/events", **{f"HTTP_{header}": "ada"})
+    environ: dict[str, Any] = {f"HTTP_{header}": "ada"}
+    call = Call(app, "/events", **environ)
     assert [next(call), next(call)] == [b"data: a\n\n", b"data: b\n\n"]
     sqlite_model.execute(REVOKE)
     is_read_again = header == "X_TOKEN"
