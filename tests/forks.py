@@ -30,6 +30,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import IO
 
+import psutil  # type: ignore[import-untyped]
+
 PACKAGES = [
     *("gunicorn.app.base", "psutil", "psycopg", "waitress.server", "zope.sqlalchemy"),
     *("tg", "tg.appwrappers.caching", "tg.appwrappers.session"),
@@ -113,8 +115,12 @@ class ForkedProcess:
 
     def poll(self) -> int | None:
         """Return the status, or None while the process runs."""
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.wait(0)
+        # The process that sends the status may not have run since the end.
+        if (
+            self.returncode is None
+            and psutil.Process(self.pid).status() == psutil.STATUS_ZOMBIE
+        ):
+            self.wait()
         return self.returncode
 
     def send_signal(self, number: int) -> None:
