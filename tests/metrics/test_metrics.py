@@ -6,8 +6,11 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -16,7 +19,7 @@ from tests.live_apps.metrics_app import FILE_SIZE, GENERATED
 from tests.metrics.scraping import Scraper
 from tests.pages import DOCS
 from tests.valkey import Valkey
-from tgstream.metrics.exporter import MAX_CONTROLLERS, OTHERS
+from tgstream.metrics.exporter import MAX_CONTROLLERS, OTHERS, _Meter
 
 ROOT = Path(__file__).parents[2]
 
@@ -288,6 +291,22 @@ def test_wait_for_the_client_is_measured() -> None:
     The bytes of a long stream are counted before it ends.
     """
     assert run(WAITS) == ["True"] * 8
+
+
+def test_wait_is_counted_once_if_the_server_pulls_at_the_end() -> None:
+    """The monitor may end and count a stream while its server pulls."""
+
+    def pull(count: int) -> None:
+        next(pulls)
+
+    body: Any = SimpleNamespace(bytes=1)
+    meter = _Meter(pull)
+    began = time.perf_counter()
+    pulls = meter.measure(body, iter([b"a", b"b"]))
+    next(pulls)
+    while time.perf_counter() < began + 0.02:
+        pass
+    assert 0.01 < meter.finish(body) <= time.perf_counter() - began
 
 
 LATE = f"""{APPLICATION}

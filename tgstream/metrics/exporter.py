@@ -120,10 +120,11 @@ class _Meter:
 
         :returns: the seconds that it has waited for its client.
         """
-        since = self._waits_since
-        waits = 0.0 if since is None else clock() - since
+        waited, since = self._waited, self._waits_since  # the server may pull meanwhile
+        if since is not None:
+            waited += clock() - since
         self._count_bytes(report.bytes)
-        return self._waited + waits
+        return waited
 
     def _count_bytes(self, total: int) -> None:
         with self._lock:
