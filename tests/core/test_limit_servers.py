@@ -65,6 +65,19 @@ def test_reload_is_accepted_at_once(server: LiveServer, user: str) -> None:
     open_feed(server, path).close()
 
 
+@pytest.mark.parametrize("kind", SERVERS)
+def test_stream_whose_client_reloads_logs_no_error(kind: str) -> None:
+    """Its server has nothing to report, as after any other disconnect."""
+    server = LiveServer(kind, "limited", "threads=16")
+    for leave in Client.close, Client.leave:
+        client = open_feed(server, "/refusing?user=ada")
+        leave(client)
+        open_feed(server, "/refusing?user=ada").close()
+    log = server.stop()
+    assert "Traceback" not in log
+    assert "closed before its end" not in log
+
+
 def go_on(server: LiveServer, user: str) -> None:
     """Let the downloads of a user go on."""
     Client(server, f"/go_on?user={user}").close()

@@ -576,7 +576,8 @@ class Body:
     def _refuse(self) -> Iterator[bytes]:
         """End the iteration of a stream that was ended early.
 
-        :raises StreamError: unless the format's body may end anywhere.
+        :raises StreamError: unless the format's body may end anywhere, or its client
+            has disconnected.
         :raises BaseException: the error of the stream, after the chunk that reports it.
         """
         failure, self._failure = self._failure, None
@@ -586,7 +587,7 @@ class Body:
         if self.closing is None and self.reason is None:
             raise self._iterated_twice()
         self._end_if_asked()
-        if not self._ends_anywhere(self.closing):
+        if not (self._ends_anywhere(self.closing) or self._was_left()):
             plan = self.plan
             error = StreamError(
                 reports.describe_early_end(
@@ -637,6 +638,8 @@ class Body:
         """
         if not self._acquire():
             next(self._refuse(), None)
+            if self._was_left():
+                return b""
             raise self._iterated_twice()
         record = self.context.bind(self)
         try:
@@ -887,6 +890,15 @@ class Body:
             )
         )
         return True
+
+    def _was_left(self) -> bool:
+        """Whether its client has disconnected, so that nobody can see its end.
+
+        An error would be logged, and sent to the administrator.
+        """
+        return self.closing == "disconnected" and has_disconnected(
+            self.context.environ, half_closed=self.plan.traits.endless
+        )
 
     def _end_by_interrupt(self, error: BaseException) -> bool:
         """End for an error that a callback caused when the stream was to end."""
