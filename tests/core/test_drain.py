@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import http.client
+import json
 import os
 import socket
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -458,6 +460,27 @@ def test_server_stops_soon_although_its_clients_reconnect(
 
     # On a busy machine a server without clients may need longer, too.
     assert any((seconds := stop(count)) < 2 or seconds < stop(0) + 1 for _ in range(3))
+
+
+@pytest.mark.parametrize("server", SERVERS[:2])
+def test_server_stops_soon_although_a_client_does_not_read(
+    live_server: Callable[..., LiveServer], server: str
+) -> None:
+    """Its thread is blocked in a write, for which gunicorn would wait for 30 s."""
+    live = live_server(server, "stopping", "drains=yes", "threads=4")
+
+    def count_bytes() -> Any:
+        url = f"http://127.0.0.1:{live.port}/streams"
+        with urllib.request.urlopen(url, timeout=10) as response:
+            return [each["bytes"] for each in json.load(response)]
+
+    with socket.create_connection(("127.0.0.1", live.port)) as client:
+        client.sendall(b"GET /endless HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        sizes = [[-1], [0]]
+        while sizes[-1] == [0] or sizes[-1] != sizes[-2]:  # until it is blocked
+            sizes.append(count_bytes() or [0])
+            time.sleep(0.05)
+        assert measure_stop(live) < 10
 
 
 def get_page(live: LiveServer) -> bytes:

@@ -44,7 +44,7 @@ from tgstream import (
     stream,
 )
 from tgstream.channels import metadata
-from tgstream.core import running as running_module
+from tgstream.core import monitor as monitor_module
 
 WHY = "the disk is full"
 LONG = 3600
@@ -612,7 +612,7 @@ def test_end_keeps_the_connection_of_a_stream_that_has_not_left_its_request(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Its client gets an error page, and may send its next request there."""
-    monkeypatch.setattr(running_module, "SERVER_SECONDS", 0.0)
+    monkeypatch.setattr(monitor_module, "SERVER_SECONDS", 0.0)
     root, threads = Root(), set(threading.enumerate())
     app = make_app(root, trace_errors__enable=False)
     client, server = socket.socketpair()

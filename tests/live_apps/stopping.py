@@ -74,6 +74,6 @@ class Counted:
         self.counter.count += 1
 
 
-def make_app() -> CountedCloses:
+def make_app(**_: str) -> CountedCloses:
     """Return the application."""
     return CountedCloses(make_wsgi_app({"root_controller": Root()}))

@@ -16,11 +16,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from typing import Any, TypedDict
 
 from webob.exc import WSGIHTTPException
 
-from .monitor import PAUSE, end_requests, end_soon, monitor
+from .monitor import (
+    PAUSE,
+    end_requests,
+    end_soon,
+    free_servers,
+    monitor,
+    start_thread,
+)
 from .options import clock
 from .refusals import is_of_events, make_refusal
 
@@ -48,7 +57,8 @@ def drain(timeout: float = 5.0) -> bool:
     uncommitted changes are rolled back, a format whose body may end anywhere (``SSE``)
     ends normally, and any other response is aborted. The report has the reason
     ``drained``. A stream whose generator is still making its first item ends after that
-    item.
+    item. gunicorn's connection to a client that does not read is shut down after a
+    second, because it would block the server.
 
     From then on the process is draining, until it exits. A request for a stream runs no
     generator: the response is an event stream without an event, from which browsers
@@ -60,6 +70,9 @@ def drain(timeout: float = 5.0) -> bool:
     """
     deadline = clock() + timeout
     monitor.draining = True
+    if bodies := monitor.running():
+        with suppress(RuntimeError):  # no thread can be started
+            start_thread("tgstream-end", partial(free_servers, bodies))
     while bodies := monitor.running():
         for body in bodies:
             end_soon(body, "drained")

@@ -27,11 +27,12 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from .options import Plan, clock
+from .report import EARLY
 
 if TYPE_CHECKING:
     from .context import Context
@@ -68,6 +69,9 @@ class Monitored(Protocol):
     context: Context
     expires: float
     closing: Reason | None
+    reason: Reason | None
+    departed: bool
+    server_closes: bool
 
     @property
     def ended(self) -> bool: ...
@@ -288,6 +292,21 @@ def _end_on_a_thread(body: Monitored) -> None:
         start_thread("tgstream-end", body.close)
     except RuntimeError:  # no thread can be started: late is better than never
         body.close()
+
+
+SERVER_SECONDS = 1.0
+"""Seconds that a server has to close the response of a stream that was ended."""
+
+
+def free_servers(bodies: Iterable[Monitored]) -> None:
+    """Shut down the connections of clients that do not read, which block the server."""
+    time.sleep(SERVER_SECONDS)
+    for body in bodies:
+        connection = find_connection(body.context.environ)
+        was_cut = body.departed and body.ended and body.reason in EARLY
+        if was_cut and connection is not None and not body.server_closes:
+            with suppress(OSError):  # the client has disconnected
+                connection.shutdown(socket.SHUT_RDWR)
 
 
 monitor = Monitor()

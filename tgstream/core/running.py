@@ -6,8 +6,6 @@ A stream pays nothing for it: the lists read everything from the running streams
 from __future__ import annotations
 
 import os
-import socket
-import time
 import weakref
 from contextlib import suppress
 from functools import partial
@@ -16,7 +14,7 @@ from secrets import token_bytes
 from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias, cast
 
 from .limits import find_user
-from .monitor import end_soon, find_connection, monitor, start_thread
+from .monitor import end_soon, find_connection, free_servers, monitor, start_thread
 from .options import clock
 
 if TYPE_CHECKING:
@@ -83,21 +81,8 @@ class RunningStream(_Fields):
             return False
         if find_connection(body.context.environ) is not None:
             with suppress(RuntimeError):  # no thread can be started
-                start_thread("tgstream-end", partial(_free_server, body))
+                start_thread("tgstream-end", partial(free_servers, [body]))
         return True
-
-
-SERVER_SECONDS = 2.0
-"""Seconds that a server has to close the response of a stream that was stopped."""
-
-
-def _free_server(body: Body) -> None:
-    """Shut down the connection, if a client that never reads blocks the server."""
-    time.sleep(SERVER_SECONDS)
-    stopped = body.departed and body.reason == "stopped"
-    if stopped and body.ended and not body.server_closes:
-        with suppress(OSError):  # the client has disconnected
-            find_connection(body.context.environ).shutdown(socket.SHUT_RDWR)
 
 
 def running() -> list[RunningStream]:
