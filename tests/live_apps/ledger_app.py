@@ -78,6 +78,7 @@ def run_in_thread(outcome: list[str], *arguments: str) -> None:
             execute(*arguments)
         outcome.append("done")
     except Exception as error:
+        transaction.abort()  # a doomed one keeps its locks when ``with`` has raised
         outcome.append(f"failed: {error}")
 
 
