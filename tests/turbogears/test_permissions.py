@@ -861,7 +861,7 @@ def test_predicate_is_not_a_part_of_its_generator(
         message = "You are unknown"
 
         def evaluate(self, environ: Any, credentials: Any) -> None:
-            with pytest.raises(StreamError, match="where no stream is running"):
+            with pytest.raises(StreamError, match="no stream is running"):
                 current_stream()
             query = users.DBSession.query(User)
             names = [user.name for user in rows(query)]
