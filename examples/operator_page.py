@@ -170,8 +170,9 @@ class Operators(TGAuthMetadata):
         self.password = password
 
     def authenticate(self, environ, identity):
-        right = secrets.compare_digest(identity["password"], self.password)
-        return "operator" if identity["login"] == "operator" and right else None
+        given, right = identity["password"].encode(), self.password.encode()
+        is_right = secrets.compare_digest(given, right)
+        return "operator" if identity["login"] == "operator" and is_right else None
 
     def get_user(self, identity, userid):
         return userid

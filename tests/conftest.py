@@ -31,7 +31,6 @@ from tests.forks import ForkedProcess
 from tests.model import MakeModel, Model
 from tgstream import Report, Stream
 from tgstream.core.monitor import monitor
-from tgstream.pytest_plugin import tgstream_is_not_draining as tgstream_is_not_draining
 
 MakeApp = Callable[..., Any]
 
@@ -211,6 +210,12 @@ def unfreeze_at_exit() -> Iterator[None]:
 def stop_draining() -> None:
     """Let this process start streams after ``drain()``, as the next process does."""
     monitor.draining = False
+
+
+@pytest.fixture(autouse=True)
+def is_not_draining() -> None:
+    """The process starts streams, also after a test that has called ``drain()``."""
+    stop_draining()
 
 
 @pytest.fixture(autouse=True)

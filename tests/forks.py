@@ -23,10 +23,14 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import types
 import warnings
 from importlib import import_module
+from pathlib import Path
 from typing import IO
+
+import psutil  # type: ignore[import-untyped]
 
 PACKAGES = [
     *("gunicorn.app.base", "psutil", "psycopg", "waitress.server", "zope.sqlalchemy"),
@@ -34,6 +38,7 @@ PACKAGES = [
     *("tg.renderers.genshi", "tg.renderers.jinja", "tg.renderers.kajiki"),
     *("tg.renderers.mako", "backlash", "backlash.tracing.slowrequests"),
 ]
+ROOT = Path(__file__).parents[1]
 REQUEST_BYTES = 1 << 20
 STATUS_BYTES = 16
 _lock = threading.Lock()
@@ -46,7 +51,7 @@ def _start_template() -> socket.socket:
     number = theirs.fileno()
     command = [sys.executable, "-m", "tests.forks", str(number)]
     with theirs:
-        template = subprocess.Popen(command, pass_fds=[number])
+        template = subprocess.Popen(command, pass_fds=[number], cwd=ROOT)
 
     def stop() -> None:
         ours.close()
@@ -85,22 +90,37 @@ class ForkedProcess:
             socket.send_fds(_start_template(), [message], files)
         self.pid = int(self._status.recv(STATUS_BYTES))
         self.returncode: int | None = None
+        self._reading = threading.Lock()
 
     def wait(self, timeout: float | None = None) -> int:
-        """Wait until the process has ended, and return its status like ``Popen``."""
-        if self.returncode is None:
-            self._status.settimeout(timeout)
-            try:
+        """Wait until the process has ended, and return its status like ``Popen``.
+
+        Several threads may wait.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        if not self._reading.acquire(timeout=-1 if timeout is None else timeout):
+            raise subprocess.TimeoutExpired(str(self.pid), timeout or 0)
+        try:
+            if self.returncode is None:
+                if deadline is not None:
+                    timeout = max(0.0, deadline - time.monotonic())
+                self._status.settimeout(timeout)
                 self.returncode = int(self._status.recv(STATUS_BYTES))
-            except (BlockingIOError, TimeoutError):
-                raise subprocess.TimeoutExpired(str(self.pid), timeout or 0) from None
-            self._status.close()
+                self._status.close()
+        except (BlockingIOError, TimeoutError):
+            raise subprocess.TimeoutExpired(str(self.pid), timeout or 0) from None
+        finally:
+            self._reading.release()
         return self.returncode
 
     def poll(self) -> int | None:
         """Return the status, or None while the process runs."""
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.wait(0)
+        # The process that sends the status may not have run since the end.
+        if (
+            self.returncode is None
+            and psutil.Process(self.pid).status() == psutil.STATUS_ZOMBIE
+        ):
+            self.wait()
         return self.returncode
 
     def send_signal(self, number: int) -> None:

@@ -33,6 +33,7 @@ from tgstream import (
     current_stream,
     drain,
     flush,
+    health,
     last_event_id,
     plugme,
     render,
@@ -105,6 +106,8 @@ assert_type(running.ending, bool)
 for hook in commit, flush, rollback:
     assert_type(hook(), None)
 assert_type(drain(timeout=10), bool)
+assert_type(health()["draining"], bool)
+assert_type(health()["open_streams"], int)
 running.items = 5  # type: ignore[misc]
 
 

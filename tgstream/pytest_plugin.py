@@ -16,8 +16,10 @@ from .core.monitor import monitor
 
 
 @pytest.fixture(autouse=True)
-def tgstream_is_not_draining() -> None:
-    """Let each test start streams, also after one that has called ``drain()``."""
+def tgstream_is_not_draining() -> Iterator[None]:
+    """Let tests and fixtures start streams after ``drain()`` in another one."""
+    monitor.draining = False
+    yield
     monitor.draining = False
 
 

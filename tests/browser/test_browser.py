@@ -184,7 +184,8 @@ def test_event_source_that_is_done_or_failed_does_not_reconnect(
     """The script of ``docs/live.rst`` closes it, while another one reconnects."""
     site = start_site(server)
     browser.open(site.address)
-    script = blocks((DOCS / "live.rst").read_text(), "javascript")[1]
+    scripts = blocks((DOCS / "live.rst").read_text(), "javascript")
+    script = next(script for script in scripts if "/live/names" in script)
     address = f"/live/names{query}"
     browser.run(
         "window.shown = [], window.show = text => shown.push(text), window.others = 0;"

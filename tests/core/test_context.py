@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextvars
 import random
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -21,6 +20,7 @@ from tg.request_local import context
 
 from tests.conftest import MakeApp, assert_clean, assert_thread_clean
 from tests.core.support import run_on_another_thread
+from tests.forks import run_python
 from tests.model import Model, User
 from tests.wsgi import Call
 from tgstream import SSE, Channel, Report, current_stream, stream
@@ -232,8 +232,7 @@ except Exception as error:
 
 def test_late_patching_by_gevent_is_rejected() -> None:
     """All greenlets would share one request. The error names the options that help."""
-    command = [sys.executable, "-c", LATE]
-    ran = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    ran = run_python("-c", LATE)
     assert ran.stdout.startswith("StreamError gevent patched threads after")
     assert "--gevent-early-monkey-patch" in ran.stdout
     assert "--preload" in ran.stdout

@@ -25,7 +25,6 @@ from tests.core.support import (
     reasons,
     run_on_another_thread,
 )
-from tests.forks import run_python
 from tests.model import Model, User
 from tests.turbogears.support import WIRINGS
 from tests.wsgi import Call
@@ -266,7 +265,8 @@ print("done", flush=True)
 
 def test_end_of_a_stream_in_garbage_can_publish() -> None:
     """A collection in the middle of ``publish()`` ends a stream that publishes too."""
-    ran = run_python("-c", PUBLISHES)
+    command = [sys.executable, "-X", "dev", "-c", PUBLISHES]
+    ran = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60)
     assert (ran.stdout, ran.returncode) == ("done\n", 0), ran.stderr
 
 

@@ -98,7 +98,8 @@ def test_span_begins_in_the_request_and_ends_with_the_stream(
     request, span, query = ended["request"], ended["Root.words"], ended["query"]
     assert span.parent == request.context
     assert query.parent == span.context
-    assert began < span.start_time < request.end_time < span.end_time
+    second = 10**9  # this thread may lose its turn between the two clocks
+    assert began - second < span.start_time < request.end_time < span.end_time
     assert span.status.is_ok
     assert dict(span.attributes) == {
         "url.path": "/words",

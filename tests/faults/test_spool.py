@@ -11,7 +11,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,17 @@ def start(live_server: Callable[..., LiveServer], tmp_path: Path) -> Start:
         return live_server(server, "spooled", folder, *options)
 
     return start
+
+
+@pytest.fixture(scope="module", params=SERVERS)
+def live(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[LiveServer]:
+    """Each server that serves several clients concurrently."""
+    folder = tmp_path_factory.mktemp("spool")
+    server = LiveServer(request.param, "spooled", f"folder={folder}", "looks=0.1")
+    yield server
+    server.kill()
 
 
 def make_body(blocks: int, version: str = "") -> bytes:
@@ -153,18 +164,15 @@ class SlowClient:
         return self._hash.hexdigest()
 
 
-@pytest.mark.parametrize("server", SERVERS)
-def test_disconnect_while_spooling_ends_the_generator(
-    start: Start, server: str, tmp_path: Path
-) -> None:
+def test_disconnect_while_spooling_ends_the_generator(live: LiveServer) -> None:
     """The server detects it without a write, where it can."""
-    live = start(server, "looks=0.1")
+    before = len(get_state(live)["ended"])
     waiting = socket.create_connection(("127.0.0.1", live.port), 20)
     waiting.sendall(request(f"/export?blocks={LARGE}&pause=0.02"))
     wait_until(lambda: get_state(live)["running"] == 1, "the stream has not begun")
     reset(waiting)
-    wait_until(lambda: get_state(live)["ended"], "the stream goes on")
-    [[reason, made]] = get_state(live)["ended"]
+    wait_until(lambda: get_state(live)["ended"][before:], "the stream goes on")
+    [[reason, made]] = get_state(live)["ended"][before:]
     assert reason == "disconnected"
     assert made < LARGE * BLOCK
     assert "Traceback" not in "".join(live.log)
@@ -212,10 +220,8 @@ def test_worker_killed_while_spooling_leaves_no_file(
 # Downloads that are resumed.
 
 
-@pytest.mark.parametrize("server", SERVERS)
-def test_curl_resumes_a_download(start: Start, server: str, tmp_path: Path) -> None:
+def test_curl_resumes_a_download(live: LiveServer, tmp_path: Path) -> None:
     """``curl -C -`` requests the rest of the file."""
-    live = start(server)
     target = tmp_path / "export.bin"
     with Cutter(live.port) as proxy:
         url = f"http://127.0.0.1:{proxy.port}/export?blocks={LARGE}"

@@ -220,6 +220,7 @@ class Listener(threading.Thread):
                 if time.monotonic() > cut_at and self._last is None:
                     return
                 continue
+            fields.pop("retry", None)  # of a process that drains
             self._id = fields.get("id", self._id)
             self.notes.append(note_of(Event(**fields)))
             fields = {}

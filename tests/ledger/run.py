@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, suppress
+from contextlib import AbstractContextManager, ExitStack
 from itertools import count
 from math import inf
 from pathlib import Path
@@ -237,17 +237,20 @@ class World:
 
     def _publish_last(self, server: Process) -> str:
         """Publish the last events of a server, and return their transaction's name."""
-        until = time.monotonic() + END_SECONDS
+        until, failure = time.monotonic() + END_SECONDS, "it does not run"
         for attempt in count():
             work = f"end-{server.name}-{attempt}"
-            with suppress(*FAILURES):
+            try:
                 if (port := server.port) is not None:
                     get(port, "/request", plan=LAST, work=work, client="end").close()
                     return work
+            except FAILURES as error:
+                failure = repr(error)
             if time.monotonic() > until:
                 break
             time.sleep(0.1)
-        raise RuntimeError(f"{server.name} does not answer:\n{''.join(server.log)}")
+        log = "".join(server.log)
+        raise RuntimeError(f"{server.name} does not answer: {failure}\n{log}")
 
     def _done(self) -> set[str]:
         """Return the transactions of which their client knows that they committed."""

@@ -474,10 +474,11 @@ def test_backup_that_is_restored_while_a_reader_starts_causes_a_reset(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The reader has read the channels, and not yet the event that it continues."""
-    is_restored = threading.Event()
+    is_open, is_restored = threading.Event(), threading.Event()
 
     def update_and_restore(*arguments: Any) -> None:
         update_histories(*arguments)
+        assert is_open.wait(10)  # otherwise the listener may begin after it
         if not is_restored.is_set():
             is_restored.set()
             remove_newest_events(model)
@@ -485,6 +486,7 @@ def test_backup_that_is_restored_while_a_reader_starts_causes_a_reset(
     monkeypatch.setattr(database_reader, "update_histories", update_and_restore)
     publish(make_backend(), name, "0", "1", "2")
     events = open_listener(make_backend(), name)
+    is_open.set()
     assert next(events).event == "reset"
 
 

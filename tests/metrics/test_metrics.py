@@ -6,8 +6,11 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -16,7 +19,7 @@ from tests.live_apps.metrics_app import FILE_SIZE, GENERATED
 from tests.metrics.scraping import Scraper
 from tests.pages import DOCS
 from tests.valkey import Valkey
-from tgstream.metrics.exporter import MAX_CONTROLLERS, OTHERS
+from tgstream.metrics.exporter import MAX_CONTROLLERS, OTHERS, _Meter
 
 ROOT = Path(__file__).parents[2]
 
@@ -165,18 +168,23 @@ try:
 except TypeError as error:
     print(error)
 taken = prometheus_client.CollectorRegistry()
-prometheus_client.Counter("tgstream_bytes_total", "own", registry=taken)
+own = prometheus_client.Counter("tgstream_bytes_total", "own", registry=taken)
 try:
     metrics.register(taken)
 except ValueError as error:
     print(error)
+print(len([*taken.collect()]))
+taken.unregister(own)
+metrics.register(taken)
+print(len([*taken.collect()]))
 """
 
 
 def test_metrics_can_be_registered_again() -> None:
-    """A registry has each metric once. Another kind of object is an error."""
-    first, second, invalid, taken = run(REGISTERED)
+    """A registry has each metric once, or none after an error."""
+    first, second, invalid, taken, left, repaired = run(REGISTERED)
     assert (first, second) == ("12", "12")
+    assert (left, repaired) == ("1", "12")
     assert invalid == (
         "register: registry must be a prometheus_client.CollectorRegistry or None, got "
         "str: 'registry'"
@@ -283,6 +291,46 @@ def test_wait_for_the_client_is_measured() -> None:
     The bytes of a long stream are counted before it ends.
     """
     assert run(WAITS) == ["True"] * 8
+
+
+def test_wait_is_counted_once_if_the_server_pulls_at_the_end() -> None:
+    """The monitor may end and count a stream while its server pulls."""
+
+    def pull(count: int) -> None:
+        next(pulls)
+
+    body: Any = SimpleNamespace(bytes=1)
+    meter = _Meter(pull)
+    began = time.perf_counter()
+    pulls = meter.measure(body, iter([b"a", b"b"]))
+    next(pulls)
+    while time.perf_counter() < began + 0.02:
+        pass
+    assert 0.01 < meter.finish(body) <= time.perf_counter() - began
+
+
+LATE = f"""{APPLICATION}
+app = make_application(Root())
+calls = [Call(app, "/words", checked=False) for _ in range(3)]
+register = tg.hooks.register
+
+def register_and_end(*arguments):
+    register(*arguments)
+    calls.pop().read()
+
+tg.hooks.register = register_and_end
+metrics.register()
+tg.hooks.register = register
+calls.pop().read()
+started = read("tgstream_streams_started_total", "Root.words")
+ended = read("tgstream_streams_ended_total", "Root.words", reason="completed")
+print(started == ended, read("tgstream_streams_open", "Root.words"))
+"""
+
+
+def test_stream_that_ends_while_metrics_are_registered_is_not_open() -> None:
+    """Each stream that is counted as started is counted as ended."""
+    assert run(LATE) == ["True 0.0"]
 
 
 COLLECTED = f"""{APPLICATION}

@@ -5,7 +5,10 @@ from __future__ import annotations
 import inspect
 import itertools
 import json
+import os
 import re
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -25,7 +28,7 @@ from tg import TGController, expose
 
 from tests.conftest import MakeApp
 from tests.model import MakeModel, Model, User
-from tgstream import CSV, NDJSON, SSE, Event, JSONArray, Stream, stream
+from tgstream import CSV, NDJSON, SSE, Event, JSONArray, Stream, drain, health, stream
 from tgstream.testing import OpenStream, assert_clean, open_stream
 from tgstream.testing.decoders import decode_text, parse_array, parse_events
 
@@ -33,6 +36,50 @@ DOCS = Path(__file__).parents[2] / "docs"
 FORMATS: dict[str, Any] = {"array": JSONArray, "lines": NDJSON, "csv": CSV, "sse": SSE}
 
 pytest_plugins = ["tgstream.pytest_plugin"]
+
+
+@pytest.fixture(autouse=True)
+def is_not_draining() -> None:
+    """Not the fixture of the suite, so that only the plugin does it."""
+
+
+@pytest.mark.parametrize("attempt", [1, 2])
+def test_process_is_not_draining_in_the_next_test(attempt: int) -> None:
+    """The plugin lets each test start streams."""
+    assert not health()["draining"]
+    assert drain()
+
+
+DRAINED = """
+import pytest
+import tgstream
+
+def test_drain():
+    assert tgstream.drain()
+
+@pytest.fixture(scope="module")
+def health():
+    return tgstream.health()
+
+def test_fixture(health):
+    assert not health["draining"]
+"""
+
+
+def test_plugin_lets_fixtures_start_streams_after_a_test_has_drained(
+    tmp_path: Path,
+) -> None:
+    """A fixture of a module is made before those of a test."""
+    (tmp_path / "test_drained.py").write_text(DRAINED)
+    ran = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "tgstream.pytest_plugin"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        timeout=60,
+    )
+    assert ran.returncode == 0, ran.stdout
 
 
 class Endless(TGController):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -12,17 +13,21 @@ from typing import Any
 
 import httpx
 import pytest
+import sqlalchemy as sa
 import tg
 from repoze.who.plugins.basicauth import BasicAuthPlugin
 from tg import RestController, TGController, expose, predicates, require
+from tg.appwrappers.base import ApplicationWrapper
+from tg.appwrappers.identity import IdentityApplicationWrapper
 from webob import Request
 from webtest import TestApp
 
+import tgstream
 from tests.authentication import REVOKE, add_users, auth_options, cookie_of
 from tests.conftest import LiveServer, MakeApp, assert_clean, pool
 from tests.model import MakeModel, Model, Note, User
 from tests.pages import DOCS, blocks
-from tests.turbogears.support import SESSION, UNTRACED
+from tests.turbogears.support import SESSION, UNTRACED, Middleware, install_middleware
 from tests.wsgi import Call, get
 from tgstream import (
     NDJSON,
@@ -30,7 +35,11 @@ from tgstream import (
     Report,
     Stream,
     StreamError,
+    commit,
     current_stream,
+    flush,
+    listen,
+    rollback,
     rows,
     stream,
 )
@@ -273,6 +282,24 @@ def test_stream_without_a_requirement_is_an_error(
     assert_clean(sqlite_model)
 
 
+def test_stream_that_cannot_start_is_closed(make_app: MakeApp) -> None:
+    """Its callbacks are called, and its file is closed, although the error keeps it."""
+    ended: list[str] = []
+    file = io.BytesIO(b"abc")
+
+    class Root(TGController):
+        @expose()
+        def events(self) -> Stream:
+            made = Stream(file, recheck_seconds=EACH)
+            made.on_end(lambda: ended.append("end"))
+            return made
+
+    with pytest.raises(StreamError, match="has nothing to check again"):
+        get(make_app(Root(), **UNTRACED), "/events")
+    assert ended == ["end"]
+    assert file.closed
+
+
 def test_aborted_response_shows_that_a_download_was_refused(
     make_app: MakeApp,
     sqlite_model: Model,
@@ -292,6 +319,29 @@ def test_aborted_response_shows_that_a_download_was_refused(
     call.close()
     assert [report.reason for report in reports] == ["refused"]
     assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert_clean(sqlite_model)
+
+
+def test_spooled_stream_is_checked_while_its_file_is_sent(
+    make_app: MakeApp, sqlite_model: Model, reports: list[Report]
+) -> None:
+    """It is made in the request, which has evaluated the permission."""
+    add_users(sqlite_model)
+
+    def items() -> Iterator[bytes]:
+        for _ in range(4):
+            yield bytes(2**16)
+
+    root = make_root(IN_STAFF, format=None, items=items, spool=True)
+    app = make_app(root, sqlite_model, **auth_options(sqlite_model), **UNTRACED)
+    call = open_events(app)
+    received = len(next(call))
+    assert call.headers["Content-Length"] == str(2**18)
+    sqlite_model.execute(REVOKE)
+    with pytest.raises(StreamError, match="was refused"):
+        call.read()
+    assert received < 2**18
+    assert [report.reason for report in reports] == ["refused"]
     assert_clean(sqlite_model)
 
 
@@ -758,6 +808,69 @@ def test_identity_of_another_middleware_is_read_again(
     assert_clean(sqlite_model)
 
 
+class ByToken(Middleware):
+    """Identifies users beside the logins of repoze.who."""
+
+    def __call__(self, environ: Any, start_response: Any) -> Any:
+        if token := environ.get("HTTP_X_TOKEN"):
+            environ["repoze.who.identity"] = {"repoze.who.userid": token}
+        return self.app(environ, start_response)
+
+
+class ByKey(ApplicationWrapper):
+    """The same, without TurboGears' metadata of the user."""
+
+    def __call__(self, controller: Any, environ: Any, context: Any) -> Any:
+        if name := environ.get("HTTP_X_KEY"):
+            credentials = {"repoze.what.userid": name, "groups": ["staff"]}
+            context.request.identity = credentials
+            environ["repoze.what.credentials"] = credentials
+        return self.next_handler(controller, environ, context)
+
+
+@pytest.mark.parametrize("header", ["X_TOKEN", "X_KEY"])
+def test_identity_of_the_application_is_kept(
+    make_app: MakeApp, sqlite_model: Model, reports: list[Report], header: str
+) -> None:
+    """repoze.who has not identified the user, and cannot do so in a check."""
+    add_users(sqlite_model)
+
+    def plug(base_config: Any) -> None:
+        tgstream.plugme(base_config)
+        base_config.register_application_wrapper(
+            ByKey, after=IdentityApplicationWrapper
+        )
+
+    options = auth_options(sqlite_model)
+    with install_middleware(ByToken):
+        app = make_app(make_root(IN_STAFF), sqlite_model, plug=plug, **options)
+    environ: dict[str, Any] = {f"HTTP_{header}": "ada"}
+    call = Call(app, "/events", **environ)
+    assert [next(call), next(call)] == [b"data: a\n\n", b"data: b\n\n"]
+    sqlite_model.execute(REVOKE)
+    is_read_again = header == "X_TOKEN"
+    assert call.read().count(b"data: ") == (0 if is_read_again else 4)
+    assert [report.reason for report in reports] == [
+        "refused" if is_read_again else "completed"
+    ]
+    assert_clean(sqlite_model)
+
+
+def test_forged_user_of_a_test_is_checked(
+    make_app: MakeApp, sqlite_model: Model, reports: list[Report]
+) -> None:
+    """Tests of quickstarted applications identify users by ``REMOTE_USER``."""
+    add_users(sqlite_model)
+    options = auth_options(sqlite_model, skip_authentication=True)
+    app = make_app(make_root(IN_STAFF), sqlite_model, **options)
+    call = Call(app, "/events", REMOTE_USER="ada")
+    assert [next(call), next(call)] == [b"data: a\n\n", b"data: b\n\n"]
+    sqlite_model.execute(REVOKE)
+    assert call.read() == b""
+    assert [report.reason for report in reports] == ["refused"]
+    assert_clean(sqlite_model)
+
+
 def test_anonymous_user_may_be_required(make_app: MakeApp, sqlite_model: Model) -> None:
     """A request without an identity is checked, too."""
     app = make_app(
@@ -852,24 +965,24 @@ def test_changes_of_a_predicate_are_rolled_back(
     assert_clean(users)
 
 
-def test_predicate_is_not_a_part_of_its_generator(
-    make_app: MakeApp, users: Model
+def test_predicate_may_call_functions_of_tgstream(
+    make_app: MakeApp, users: Model, reports: list[Report]
 ) -> None:
-    """It may read rows, and finds no stream, as in a request."""
+    """In a check they do the same as in the request, where no stream runs."""
+    outside = "no stream is running"
 
-    class ReadsRows(predicates.Predicate):
-        message = "You are unknown"
-
+    class Calling(predicates.Predicate):
         def evaluate(self, environ: Any, credentials: Any) -> None:
-            with pytest.raises(StreamError, match="no stream is running"):
-                current_stream()
-            query = users.DBSession.query(User)
-            names = [user.name for user in rows(query)]
-            if "ada" not in names:
-                self.unmet()
+            found = rows(sa.select(User.name).order_by(User.name))
+            assert [row.name for row in found] == ["ada", "bob"]
+            for function in current_stream, commit, rollback, flush:
+                with pytest.raises(StreamError, match=outside):
+                    function()
+            assert next(listen("staff")).data is None
 
-    call = Call(make_app(make_root(ReadsRows()), users), "/events")
-    assert call.read() == b"".join(b"data: %c\n\n" % each for each in b"abcdef")
+    app = make_app(make_root(Calling()), users, **auth_options(users))
+    assert get(app, "/events").text.count("data: ") == 6
+    assert [report.reason for report in reports] == ["completed"]
     assert_clean(users)
 
 

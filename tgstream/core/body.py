@@ -33,6 +33,9 @@ even if the step before failed. The first error is the one reported.
   request waits for the first chunk, the generator may begin the response by
   :meth:`Body.begin`, and go on. The worker is then the owner, and returns the token
   when the first step of the generator has ended. The next pull gets its result.
+- *The process begins to drain while a stream starts.* The stream registers with the
+  monitor, and then looks at the flag. ``drain()`` sets the flag, and then looks for
+  streams. So the stream is refused before its generator runs, or it is found.
 - *The body is dropped.* If its last reference goes, the thread that let go of it ends
   it at once. If Python's cyclic garbage collector drops it, in the middle of anything,
   it is handed to the monitor, which ends it on a thread of its own. A body that has

@@ -168,20 +168,18 @@ def add_heartbeats(
                     yield HEARTBEAT
                     last = encode_end()
                 if last is not None:
-                    if last:
-                        yield last
-                    return  # the generator ends at its next yield
+                    break  # the generator ends at its next yield
             elif chunk := pull.result():
                 yield chunk
             elif chunk is None:
                 return
             elif (last := encode_end()) is not None:
                 if was_woken:
-                    if last:
-                        yield last
-                    return
+                    break
                 was_woken = True  # the monitor ends the wait a second time
                 pull.resume_wait()
+        if last:
+            yield last
     finally:
         close()
 

@@ -13,9 +13,10 @@ __all__ = ["register"]
 def register(registry: CollectorRegistry | None = None) -> None:
     """Measure the streams and channels of this process, and export the metrics.
 
-    Call it once, before the first request, for example in ``config/app_cfg.py``. A call
-    with another registry adds the same metrics to it. A second call with the same
-    registry does nothing. :doc:`operating` lists the metrics.
+    Call it once before the first request, for example in ``config/app_cfg.py``. Streams
+    that have started before may not be counted. A call with another registry adds the
+    same metrics to it. A second call with the same registry does nothing.
+    :doc:`operating` lists the metrics.
 
     In a server with several processes, ``PROMETHEUS_MULTIPROC_DIR`` must be set before
     they start, as for any metric of prometheus_client.
@@ -24,7 +25,8 @@ def register(registry: CollectorRegistry | None = None) -> None:
         ``REGISTRY``.
     :raises ImportError: when the package prometheus_client is not installed.
     :raises TypeError: when ``registry`` is not a ``CollectorRegistry``.
-    :raises ValueError: when the registry has other metrics with one of the names.
+    :raises ValueError: when the registry has other metrics with one of the names. It
+        then gets none of them.
     """
     # Imported only when used: the package prometheus_client is optional.
     from .exporter import exporter

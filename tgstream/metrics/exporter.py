@@ -15,6 +15,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING, get_args
 from weakref import WeakSet
@@ -119,10 +120,11 @@ class _Meter:
 
         :returns: the seconds that it has waited for its client.
         """
-        since = self._waits_since
-        waits = 0.0 if since is None else clock() - since
+        waited, since = self._waited, self._waits_since  # the server may pull meanwhile
+        if since is not None:
+            waited += clock() - since
         self._count_bytes(report.bytes)
-        return self._waited + waits
+        return waited
 
     def _count_bytes(self, total: int) -> None:
         with self._lock:
@@ -140,7 +142,8 @@ class Exporter:
         self._create_channel_metrics()
         self._series: dict[str, _Series] = {}
         self._registries: WeakSet[CollectorRegistry] = WeakSet()
-        keep_hooks((STARTED, self._begin), (FINISHED, self._finish))
+        # In this order: a stream that ends meanwhile must not be counted as open.
+        keep_hooks((FINISHED, self._finish), (STARTED, self._begin))
         on_refusal(self._refuse)
         set_observer(self)
 
@@ -214,11 +217,15 @@ class Exporter:
                 "register: registry must be a prometheus_client.CollectorRegistry or "
                 f"None, got {type(registry).__name__}: {registry!r:.80}"
             )
-        if registry not in self._registries:
+        if registry in self._registries:
+            return
+        with ExitStack() as stack:  # all of them, or none
             for metric in vars(self).values():
                 if isinstance(metric, Counter | Gauge | Histogram):
                     registry.register(metric)
-            self._registries.add(registry)
+                    stack.callback(registry.unregister, metric)
+            stack.pop_all()
+        self._registries.add(registry)
 
     # Streams.
 

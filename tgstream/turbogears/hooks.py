@@ -60,7 +60,12 @@ def _before_render(remainder: Any, params: Any, output: Any) -> None:
         output = resolve_proxy(output)
     if isinstance(output, Stream):
         try:
-            _Start(output, context.current()).run(output)
+            start = _Start(output, context.current())
+        except BaseException:
+            output._discard()
+            raise
+        try:
+            start.run(output)
         except BaseException:
             output._release_slot()
             raise

@@ -145,12 +145,13 @@ def _copy_request(request: Any) -> Any:
 def _identify(tg_locals: Any) -> None:
     """Identify the user again, and read the groups and the permissions again."""
     environ = tg_locals.request.environ
-    api = environ.get("repoze.who.api")
-    identity = environ.pop("repoze.who.identity", None)
-    if api is None:  # another middleware has identified the user
-        if identity is not None:
-            environ["repoze.who.identity"] = copy(identity)
+    api, identity = environ.get("repoze.who.api"), environ.get("repoze.who.identity")
+    if not identity:
+        return  # anonymous, or the application has an identity of its own
+    if api is None or "authenticator" not in identity:  # of another middleware
+        environ["repoze.who.identity"] = copy(identity)
     else:
+        del environ["repoze.who.identity"]
         environ["repoze.who.api"] = api = copy(api)
         api.environ = environ
         environ.pop(api.remote_user_key, None)
