@@ -323,7 +323,7 @@ def test_context_variable_of_the_controller_is_set_in_its_generator(
     assert hooked == ["set"]
 
 
-def test_finaliser_of_a_listener_leaves_the_stacks_of_a_new_thread(
+def test_freed_listener_keeps_the_stacks_of_a_new_thread(
     make_app: MakeApp,
 ) -> None:
     """It may interrupt TG, or tgstream, at each byte code of their first use."""

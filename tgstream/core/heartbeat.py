@@ -159,40 +159,29 @@ def add_heartbeats(
     pull = Pull(partial(next, chunks, None))
     worker.pulled = pull.done
     del chunks
+    was_woken = False
     try:
-        yield from _iterate_pulls(pull, worker, seconds, encode_end)
+        while True:
+            pull.request(worker)
+            if not pull.wait(seconds):
+                if (last := encode_end()) is None:
+                    yield HEARTBEAT
+                    last = encode_end()
+                if last is not None:
+                    break  # the generator ends at its next yield
+            elif chunk := pull.result():
+                yield chunk
+            elif chunk is None:
+                return
+            elif (last := encode_end()) is not None:
+                if was_woken:
+                    break
+                was_woken = True  # the monitor ends the wait a second time
+                pull.resume_wait()
+        if last:
+            yield last
     finally:
         close()
-
-
-def _iterate_pulls(
-    pull: Pull,
-    worker: Worker,
-    seconds: float,
-    encode_end: Callable[[], bytes | None],
-) -> Iterator[bytes]:
-    was_woken = False
-    while True:
-        pull.request(worker)
-        if not pull.wait(seconds):
-            if (last := encode_end()) is None:
-                yield HEARTBEAT
-                last = encode_end()
-        elif chunk := pull.result():
-            yield chunk
-            continue
-        elif chunk is None:
-            return
-        elif not was_woken:  # the monitor ends the wait a second time
-            was_woken = True
-            pull.resume_wait()
-            continue
-        else:
-            last = encode_end()
-        if last is not None:  # the generator ends at its next yield
-            if last:
-                yield last
-            return
 
 
 def begin_wait(wake: Callable[[], None]) -> None:
