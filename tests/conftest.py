@@ -238,7 +238,8 @@ class LiveServer:
     ) -> None:
         self.name = server
         arguments = [run, server, app, *options]
-        if "gevent" in server:  # it must patch before the imports
+        # gevent must patch before the imports, and a library is loaded at the start.
+        if "gevent" in server or "LD_PRELOAD" in os.environ:
             self.start([sys.executable, "-m", *arguments], r"port (\d+)")
         else:
             self.wait_for_port(ForkedProcess("-m", *arguments), r"port (\d+)")
