@@ -383,7 +383,8 @@ class Meddling(predicates.Predicate):
         session.expire_all()
         environ["meddled"] = tg.request.meddled = tg.tmpl_context.meddled = True
         tg.request.identity["user"] = None
-        tg.request.state["meddled"] = True
+        if hasattr(tg.request, "state"):  # since TurboGears 2.5.1
+            tg.request.state["meddled"] = True
         tg.response.status = 500
         tg.response.headers["X-Meddled"] = "yes"
 
@@ -402,7 +403,7 @@ def test_check_changes_nothing_of_the_stream(
         yield "a"
         for item in "bc":
             request, identity = tg.request._current_obj(), tg.request.identity
-            assert "meddled" not in request.state
+            assert "meddled" not in getattr(request, "state", ())
             environ, found = {**request.environ}, {**identity}
             yield item
             assert users.DBSession() is session
