@@ -96,6 +96,7 @@ def writing(
     else:
         url = request.getfixturevalue("postgresql")
     site = Site("writing", server, url)
+    site.get("/").read()  # gunicorn listens before its worker has created the tables
     yield site
     site.stop()
 
